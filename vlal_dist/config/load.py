@@ -1,0 +1,178 @@
+"""YAML file, then profile, then dotted overrides, to one typed and frozen `Config`.
+
+A profile is a named set of defaults (design 5): it fills keys that neither the file nor the
+command line set. `base: other.yaml` in a file starts from that file, beside it.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vlal_dist.config.config import Config
+from vlal_dist.errors import ConfigError
+
+PROFILES: dict[str, dict[str, object]] = {
+    "paper": {},
+    "released": {
+        "clean.feasible_splits": ["train", "val"],
+        "clean.feasible_top_k": 3,
+        "clean.feasible_votes": 2,
+        "method.num_ignore": 0,
+        "training.plateau_patience": 0,
+    },
+    "corrected": {
+        "method.draw_over": "unannotated",
+        "data.normalize": True,
+        "pack.box_expansion": 0.3,
+    },
+}
+"""Departures of each profile from the defaults of the sections (table of design 5)."""
+
+_VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
+
+
+def load_config(path: str | None, overrides: Mapping[str, str]) -> Config:
+    """Read, overlay, check.
+
+    Args:
+        path: YAML file; `None` for the defaults alone.
+        overrides: dotted key -> text, parsed as YAML (`training.epochs` -> `"3"`).
+
+    Raises:
+        ConfigError: unreadable file, unset variable, unknown key (with the nearest name), or a
+            value out of range.
+    """
+    values = _read_yaml(Path(path), seen=()) if path is not None else {}
+    for key, text in overrides.items():
+        _check_key(key)
+        _assign(values, key, _parse(key, text))
+    _check_names(values)
+    _expand(values, "")
+    profile = _lookup(values, "method.profile", "paper")
+    for key, value in PROFILES.get(str(profile), {}).items():
+        if _lookup(values, key, _ABSENT) is _ABSENT:
+            _assign(values, key, value)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, every key spelled out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """All dotted keys, in the order of the sections."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys.extend(known_keys(inner, f"{prefix}{name}."))
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+_ABSENT = object()
+
+
+def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"config file {path} is its own base; remove the circle")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; give --config FILE") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path} must hold sections, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    below = _read_yaml(path.parent / str(base), seen=(*seen, path.resolve()))
+    for section, keys in values.items():
+        if isinstance(keys, dict) and isinstance(below.get(section), dict):
+            below[section].update(keys)
+        else:
+            below[section] = keys
+    return below
+
+
+def _check_names(values: Mapping[str, Any]) -> None:
+    for section, keys in values.items():
+        if section not in Config.model_fields or not isinstance(keys, dict):
+            _check_key(f"{section}.")
+            raise ConfigError(f"config section {section} must hold keys, got {keys!r}")
+        for key in keys:
+            _check_key(f"{section}.{key}")
+
+
+def _check_key(key: str) -> None:
+    keys = known_keys()
+    if key in keys:
+        return
+    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+    raise ConfigError(f"unknown key {key}; the nearest known one is {near[0]}")
+
+
+def _parse(key: str, text: str) -> Any:
+    section, name = key.split(".", 1)
+    field = Config.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
+    if field.annotation is str or str in get_args(field.annotation):
+        return None if text in ("null", "none", "") and field.annotation is not str else text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: {text!r} is not a value: {error}") from None
+
+
+def _assign(values: dict[str, Any], key: str, value: object) -> None:
+    section, name = key.split(".", 1)
+    values.setdefault(section, {})[name] = value
+
+
+def _lookup(values: Mapping[str, Any], key: str, default: object) -> object:
+    section, name = key.split(".", 1)
+    keys = values.get(section, {})
+    return keys.get(name, default) if isinstance(keys, dict) else default
+
+
+def _expand(node: Any, where: str) -> Any:
+    """Replace `${NAME}` by the environment's value, in place, in every string."""
+    if isinstance(node, str):
+        return _VARIABLE.sub(lambda match: _variable(match.group(1), where), node)
+    if isinstance(node, dict):
+        for key in node:
+            node[key] = _expand(node[key], f"{where}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        node[:] = [_expand(item, where) for item in node]
+    return node
+
+
+def _variable(name: str, where: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise ConfigError(
+            f"{where} needs the environment variable {name}, which is not set; "
+            f"set it, for example: export {name}=PATH"
+        )
+    return value
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"][:2])
+        lines.append(f"{where}: {item['msg']}, got {item['input']!r}")
+    return "; ".join(dict.fromkeys(lines))

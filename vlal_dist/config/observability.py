@@ -1,0 +1,15 @@
+"""Knobs of metrics endpoints."""
+
+from pydantic import Field
+
+from vlal_dist.config.section import Section
+
+
+class ObservabilitySection(Section):
+    """Prometheus endpoints; loopback unless told."""
+
+    metrics: bool = Field(True, description="serve /metrics on each rank")
+    metrics_host: str = Field("127.0.0.1", description="address the endpoint binds to")
+    metrics_port: int = Field(
+        9400, ge=1, le=65000, description="port of local rank 0; the next free one if taken"
+    )

@@ -1,0 +1,57 @@
+"""The errors that users see, each with the exit code of design section 9.
+
+    VlalError            1   anything else of ours
+    +- UsageError        2   unknown flag, wrong number of arguments
+    +- ConfigError      64   unknown key, value out of range, weights or settings absent
+    +- DataError        65   bad input, digests that differ, altered or truncated shards
+    |  +- ConflictError 65   a create-only name already holds other bytes
+    +- StorageError     74   bucket, credentials, network, disk
+    |  +- NotFoundError 74   the file or object is not there
+    +- Stopped          75   stopped by a signal; the same command resumes
+
+Every message names what was given, what is allowed, and what to do.
+"""
+
+
+class VlalError(Exception):
+    """Base of all errors raised on purpose by this project."""
+
+    exit_code = 1
+
+
+class UsageError(VlalError):
+    """The command line itself is wrong."""
+
+    exit_code = 2
+
+
+class ConfigError(VlalError, ValueError):
+    """A setting is unknown, out of range, or names something that is absent."""
+
+    exit_code = 64
+
+
+class DataError(VlalError, ValueError):
+    """Input data, a digest or a stored file is not what it must be."""
+
+    exit_code = 65
+
+
+class ConflictError(DataError):
+    """A create-only commit found other bytes under the same name."""
+
+
+class StorageError(VlalError, OSError):
+    """A store cannot be reached, read or written."""
+
+    exit_code = 74
+
+
+class NotFoundError(StorageError):
+    """The named file or object does not exist."""
+
+
+class Stopped(VlalError):
+    """The run was asked to stop, has saved its state, and can be resumed."""
+
+    exit_code = 75

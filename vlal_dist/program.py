@@ -1,0 +1,108 @@
+"""What every program does around its work: parse, log, run, report, exit with the right code.
+
+A program is a function `(Config, flags) -> counts`; `run_program` turns its errors into one clear
+line and an exit code (design 9), prints the closing summary, and writes `result.json`.
+"""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlal_dist.config.cli import help_text, parse_command_line
+from vlal_dist.config.config import Config
+from vlal_dist.config.load import config_yaml
+from vlal_dist.errors import VlalError
+from vlal_dist.observability.logs import setup_logging
+from vlal_dist.storage.store import open_store
+
+Counts = dict[str, object]
+Work = Callable[[Config, Mapping[str, str]], Counts]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The face of one program.
+
+    Attributes:
+        name: short name, first word of the closing summary.
+        usage: the command as users type it.
+        purpose: one paragraph for `--help`.
+        sections: config sections it reads.
+        flags: flags without a dot that it takes.
+        output: the root it writes, where `result.json` and the resolved config go.
+        work: the work itself; returns the closing counts.
+    """
+
+    name: str
+    usage: str
+    purpose: str
+    sections: tuple[str, ...]
+    flags: tuple[str, ...]
+    output: Callable[[Config], str]
+    work: Work
+
+
+def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -> int:
+    """Run one program and return its exit code.
+
+    Args:
+        program: what to run.
+        argv: command line without the program's name.
+        quiet: no summary and no result files (ranks other than 0).
+    """
+    if "--help" in argv or "-h" in argv:
+        text = help_text(
+            usage=program.usage,
+            purpose=program.purpose,
+            sections=program.sections,
+            flags=program.flags,
+        )
+        sys.stdout.write(text + "\n")
+        return 0
+    setup_logging()
+    started = time.monotonic()
+    config: Config | None = None
+    flags: Mapping[str, str] = {}
+    try:
+        line = parse_command_line(argv, flags=program.flags)
+        config, flags = line.config, line.flags
+        counts = program.work(config, flags)
+    except VlalError as error:
+        sys.stderr.write(f"{program.name}: error: {error}\n")
+        if config is not None and not quiet:
+            _write_result(program, config, {"code": error.exit_code, "reason": str(error)})
+        return error.exit_code
+    if quiet:
+        return 0
+    counts = {**counts, "seconds": round(time.monotonic() - started, 3)}
+    summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
+    sys.stdout.write(f"{program.name}: done: {summary}\n")
+    if "json" in flags:
+        Path(flags["json"]).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    _write_result(program, config, {"code": 0, "reason": "done", "counts": counts})
+    return 0
+
+
+def _write_result(program: Program, config: Config, result: dict[str, object]) -> None:
+    """Leave `PROGRAM.result.json` and the resolved config beside the output, if it can be."""
+    try:
+        store = open_store(program.output(config))
+        text = json.dumps(result, indent=2) + "\n"
+        store.replace(f"{program.name}.result.json", text.encode())
+        store.replace(f"{program.name}.config.yaml", config_yaml(config).encode())
+    except VlalError as error:
+        logger.warning("%s: no result.json was written: %s", program.name, error)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_short(inner)}" for key, inner in value.items()) + ")"
+    return str(value)
