@@ -1,0 +1,236 @@
+"""`python -m shard_tools merge`: tars and score files to self-contained tars with likelihoods.
+
+Every sample of a scored split gains `KEY.likelihood.npy`: the log of Eq. (2), float32, over its
+object's feasible attributes in ascending id. Other splits are copied byte for byte. The unit of
+work is a shard; a killed merge continues.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shard_tools.assemble import (
+    SampleLabels,
+    ShardPart,
+    TarBuilder,
+    check_uids,
+    commit_dataset,
+    commit_shard,
+    commit_split,
+    part_key,
+)
+from vlal_dist.config.config import Config
+from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.rows import RowReader
+from vlal_dist.data.scores import ShardScores, read_scores_manifest, read_shard_scores
+from vlal_dist.data.shards import encode_sample
+from vlal_dist.errors import DataError
+from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.observability.progress import Progress
+from vlal_dist.program import Counts, Program
+from vlal_dist.storage.store import open_store
+
+
+@dataclass(frozen=True)
+class MergeTask:
+    """One shard to merge; `scores` is None where the split has none and is copied."""
+
+    source: str
+    cache: str
+    target: str
+    scores: str | None
+    manifest: dict[str, Any]
+    temperature: float
+    split: str
+    shard: int
+
+
+def merge(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Merge the score root into a copy of the dataset root."""
+    cache = Path(config.paths.cache)
+    dataset = open_dataset(config.paths.dataset, cache=cache)
+    scores = read_scores_manifest(
+        open_store(config.paths.scores),
+        feasible_digest=dataset.feasible.digest,
+        vocabulary_digest=dataset.vocabulary.digest,
+    )
+    temperature = config.scoring.temperature or float(scores["temperature"])
+    target = open_store(config.paths.merged)
+    settings = {
+        "dataset_digest": dataset.digest,
+        "scorer_digest": scores["scorer_digest"],
+        "temperature": temperature,
+    }
+    # Committed first: a rerun with other scores must not continue this one's shards.
+    target.create("merge.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    splits = {name: open_split(dataset, name) for name in dataset.splits}
+    tasks = [
+        MergeTask(
+            source=config.paths.dataset,
+            cache=str(cache),
+            target=config.paths.merged,
+            scores=config.paths.scores if name in scores["splits"] else None,
+            manifest=scores,
+            temperature=temperature,
+            split=name,
+            shard=shard,
+        )
+        for name, split in splits.items()
+        for shard in range(len(split.shards))
+    ]
+    parts = _run(tasks, splits, config.pack.workers or os.cpu_count() or 1)
+    return _commit(dataset, config, parts, scores, temperature)
+
+
+def merge_shard(task: MergeTask) -> ShardPart:
+    """Merge and commit one shard, unless its part file says that it is there already."""
+    dataset = open_dataset(task.source, cache=Path(task.cache))
+    split = open_split(dataset, task.split)
+    target, name = open_store(task.target), split.shards[task.shard].name
+    key = part_key(task.split, name)
+    if target.exists(key):
+        return ShardPart.decode(target.read(key))
+    if task.scores is None:
+        return _copy_shard(dataset, task, name)
+    scores = read_shard_scores(
+        open_store(task.scores),
+        task.split,
+        shard_sha256=split.shards[task.shard].sha256,
+        manifest=task.manifest,
+    )
+    rows = np.flatnonzero(np.asarray(split.index.shard) == task.shard)
+    _check_alignment(split, rows, scores, name)
+    ragged = log_likelihood(scores.similarity, scores.indptr, temperature=task.temperature)
+    with TarBuilder(name) as builder:
+        _merge_rows(builder, dataset, split, rows, scores.indptr, ragged)
+        return commit_shard(target, task.split, builder)
+
+
+def _merge_rows(
+    builder: TarBuilder,
+    dataset: Dataset,
+    split: Split,
+    rows: npt.NDArray[np.int64],
+    indptr: npt.NDArray[np.int64],
+    ragged: npt.NDArray[np.float32],
+) -> None:
+    reader = RowReader(split)
+    for place, row in enumerate(rows.tolist()):
+        key, parts = reader.read_parts(row)
+        meta = json.loads(parts["json"])
+        values = ragged[indptr[place] : indptr[place + 1]]
+        expected = len(dataset.feasible.of(meta["object_id"]))
+        if len(values) != expected:
+            raise DataError(
+                f"sample {key}: {len(values)} similarities, its object has {expected} feasible "
+                "attributes; score again with the present dataset"
+            )
+        sink = io.BytesIO()
+        np.lib.format.write_array(sink, values, version=(1, 0), allow_pickle=False)
+        parts["likelihood.npy"] = sink.getvalue()
+        labels = SampleLabels(key, meta["instance_id"], meta["positive"], meta["negative"])
+        uid = int(split.index.uid[row])
+        builder.add(uid, meta["object_id"], encode_sample(key, parts), labels)
+    reader.close()
+
+
+def _check_alignment(
+    split: Split, rows: npt.NDArray[np.int64], scores: ShardScores, name: str
+) -> None:
+    if not np.array_equal(scores.uid, split.index.uid[rows]):
+        raise DataError(
+            f"scores of {split.name}/{name} hold {len(scores.uid)} samples that are not the "
+            f"shard's {len(rows)}, in its order; delete that score file and score again"
+        )
+
+
+def _copy_shard(dataset: Dataset, task: MergeTask, name: str) -> ShardPart:
+    """Carry a shard without scores over, bytes unchanged, its part file too."""
+    target = open_store(task.target)
+    tar = f"{task.split}/shards/{name}"
+    part = dataset.store.read(part_key(task.split, name))
+    data = dataset.store.read(tar)
+    stated = ShardPart.decode(part)
+    found = hashlib.sha256(data).hexdigest()
+    if found != stated.sha256:
+        raise DataError(
+            f"{dataset.url}/{tar}: sha256 {found} where {stated.sha256} is expected; the shard "
+            "was altered or cut: restore it, or pack again"
+        )
+    target.create(tar, data)
+    target.create(part_key(task.split, name), part)
+    return stated
+
+
+def _run(
+    tasks: Sequence[MergeTask], splits: Mapping[str, Split], workers: int
+) -> dict[str, list[ShardPart]]:
+    parts: dict[str, list[ShardPart]] = {name: [] for name in splits}
+    context = multiprocessing.get_context("spawn")
+    total = sum(split.num_samples for split in splits.values())
+    with (
+        Progress("merge", total=total, unit="samples") as progress,
+        ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=context) as pool,
+    ):
+        for task, part in zip(tasks, pool.map(merge_shard, tasks), strict=True):
+            parts[task.split].append(part)
+            progress.advance(part.samples)
+    return parts
+
+
+def _commit(
+    dataset: Dataset,
+    config: Config,
+    parts: Mapping[str, list[ShardPart]],
+    scores: Mapping[str, Any],
+    temperature: float,
+) -> Counts:
+    target = open_store(config.paths.merged)
+    for name in ("vocabulary.json", "feasible.npz"):
+        target.create(name, dataset.store.read(name))
+    manifest = {key: value for key, value in dataset.manifest.items() if key != "format"}
+    manifest["likelihood"] = {
+        "scorer_digest": scores["scorer_digest"],
+        "temperature": temperature,
+        "splits": list(scores["splits"]),
+        "source_digest": dataset.digest,
+    }
+    manifest["splits"], indexes = {}, {}
+    for split, split_parts in parts.items():
+        manifest["splits"][split], indexes[split] = commit_split(
+            target, split, split_parts, block_bytes=config.pack.block_bytes
+        )
+    check_uids(indexes)
+    digest = commit_dataset(target, manifest)
+    entries = manifest["splits"].values()
+    return {
+        "samples": {split: entry["samples"] for split, entry in manifest["splits"].items()},
+        "with_likelihood": list(scores["splits"]),
+        "temperature": temperature,
+        "shards": sum(entry["shards"] for entry in entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
+        "dataset": digest[:16],
+    }
+
+
+PROGRAM = Program(
+    name="merge",
+    usage="python -m shard_tools merge",
+    purpose="Write self-contained tars that also hold each crop's log-likelihood (Eq. 2). Reads "
+    "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
+    "interruption: finished shards are kept.",
+    sections=("paths", "pack", "scoring"),
+    flags=("json",),
+    output=lambda config: config.paths.merged,
+    work=merge,
+)

@@ -1,0 +1,254 @@
+"""`python -m shard_tools pack`: instances and photos to verified WebDataset tars.
+
+Photos are put in a seeded hash order, the instances of one photo adjacent, and cut into shards by
+an estimate of their bytes. Each shard is then one unit of work whose bytes depend on nothing but
+its own instances: any number of processes gives the same files, and a killed run continues.
+"""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import pyarrow.parquet
+
+from shard_tools.assemble import (
+    SampleLabels,
+    ShardPart,
+    TarBuilder,
+    check_uids,
+    commit_dataset,
+    commit_shard,
+    commit_split,
+    part_key,
+    shard_name,
+)
+from shard_tools.crops import CropSettings, Instance, Photo, decode_photo, make_sample
+from shard_tools.photos import PhotoSource
+from vlal_dist.config.config import Config
+from vlal_dist.config.pack import PackSection
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.observability.progress import Progress
+from vlal_dist.program import Counts, Program
+from vlal_dist.storage.store import Store, open_store
+
+# Bytes of a sample, estimated from its box alone so that a plan reads no photo: JPEG at quality 95
+# takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
+BYTES_PER_PIXEL = 0.5
+BYTES_PER_SAMPLE = 2560
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to build."""
+
+    root: str
+    split: str
+    name: str
+    images: list[str]
+    dataset_name: str
+    crops: CropSettings
+    instances: list[Instance]
+
+
+def pack(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Pack every split of the instances root into the dataset root."""
+    source, target = open_store(config.paths.instances), open_store(config.paths.dataset)
+    cleaned = _read_cleaned(source)
+    crops = CropSettings(
+        config.pack.jpeg_quality, config.pack.box_expansion, config.pack.max_pixels
+    )
+    settings = {
+        "name": config.pack.name,
+        "clean_sha256": hashlib.sha256(cleaned).hexdigest(),
+        "crops": asdict(crops),
+        "shard_bytes": config.pack.shard_bytes,
+        "block_bytes": config.pack.block_bytes,
+        "seed": config.pack.seed,
+    }
+    # Committed first: a rerun with other settings must not continue this one's shards.
+    target.create("pack.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    PhotoSource(config.pack.images)  # a wrong path is told before any work
+    clean = json.loads(cleaned)
+    tasks = [
+        task
+        for split in clean["splits"]
+        for task in plan_shards(source, split, config.paths.dataset, config.pack, crops)
+    ]
+    parts = _build(target, tasks, config.pack.workers or os.cpu_count() or 1)
+    manifest: dict[str, Any] = {"name": config.pack.name, "likelihood": None, "splits": {}}
+    manifest["crops"] = {**asdict(crops), "seed": config.pack.seed}
+    for name, digest in (("vocabulary.json", "vocabulary"), ("feasible.npz", "feasible")):
+        target.create(name, source.read(name))
+        manifest[f"{digest}_digest"] = clean[f"{digest}_digest"]
+    indexes = {}
+    for split in clean["splits"]:
+        manifest["splits"][split], indexes[split] = commit_split(
+            target,
+            split,
+            [part for task, part in zip(tasks, parts, strict=True) if task.split == split],
+            block_bytes=config.pack.block_bytes,
+        )
+    check_uids(indexes)
+    digest = commit_dataset(target, manifest)
+    return _closing_counts(manifest, digest, config.pack.max_rejected)
+
+
+def plan_shards(
+    source: Store, split: str, root: str, settings: PackSection, crops: CropSettings
+) -> list[ShardTask]:
+    """Cut a split into shards: photos in seeded hash order, never divided between two shards."""
+    tasks: list[ShardTask] = []
+    batch: list[Instance] = []
+    size = 0.0
+
+    def close() -> None:
+        name = shard_name(split, len(tasks))
+        tasks.append(ShardTask(root, split, name, settings.images, settings.name, crops, batch))
+
+    for instances in _by_photo(_read_instances(source, split), settings.seed):
+        batch = batch + instances if batch else list(instances)
+        size += sum(
+            one.box[2] * one.box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE for one in instances
+        )
+        if size >= settings.shard_bytes:
+            close()
+            batch, size = [], 0.0
+    if batch:
+        close()
+    return tasks
+
+
+def build_shard(task: ShardTask) -> ShardPart:
+    """Build and commit one shard, unless its part file says that it is there already."""
+    store = open_store(task.root)
+    key = part_key(task.split, task.name)
+    if store.exists(key):
+        return ShardPart.decode(store.read(key))
+    photos = _photo_source(tuple(task.images))
+    with TarBuilder(task.name) as builder:
+        for image_id, group in groupby(task.instances, key=lambda one: one.image_id):
+            instances = list(group)
+            try:
+                photo = _photo(photos, image_id, task.crops)
+            except DataError as error:
+                builder.part.rejects += [_reject(task.split, one, error) for one in instances]
+                continue
+            for instance in instances:
+                _add(builder, task, instance, photo)
+        return commit_shard(store, task.split, builder)
+
+
+def _add(builder: TarBuilder, task: ShardTask, instance: Instance, photo: Photo) -> None:
+    try:
+        uid, key, sample = make_sample(
+            instance, photo, dataset_name=task.dataset_name, settings=task.crops
+        )
+    except DataError as error:
+        builder.part.rejects.append(_reject(task.split, instance, error))
+        return
+    labels = SampleLabels(key, instance.instance_id, instance.positive, instance.negative)
+    builder.add(uid, instance.object_id, sample, labels)
+
+
+@lru_cache(maxsize=1)
+def _photo_source(places: tuple[str, ...]) -> PhotoSource:
+    # Kept per process: listing a zip of 100,000 photos takes a second.
+    return PhotoSource(places)
+
+
+def _photo(photos: PhotoSource, image_id: str, crops: CropSettings) -> Photo:
+    data = photos.read(image_id)
+    if data is None:
+        raise DataError("missing: no such photo in pack.images")
+    return decode_photo(data, crops)
+
+
+def _reject(split: str, instance: Instance, error: DataError) -> dict[str, str]:
+    reason, _, detail = str(error).partition(":")
+    return {
+        "split": split,
+        "instance_id": instance.instance_id,
+        "reason": reason,
+        "detail": detail.strip(),
+    }
+
+
+def _build(store: Store, tasks: Sequence[ShardTask], workers: int) -> list[ShardPart]:
+    parts: list[ShardPart] = []
+    # Spawned, not forked: the parent holds threads of pyarrow and perhaps an S3 client.
+    context = multiprocessing.get_context("spawn")
+    total = sum(len(task.instances) for task in tasks)
+    with (
+        Progress("pack", total=total, unit="instances") as progress,
+        ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=context) as pool,
+    ):
+        for task, part in zip(tasks, pool.map(build_shard, tasks), strict=True):
+            parts.append(part)
+            progress.advance(len(task.instances))
+    return parts
+
+
+def _read_cleaned(source: Store) -> bytes:
+    try:
+        return source.read("clean.json")
+    except NotFoundError:
+        raise DataError(
+            f"{source.url} holds no clean.json: run `python -m shard_tools clean` first, "
+            "or correct paths.instances"
+        ) from None
+
+
+def _read_instances(source: Store, split: str) -> Iterator[Instance]:
+    table = pyarrow.parquet.read_table(io.BytesIO(source.read(f"{split}.parquet")))
+    for row in table.to_pylist():
+        x, y, w, h = row.pop("box")
+        yield Instance(box=(x, y, w, h), **row)
+
+
+def _by_photo(instances: Iterator[Instance], seed: int) -> list[list[Instance]]:
+    photos: dict[str, list[Instance]] = {}
+    for instance in instances:
+        photos.setdefault(instance.image_id, []).append(instance)
+    order = sorted(photos, key=lambda image: hashlib.sha256(f"{seed}\0{image}".encode()).digest())
+    return [photos[image] for image in order]
+
+
+def _closing_counts(manifest: Mapping[str, Any], digest: str, max_rejected: float) -> Counts:
+    splits = manifest["splits"]
+    samples = {split: entry["samples"] for split, entry in splits.items()}
+    rejected = sum(entry["rejected"] for entry in splits.values())
+    read = sum(samples.values()) + rejected
+    if rejected > max_rejected * read:
+        raise DataError(
+            f"pack: {rejected} of {read} instances rejected, more than pack.max_rejected "
+            f"{max_rejected}; the dataset is complete without them: see rejects.parquet of each "
+            "split for the reasons, mend the input, or raise the limit"
+        )
+    return {
+        "samples": samples,
+        "shards": sum(entry["shards"] for entry in splits.values()),
+        "bytes": sum(entry["bytes"] for entry in splits.values()),
+        "rejected": rejected,
+        "dataset": digest[:16],
+    }
+
+
+PROGRAM = Program(
+    name="pack",
+    usage="python -m shard_tools pack",
+    purpose="Crop every instance out of its photo and pack the crops with their labels into "
+    "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
+    "command after an interruption: finished shards are kept.",
+    sections=("paths", "pack"),
+    flags=("json",),
+    output=lambda config: config.paths.dataset,
+    work=pack,
+)

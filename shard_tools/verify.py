@@ -1,0 +1,153 @@
+"""`python -m shard_tools verify`: check a dataset end to end, trusting no file.
+
+Python's tarfile ends quietly on a damaged header and so does webdataset, so a dataset is checked
+against its manifest: digests and sizes of every file, every member where the index says it is,
+every crc32, every crop decoded, labels and likelihoods sound, uids right and unique.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shard_tools.assemble import check_uids
+from vlal_dist.config.config import Config
+from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split, read_labels
+from vlal_dist.data.images import decode_rgb
+from vlal_dist.data.index import sample_uid
+from vlal_dist.data.rows import RowReader, Sample
+from vlal_dist.data.shards import list_members
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.observability.progress import Progress
+from vlal_dist.program import Counts, Program
+from vlal_dist.storage.store import open_store
+
+TOLERANCE = 1e-4
+
+
+def verify(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Verify paths.merged where it exists, else paths.dataset; the first fault stops."""
+    url = config.paths.merged
+    if not open_store(url).exists("dataset.json"):
+        url = config.paths.dataset
+    dataset = open_dataset(url, cache=Path(config.paths.cache))
+    splits = {name: open_split(dataset, name) for name in dataset.splits}
+    total = sum(split.num_samples for split in splits.values())
+    with Progress(f"verify {url}", total=total, unit="samples") as progress:
+        for split in splits.values():
+            _check_files(dataset, split)
+            for shard in range(len(split.shards)):
+                _check_shard(dataset, split, shard)
+            labels = read_labels(dataset, split.name).to_pylist()
+            for sample, row in zip(_samples(split), labels, strict=True):
+                _check_sample(dataset, split, sample)
+                _check_labels(dataset, split, sample, row)
+                progress.advance()
+    check_uids({name: split.index for name, split in splits.items()})
+    return {
+        "root": url,
+        "samples": {name: split.num_samples for name, split in splits.items()},
+        "shards": sum(len(split.shards) for split in splits.values()),
+        "bytes": sum(shard.bytes for split in splits.values() for shard in split.shards),
+        "dataset": dataset.digest[:16],
+    }
+
+
+def _samples(split: Split) -> Iterator[Sample]:
+    reader = RowReader(split)
+    return map(reader.read, range(split.num_samples))
+
+
+def _check_files(dataset: Dataset, split: Split) -> None:
+    entry = dataset.manifest["splits"][split.name]
+    for name, expected in entry["files"].items():
+        found = hashlib.sha256(dataset.store.read(f"{split.name}/{name}")).hexdigest()
+        if found != expected:
+            raise DataError(
+                f"{dataset.url}/{split.name}/{name}: sha256 {found} where {expected} is expected; "
+                "restore it, or pack again"
+            )
+    stated = {f"{split.name}/shards/{shard.name}" for shard in split.shards}
+    extra = sorted(set(dataset.store.list_keys(f"{split.name}/shards/")) - stated)
+    if extra:
+        raise DataError(f"{dataset.url}: {extra[0]} is in no manifest; remove it")
+
+
+def _check_shard(dataset: Dataset, split: Split, shard: int) -> None:
+    """Size, digest, and every member where the index says it is."""
+    stated, key = split.shards[shard], split.shard_key(shard)
+    try:
+        data = dataset.store.read(key)
+    except NotFoundError:
+        raise DataError(f"{dataset.url}/{key} is missing; restore it, or pack again") from None
+    found = hashlib.sha256(data).hexdigest()
+    if len(data) != stated.bytes or found != stated.sha256:
+        raise DataError(
+            f"{dataset.url}/{key}: {len(data)} bytes, sha256 {found}, where {stated.bytes} bytes, "
+            f"{stated.sha256} are expected; the shard was altered or cut: restore it, or pack again"
+        )
+    index = split.index
+    rows = np.flatnonzero(np.asarray(index.shard) == shard)
+    expected = sorted(
+        (int(index.offset[row]) + int(offset[row]), int(length[row]))
+        for row in rows
+        for offset, length in (
+            (index.jpg_offset, index.jpg_length),
+            (index.json_offset, index.json_length),
+            (index.likelihood_offset, index.likelihood_length),
+        )
+        if int(length[row])
+    )
+    members = [(offset, size) for _, offset, size in list_members(data)]
+    if members != expected or len(rows) != stated.samples:
+        raise DataError(
+            f"{dataset.url}/{key}: {len(members)} members of {len(rows)} samples do not lie where "
+            "index.arrow says; pack again"
+        )
+
+
+def _check_sample(dataset: Dataset, split: Split, sample: Sample) -> None:
+    where = f"{dataset.url}: split {split.name}, sample {sample.key}"
+    if sample.uid != sample_uid(dataset.name, sample.instance_id):
+        raise DataError(f"{where}: uid {sample.uid:016x} is not that of its instance; pack again")
+    width = len(dataset.vocabulary.attributes)
+    ids = sample.positive + sample.negative
+    if len(set(ids)) != len(ids) or any(not 0 <= one < width for one in ids):
+        raise DataError(f"{where}: labels overlap or leave 0..{width - 1}; clean and pack again")
+    if sample.object_id != int(split.index.object_id[sample.row]):
+        raise DataError(f"{where}: object {sample.object_id} differs from the index; pack again")
+    decode_rgb(sample.jpg)
+    if sample.log_likelihood is None:
+        return
+    expected = len(dataset.feasible.of(sample.object_id))
+    total = float(np.exp(sample.log_likelihood.astype(np.float64)).sum())
+    if len(sample.log_likelihood) != expected or (expected and abs(total - 1) > TOLERANCE):
+        raise DataError(
+            f"{where}: likelihood over {len(sample.log_likelihood)} attributes summing to "
+            f"{total:.6f}, expected {expected} and 1; merge again"
+        )
+
+
+def _check_labels(dataset: Dataset, split: Split, sample: Sample, row: Mapping[str, Any]) -> None:
+    """`labels.parquet` says what the tar says."""
+    found = (sample.key, sample.instance_id, sample.positive, sample.negative)
+    if found != (row["key"], row["instance_id"], row["positive"], row["negative"]):
+        raise DataError(
+            f"{dataset.url}: labels.parquet of {split.name} differs from the tar at sample "
+            f"{sample.key}; pack again"
+        )
+
+
+PROGRAM = Program(
+    name="verify",
+    usage="python -m shard_tools verify",
+    purpose="Check a dataset end to end: digests, sizes, every tar member, crc32, crop, label and "
+    "likelihood. Reads paths.merged if it is finished, else paths.dataset; writes nothing but its "
+    "result beside the run.",
+    sections=("paths",),
+    flags=("json",),
+    output=lambda config: config.paths.run,
+    work=verify,
+)

@@ -1,0 +1,135 @@
+"""Pixels: decode, crop, resize, flip. Pillow only; no torch.
+
+A file is decoded whole or not at all: truncated files raise, and the header is checked against a
+pixel limit before any pixel is decoded.
+"""
+
+import io
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vlal_dist.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+
+# The limit below is ours and per call; Pillow's global one would only warn.
+Image.MAX_IMAGE_PIXELS = None
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def open_photo(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Decode a whole photo, as RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        DataError: not an image, truncated, or larger than `max_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF or palette warnings say nothing of pixels
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > max_pixels:
+                raise DataError(
+                    f"too large: {image.width}x{image.height} pixels, limit {max_pixels}; "
+                    "raise pack.max_pixels if the photo is meant"
+                )
+            image.load()
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:
+        raise DataError("not an image") from None
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"truncated or damaged: {error}") from None
+
+
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether the file is an RGB or grey JPEG that needs no turning, so that its bytes can stay."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(data))
+        turned = image.getexif().get(0x0112, 1) != 1
+        return image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
+
+
+def crop_bounds(
+    box: tuple[float, float, float, float], *, width: int, height: int, expansion: float
+) -> tuple[int, int, int, int]:
+    """The crop of a box: left, top, right, bottom in whole pixels (authors' training dataset).
+
+    Each edge is truncated. Without expansion the crop may leave the image (zero-padded); with it,
+    a margin of `expansion / 2` of the shorter side is added and the crop clipped to the image.
+
+    Args:
+        box: x, y, width, height in pixels.
+        width: image width.
+        height: image height.
+        expansion: share of the shorter side added in all.
+
+    Raises:
+        DataError: the box has no size in whole pixels, or lies wholly outside the image.
+    """
+    x, y, w, h = box
+    left, top, right, bottom = int(x), int(y), int(x + w), int(y + h)
+    if right <= left or bottom <= top:
+        raise DataError(f"zero size: box {list(box)} covers no whole pixel")
+    if right <= 0 or bottom <= 0 or left >= width or top >= height:
+        raise DataError(f"box outside: {list(box)} in an image of {width}x{height}")
+    if expansion > 0:
+        margin = int(expansion / 2 * min(w, h))
+        left, top = max(left - margin, 0), max(top - margin, 0)
+        right, bottom = min(right + margin, width), min(bottom + margin, height)
+    return left, top, right, bottom
+
+
+def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
+    """JPEG bytes, 4:4:4, without metadata."""
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=quality, subsampling=0)
+    return sink.getvalue()
+
+
+def decode_rgb(jpg: bytes) -> Pixels:
+    """Decode a shard's JPEG to uint8 [H, W, 3].
+
+    Raises:
+        DataError: the bytes are no whole JPEG.
+    """
+    try:
+        image = Image.open(io.BytesIO(jpg))
+        return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"a crop cannot be decoded: {error}") from None
+
+
+def box_pixels(pixels: Pixels, box_in_crop: tuple[float, float, float, float]) -> Pixels:
+    """The raw box inside a crop (what CLIP sees), clipped to the crop."""
+    x, y, w, h = box_in_crop
+    left, top = max(int(x), 0), max(int(y), 0)
+    right, bottom = math.ceil(x + w), math.ceil(y + h)
+    return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def resize_square(pixels: Pixels, side: int) -> Pixels:
+    """Squash to side x side, bilinear with antialiasing (torchvision's `Resize` on PIL images)."""
+    if pixels.shape[:2] == (side, side):
+        return pixels
+    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def to_planes(pixels: Pixels, *, flip: bool, normalize: bool, out: npt.NDArray[Any]) -> None:
+    """Write float32 [3, H, W] in [0, 1] (or ImageNet-normalised) into `out`."""
+    if flip:
+        pixels = pixels[:, ::-1]
+    np.multiply(pixels.transpose(2, 0, 1), np.float32(1 / 255), out=out, dtype=np.float32)
+    if normalize:
+        for channel in range(3):
+            out[channel] -= np.float32(IMAGENET_MEAN[channel])
+            out[channel] /= np.float32(IMAGENET_STD[channel])

@@ -1,0 +1,227 @@
+"""The files beside the tars: index, blocks, shard list, labels; and how samples form blocks.
+
+`index.arrow` holds everything needed to read a sample without parsing a header, in unsigned
+integers, memory-mapped without a copy. `blocks.arrow` is all that the order of an epoch needs.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet
+
+from vlal_dist.errors import DataError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where each sample lies; one entry per sample, offsets in bytes.
+
+    Attributes:
+        uid: uint64, first 8 bytes of sha256(dataset name, NUL, instance id).
+        shard: uint32, position in the split's shard list.
+        offset, length: uint64, uint32, the sample's tar range.
+        jpg_offset, jpg_length, json_offset, json_length, likelihood_offset, likelihood_length:
+            uint32, contents of the parts, counted from `offset`; 0, 0 where a part is absent.
+        object_id: uint32.
+        crc32: uint32, zlib.crc32 of the whole range.
+    """
+
+    uid: Array
+    shard: Array
+    offset: Array
+    length: Array
+    jpg_offset: Array
+    jpg_length: Array
+    json_offset: Array
+    json_length: Array
+    likelihood_offset: Array
+    likelihood_length: Array
+    object_id: Array
+    crc32: Array
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Runs of neighbouring samples of about `block_bytes`, never across shards.
+
+    Attributes:
+        shard: uint32.
+        first_row: uint64, row of the index.
+        samples: uint32.
+        offset, bytes: uint64, the run's range in the shard.
+    """
+
+    shard: Array
+    first_row: Array
+    samples: Array
+    offset: Array
+    bytes: Array
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+
+INDEX_TYPES: dict[str, str] = {
+    field.name: {"uid": "uint64", "offset": "uint64"}.get(field.name, "uint32")
+    for field in fields(Index)
+}
+BLOCK_TYPES: dict[str, str] = {
+    "shard": "uint32",
+    "first_row": "uint64",
+    "samples": "uint32",
+    "offset": "uint64",
+    "bytes": "uint64",
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: file name, size in bytes, sha256 (hex), number of samples."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+def sample_uid(dataset_name: str, instance_id: str) -> int:
+    """The unsigned 64-bit name of an instance (design 3)."""
+    digest = hashlib.sha256(f"{dataset_name}\0{instance_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def index_from_columns(columns: Mapping[str, Any]) -> Index:
+    """Build an index from any sequences, with the types of the format."""
+    return Index(
+        **{name: np.asarray(columns[name], dtype=INDEX_TYPES[name]) for name in INDEX_TYPES}
+    )
+
+
+def concat_indexes(indexes: Sequence[Index]) -> Index:
+    """One index of several, in order."""
+    if not indexes:
+        return index_from_columns({name: [] for name in INDEX_TYPES})
+    return Index(
+        **{name: np.concatenate([getattr(one, name) for one in indexes]) for name in INDEX_TYPES}
+    )
+
+
+def form_blocks(index: Index, *, block_bytes: int) -> Blocks:
+    """Cut each shard's samples into runs that end at the first sample to reach `block_bytes`."""
+    rows: list[tuple[int, int, int, int, int]] = []
+    start = 0
+    size = 0
+    shard, length = index.shard.tolist(), index.length.tolist()
+    for row in range(len(index)):
+        size += length[row]
+        last = row + 1 == len(index) or shard[row + 1] != shard[row]
+        if last or size >= block_bytes:
+            rows.append((shard[row], start, row + 1 - start, int(index.offset[start]), size))
+            start, size = row + 1, 0
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(BLOCK_TYPES)
+    return Blocks(
+        **{
+            name: np.asarray(column, dtype=BLOCK_TYPES[name])
+            for name, column in zip(BLOCK_TYPES, columns, strict=True)
+        }
+    )
+
+
+def encode_arrow(columns: Mapping[str, Array]) -> bytes:
+    """Arrow IPC file bytes: one record batch, uncompressed, columns in order."""
+    batch = pa.record_batch([pa.array(values) for values in columns.values()], names=list(columns))
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def encode_index(index: Index) -> bytes:
+    """`index.arrow`."""
+    return encode_arrow({name: getattr(index, name) for name in INDEX_TYPES})
+
+
+def encode_blocks(blocks: Blocks) -> bytes:
+    """`blocks.arrow`."""
+    return encode_arrow({name: getattr(blocks, name) for name in BLOCK_TYPES})
+
+
+def map_index(path: Path) -> Index:
+    """Memory-map `index.arrow`; columns share the map, nothing is copied."""
+    return Index(**_map_columns(path, INDEX_TYPES))
+
+
+def map_blocks(path: Path) -> Blocks:
+    """Memory-map `blocks.arrow`."""
+    return Blocks(**_map_columns(path, BLOCK_TYPES))
+
+
+def decode_index(data: bytes) -> Index:
+    """An index from the bytes of an Arrow file (parts of a killed pack)."""
+    return Index(**_columns(pa.ipc.open_file(pa.BufferReader(data)), INDEX_TYPES, "index"))
+
+
+def encode_table(columns: Mapping[str, object], schema: pa.Schema) -> bytes:
+    """Parquet bytes with fixed settings: the same rows give the same bytes."""
+    table = pa.table(dict(columns), schema=schema)
+    sink = io.BytesIO()
+    pa.parquet.write_table(table, sink, compression="zstd", row_group_size=65_536)
+    return sink.getvalue()
+
+
+SHARDS_SCHEMA = pa.schema(
+    [("shard", pa.string()), ("bytes", pa.uint64()), ("sha256", pa.string()), ("samples", "uint32")]
+)
+LABELS_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("instance_id", pa.string()),
+        ("positive", pa.list_(pa.uint32())),
+        ("negative", pa.list_(pa.uint32())),
+    ]
+)
+REJECTS_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("split", "instance_id", "reason", "detail")]
+)
+
+
+def encode_shards(shards: Sequence[Shard]) -> bytes:
+    """`shards.parquet`."""
+    columns = {
+        "shard": [shard.name for shard in shards],
+        "bytes": [shard.bytes for shard in shards],
+        "sha256": [shard.sha256 for shard in shards],
+        "samples": [shard.samples for shard in shards],
+    }
+    return encode_table(columns, SHARDS_SCHEMA)
+
+
+def decode_shards(data: bytes) -> list[Shard]:
+    """Read `shards.parquet`."""
+    rows = pa.parquet.read_table(pa.BufferReader(data)).to_pylist()
+    return [Shard(row["shard"], row["bytes"], row["sha256"], row["samples"]) for row in rows]
+
+
+def _map_columns(path: Path, types: Mapping[str, str]) -> dict[str, Array]:
+    return _columns(pa.ipc.open_file(pa.memory_map(str(path))), types, str(path))
+
+
+def _columns(reader: Any, types: Mapping[str, str], where: str) -> dict[str, Array]:
+    batch = reader.get_batch(0)
+    found = {field.name: str(field.type) for field in batch.schema}
+    if found != dict(types):
+        raise DataError(f"{where}: columns {found}, expected {dict(types)}; rebuild the dataset")
+    return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in types}

@@ -1,0 +1,169 @@
+"""Score files: what CLIP said of each sample of one shard, bound to shard and scorer by digest."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.storage.store import Store
+
+FORMAT = 1
+DIGESTS = ("shard_sha256", "scorer_digest", "feasible_digest", "vocabulary_digest")
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """Scores of one shard, rows in the shard's order.
+
+    Attributes:
+        uid: uint64 [n].
+        embedding: float32 [n, D], unit length.
+        indptr: int64 [n + 1], where each row's similarities lie.
+        similarity: float32 [S], cosine of the crop with the prompt of each feasible attribute of
+            its object, ascending attribute id.
+        header: `shard_sha256`, `scorer_digest`, `feasible_digest`, `vocabulary_digest` (hex) and
+            `temperature` (decimal text).
+    """
+
+    uid: npt.NDArray[np.uint64]
+    embedding: npt.NDArray[np.float32]
+    indptr: npt.NDArray[np.int64]
+    similarity: npt.NDArray[np.float32]
+    header: dict[str, str]
+
+
+def score_key(split: str, *, shard_sha256: str, scorer_digest: str) -> str:
+    """Storage key of the score file of one shard and scorer: existence means done."""
+    return f"{split}/{shard_sha256[:16]}-{scorer_digest[:16]}.safetensors"
+
+
+def encode_scores(scores: ShardScores) -> bytes:
+    """Safetensors bytes; equal scores give equal bytes."""
+    arrays = {
+        "uid": scores.uid,
+        "embedding": scores.embedding,
+        "indptr": scores.indptr,
+        "similarity": scores.similarity,
+    }
+    data: bytes = safetensors.numpy.save(
+        arrays, metadata={"header": json.dumps(scores.header, sort_keys=True)}
+    )
+    return data
+
+
+def decode_scores(data: bytes, *, where: str) -> ShardScores:
+    """Read and check a score file.
+
+    Args:
+        data: the file.
+        where: its name, for errors.
+
+    Raises:
+        DataError: damaged, a header without digests, or arrays that do not fit together.
+    """
+    try:
+        arrays = safetensors.numpy.load(data)
+        header = json.loads(_metadata(data)["header"])
+        scores = ShardScores(header=header, **arrays)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"score file {where} is damaged ({error}); delete it and score again"
+        ) from None
+    missing = [name for name in DIGESTS if name not in header]
+    rows = len(scores.uid)
+    fits = (
+        scores.embedding.ndim == 2
+        and len(scores.embedding) == rows
+        and len(scores.indptr) == rows + 1
+        and int(scores.indptr[-1]) == len(scores.similarity)
+    )
+    if missing or not fits:
+        raise DataError(
+            f"score file {where}: "
+            + (f"header lacks {', '.join(missing)}" if missing else "arrays do not fit together")
+            + "; delete it and score again"
+        )
+    return scores
+
+
+def read_shard_scores(
+    store: Store, split: str, *, shard_sha256: str, manifest: Mapping[str, Any]
+) -> ShardScores:
+    """The scores of one shard under the scorer that `scores.json` names.
+
+    Raises:
+        DataError: absent, damaged, or bound to another shard, scorer or feasible sets.
+    """
+    scorer = str(manifest["scorer_digest"])
+    key = score_key(split, shard_sha256=shard_sha256, scorer_digest=scorer)
+    try:
+        scores = decode_scores(store.read(key), where=f"{store.url}/{key}")
+    except NotFoundError:
+        raise DataError(
+            f"{store.url}/{key}: no scores of this shard; run score_clip for split {split}"
+        ) from None
+    expected = {
+        "shard_sha256": shard_sha256,
+        "scorer_digest": scorer,
+        "feasible_digest": manifest["feasible_digest"],
+        "vocabulary_digest": manifest["vocabulary_digest"],
+    }
+    for name, value in expected.items():
+        if scores.header[name] != value:
+            raise DataError(
+                f"{store.url}/{key}: {name} {scores.header[name]} where {value} is expected; "
+                "score again with the present dataset and model"
+            )
+    return scores
+
+
+def read_scores_manifest(
+    store: Store, *, feasible_digest: str, vocabulary_digest: str
+) -> dict[str, Any]:
+    """`scores.json`, checked against the dataset it is to be used with.
+
+    Raises:
+        DataError: scoring has not finished, or was done with other feasible sets or vocabulary.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(store.read("scores.json"))
+    except NotFoundError:
+        raise DataError(
+            f"{store.url} holds no scores.json: score_clip has not finished there; run it again, "
+            "or correct paths.scores"
+        ) from None
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{store.url}: scores format {manifest.get('format')}, expected {FORMAT}")
+    for name, expected in (
+        ("feasible_digest", feasible_digest),
+        ("vocabulary_digest", vocabulary_digest),
+    ):
+        if manifest[name] != expected:
+            raise DataError(
+                f"{store.url}/scores.json: {name} {manifest[name]}, the dataset has {expected}; "
+                "these scores belong to other feasible sets or names: run score_clip again "
+                "into a new paths.scores"
+            )
+    return manifest
+
+
+def write_scores_manifest(store: Store, manifest: Mapping[str, Any]) -> bool:
+    """Commit `scores.json`, create-only; False when an equal one was there.
+
+    Raises:
+        ConflictError: another scorer already finished under this root.
+    """
+    text = json.dumps({"format": FORMAT, **manifest}, indent=2, sort_keys=True) + "\n"
+    return store.create("scores.json", text.encode())
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    size = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    return metadata
