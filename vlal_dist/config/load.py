@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -127,10 +127,13 @@ def _check_key(key: str) -> None:
 
 
 def _parse(key: str, text: str) -> Any:
+    """A command line's text as a value: text where the field is text, YAML elsewhere."""
     section, name = key.split(".", 1)
-    field = Config.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
-    if field.annotation is str or str in get_args(field.annotation):
-        return None if text in ("null", "none", "") and field.annotation is not str else text
+    kind = Config.model_fields[section].annotation.model_fields[name].annotation  # type: ignore[union-attr]
+    if kind is str:
+        return text
+    if kind == str | None:
+        return None if text in ("", "none", "null") else text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -1,0 +1,46 @@
+# Two commands are enough: `make demo` and `make test`; each does the set-up it needs.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test check fashion12k
+
+help:
+	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
+	@echo "make test        the test suite"
+	@echo "make check       ruff, mypy"
+	@echo "make fashion12k  six losses on real photos: FASHION12K=FOLDER make fashion12k (about an hour)"
+	@echo "make setup       the virtual environment alone"
+
+setup: $(READY)
+
+# The checks come first, so that a missing Debian package is one line instead of a build log.
+$(READY): pyproject.toml constraints.txt
+	@missing=""; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing="$$missing python3-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
+	  || missing="$$missing python3-dev"; \
+	if [ -n "$$missing" ]; then echo "missing Debian packages; run: sudo apt-get install -y$$missing" >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+demo: setup
+	$(RUN) python -m demo
+
+test: setup
+	$(RUN) python -m pytest
+
+check: setup
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+fashion12k: setup
+	$(RUN) python benchmarks/fashion12k.py

@@ -1,0 +1,271 @@
+"""Packing: the same bytes whatever happens, crops as the authors cut them, bad input counted."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import warnings
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from shard_tools.crops import CropSettings, Instance, decode_photo, make_sample
+from tests.small import run, run_all, write_small_vaw
+from vlal_dist.data.dataset import open_dataset, open_split
+from vlal_dist.data.images import crop_bounds, open_photo
+from vlal_dist.data.rows import RowReader
+from vlal_dist.errors import DataError
+
+SETTINGS = CropSettings(jpeg_quality=95, box_expansion=0.0, max_pixels=10_000_000)
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Every data file under a root -> sha256; results of runs hold times and are left out."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and ".result." not in path.name and ".config." not in path.name
+    }
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    config = write_small_vaw(folder)
+    run_all(config, ["clean", "pack", "verify", "inspect"])
+    return folder
+
+
+def jpeg(width: int, height: int, **options: object) -> bytes:
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    sink = io.BytesIO()
+    Image.fromarray(pixels).save(sink, "JPEG", quality=90, **options)
+    return sink.getvalue()
+
+
+def instance(box: tuple[float, float, float, float]) -> Instance:
+    return Instance("7", "photo", 2, box, [1], [3])
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(packed: Path, tmp_path: Path) -> None:
+    config = packed / "config.yaml"
+    assert run("pack", config, "--paths.dataset", str(tmp_path), "--pack.workers", "1") == 0
+    assert tree(tmp_path) == tree(packed / "dataset")
+    assert len(list((packed / "dataset/train/shards").iterdir())) > 2
+
+
+def test_packing_again_changes_nothing(packed: Path) -> None:
+    before = tree(packed / "dataset")
+    assert run("pack", packed / "config.yaml") == 0
+    assert tree(packed / "dataset") == before
+
+
+def test_killed_and_run_again_gives_the_same_bytes(packed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shard_tools", "pack", "--config"]
+    command += [str(packed / "config.yaml"), "--paths.dataset", str(tmp_path), "--pack.workers"]
+    for seconds in (0.9, 1.2, 1.6):
+        process = subprocess.Popen([*command, "1"], start_new_session=True, stderr=-3, stdout=-3)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert run("pack", packed / "config.yaml", "--paths.dataset", str(tmp_path)) == 0
+    assert tree(tmp_path) == tree(packed / "dataset")
+
+
+def test_other_settings_are_not_mixed_into_a_dataset(packed: Path) -> None:
+    assert run("pack", packed / "config.yaml", "--pack.jpeg_quality", "80") == 65
+
+
+def test_instances_of_a_photo_are_adjacent_and_blocks_cover_the_index(packed: Path) -> None:
+    split = open_split(open_dataset(str(packed / "dataset"), cache=packed / "cache"), "train")
+    samples = [RowReader(split).read(row) for row in range(split.num_samples)]
+    photos = [
+        json.loads(RowReader(split).read_parts(s.row)[1]["json"])["image_id"] for s in samples
+    ]
+    changes = sum(one != other for one, other in pairwise(photos))
+    assert changes + 1 == len(set(photos)) == 24
+    assert photos != sorted(photos)
+    ends = split.blocks.first_row + split.blocks.samples
+    assert ends[:-1].tolist() == split.blocks.first_row[1:].tolist() and len(split.blocks) > 5
+    assert int(ends[-1]) == split.num_samples
+
+
+def test_plain_tarfile_and_plain_webdataset_read_the_tars(packed: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import webdataset
+    split = open_split(open_dataset(str(packed / "dataset"), cache=packed / "cache"), "train")
+    ours = [RowReader(split).read(row) for row in range(split.num_samples)]
+    by_key = {sample.key: sample for sample in ours}
+    seen = []
+    for shard in split.shards:
+        path = packed / "dataset/train/shards" / shard.name
+        with tarfile.open(path) as tar:
+            names = tar.getnames()
+            for name in names:
+                key, part = name.split(".", 1)
+                member = tar.extractfile(name)
+                assert member is not None
+                if part == "jpg":
+                    assert member.read() == by_key[key].jpg
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read = list(webdataset.WebDataset(str(path), shardshuffle=False))
+        assert [f"{one['__key__']}.{p}" for one in read for p in ("jpg", "json")] == names
+        for one in read:
+            sample = by_key[one["__key__"]]
+            assert one["jpg"] == sample.jpg
+            assert json.loads(one["json"])["positive"] == sample.positive
+            seen.append(one["__key__"])
+    assert seen == [sample.key for sample in ours]
+
+
+def test_bytes_are_those_of_webdatasets_own_writer(packed: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from webdataset.writer import TarWriter
+    split = open_split(open_dataset(str(packed / "dataset"), cache=packed / "cache"), "val")
+    sink = io.BytesIO()
+    writer = TarWriter(sink, encoder=False, mtime=0, user="", group="", mode=0o444)
+    for row in range(split.shards[0].samples):
+        key, parts = RowReader(split).read_parts(row)
+        writer.write({"__key__": key, **parts})
+    writer.close()
+    path = packed / "dataset/val/shards" / split.shards[0].name
+    assert path.read_bytes() == sink.getvalue()
+
+
+def test_crops_are_cut_as_the_authors_cut_them() -> None:
+    photo = Image.fromarray(
+        np.arange(60 * 80 * 3, dtype=np.uint32).astype(np.uint8).reshape(60, 80, 3)
+    )
+    sink = io.BytesIO()
+    photo.save(sink, "PNG")
+    decoded = decode_photo(sink.getvalue(), SETTINGS)
+    box = (10.9, 5.2, 20.4, 30.9)
+    assert crop_bounds(box, width=80, height=60, expansion=0.0) == (10, 5, 31, 36)
+    assert crop_bounds(box, width=80, height=60, expansion=0.3) == (7, 2, 34, 39)
+    _, key, sample = make_sample(instance(box), decoded, dataset_name="d", settings=SETTINGS)
+    assert key == "7"
+    offset, length = sample.parts["jpg"]
+    crop = open_photo(sample.data[offset : offset + length], max_pixels=10**6)
+    assert crop.size == (21, 31)
+    offset, length = sample.parts["json"]
+    meta = json.loads(sample.data[offset : offset + length])
+    assert np.allclose(meta["box_in_crop"], [0.9, 0.2, 20.4, 30.9])
+
+
+def test_outside_the_photo_the_crop_is_zero() -> None:
+    decoded = decode_photo(jpeg(40, 40), SETTINGS)
+    _, _, sample = make_sample(
+        instance((-10, 30, 30, 30)), decoded, dataset_name="d", settings=SETTINGS
+    )
+    offset, length = sample.parts["jpg"]
+    pixels = np.asarray(Image.open(io.BytesIO(sample.data[offset : offset + length])))
+    assert pixels.shape == (30, 30, 3)
+    assert pixels[15:, :].mean() < 3 and pixels[:8, 15:].mean() > 60
+
+
+def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
+    data = jpeg(40, 30)
+    decoded = decode_photo(data, SETTINGS)
+    _, _, sample = make_sample(
+        instance((0, 0, 40, 30)), decoded, dataset_name="d", settings=SETTINGS
+    )
+    offset, length = sample.parts["jpg"]
+    assert sample.data[offset : offset + length] == data
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = decode_photo(jpeg(40, 30, exif=exif), SETTINGS)
+    assert turned.image.size == (30, 40) and not turned.plain_jpeg
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image"),
+        (b"<html>404</html>", "not an image"),
+        (jpeg(80, 80)[:2000], "truncated or damaged"),
+        (jpeg(80, 80)[:-30], "truncated or damaged"),
+    ],
+)
+def test_damaged_photos_are_told_and_never_half_decoded(data: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        decode_photo(data, SETTINGS)
+
+
+def test_a_pixel_bomb_is_refused_by_its_header() -> None:
+    sink = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(sink, "PNG")
+    with pytest.raises(DataError, match="too large: 20000x20000"):
+        decode_photo(sink.getvalue(), SETTINGS)
+
+
+def test_rejects_are_counted_and_the_rest_is_packed(tmp_path: Path) -> None:
+    config = write_small_vaw(tmp_path)
+    (tmp_path / "photos/train3.jpg").unlink()
+    (tmp_path / "photos/train5.jpg").write_bytes(jpeg(160, 120)[:900])
+    records = json.loads((tmp_path / "train.json").read_text())
+    records[0]["instance_bbox"] = [400, 400, 40, 40]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    assert run("clean", config) == 0
+    assert run("pack", config) == 65  # complete, but above max_rejected
+    assert run("pack", config, "--pack.max_rejected", "0.2", "--json", str(tmp_path / "c")) == 0
+    counts = json.loads((tmp_path / "c").read_text())
+    assert counts["rejected"] == 7 and counts["samples"]["train"] == 72 - 7
+    rows = pq.read_table(tmp_path / "dataset/train/rejects.parquet").to_pylist()
+    reasons = sorted(row["reason"] for row in rows)
+    assert reasons == ["box outside"] + 3 * ["missing"] + 3 * ["truncated or damaged"]
+    assert run("verify", config) == 0
+
+
+def test_photos_are_read_straight_from_a_zip(packed: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        for path in sorted((packed / "photos").iterdir()):
+            target.write(path, f"VG_100K/{path.name}")
+    arguments = ("--pack.images", f"[{archive}]", "--paths.dataset", str(tmp_path / "d"))
+    assert run("pack", packed / "config.yaml", *arguments) == 0
+    assert tree(tmp_path / "d") == tree(packed / "dataset")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut_on_a_member", "cut_inside", "missing", "swapped"])
+def test_verify_and_the_reader_find_damage_that_tarfile_does_not(
+    packed: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "dataset"
+    shutil.copytree(packed / "dataset", root)
+    shards = sorted((root / "train/shards").iterdir())
+    path, data = shards[0], bytearray(shards[0].read_bytes())
+    path.chmod(0o644)
+    if damage == "flip":
+        data[600] ^= 1
+        path.write_bytes(data)
+    elif damage == "cut_on_a_member":
+        split = open_split(open_dataset(str(root), cache=tmp_path), "train")
+        path.write_bytes(data[: int(split.index.offset[4])])
+    elif damage == "cut_inside":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(shards[1].read_bytes())
+    arguments = ("--paths.dataset", str(root), "--paths.merged", str(tmp_path / "none"))
+    assert run("verify", packed / "config.yaml", *arguments) == 65
+    assert path.name in capsys.readouterr().err
+    split = open_split(open_dataset(str(root), cache=tmp_path), "train")
+    reader = RowReader(split)
+    with pytest.raises((DataError, OSError), match=path.name):
+        for row in range(split.shards[0].samples):
+            reader.read(row)
