@@ -57,7 +57,7 @@ class ShardPart:
     """A finished shard: its tar's name, size and digest, and one entry per sample in `columns`."""
 
     name: str
-    bytes: int = 0
+    size_bytes: int = 0
     sha256: str = ""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class ShardPart:
 
     def encode(self) -> bytes:
         """Parquet bytes, the shard's own facts in the schema's metadata."""
-        facts = {"bytes": self.bytes, "name": self.name, "rejects": self.rejects}
+        facts = {"size_bytes": self.size_bytes, "name": self.name, "rejects": self.rejects}
         facts["sha256"] = self.sha256
         schema = PART_SCHEMA.with_metadata({"part": json.dumps(facts, sort_keys=True)})
         return encode_table(self.columns, schema)
@@ -113,7 +113,7 @@ class TarBuilder:
         entry: dict[str, Any] = {
             "uid": uid,
             "shard": 0,  # its position is known only once all shards are
-            "offset": self.part.bytes,
+            "offset": self.part.size_bytes,
             "length": len(sample.data),
             "object_id": object_id,
             "crc32": sample.crc32,
@@ -127,7 +127,7 @@ class TarBuilder:
 
     def finish(self) -> ShardPart:
         """Close the tar; `path` is whole from now on."""
-        self._write(tar_end(self.part.bytes))
+        self._write(tar_end(self.part.size_bytes))
         self._file.close()
         self.part.sha256 = self._sha.hexdigest()
         return self.part
@@ -135,7 +135,7 @@ class TarBuilder:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._sha.update(data)
-        self.part.bytes += len(data)
+        self.part.size_bytes += len(data)
 
 
 def part_key(split: str, shard: str) -> str:
@@ -165,11 +165,9 @@ def commit_split(
     filled = [part for part in parts if part.samples]
     indexes = []
     for position, part in enumerate(filled):
-        columns = dict(part.columns)
-        columns["shard"] = np.full(part.samples, position)
-        indexes.append(index_from_columns(columns))
+        indexes.append(index_from_columns({**part.columns, "shard": [position] * part.samples}))
     index = concat_indexes(indexes)
-    shards = [Shard(part.name, part.bytes, part.sha256, part.samples) for part in filled]
+    shards = [Shard(part.name, part.size_bytes, part.sha256, part.samples) for part in filled]
     labels = {
         name: [value for part in filled for value in part.columns[name]]
         for name in LABELS_SCHEMA.names

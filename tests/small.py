@@ -93,7 +93,10 @@ def _photo(
         tint = np.array(COLORS[color])
         patch = pixels[y : y + h, x : x + w]
         pixels[y : y + h, x : x + w] = (0.3 * patch + 0.7 * tint).astype(np.uint8)
-        others = rng.permutation(OTHERS)
+        owner = int(rng.integers(len(OBJECTS)))
+        # Each object has its own six further attributes; validation also knows a seventh.
+        known = OTHERS[owner : owner + (7 if image_id.startswith("val") else 6)]
+        others = rng.permutation(known)
         absent = [name for name in COLORS if name != color]
         records.append(
             {
@@ -101,9 +104,9 @@ def _photo(
                 "instance_id": f"{number + place:06d}",
                 "instance_bbox": [x, y, w, h],
                 "instance_polygon": None,
-                "object_name": str(rng.choice(OBJECTS)),
+                "object_name": OBJECTS[owner],
                 "positive_attributes": sorted([color, *others[: rng.integers(0, 3)].tolist()]),
-                "negative_attributes": sorted([absent[0], *others[4 : 4 + rng.integers(0, 3)]]),
+                "negative_attributes": sorted([absent[0], *others[3 : 3 + rng.integers(0, 5)]]),
             }
         )
     return pixels, records

@@ -1,6 +1,7 @@
 """The order of an epoch: laws over random layouts, an independent oracle, golden orders."""
 
 import hashlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_the_order_is_the_design_written_out_slowly() -> None:
             edge += window
         edges.append(len(mine))
         column = []
-        for low, high in zip(edges, edges[1:], strict=False):
+        for low, high in pairwise(edges):
             key = keyed_hash(np.arange(low, high, dtype=np.uint64), seed, 2, epoch, lane).tolist()
             column += [mine[low + k] for k in sorted(range(high - low), key=lambda k: key[k])]
         columns.append(column)

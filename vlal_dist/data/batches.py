@@ -147,11 +147,6 @@ class BatchMaker:
         return np.where(np.isfinite(weights), weights, np.float32(0))
 
 
-def likelihood_of_tar(sample: Sample) -> npt.NDArray[np.float32] | None:
-    """The log-likelihood inside a merged tar."""
-    return sample.log_likelihood
-
-
 def _decode(sample: Sample) -> npt.NDArray[np.uint8]:
     try:
         return decode_rgb(sample.jpg)

@@ -45,7 +45,7 @@ def score_key(split: str, *, shard_sha256: str, scorer_digest: str) -> str:
 
 def encode_scores(scores: ShardScores) -> bytes:
     """Safetensors bytes; equal scores give equal bytes."""
-    arrays = {
+    arrays: dict[str, npt.NDArray[Any]] = {
         "uid": scores.uid,
         "embedding": scores.embedding,
         "indptr": scores.indptr,

@@ -1,0 +1,212 @@
+"""From the records of annotation files to instances: what a record must hold, and duplicates.
+
+Pure functions from lists to lists, no I/O. Records are VAW's: image_id, instance_id, instance_bbox
+(x, y, width, height in pixels), object_name, positive_attributes, negative_attributes; further
+fields are ignored.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vlal_dist.errors import DataError
+
+FIELDS = (
+    "image_id",
+    "instance_id",
+    "instance_bbox",
+    "object_name",
+    "positive_attributes",
+    "negative_attributes",
+)
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One annotated object in one photo.
+
+    Attributes:
+        split: train, val or test.
+        instance_id: unique over all splits.
+        image_id: names the photo, `{image_id}.jpg`.
+        object_name: as annotated, or its representative after the merge.
+        box: x, y, width, height in pixels of the photo.
+        positive: attribute names annotated as present, as listed (repeats are kept).
+        negative: attribute names annotated as absent, as listed.
+    """
+
+    split: str
+    instance_id: str
+    image_id: str
+    object_name: str
+    box: Box
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A record that cannot be used: where it was, the reason in one word, and what was found."""
+
+    split: str
+    instance_id: str
+    reason: str
+    detail: str
+
+
+def parse_records(
+    records: Sequence[object], *, split: str, source: str
+) -> tuple[list[Instance], list[Reject]]:
+    """Read one annotation file's records.
+
+    Args:
+        records: the file's list.
+        split: the split that the file belongs to.
+        source: file name, for the details of rejects.
+
+    Returns:
+        Usable instances in order, and rejects.
+    """
+    instances, rejects = [], []
+    for position, record in enumerate(records):
+        try:
+            instances.append(_parse_record(record, split=split))
+        except _Unusable as error:
+            rejects.append(
+                Reject(
+                    split=split,
+                    instance_id=_known_id(record),
+                    reason=error.reason,
+                    detail=f"{source}[{position}]: {error.detail}",
+                )
+            )
+    return instances, rejects
+
+
+def drop_duplicates(instances: Sequence[Instance]) -> tuple[list[Instance], list[Reject]]:
+    """Keep the first of identical instances.
+
+    Raises:
+        DataError: one instance id stands for different contents or in two splits.
+    """
+    first: dict[str, Instance] = {}
+    rejects: list[Reject] = []
+    conflicts: dict[str, str] = {}
+    for instance in instances:
+        known = first.setdefault(instance.instance_id, instance)
+        if known is instance:
+            continue
+        if _content(known) == _content(instance):
+            detail = "the same instance was read before"
+            rejects.append(Reject(instance.split, instance.instance_id, "duplicate", detail))
+        else:
+            where = f"{known.split}, {instance.split}" if known.split != instance.split else ""
+            conflicts.setdefault(instance.instance_id, where or f"twice in {known.split}")
+    if conflicts:
+        shown = "; ".join(f"{name} ({where})" for name, where in list(conflicts.items())[:5])
+        raise DataError(
+            f"{len(conflicts)} instance ids stand for different records: {shown}; an id must name "
+            "one instance of one split: correct the annotation files"
+        )
+    return list(first.values()), rejects
+
+
+class _Unusable(Exception):
+    """A record must be rejected."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def _parse_record(record: object, *, split: str) -> Instance:
+    if not isinstance(record, dict):
+        raise _Unusable("not_a_record", f"{type(record).__name__} where an object is expected")
+    missing = [field for field in FIELDS if field not in record]
+    if missing:
+        raise _Unusable("missing_field", ", ".join(missing))
+    return Instance(
+        split=split,
+        instance_id=_id(record, "instance_id"),
+        image_id=_id(record, "image_id"),
+        object_name=_object(record["object_name"]),
+        box=_box(record["instance_bbox"]),
+        positive=_names(record["positive_attributes"], "positive_attributes"),
+        negative=_names(record["negative_attributes"], "negative_attributes"),
+    )
+
+
+def _id(record: Mapping[str, object], field: str) -> str:
+    value = record[field]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str) and _is_name(value):
+        return value
+    raise _Unusable("bad_id", f"{field} is {_short(value)}, not a text or an integer")
+
+
+def _object(value: object) -> str:
+    if isinstance(value, str) and _is_name(value):
+        return value
+    raise _Unusable("bad_object", f"object_name is {_short(value)}, not a name")
+
+
+def _names(value: object, field: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(n, str) and _is_name(n) for n in value):
+        raise _Unusable("bad_attributes", f"{field} is {_short(value)}, not a list of names")
+    return tuple(value)
+
+
+def _box(value: object) -> Box:
+    if isinstance(value, list) and len(value) == 4:
+        try:
+            x, y, width, height = (_finite(side) for side in value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        else:
+            if width > 0 and height > 0:
+                return x, y, width, height
+    raise _Unusable(
+        "bad_box",
+        f"instance_bbox is {_short(value)}, not four finite numbers with width and height above 0",
+    )
+
+
+def _finite(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _is_name(text: str) -> bool:
+    """Not blank, and valid Unicode: JSON can hold lone surrogates, which no file of ours can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return bool(text.strip())
+
+
+def _known_id(record: object) -> str:
+    try:
+        return _id(record, "instance_id") if isinstance(record, dict) else ""
+    except (_Unusable, KeyError):
+        return ""
+
+
+def _content(instance: Instance) -> object:
+    return replace(
+        instance,
+        positive=tuple(sorted(set(instance.positive))),
+        negative=tuple(sorted(set(instance.negative))),
+    )
+
+
+def _short(value: object) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

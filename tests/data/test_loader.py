@@ -1,0 +1,154 @@
+"""Batches and the training stream of a small real dataset: equal content on every layout."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.scored import write_scores
+from tests.small import run_all, write_small_vaw
+from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.likelihoods import likelihood_of_tar
+from vlal_dist.data.loader import TrainLoader
+from vlal_dist.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("loader")
+    run_all(write_small_vaw(folder), ["clean", "pack"])
+    write_scores(folder)
+    run_all(folder / "config.yaml", ["merge"])
+    return open_dataset(str(folder / "merged"), cache=folder / "cache")
+
+
+def make(dataset: Dataset, split: str = "train", likelihood: Any = likelihood_of_tar) -> BatchMaker:
+    return BatchMaker(
+        open_split(dataset, split),
+        feasible=dataset.feasible,
+        num_attributes=len(dataset.vocabulary.attributes),
+        image_size=64,
+        normalize=False,
+        threads=2,
+        read_likelihood=likelihood,
+    )
+
+
+def loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **options: Any) -> TrainLoader:
+    settings: dict[str, Any] = {"batch_size": 16, "accumulation": 1, "seed": 3, **options}
+    return TrainLoader(make(dataset), rank=rank, world_size=world_size, **settings)
+
+
+def samples(steps: Iterator[Any]) -> list[dict[tuple[int, int], torch.Tensor]]:
+    """Per step: (uid, visit) -> image."""
+    return [
+        {
+            (int(uid), int(visit)): image
+            for batch in step.micro_batches
+            for uid, visit, image in zip(batch.uid, batch.visit, batch.image, strict=True)
+        }
+        for step in steps
+    ]
+
+
+def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:
+    maker = make(merged)
+    rows = np.array([5, 0, 7])
+    batch = maker.make(rows, np.zeros(3, np.int64), np.array([False, True, False]))
+    plain = maker.make(rows, np.zeros(3, np.int64), np.zeros(3, np.bool_))
+    assert batch.image.shape == (3, 3, 64, 64) and batch.image.dtype == torch.float32
+    assert float(batch.image.min()) >= 0 and float(batch.image.max()) <= 1
+    assert torch.equal(batch.image[1], plain.image[1].flip(2))
+    for place, row in enumerate(rows):
+        sample = maker.reader.read(int(row))
+        assert torch.where(batch.label[place] == 1)[0].tolist() == sample.positive
+        assert torch.where(batch.label[place] == -1)[0].tolist() == sample.negative
+        feasible = merged.feasible.of(sample.object_id)
+        assert torch.where(batch.feasible[place])[0].tolist() == feasible.tolist()
+        assert sample.log_likelihood is not None and batch.inverse_weight is not None
+        weight = np.exp(sample.log_likelihood.max() - sample.log_likelihood)
+        assert np.allclose(batch.inverse_weight[place, feasible].numpy(), weight, rtol=1e-5)
+    maker.close()
+
+
+def test_every_layout_sees_the_same_samples_and_pixels(merged: Dataset) -> None:
+    one = loader(merged, lanes=8, micro_batches=4)
+    whole = samples(one.epoch(1, 0))
+    assert sum(map(len, whole)) == one.epoch_samples == 64
+    for world in (2, 3, 4):
+        parts = [loader(merged, rank, world, lanes=8, micro_batches=4) for rank in range(world)]
+        for step, per_rank in enumerate(
+            zip(*(samples(part.epoch(1, 0)) for part in parts), strict=True)
+        ):
+            together = {key: image for rank in per_rank for key, image in rank.items()}
+            assert together.keys() == whole[step].keys()
+            assert all(torch.equal(image, whole[step][key]) for key, image in together.items())
+        for part in parts:
+            part.close()
+    one.close()
+
+
+def test_resuming_at_a_sample_continues_the_epoch(merged: Dataset) -> None:
+    one = loader(merged)
+    whole = samples(one.epoch(0, 0))
+    assert [set(step) for step in samples(one.epoch(0, 32))] == [set(step) for step in whole[2:]]
+    one.close()
+
+
+def test_visits_change_flips_and_seeds_change_order(merged: Dataset) -> None:
+    one, other = loader(merged), loader(merged, seed=4)
+    first, second = samples(one.epoch(0, 0)), samples(one.epoch(1, 0))
+    images = [
+        {uid: image for step in epoch for (uid, _), image in step.items()}
+        for epoch in (first, second)
+    ]
+    both = images[0].keys() & images[1].keys()
+    equal = sum(torch.equal(images[0][uid], images[1][uid]) for uid in both)
+    assert 0.2 * len(both) < equal < 0.8 * len(both)
+    assert list(first[0]) != list(samples(other.epoch(0, 0))[0])
+    one.close()
+    other.close()
+
+
+def test_the_exact_end_keeps_every_sample(merged: Dataset) -> None:
+    exact = loader(merged, epoch_end="exact", batch_size=20)
+    steps = list(exact.epoch(0, 0))
+    assert [step.samples for step in steps] == [20, 20, 20, 12] and steps[-1].position == 72
+    assert exact.steps_per_epoch == 4
+    exact.close()
+
+
+def test_ranks_without_rows_still_have_their_micro_batches(merged: Dataset) -> None:
+    ranks = [loader(merged, rank, 5, lanes=8, micro_batches=1, batch_size=3) for rank in range(5)]
+    for rank, one in enumerate(ranks):
+        step = next(one.epoch(0, 0))
+        assert len(step.micro_batches) == 1
+        assert len(step.micro_batches[0]) == (1 if rank < 3 else 0), rank
+        one.close()
+
+
+def test_impossible_settings_are_refused(merged: Dataset) -> None:
+    with pytest.raises(ConfigError, match="lower it"):
+        loader(merged, batch_size=100)
+    with pytest.raises(ConfigError, match="at most 2 ranks"):
+        loader(merged, 0, 3, lanes=2)
+
+
+def test_training_on_samples_without_likelihood_says_what_to_do(merged: Dataset) -> None:
+    maker = make(merged, "val")
+    with pytest.raises(DataError, match="run score_clip and shard_tools merge"):
+        maker.make(np.array([0]), np.zeros(1, np.int64), np.zeros(1, np.bool_))
+    maker.close()
+
+
+def test_evaluation_goes_through_the_rows_in_order(merged: Dataset) -> None:
+    maker = make(merged, "test", None)
+    rows = np.arange(1, 24, 2)
+    batches = list(evaluation_batches(maker, rows, batch_size=5))
+    assert torch.cat([batch.row for batch in batches]).tolist() == rows.tolist()
+    assert [len(batch) for batch in batches] == [5, 5, 2]
+    assert batches[0].inverse_weight is None
+    maker.close()
