@@ -1,0 +1,298 @@
+"""What is special about S3: broken bodies, lost answers, refusals, counts; over real sockets."""
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import S3Server
+from tests.fault_proxy import Fault, FaultProxy
+from vlal_dist.errors import ConflictError, DataError, NotFoundError, StorageError
+from vlal_dist.storage import s3, s3_client
+from vlal_dist.storage.s3 import S3Store
+from vlal_dist.storage.s3_client import TRIES, Counts
+
+MIB = 1 << 20
+DATA = os.urandom(6 * MIB + 12_345)
+
+
+@pytest.fixture
+def proxy(moto_s3: S3Server) -> Iterator[FaultProxy]:
+    with FaultProxy(moto_s3.endpoint) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def root(moto_s3: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    """A store that reaches moto through the proxy, with one object in it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    store = S3Store(moto_s3.url(), read_timeout_s=1.0)
+    store.create("shard.tar", DATA)
+    proxy.log.clear()
+    return store
+
+
+@pytest.fixture
+def behind(moto_s3: S3Server) -> Any:
+    """A client that goes around store and proxy."""
+    return moto_s3.client()
+
+
+def name_of(store: S3Store, key: str) -> dict[str, str]:
+    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+    return {"Bucket": bucket, "Key": f"{prefix}/{key}"}
+
+
+class TestBrokenBodies:
+    @pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
+    def test_a_broken_body_is_resumed(self, root: S3Store, proxy: FaultProxy, kind: Any) -> None:
+        proxy.faults = [Fault(kind, at=3 * MIB + 500, seconds=3.0)]
+        before = root.counts
+        assert root.read("shard.tar", offset=1000, length=6 * MIB) == DATA[1000 : 1000 + 6 * MIB]
+        first, second = proxy.log
+        assert (first.fault, second.fault) == (kind, None)
+        assert first.headers["range"] == f"bytes=1000-{1000 + 6 * MIB - 1}"
+        assert "if-match" not in first.headers
+        # After an orderly close every byte that arrived is kept, else whole reads of 1 MiB are.
+        reached = 1000 + 3 * MIB + (500 if kind == "truncate" else 0)
+        assert second.headers["range"] == f"bytes={reached}-{1000 + 6 * MIB - 1}"
+        assert second.headers["if-match"].strip('"') == hashlib.md5(DATA).hexdigest()
+        assert root.counts.retries - before.retries == 1
+        assert root.counts.requests - before.requests == 2
+        assert root.counts.bytes_in - before.bytes_in == 6 * MIB
+
+    def test_a_read_of_everything_is_resumed(self, root: S3Store, proxy: FaultProxy) -> None:
+        proxy.faults = [Fault("reset", at=2 * MIB), Fault("truncate", at=MIB)]
+        assert root.read("shard.tar") == DATA
+        ranges = [seen.headers.get("range") for seen in proxy.log]
+        last = len(DATA) - 1
+        assert ranges == [None, f"bytes={2 * MIB}-{last}", f"bytes={3 * MIB}-{last}"]
+
+    def test_a_body_that_always_breaks_is_an_error(self, root: S3Store, proxy: FaultProxy) -> None:
+        proxy.faults = [Fault("reset", times=99, at=1000)]
+        with pytest.raises(StorageError, match=rf"'shard.tar': the body broke off {TRIES} times"):
+            root.read("shard.tar", length=100_000)
+        assert len(proxy.log) == TRIES
+
+    def test_an_object_replaced_in_between_is_not_mixed(
+        self, root: S3Store, proxy: FaultProxy, behind: Any
+    ) -> None:
+        other = os.urandom(len(DATA))
+        proxy.faults = [
+            Fault(
+                "truncate",
+                at=2 * MIB,
+                then=lambda: behind.put_object(**name_of(root, "shard.tar"), Body=other),
+            )
+        ]
+        with pytest.raises(DataError, match=r"'shard\.tar' was replaced while being read"):
+            root.read("shard.tar")
+
+    def test_an_object_deleted_in_between(
+        self, root: S3Store, proxy: FaultProxy, behind: Any
+    ) -> None:
+        gone = name_of(root, "shard.tar")
+        proxy.faults = [Fault("reset", at=MIB, then=lambda: behind.delete_object(**gone))]
+        with pytest.raises(NotFoundError, match=r"shard\.tar"):
+            root.read("shard.tar")
+
+    def test_a_flipped_bit_is_left_to_the_callers_checksum(
+        self, root: S3Store, proxy: FaultProxy, tmp_path: Path
+    ) -> None:
+        """S3 has no check of a read's bytes that all stores offer: `fetch` and the index do it."""
+        from vlal_dist.storage.store import fetch
+
+        proxy.faults = [Fault("flip", at=5000)]
+        digest = hashlib.sha256(DATA).hexdigest()
+        with pytest.raises(DataError, match=f"expected {digest}"):
+            fetch(root, "shard.tar", cache=tmp_path, sha256=digest)
+        assert list(tmp_path.iterdir()) == []
+        assert fetch(root, "shard.tar", cache=tmp_path, sha256=digest).read_bytes() == DATA
+
+
+class TestRetries:
+    def test_busy_answers_are_repeated_and_counted(self, root: S3Store, proxy: FaultProxy) -> None:
+        proxy.faults = [Fault("busy", times=2)]
+        before = root.counts
+        assert root.read("shard.tar", length=10) == DATA[:10]
+        assert root.counts.requests - before.requests == 3
+        assert root.counts.retries - before.retries == 2
+
+    def test_a_store_that_stays_busy_is_an_error(self, root: S3Store, proxy: FaultProxy) -> None:
+        proxy.faults = [Fault("busy", match="^HEAD ", times=99)]
+        with pytest.raises(StorageError, match=f"503.* in {TRIES} tries: the store is busy"):
+            root.size("shard.tar")
+        assert len(proxy.log) == TRIES
+
+    def test_latency_below_the_timeout_costs_no_retry(
+        self, root: S3Store, proxy: FaultProxy
+    ) -> None:
+        proxy.faults = [Fault("latency", seconds=0.4)]
+        before = root.counts
+        assert root.read("shard.tar", length=10) == DATA[:10]
+        assert root.counts.retries == before.retries
+
+    @pytest.mark.parametrize("as_file", [False, True])
+    def test_a_commit_whose_answer_was_lost_finds_itself(
+        self, root: S3Store, proxy: FaultProxy, tmp_path: Path, as_file: bool
+    ) -> None:
+        proxy.faults = [Fault("lost", match="^PUT ")]
+        body: bytes | Path = b"x" * 300_000
+        if as_file:
+            (tmp_path / "source").write_bytes(b"x" * 300_000)
+            body = tmp_path / "source"
+        assert root.create("commit", body) is False
+        assert root.read("commit") == b"x" * 300_000
+        assert [seen.fault for seen in proxy.log if seen.line.startswith("PUT")] == ["lost", None]
+        with pytest.raises(ConflictError):
+            root.create("commit", b"other")
+
+    def test_a_commit_is_repeated_when_busy(self, root: S3Store, proxy: FaultProxy) -> None:
+        proxy.faults = [Fault("busy", match="^PUT ", times=2)]
+        assert root.create("commit", b"x") is True
+        puts = [seen for seen in proxy.log if seen.line.startswith("PUT")]
+        assert [seen.headers["if-none-match"] for seen in puts] == ["*"] * 3
+        assert all("content-md5" in seen.headers for seen in puts)
+
+
+class TestCommits:
+    def test_objects_of_other_tools_are_compared_by_content(
+        self, root: S3Store, behind: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(s3, "_COMPARE_BYTES", 1000)
+        behind.put_object(**name_of(root, "foreign"), Body=DATA[:3500])
+        assert root.create("foreign", DATA[:3500]) is False
+        with pytest.raises(ConflictError, match=hashlib.sha256(DATA[:3500]).hexdigest()):
+            root.create("foreign", DATA[:3499])
+
+    def test_the_digest_is_recorded(self, root: S3Store, behind: Any) -> None:
+        head = behind.head_object(**name_of(root, "shard.tar"))
+        assert head["Metadata"] == {"sha256": hashlib.sha256(DATA).hexdigest()}
+
+    def test_more_than_one_put_can_carry_is_refused(self, root: S3Store, tmp_path: Path) -> None:
+        huge = tmp_path / "huge"
+        with huge.open("wb") as file:
+            file.truncate(s3.MAX_OBJECT_BYTES + 1)
+        with pytest.raises(StorageError, match=r"5368709121 bytes; .*pack\.shard_bytes"):
+            root.create("huge", huge)
+
+    def test_folder_marks_are_not_listed(self, root: S3Store, behind: Any) -> None:
+        behind.put_object(**name_of(root, "folder/"), Body=b"")
+        assert root.list_keys() == ["shard.tar"]
+
+    def test_counts(self, moto_s3: S3Server) -> None:
+        store = S3Store(moto_s3.url())
+        assert store.counts == Counts()
+        store.create("k", b"12345")
+        store.create("k", b"12345")  # PUT refused, HEAD compared
+        assert store.read("k", offset=1) == b"2345"
+        assert store.counts == Counts(requests=4, retries=0, bytes_in=4, bytes_out=5)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if store.counts == Counts() else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+class TestRefusals:
+    """One clear line that names the remedy and never a secret."""
+
+    @pytest.fixture(autouse=True)
+    def _quick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(s3_client, "_LONGEST_PAUSE_S", 0.01)
+
+    def test_no_credentials(self, moto_s3: S3Server) -> None:
+        nothing = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+        with moto_s3.environment(**nothing), pytest.raises(StorageError) as caught:
+            S3Store(moto_s3.url()).exists("k")
+        assert "no AWS credentials" in str(caught.value)
+        assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(caught.value)
+
+    def test_an_absent_profile(self, moto_s3: S3Server) -> None:
+        expected = pytest.raises(StorageError, match=r"ProfileNotFound.*AWS_PROFILE")
+        with moto_s3.environment(AWS_PROFILE="nobody"), expected:
+            S3Store(moto_s3.url()).exists("k")
+
+    def test_no_bucket(self, moto_s3: S3Server) -> None:
+        store = S3Store("s3://vlal-no-such-bucket/x")
+        for use in (store.read, store.list_keys, lambda key: store.create(key, b"x")):
+            with pytest.raises(StorageError, match="no bucket 'vlal-no-such-bucket'; create it"):
+                use("k")
+
+    @pytest.mark.parametrize("endpoint", ["not a url", "ftp://"])
+    def test_an_endpoint_that_is_no_url(self, moto_s3: S3Server, endpoint: str) -> None:
+        expected = pytest.raises(StorageError, match="check AWS_ENDPOINT_URL")
+        with moto_s3.environment(AWS_ENDPOINT_URL=endpoint), expected:
+            S3Store(moto_s3.url()).exists("k")
+
+    def test_nobody_listens(self, moto_s3: S3Server) -> None:
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            endpoint = f"http://user:password@127.0.0.1:{closed.getsockname()[1]}"
+            expected = pytest.raises(StorageError, match=r"no answer from http://127.* in 5 tries")
+            with moto_s3.environment(AWS_ENDPOINT_URL=endpoint), expected as caught:
+                S3Store(moto_s3.url()).exists("k")
+        assert "password" not in str(caught.value)
+
+    @pytest.mark.parametrize("wrong", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+    def test_wrong_keys_are_refused_by_a_real_gateway(self, ceph_s3: S3Server, wrong: str) -> None:
+        with ceph_s3.environment(**{wrong: "leaked-if-printed"}):
+            store = S3Store(ceph_s3.url())
+            for use in (store.exists, store.read, lambda key: store.create(key, b"x")):
+                with pytest.raises(
+                    StorageError, match=r"\(403 .*check AWS_ACCESS_KEY_ID"
+                ) as caught:
+                    use("k")
+                assert type(caught.value) is StorageError
+                assert "leaked" not in str(caught.value)
+
+    def test_damage_on_the_way_up_is_refused_by_a_real_gateway(
+        self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = s3.digests_of
+
+        def another(data: bytes | Path) -> Any:
+            return real(b"what was meant to be sent")
+
+        monkeypatch.setattr(s3, "digests_of", another)
+        store = S3Store(ceph_s3.url())
+        with pytest.raises(StorageError, match="the bytes changed on the way"):
+            store.create("k", b"what arrives")
+        assert not store.exists("k")
+
+    def test_resume_against_a_real_gateway(
+        self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = S3Store(ceph_s3.url())
+        store.create("shard.tar", DATA)
+        with FaultProxy(ceph_s3.endpoint) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            through = S3Store(store.url)
+            proxy.faults = [Fault("reset", at=3 * MIB + 1), Fault("truncate", at=MIB + 1)]
+            assert through.read("shard.tar") == DATA
+            proxy.faults = [
+                Fault("reset", at=3 * MIB, then=lambda: store.replace("shard.tar", DATA[::-1]))
+            ]
+            with pytest.raises(DataError, match="was replaced while being read"):
+                through.read("shard.tar")
+
+
+def test_custom_stores_are_addressed_by_path(moto_s3: S3Server, proxy: FaultProxy) -> None:
+    """Few of them answer to bucket.host, and fewer have a DNS name for it."""
+    by_name = proxy.endpoint.replace("127.0.0.1", "localhost")
+    with moto_s3.environment(AWS_ENDPOINT_URL=by_name):
+        assert S3Store(moto_s3.url("p")).create("k", b"x") is True
+    assert proxy.log[0].line == f"PUT /{moto_s3.bucket}/p/k"
+
+
+def test_a_retry_is_logged(
+    root: S3Store, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.faults = [Fault("truncate", at=2 * MIB)]
+    with caplog.at_level(logging.WARNING):
+        root.read("shard.tar")
+    assert f"'shard.tar': the body broke off at byte {2 * MIB}; try 2 of {TRIES}" in caplog.text

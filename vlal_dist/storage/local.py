@@ -1,0 +1,198 @@
+"""A root on a local or shared POSIX file system: whole files appear at once or not at all."""
+
+import errno
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vlal_dist.errors import NotFoundError
+from vlal_dist.storage.checks import (
+    ABSENT,
+    TEMPORARY_PREFIX,
+    check_key,
+    check_prefix,
+    check_range,
+    chunks_of,
+    conflict,
+    sha256_of,
+    short_read,
+    translated_errors,
+)
+
+
+class LocalStore:
+    """Files under one folder; implements `vlal_dist.storage.store.Store`.
+
+    Symbolic links to files are read and listed, links to folders are not descended into.
+
+    Args:
+        root: the folder; made at the first write.
+    """
+
+    def __init__(self, root: Path) -> None:
+        # Absolute, because worker processes may be started in another folder.
+        self._root = Path(os.path.abspath(root))
+        self.url = str(self._root)
+
+    def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """See `Store.read`."""
+        path = self._path(key)
+        check_range(key, offset, length)
+        with translated_errors(path), path.open("rb", buffering=0) as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            wanted = size_bytes - offset if length is None else length
+            if wanted < 0 or offset + wanted > size_bytes:
+                got = max(0, size_bytes - offset)
+                raise short_read(
+                    self.url, key, offset=offset, wanted=max(wanted, length or 0), got=got
+                )
+            data = _read_exactly(file.fileno(), offset, wanted)
+        if len(data) != wanted:
+            raise short_read(self.url, key, offset=offset, wanted=wanted, got=len(data))
+        return data
+
+    def size(self, key: str) -> int:
+        """See `Store.size`."""
+        path = self._path(key)
+        with translated_errors(path):
+            found = path.stat()
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            return found.st_size
+
+    def exists(self, key: str) -> bool:
+        """See `Store.exists`."""
+        try:
+            self.size(key)
+        except NotFoundError:
+            return False
+        return True
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        """See `Store.create`: a finished file gets its final name by link(2), which never replaces.
+
+        Raises:
+            StorageError: also where the file system has no hard links.
+        """
+        path = self._path(key)
+        with translated_errors(path):
+            if not path.is_file():
+                given, created = self._link_new(path, data)
+                if created:
+                    return True
+            else:
+                given = sha256_of(data)
+            existing = sha256_of(path)
+        if existing != given:
+            raise conflict(self.url, key, existing=existing, given=given)
+        return False
+
+    def replace(self, key: str, data: bytes) -> None:
+        """See `Store.replace`."""
+        path = self._path(key)
+        with translated_errors(path), _temporary_beside(path) as temporary:
+            _write_durably(temporary, data)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        path = self._path(key)
+        with translated_errors(path), suppress(FileNotFoundError):
+            path.unlink()
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """See `Store.list_keys`."""
+        folder, _, _ = check_prefix(prefix).rpartition("/")
+        keys = []
+        with translated_errors(self._root / folder):
+            for directory, _, names in os.walk(self._root / folder, onerror=_raise_unless_absent):
+                below = Path(directory).relative_to(self._root).as_posix()
+                parent = "" if below == "." else f"{below}/"
+                keys += [parent + name for name in names if not name.startswith(TEMPORARY_PREFIX)]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    def local_path(self, key: str) -> Path | None:
+        """See `Store.local_path`; the file need not exist."""
+        return self._path(key)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _link_new(self, path: Path, data: bytes | Path) -> tuple[str, bool]:
+        """Write, then name; returns the sha256 of `data` and whether the name was still free."""
+        with _temporary_beside(path) as temporary:
+            given = _write_durably(temporary, data)
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return given, False
+        _sync_folder(path.parent)
+        return given, True
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A new name in the folder of `path` (which is made), removed at the end if still there.
+
+    A killed process leaves it behind: harmless, hidden from listings, never reused.
+    """
+    _make_folder(path.parent)
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _make_folder(folder: Path) -> None:
+    """Like mkdir -p, but each new folder's entry is on disk before anything is put into it."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync_folder(folder.parent)
+
+
+def _write_durably(path: Path, data: bytes | Path) -> str:
+    """Write a new file and flush it to disk; returns the sha256 of what was written.
+
+    A source file is copied, never linked: its owner may still change it.
+    """
+    sha256 = hashlib.sha256()
+    with path.open("xb") as file:
+        for chunk in chunks_of(data):
+            file.write(chunk)
+            sha256.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the names in a folder, so that a finished commit survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_exactly(descriptor: int, offset: int, length: int) -> bytes:
+    """`length` bytes, or fewer at the end of the file (one pread returns at most 2 GiB)."""
+    parts: list[bytes] = []
+    while length and (part := os.pread(descriptor, length, offset)):
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def _raise_unless_absent(error: OSError) -> None:
+    """A folder that is not there (or is a file) holds no keys; any other error is one."""
+    if error.errno not in ABSENT:
+        raise error

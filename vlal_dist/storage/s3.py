@@ -1,0 +1,276 @@
+"""An S3 bucket as a root: reads that resume mid-body, commits that never overwrite.
+
+boto3 retries a request until its headers arrive; what breaks after that, in the body, is resumed
+here. Writes use single PUTs only, never multipart.
+"""
+
+import base64
+import hashlib
+import logging
+from collections.abc import Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import HTTPClientError, IncompleteReadError
+from urllib3.exceptions import HTTPError
+
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
+from vlal_dist.storage.checks import (
+    Digests,
+    check_key,
+    check_prefix,
+    check_range,
+    conflict,
+    digests_of,
+    short_read,
+    translated_errors,
+)
+from vlal_dist.storage.s3_client import TRIES, Counts, S3Client
+
+logger = logging.getLogger(__name__)
+
+MAX_OBJECT_BYTES = 5 << 30
+"""What one PUT may carry."""
+LIST_PAGE = 1000
+"""Keys in one reply of a listing."""
+_READ_BYTES = 1 << 20
+_COMPARE_BYTES = 64 << 20
+_BROKEN_BODY = (IncompleteReadError, HTTPClientError, HTTPError)
+
+
+class S3Store:
+    """Objects under `s3://bucket/prefix`; implements `vlal_dist.storage.store.Store`.
+
+    Args:
+        url: the root.
+        read_timeout_s: longest silence of the server before a request is broken off and repeated.
+
+    Raises:
+        ConfigError: the URL names no bucket or an unclean prefix.
+    """
+
+    def __init__(self, url: str, *, read_timeout_s: float = 60.0) -> None:
+        scheme, _, rest = url.partition("://")
+        bucket, _, prefix = rest.partition("/")
+        prefix = prefix.rstrip("/")
+        if scheme.lower() != "s3" or not bucket:
+            raise ConfigError(f"root {url!r}: an S3 root is written s3://bucket/prefix")
+        try:
+            self._prefix = f"{check_key(prefix)}/" if prefix else ""
+        except DataError as error:
+            raise ConfigError(f"root {url!r}: {error}") from error
+        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._client = S3Client(self.url, bucket, read_timeout_s=read_timeout_s)
+
+    @property
+    def counts(self) -> Counts:
+        """Requests, retries and bytes of this store in this process so far."""
+        return self._client.counts
+
+    def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """See `Store.read`; a broken body is resumed, of the same object or not at all."""
+        name = self._name(key)
+        check_range(key, offset, length)
+        if length == 0:
+            # HTTP has no empty range.
+            return self._empty_range(key, offset)
+        parts: list[bytes] = []
+        got, wanted, etag = 0, length, None
+        for attempt in range(TRIES):
+            if attempt:
+                self._repeat(attempt, key, f"the body broke off at byte {offset + got}")
+            left = None if wanted is None else wanted - got
+            reply = self._get(name, key, offset=offset + got, length=left, etag=etag)
+            if reply is None:
+                return b""
+            size_bytes = int(reply["ContentLength"])
+            if left is not None and size_bytes != left:
+                reply["Body"].close()
+                raise short_read(
+                    self.url, key, offset=offset, wanted=got + left, got=got + size_bytes
+                )
+            wanted = got + size_bytes
+            etag = reply.get("ETag")
+            got += self._drain(reply["Body"], parts)
+            if got == wanted:
+                return b"".join(parts)
+        raise StorageError(
+            f"{self.url}: {key!r}: the body broke off {TRIES} times, last at byte {offset + got}; "
+            "check the network and the store, then repeat the command"
+        )
+
+    def size(self, key: str) -> int:
+        """See `Store.size`."""
+        name = self._name(key)
+        return int(self._client.call("head_object", key, Key=name)["ContentLength"])
+
+    def exists(self, key: str) -> bool:
+        """See `Store.exists`."""
+        try:
+            self.size(key)
+        except NotFoundError:
+            return False
+        return True
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        """See `Store.create`: a conditional PUT (`If-None-Match: *`).
+
+        Raises:
+            StorageError: also above 5 GiB, the most that one PUT carries.
+        """
+        name = self._name(key)
+        digests = self._digests(key, data)
+        for attempt in range(TRIES):
+            if attempt:
+                self._repeat(attempt, key, "another writer was committing")
+            status = self._put(name, key, data, digests, passing=(409, 412), IfNoneMatch="*")
+            if status == 200:
+                return True
+            # 409: a delete or another commit was under way. 412: something is there.
+            existing = self._existing_sha256(name, key) if status == 412 else None
+            if existing == digests.sha256:
+                return False
+            if existing is not None:
+                raise conflict(self.url, key, existing=existing, given=digests.sha256)
+        raise StorageError(
+            f"{self.url}: {key!r}: the store refused the create-only PUT {TRIES} times although no "
+            "object stayed; look for another writer of this root, then repeat the command"
+        )
+
+    def replace(self, key: str, data: bytes) -> None:
+        """See `Store.replace`."""
+        self._put(self._name(key), key, data, self._digests(key, data))
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        self._client.call("delete_object", key, Key=self._name(key))
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """See `Store.list_keys`; names that end in `/` (folder marks of consoles) are left out."""
+        keys: list[str] = []
+        page: dict[str, Any] = {"Prefix": self._prefix + check_prefix(prefix), "MaxKeys": LIST_PAGE}
+        while True:
+            reply = self._client.call("list_objects_v2", prefix, **page)
+            names = [entry["Key"] for entry in reply.get("Contents", [])]
+            keys += [name[len(self._prefix) :] for name in names if not name.endswith("/")]
+            if not reply.get("IsTruncated"):
+                return sorted(keys)
+            page["ContinuationToken"] = reply["NextContinuationToken"]
+
+    def local_path(self, key: str) -> Path | None:
+        """See `Store.local_path`: None."""
+        check_key(key)
+        return None
+
+    def _name(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _repeat(self, attempt: int, key: str, why: str) -> None:
+        logger.warning("%s: %r: %s; try %d of %d", self.url, key, why, attempt + 1, TRIES)
+        self._client.pause(attempt)
+
+    def _get(
+        self, name: str, key: str, *, offset: int, length: int | None, etag: str | None
+    ) -> Any:
+        """Open the body from `offset` on; None when nothing follows and nothing was asked for."""
+        arguments = {"Key": name}
+        if offset or length is not None:
+            last = "" if length is None else offset + length - 1
+            arguments["Range"] = f"bytes={offset}-{last}"
+        if etag is not None:
+            arguments["IfMatch"] = etag
+        reply = self._client.call("get_object", key, passing=(412, 416), **arguments)
+        if reply.get("status") == 412:
+            raise DataError(
+                f"{self.url}: {key!r} was replaced while being read; stored data is never "
+                "edited in place: find the writer, and start again from a root that nobody changes"
+            )
+        if reply.get("status") == 416:
+            size_bytes = self.size(key)
+            if length is None and offset == size_bytes:
+                return None
+            got = max(0, size_bytes - offset)
+            raise short_read(self.url, key, offset=offset, wanted=length or 0, got=got)
+        if "Range" in arguments and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
+            reply["Body"].close()
+            raise StorageError(
+                f"{self.url}: {key!r}: the store ignores Range requests; use one that serves them"
+            )
+        return reply
+
+    def _empty_range(self, key: str, offset: int) -> bytes:
+        size_bytes = self.size(key)
+        if offset > size_bytes:
+            raise short_read(self.url, key, offset=offset, wanted=0, got=0)
+        return b""
+
+    def _drain(self, body: Any, parts: list[bytes]) -> int:
+        """Append what the body gives until it ends or breaks; returns the bytes appended."""
+        size_bytes = 0
+        try:
+            while part := body.read(_READ_BYTES):
+                parts.append(part)
+                size_bytes += len(part)
+        except _BROKEN_BODY as error:
+            logger.debug("%s: body broke off: %s", self.url, type(error).__name__)
+        finally:
+            body.close()
+            self._client.add(bytes_in=size_bytes)
+        return size_bytes
+
+    def _digests(self, key: str, data: bytes | Path) -> Digests:
+        with translated_errors(data if isinstance(data, Path) else Path(key)):
+            size_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
+            if size_bytes > MAX_OBJECT_BYTES:
+                raise StorageError(
+                    f"{self.url}: {key!r} has {size_bytes} bytes; an S3 object written in one "
+                    f"request has at most {MAX_OBJECT_BYTES}: pack smaller shards "
+                    "(--pack.shard_bytes)"
+                )
+            return digests_of(data)
+
+    def _put(
+        self,
+        name: str,
+        key: str,
+        data: bytes | Path,
+        digests: Digests,
+        *,
+        passing: Collection[int] = (),
+        **conditions: str,
+    ) -> int:
+        """One PUT, its bytes checked by the server through Content-MD5; returns the status."""
+        with ExitStack() as stack:
+            body: Any = data
+            if isinstance(data, Path):
+                with translated_errors(data):
+                    body = stack.enter_context(data.open("rb"))
+            reply = self._client.call(
+                "put_object",
+                key,
+                passing=passing,
+                Key=name,
+                Body=body,
+                ContentMD5=base64.b64encode(digests.md5).decode(),
+                Metadata={"sha256": digests.sha256},
+                **conditions,
+            )
+        if "status" in reply:
+            return int(reply["status"])
+        self._client.add(bytes_out=digests.size_bytes)
+        return 200
+
+    def _existing_sha256(self, name: str, key: str) -> str | None:
+        """Digest of the stored object, computed if another tool wrote it; None if it is gone."""
+        head = self._client.call("head_object", key, passing=(404,), Key=name)
+        if head.get("status") == 404:
+            return None
+        if recorded := head["Metadata"].get("sha256"):
+            return str(recorded)
+        digest = hashlib.sha256()
+        size_bytes = int(head["ContentLength"])
+        for offset in range(0, size_bytes, _COMPARE_BYTES):
+            length = min(_COMPARE_BYTES, size_bytes - offset)
+            digest.update(self.read(key, offset=offset, length=length))
+        return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""One request to S3: the client of this process, its counts, and clear errors.
+
+The only file that imports boto3. Credentials, region and endpoint come from the AWS variables and
+profiles; no message repeats one of their values.
+"""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3.session
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+)
+from botocore.exceptions import (
+    ConnectionError as NoConnectionError,
+)
+
+from vlal_dist.errors import NotFoundError, StorageError
+
+TRIES = 5
+"""Times that a request, a body or a commit is tried before giving up."""
+_FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_CONNECT_TIMEOUT_S = 10.0
+_CONNECTIONS = 32
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
+# Own generator: a retry must not move the random state that training depends on.
+_jitter = random.SystemRandom()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one store did in this process.
+
+    Attributes:
+        requests: HTTP requests sent, retries included.
+        retries: requests repeated: by boto3, to resume a body, or to commit again.
+        bytes_in: object bytes received.
+        bytes_out: object bytes of accepted PUTs.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+@dataclass
+class _Process:
+    """What must not cross a fork: sockets, locks, counts."""
+
+    pid: int
+    client: Any = None
+    counts: Counts = field(default_factory=Counts)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    sent: threading.local = field(default_factory=threading.local)
+
+
+class S3Client:
+    """Requests to one bucket; safe to share by threads, to pickle, and to inherit by fork.
+
+    Args:
+        url: the root, for messages.
+        bucket: its bucket.
+        read_timeout_s: longest silence of the server before a request is broken off.
+    """
+
+    def __init__(self, url: str, bucket: str, *, read_timeout_s: float) -> None:
+        self._url = url
+        self._bucket = bucket
+        self._read_timeout_s = read_timeout_s
+        self._state: _Process | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_state": None}
+
+    @property
+    def counts(self) -> Counts:
+        """What this process did so far."""
+        return self._process().counts
+
+    def add(
+        self, *, requests: int = 0, retries: int = 0, bytes_in: int = 0, bytes_out: int = 0
+    ) -> None:
+        """Add to the counts."""
+        process = self._process()
+        with process.lock:
+            old = process.counts
+            process.counts = Counts(
+                old.requests + requests,
+                old.retries + retries,
+                old.bytes_in + bytes_in,
+                old.bytes_out + bytes_out,
+            )
+
+    def call(
+        self, operation: str, key: str, *, passing: Collection[int] = (), **arguments: Any
+    ) -> Any:
+        """Send one request, retried by boto3 until headers arrive, and return its reply.
+
+        Args:
+            operation: name of the boto3 method.
+            key: for messages.
+            passing: HTTP statuses that are returned as `{"status": ...}` instead of raised.
+            arguments: of the method, without the bucket.
+
+        Raises:
+            NotFoundError: status 404, unless the bucket itself is absent.
+            StorageError: anything else, in one line with a remedy.
+        """
+        process = self._process()
+        process.sent.requests = 0
+        try:
+            client = self._connected(process)
+            return getattr(client, operation)(Bucket=self._bucket, **arguments)
+        except ClientError as error:
+            status = error.response["ResponseMetadata"]["HTTPStatusCode"]
+            if status in passing:
+                return {"status": status}
+            raise self._refused(error, status, key, process.sent.requests) from error
+        except (BotoCoreError, ValueError) as error:
+            raise self._unreachable(error, process) from error
+        finally:
+            sent = process.sent.requests
+            self.add(requests=sent, retries=max(0, sent - 1))
+
+    def pause(self, attempt: int) -> None:
+        """Wait before the `attempt`-th repetition (1, 2, ...): doubling, with jitter; counts it."""
+        self.add(retries=1)
+        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+        time.sleep(longest_s * _jitter.uniform(0.5, 1.0))
+
+    def _process(self) -> _Process:
+        state = self._state
+        if state is None or state.pid != os.getpid():
+            # Two first threads may both get here; one client too many is closed unused.
+            self._state = state = _Process(os.getpid())
+        return state
+
+    def _connected(self, process: _Process) -> Any:
+        with process.lock:
+            if process.client is None:
+                process.client = self._connect(process)
+            return process.client
+
+    def _connect(self, process: _Process) -> Any:
+        """A client of its own session: boto3's clients are safe to share by threads, sessions not.
+
+        Stores other than AWS rarely have a host name per bucket, so they are addressed by path
+        unless the AWS profile says otherwise.
+        """
+        core = botocore.session.get_session()
+        session = boto3.session.Session(botocore_session=core)
+        config = Config(
+            retries={"mode": "standard", "total_max_attempts": TRIES},
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=self._read_timeout_s,
+            max_pool_connections=_CONNECTIONS,
+            # We send Content-MD5 and check our own digests; older stores reject the newer trailers.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        client = session.client("s3", config=config)
+        host = urlsplit(client.meta.endpoint_url).hostname or ""
+        chosen = core.get_scoped_config().get("s3", {})
+        by_path = Config(s3={"addressing_style": "path"})
+        if ".amazonaws.com" not in host and "addressing_style" not in chosen:
+            client = session.client("s3", config=config.merge(by_path))
+
+        def count_request(**_: Any) -> None:
+            # Runs in the calling thread, once for each try of boto3.
+            process.sent.requests += 1
+
+        client.meta.events.register("before-send.s3", count_request)
+        return client
+
+    def _refused(self, error: ClientError, status: int, key: str, tries: int) -> StorageError:
+        """The error for an answer; its text may hold a key id, so only its code is used."""
+        code = error.response["Error"]["Code"]
+        what = f"{self._url}: {key!r}: {error.operation_name} was refused ({status} {code})"
+        if code == "NoSuchBucket":
+            return StorageError(
+                f"{what}: there is no bucket {self._bucket!r}; create it, or check the name "
+                "and AWS_ENDPOINT_URL"
+            )
+        if status == 404:
+            return NotFoundError(f"{what}: no such object; check the root and the key")
+        if code in _WRONG_REGION or status == 301:
+            return StorageError(f"{what}: the bucket is in another region; set AWS_DEFAULT_REGION")
+        if status == 403 or code in _DENIED:
+            return StorageError(
+                f"{what}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or "
+                "AWS_PROFILE, and that they may list, read and write this bucket"
+            )
+        if status >= 500 or status == 429:
+            return StorageError(
+                f"{what} in {tries} tries: the store is busy; repeat the command later"
+            )
+        if code == "BadDigest":
+            return StorageError(f"{what}: the bytes changed on the way; repeat the command")
+        return StorageError(f"{what}: check the settings of the bucket, then repeat the command")
+
+    def _unreachable(self, error: Exception, process: _Process) -> StorageError:
+        """The error for a request that got no answer, or could not be sent."""
+        kind = type(error).__name__
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            return StorageError(
+                f"{self._url}: no AWS credentials ({kind}): set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        if isinstance(error, HTTPClientError | NoConnectionError) and process.client:
+            parts = urlsplit(process.client.meta.endpoint_url)
+            host = f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+            return StorageError(
+                f"{self._url}: no answer from {host} in {process.sent.requests} tries ({kind}): "
+                "check AWS_ENDPOINT_URL and the network"
+            )
+        return StorageError(
+            f"{self._url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
+            "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
+        )

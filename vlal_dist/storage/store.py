@@ -1,0 +1,161 @@
+"""One interface to local folders and S3 buckets: ranged read, create-only commit, list.
+
+Nothing here retries forever and nothing edits data in place; counts are returned, not published.
+"""
+
+import hashlib
+import os
+import re
+import uuid
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.storage.checks import TEMPORARY_PREFIX, translated_errors
+from vlal_dist.storage.local import LocalStore
+
+FETCH_BYTES = 64 << 20
+"""Bytes of one ranged read of `fetch`; also its peak memory."""
+
+
+class Store(Protocol):
+    """Objects under one root. Keys are relative and `/`-separated; a bad key is a DataError.
+
+    Safe to use from many threads and to pickle; a forked child makes its own connections.
+    """
+
+    url: str
+
+    def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        """Return `length` bytes from `offset` on (None: all that follow).
+
+        Raises:
+            NotFoundError: no such object.
+            StorageError: the object ends before the range does, or cannot be read.
+            DataError: the object was replaced while it was being read.
+        """
+        ...
+
+    def size(self, key: str) -> int:
+        """Return the size in bytes; NotFoundError, StorageError."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Return whether the object is there; StorageError if that cannot be known."""
+        ...
+
+    def create(self, key: str, data: bytes | Path) -> bool:
+        """Commit bytes or a file's content under a name that must be new; all or nothing.
+
+        Of racing writers at most one gets True. After an answer lost on the network the writer's
+        own object may be what it finds: then it gets False.
+
+        Returns:
+            True if the object was created, False if one with the same bytes was there.
+
+        Raises:
+            ConflictError: other bytes are there; they stay.
+            StorageError: nothing could be written.
+        """
+        ...
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Overwrite atomically. For status files only, never for data; StorageError."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove the object if it is there; StorageError."""
+        ...
+
+    def list_keys(self, prefix: str = "") -> list[str]:
+        """Return all keys that begin with `prefix`, sorted, without unfinished files."""
+        ...
+
+    def local_path(self, key: str) -> Path | None:
+        """Return the path of a local root's file, for memory maps; None when remote."""
+        ...
+
+
+def open_store(url: str) -> Store:
+    """Open a root: a plain path, `file:///path` or `s3://bucket/prefix`. Reads nothing yet.
+
+    Credentials, region and endpoint of S3 come from the AWS variables and profiles alone.
+
+    Raises:
+        ConfigError: another scheme, no bucket, or an empty or unclean path.
+    """
+    if re.match(r"s3:", url, re.IGNORECASE):
+        # Local users need not wait for boto3, which takes a third of a second to import.
+        from vlal_dist.storage.s3 import S3Store
+
+        return S3Store(url)
+    if re.match(r"file:", url, re.IGNORECASE):
+        parts = urlsplit(url)
+        if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+            raise ConfigError(f"root {url!r}: a file URL is written file:///absolute/path")
+        return LocalStore(Path(unquote(parts.path)))
+    if not url or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
+        raise ConfigError(
+            f"root {url!r}: give a path, file:///path or s3://bucket/prefix; other schemes are not "
+            "supported (a path whose first part holds a colon is written ./a:b)"
+        )
+    return LocalStore(Path(url).expanduser())
+
+
+def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
+    """Return a local file with the object's bytes, downloading a remote one once.
+
+    Args:
+        store: where the object is.
+        key: its key.
+        cache: local folder for downloads, named by digest; may be shared by processes.
+        sha256: expected digest, 64 lower-case hex digits; checked on download only.
+
+    Raises:
+        NotFoundError: no such object.
+        DataError: the digest is not one, or the downloaded bytes have another.
+        StorageError: network or disk.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise DataError(
+            f"{store.url}: digest of {key!r} is {sha256!r}, not 64 hex digits of sha256"
+        )
+    local = store.local_path(key)
+    if local is not None:
+        if not local.is_file():
+            raise NotFoundError(f"{local}: no such file; check the root and the key")
+        return local
+    target = cache / sha256
+    if target.is_file():
+        return target
+    temporary = cache / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+    with translated_errors(target):
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            got = _download(store, key, temporary)
+            if got != sha256:
+                raise DataError(
+                    f"{store.url}: {key!r} has sha256 {got}, expected {sha256}; the object was "
+                    "damaged or replaced: run `verify` on the root, then restore it"
+                )
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return target
+
+
+def _download(store: Store, key: str, path: Path) -> str:
+    """Write the object to a new local file, piece by piece; returns its sha256."""
+    digest = hashlib.sha256()
+    size_bytes = store.size(key)
+    with path.open("xb") as file:
+        for offset in range(0, size_bytes, FETCH_BYTES):
+            length = min(FETCH_BYTES, size_bytes - offset)
+            piece = store.read(key, offset=offset, length=length)
+            digest.update(piece)
+            file.write(piece)
+        file.flush()
+        # The cache trusts a name it finds, so the bytes must be on disk before the name is.
+        os.fsync(file.fileno())
+    return digest.hexdigest()
