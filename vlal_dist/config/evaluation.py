@@ -19,7 +19,7 @@ class EvaluationSection(Section):
     threshold: float = Field(0.5, ge=0, le=1, description="score above which mA counts a positive")
     truth: str | None = Field(
         None,
-        description="complete labels, Parquet with key and positive names (path; rendered data "
+        description="complete labels, Parquet: instance_id, positive names (path; rendered data "
         "only): also gives mAP on complete labels",
     )
     examples: int = Field(12, ge=0, description="crops in the page's Fig. 4 grid")

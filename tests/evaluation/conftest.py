@@ -1,0 +1,23 @@
+"""Fixtures: the small dataset of `tiny_dataset`, opened, and its complete labels."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation.tiny_dataset import write_dataset, write_truth
+from vlal_dist.data.dataset import Dataset, open_dataset
+
+
+@pytest.fixture(scope="session")
+def dataset_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "tiny")
+
+
+@pytest.fixture
+def dataset(dataset_root: Path, tmp_path: Path) -> Dataset:
+    return open_dataset(str(dataset_root), cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def truth_file(tmp_path: Path) -> Path:
+    return write_truth(tmp_path / "truth.parquet")

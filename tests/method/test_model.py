@@ -1,0 +1,139 @@
+"""f_a(x, o): gate, precision, reproducible weights, optimizer groups."""
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from torch import nn
+
+from vlal_dist.errors import ConfigError
+from vlal_dist.method.model import build_model, parameter_groups
+
+SMALL = {"depth": 18, "num_objects": 6, "num_attributes": 9}
+
+
+def image(batch=3):
+    return torch.rand(batch, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_gate_equals_a_linear_layer_on_one_hot_objects_over_the_feature_map():
+    model = build_model(**SMALL, object_gate=True).eval()
+    encoder = nn.Linear(6, 512)
+    with torch.no_grad():
+        encoder.weight.copy_(model.object_table.weight.t())
+        encoder.bias.copy_(model.object_bias)
+        objects = torch.tensor([5, 0, 3])
+        gate = torch.sigmoid(encoder(torch.eye(6)[objects]))
+        features = model.trunk(image()) * gate[:, :, None, None]
+        expected = model.classifier(features.mean(dim=(2, 3)))
+        torch.testing.assert_close(model(image(), objects), expected)
+
+
+def test_gate_starts_as_linears_default():
+    model = build_model(depth=18, num_objects=400, num_attributes=2, object_gate=True)
+    reference = nn.Linear(400, 512)
+    for ours, theirs in (
+        (model.object_table.weight, reference.weight),
+        (model.object_bias, reference.bias),
+    ):
+        assert 0.9 / 20 < ours.abs().max() <= 1 / 20 and theirs.abs().max() <= 1 / 20
+        assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.15)
+
+
+def test_without_gate_the_object_has_no_effect():
+    model = build_model(**SMALL, object_gate=False).eval()
+    with torch.no_grad():
+        first, second = (model(image(1), torch.tensor([o])) for o in (0, 5))
+    assert torch.equal(first, second)
+    assert not [name for name in model.state_dict() if name.startswith("object")]
+
+
+def test_logits_are_float32_under_autocast():
+    model = build_model(**SMALL, object_gate=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(image(), torch.tensor([0, 1, 2]))
+    assert logits.dtype == torch.float32 and logits.shape == (3, 9)
+    assert not torch.equal(logits, logits.bfloat16().float())
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_equal_seeds_give_equal_weights_and_leave_the_process_rng_alone():
+    before = torch.get_rng_state()
+    first = build_model(**SMALL, object_gate=True, seed=3).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(17)
+    second = build_model(**SMALL, object_gate=True, seed=3).state_dict()
+    other = build_model(**SMALL, object_gate=True, seed=4).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_trunk_weights_from_a_file(tmp_path, suffix):
+    resnet = torchvision.models.resnet18(weights=None)
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "safetensors":
+        safetensors.torch.save_file(resnet.state_dict(), path)
+    else:
+        torch.save(resnet.state_dict(), path)
+    model = build_model(**SMALL, object_gate=True, weights=path)
+    expected = {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
+    loaded = model.trunk.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_weights_that_are_absent_or_do_not_fit(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build_model(**SMALL, object_gate=True, weights=tmp_path / "none.safetensors")
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(torchvision.models.resnet34(weights=None).state_dict(), path)
+    with pytest.raises(ConfigError, match="ResNet-18"):
+        build_model(**SMALL, object_gate=True, weights=path)
+    path = tmp_path / "pickle.pth"
+    torch.save(nn.Linear(2, 2), path)  # a pickled module: only tensors are read
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        build_model(**SMALL, object_gate=True, weights=path)
+
+
+def test_imagenet_asks_torchvision_for_v1(monkeypatch):
+    asked = []
+
+    class Weights:
+        def get_state_dict(self, *, check_hash):
+            assert check_hash
+            return torchvision.models.resnet18(weights=None).state_dict()
+
+    monkeypatch.setattr(torchvision.models, "get_weight", lambda n: asked.append(n) or Weights())
+    build_model(**SMALL, object_gate=True, weights="imagenet")
+    assert asked == ["ResNet18_Weights.IMAGENET1K_V1"]
+
+
+def test_unknown_depth():
+    with pytest.raises(ConfigError, match="depth is 20"):
+        build_model(depth=20, num_objects=2, num_attributes=2, object_gate=True)
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_parameter_groups(pretrained):
+    model = build_model(**SMALL, object_gate=True)
+    groups = parameter_groups(
+        model, lr_new=7e-4, lr_pretrained=1e-5, weight_decay=1e-4, pretrained=pretrained
+    )
+    assert [g["name"] for g in groups] == [
+        "base_decay", "base_no_decay", "fast_decay", "fast_no_decay",
+    ]  # fmt: skip
+    base = 1e-5 if pretrained else 7e-4
+    assert [g["lr"] for g in groups] == [base, base, 7e-4, 7e-4]
+    assert [g["weight_decay"] for g in groups] == [1e-4, 0, 1e-4, 0]
+    members = [id(p) for g in groups for p in g["params"]]
+    assert sorted(members) == sorted(id(p) for p in model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in groups[2]["params"]] == [
+        "object_table.weight",
+        "classifier.weight",
+    ]
+    assert {names[id(p)] for p in groups[3]["params"]} == {"object_bias", "classifier.bias"}
+    assert all(p.ndim == 1 for p in groups[1]["params"])
+    torch.optim.Adam(groups).step()

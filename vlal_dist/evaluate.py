@@ -1,0 +1,135 @@
+"""`python -m vlal_dist.evaluate`: one split, one predictor, one row of Table 1 (Sec. 3.1)."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlal_dist.config.config import Config
+from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.dataset import Dataset, open_dataset, open_split
+from vlal_dist.evaluation.predict import predict, predict_clip, predict_constant
+from vlal_dist.evaluation.predictions import Predictions, merge_predictions, save_predictions
+from vlal_dist.evaluation.results import (
+    attributes_table,
+    build_result,
+    encode_attributes,
+    format_row,
+    result_folder,
+)
+from vlal_dist.evaluation.saved_model import SavedModelInfo, load_model
+from vlal_dist.evaluation.truth import read_truth
+from vlal_dist.method.metrics import evaluate_scores
+from vlal_dist.observability.progress import Progress
+from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.storage.store import Store, open_store
+
+PURPOSE = """
+Score every crop of a split (paths.dataset) with the run's best model, a constant, or zero-shot
+CLIP similarity (paths.scores), and write predictions, per-attribute figures and result.json below
+RUN/evaluation. A repeated evaluation overwrites the earlier one. Image size and normalisation are
+the saved model's own; arithmetic is float32.
+"""
+
+
+def work(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Evaluate, write, show the row; returns the closing counts."""
+    settings = config.evaluation
+    dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
+    store = open_store(config.paths.run)
+    predictions, info = _predictions(config, dataset, store)
+    truth = None
+    if settings.truth is not None:
+        truth = read_truth(settings.truth, dataset, settings.split)
+    evaluation = evaluate_scores(
+        predictions.score,
+        predictions.label,
+        dataset.vocabulary.groups(),
+        top_k=settings.top_k,
+        threshold=settings.threshold,
+    )
+    result = build_result(
+        evaluation,
+        predictions,
+        dataset=dataset,
+        split=settings.split,
+        predictor=settings.predictor,
+        model=info,
+        top_k=settings.top_k,
+        threshold=settings.threshold,
+        truth=truth,
+    )
+    folder = result_folder(settings.split, settings.predictor)
+    save_predictions(store, f"{folder}/predictions.safetensors", predictions)
+    table = attributes_table(evaluation.attributes, predictions.score, dataset.vocabulary)
+    store.replace(f"{folder}/attributes.parquet", encode_attributes(table))
+    store.replace(f"{folder}/result.json", (json.dumps(result, indent=2) + "\n").encode())
+    sys.stdout.write(format_row(result) + "\n")
+    overall = result["groups"][0]
+    counts: Counts = {
+        "samples": result["num_samples"],
+        "attributes": overall["num_attributes"],
+        "attributes_counted": overall["num_classes"],
+        "mAP": overall["mAP"],
+        "result": f"{config.paths.run}/{folder}/result.json",
+    }
+    if result["truth"] is not None:
+        counts["mAP_complete_labels"] = result["truth"]["groups"][0]["mAP"]
+    return counts
+
+
+def _predictions(
+    config: Config, dataset: Dataset, store: Store
+) -> tuple[Predictions, SavedModelInfo | None]:
+    split = config.evaluation.split
+    if config.evaluation.predictor == "constant":
+        return predict_constant(dataset, split), None
+    if config.evaluation.predictor == "clip":
+        return predict_clip(dataset, split, scores=open_store(config.paths.scores)), None
+    model, info = load_model(store, "best", vocabulary=dataset.vocabulary)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opened = open_split(dataset, split)
+    maker = BatchMaker(
+        opened,
+        feasible=dataset.feasible,
+        num_attributes=info.num_attributes,
+        image_size=info.image_size,
+        normalize=info.normalize,
+        threads=config.data.threads,
+    )
+    rows = np.arange(opened.num_samples, dtype=np.int64)
+    try:
+        with Progress(f"evaluate {split}", total=len(rows), unit="samples") as progress:
+            found = predict(
+                model.to(device),
+                evaluation_batches(maker, rows, batch_size=config.evaluation.batch_size),
+                num_attributes=info.num_attributes,
+                device=device,
+                advance=progress.advance,
+            )
+    finally:
+        maker.close()
+    return merge_predictions([found], num_samples=opened.num_samples), info
+
+
+PROGRAM = Program(
+    name="evaluate",
+    usage="python -m vlal_dist.evaluate",
+    purpose=PURPOSE,
+    sections=("paths", "evaluation", "data"),
+    flags=("json",),
+    output=lambda config: config.paths.run,
+    work=work,
+)
+
+
+def main() -> int:
+    """Run the program on the command line's arguments."""
+    return run_program(PROGRAM, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

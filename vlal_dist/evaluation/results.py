@@ -1,0 +1,198 @@
+"""What an evaluation leaves behind: result.json, attributes.parquet and the printed row.
+
+Shares are of 1 in the files and percent where people read them. Sec. 3.1; Table 1.
+"""
+
+import io
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet
+
+from vlal_dist.data.dataset import Dataset
+from vlal_dist.errors import DataError
+from vlal_dist.evaluation.predictions import Predictions
+from vlal_dist.evaluation.saved_model import SavedModelInfo
+from vlal_dist.evaluation.truth import Truth
+from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate_scores
+from vlal_dist.vocabulary import Vocabulary
+
+FORMAT = 1
+ATTRIBUTES_SCHEMA = pa.schema(
+    [
+        ("attribute", pa.string()),
+        ("type", pa.string()),
+        ("prevalence", pa.string()),
+        ("num_positive", pa.int64()),
+        ("num_negative", pa.int64()),
+        ("num_unannotated", pa.int64()),
+        ("ap", pa.float64()),  # null without a positive or without a negative
+        ("mean_score", pa.float64()),
+    ]
+)
+
+
+def result_folder(split: str, predictor: str) -> str:
+    """Where an evaluation lies below the run's root."""
+    return f"evaluation/{split}-{predictor}"
+
+
+def build_result(
+    evaluation: Evaluation,
+    predictions: Predictions,
+    *,
+    dataset: Dataset,
+    split: str,
+    predictor: str,
+    model: SavedModelInfo | None,
+    top_k: int,
+    threshold: float,
+    truth: Truth | None,
+) -> dict[str, Any]:
+    """The content of result.json.
+
+    Args:
+        evaluation: `evaluate_scores` of the predictions, with the same top_k and threshold.
+        predictions: of all rows of the split, in order.
+        dataset: they are of.
+        split: evaluated.
+        predictor: model, constant or clip.
+        model: the model behind them; None for constant and clip.
+        top_k: k of mR@k and F1@k.
+        threshold: score above which mA counts a positive.
+        truth: complete labels, if known: adds `truth`, the mAP on them.
+
+    Returns:
+        `format`, `name`, `predictor`, `split`, `dataset` (name and digests), `model`,
+        `num_samples`, `num_positive`, `num_negative`, `settings`, `groups` (a list in the order
+        of Table 1: name, num_attributes and the keys of `Evaluation.groups`), `excluded` (names
+        of attributes outside `mAP`), `truth` (null, or `groups` and `unknown_names`).
+    """
+    groups = dataset.vocabulary.groups()
+    names = dataset.vocabulary.attributes
+    return {
+        "format": FORMAT,
+        "name": _name(predictor, model),
+        "predictor": predictor,
+        "split": split,
+        "dataset": {
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "vocabulary_digest": dataset.vocabulary.digest,
+            "feasible_digest": dataset.feasible.digest,
+        },
+        "model": None if model is None else asdict(model),
+        "num_samples": len(predictions.row),
+        "num_positive": int(evaluation.attributes.num_positive.sum()),
+        "num_negative": int(evaluation.attributes.num_negative.sum()),
+        "settings": {"top_k": top_k, "threshold": threshold},
+        "groups": [
+            {"name": name, "num_attributes": len(ids), **evaluation.groups[name]}
+            for name, ids in groups.items()
+        ],
+        "excluded": [names[i] for i in np.flatnonzero(~evaluation.attributes.defined)],
+        "truth": None if truth is None else _on_truth(predictions.score, truth, groups),
+    }
+
+
+def attributes_table(
+    attributes: AttributeScores, score: npt.NDArray[np.float32], vocabulary: Vocabulary
+) -> pa.Table:
+    """A row per attribute, in attribute order; `mean_score` over all rows (PSL's prior)."""
+    columns = {
+        "attribute": vocabulary.attributes,
+        "type": vocabulary.attribute_type,
+        "prevalence": vocabulary.prevalence,
+        "num_positive": attributes.num_positive,
+        "num_negative": attributes.num_negative,
+        "num_unannotated": attributes.num_unannotated,
+        "ap": pa.array(attributes.ap, mask=~attributes.defined),
+        "mean_score": score.mean(axis=0, dtype=np.float64),
+    }
+    return pa.table(columns, schema=ATTRIBUTES_SCHEMA)
+
+
+def encode_attributes(table: pa.Table) -> bytes:
+    """`attributes.parquet`."""
+    sink = io.BytesIO()
+    pa.parquet.write_table(table, sink)
+    return sink.getvalue()
+
+
+def decode_attributes(data: bytes, *, where: str) -> list[dict[str, Any]]:
+    """The rows of `attributes.parquet`.
+
+    Raises:
+        DataError: damaged, or other columns.
+    """
+    try:
+        table = pa.parquet.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{where} is damaged ({error}); evaluate again") from None
+    if table.schema.names != ATTRIBUTES_SCHEMA.names:
+        raise DataError(
+            f"{where} has columns {table.schema.names}, needed are {ATTRIBUTES_SCHEMA.names}; "
+            "evaluate again"
+        )
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def headline_metrics(top_k: int) -> tuple[str, str, str, str]:
+    """Keys of the VAW evaluator's metrics in a group of a result."""
+    return ("mAP_vaw", "mA", f"mR@{top_k}", f"F1@{top_k}")
+
+
+def percent(value: float | None) -> str:
+    """A share of 1 as percent; `-` where it is not defined (None, or VAW's -1)."""
+    return "-" if value is None or value < 0 else f"{100 * value:.2f}"
+
+
+def format_row(result: dict[str, Any]) -> str:
+    """Three aligned lines: groups, how many of their attributes count, mAP in percent.
+
+    The VAW evaluator's overall metrics, over all attributes, close the row.
+    """
+    cells = [
+        (group["name"], f"{group['num_classes']}/{group['num_attributes']}", percent(group["mAP"]))
+        for group in result["groups"]
+    ]
+    overall = result["groups"][0]
+    cells += [
+        (name, str(overall["num_classes_vaw"]), percent(overall[name]))
+        for name in headline_metrics(result["settings"]["top_k"])
+    ]
+    if result["truth"] is not None:
+        whole = result["truth"]["groups"][0]
+        cells.append(("mAP_complete", str(whole["num_classes"]), percent(whole["mAP"])))
+    widths = [max(len(text) for text in cell) for cell in cells]
+    lines = [
+        "  ".join(cell[line].rjust(width) for cell, width in zip(cells, widths, strict=True))
+        for line in range(3)
+    ]
+    heads = ("mAP, %", "attributes", "")
+    margin = max(len(head) for head in heads)
+    body = "\n".join(f"{head:<{margin}}  {line}" for head, line in zip(heads, lines, strict=True))
+    return f"{result['name']} on {result['dataset']['name']}, {result['split']}\n{body}"
+
+
+def _on_truth(
+    score: npt.NDArray[np.float32], truth: Truth, groups: dict[str, list[int]]
+) -> dict[str, Any]:
+    found = evaluate_scores(score, truth.label, groups).groups
+    return {
+        "groups": [
+            {"name": name, **{key: found[name][key] for key in ("mAP", "num_classes")}}
+            for name in groups
+        ],
+        "unknown_names": truth.unknown_names,
+    }
+
+
+def _name(predictor: str, model: SavedModelInfo | None) -> str:
+    if model is not None:
+        return f"{model.loss} ({model.profile})"
+    return {"constant": "constant 0.5", "clip": "CLIP, zero-shot"}.get(predictor, predictor)

@@ -1,0 +1,150 @@
+"""Sec. 2.2: the feasible set Omega_o of each object, from co-occurrence on the training split.
+
+An attribute is feasible for object o when some instance of o is annotated with it, present or
+absent: annotators only judge attributes that make sense. Numpy only, so that tools need no torch.
+
+Shapes: N instances, O objects, A attributes, D embedding width.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.method.feasible_table import FeasibleSets
+
+__all__ = ["FeasibleSets", "enlarge_feasible_sets", "feasible_sets"]
+
+Ids = NDArray[np.integer]
+_BLOCK = 256  # objects whose neighbours are sought at once; bounds memory
+
+
+def feasible_sets(
+    *,
+    object_id: Ids,
+    positive_indptr: Ids,
+    positive: Ids,
+    negative_indptr: Ids,
+    negative: Ids,
+    num_objects: int,
+) -> FeasibleSets:
+    """Omega_o: attributes annotated present or absent for at least one instance of o (Sec. 2.2).
+
+    Instance i's annotations are ragged rows, such as the offsets and values of an Arrow list.
+
+    Args:
+        object_id: integers [N].
+        positive_indptr: integers [N + 1], rows of `positive`.
+        positive: attribute ids annotated present.
+        negative_indptr: integers [N + 1], rows of `negative`.
+        negative: attribute ids annotated absent.
+        num_objects: O; an object without instances has an empty set.
+
+    Returns:
+        The sets, and how often each pair was annotated present and absent.
+
+    Raises:
+        DataError: rows do not fit, or an id is out of range.
+    """
+    if len(object_id) and not 0 <= int(object_id.min()) <= int(object_id.max()) < num_objects:
+        raise DataError(f"object ids must lie in 0..{num_objects - 1}; run clean again")
+    num_attributes = 1 + max(
+        (int(ids.max()) for ids in (positive, negative) if len(ids)), default=0
+    )
+    pairs, counts = [], []
+    for indptr, ids in ((positive_indptr, positive), (negative_indptr, negative)):
+        pair = _pairs(object_id, indptr, ids) * num_attributes + ids.astype(np.int64)
+        unique, count = np.unique(pair, return_counts=True)
+        pairs.append(unique)
+        counts.append(count)
+    union = np.union1d(*pairs)
+    tables = np.zeros((2, len(union)), np.int32)
+    for table, unique, count in zip(tables, pairs, counts, strict=True):
+        table[np.searchsorted(union, unique)] = count
+    return FeasibleSets(
+        indptr=_indptr(union // num_attributes, num_objects),
+        indices=(union % num_attributes).astype(np.int32),
+        positive_count=tables[0],
+        negative_count=tables[1],
+    )
+
+
+def enlarge_feasible_sets(
+    feasible: FeasibleSets, *, object_vectors: NDArray[np.floating], top_k: int, votes: int
+) -> FeasibleSets:
+    """Omega_o enlarged by the sets of similar objects (authors' configuration kn-KT, Sec. 2.2).
+
+    Two lists of neighbours: by cosine of the sets themselves and by cosine of `object_vectors`.
+    Of each, the `top_k` nearest, the object itself being the first and then skipped, vote for
+    their attributes; attributes with at least `votes` votes join, with counts 0. Ties go to the
+    lower object id; a neighbour whose cosine is not positive has no vote.
+
+    Args:
+        feasible: sets from co-occurrence.
+        object_vectors: float [O, D], embeddings of the objects' names, any length.
+        top_k: K >= 1 (kn-32: 3).
+        votes: T >= 1 (kn-32: 2).
+
+    Raises:
+        ConfigError: K or T is below 1.
+        DataError: the vectors do not fit the objects.
+    """
+    if top_k < 1 or votes < 1:
+        raise ConfigError(f"top_k is {top_k} and votes {votes}; both must be 1 or more")
+    num_objects = feasible.num_objects
+    if object_vectors.shape[:1] != (num_objects,) or not np.isfinite(object_vectors).all():
+        raise DataError(
+            f"object vectors: {object_vectors.shape[0]} rows for {num_objects} objects, or not "
+            "all finite; write them again with score_clip --object-vectors"
+        )
+    num_attributes = 1 + int(feasible.indices.max(initial=0))
+    mask = feasible.mask(num_attributes)
+    joined = mask.copy()
+    for start in range(0, num_objects, _BLOCK):
+        rows = np.arange(start, min(start + _BLOCK, num_objects))
+        count = np.zeros((len(rows), num_attributes), np.int64)
+        for vectors in (mask, object_vectors):
+            neighbours, positive = _nearest(vectors, rows, top_k)
+            count += (mask[neighbours] & positive[:, :, None]).sum(axis=1)
+        joined[rows] |= count >= votes
+    object_id, indices = np.nonzero(joined)
+    own = mask[object_id, indices]
+    tables = np.zeros((2, len(indices)), np.int32)
+    tables[0, own], tables[1, own] = feasible.positive_count, feasible.negative_count
+    return FeasibleSets(
+        indptr=_indptr(object_id, num_objects),
+        indices=indices.astype(np.int32),
+        positive_count=tables[0],
+        negative_count=tables[1],
+    )
+
+
+def _nearest(
+    vectors: NDArray[np.generic], rows: Ids, top_k: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The top_k - 1 objects nearest to each row, itself left out, and whether the cosine is > 0.
+
+    A row's own length does not change its order, so only the others' divide: for sets the
+    products are then exact integers and equal sets tie exactly.
+    """
+    values = vectors.astype(np.float64)
+    length = np.sqrt((values * values).sum(axis=1))
+    similarity = (values[rows] @ values.T) / np.where(length > 0, length, 1.0)
+    similarity[np.arange(len(rows)), rows] = -np.inf
+    order = np.argsort(-similarity, axis=1, kind="stable")[:, : top_k - 1]
+    return order, np.take_along_axis(similarity, order, axis=1) > 0
+
+
+def _pairs(object_id: Ids, indptr: Ids, ids: Ids) -> NDArray[np.int64]:
+    """The object of each annotation."""
+    ends = indptr.astype(np.int64)
+    lengths = ends[1:] - ends[:-1]
+    fits = len(lengths) == len(object_id) and indptr[0] == 0 and indptr[-1] == len(ids)
+    if not fits or (lengths < 0).any() or (len(ids) and int(ids.min()) < 0):
+        raise DataError("annotations: ragged rows do not fit the instances; run clean again")
+    return np.repeat(object_id.astype(np.int64), lengths)
+
+
+def _indptr(object_id: NDArray[np.int64], num_objects: int) -> NDArray[np.int64]:
+    """Row starts of ascending object ids."""
+    count = np.bincount(object_id, minlength=num_objects)
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(count, dtype=np.int64)])

@@ -1,0 +1,95 @@
+"""Fig. 3 and Eq. (4): draw Omega_Ignore from the likelihoods, without replacement.
+
+Fig. 3 draws NUM_IGNORE attributes one after another with probabilities G. That is a race of
+exponential clocks: attribute a finishes at E_a / g_a, and the first k to finish are the sample.
+With inverse weights max(g) / g_a the race needs no normalisation and no division.
+
+Shapes: B batch, A attributes. Nothing here touches a generator's state.
+"""
+
+import torch
+from torch import Tensor
+
+from vlal_dist.errors import ConfigError
+from vlal_dist.method.philox import philox4x32, unit_exponential
+
+_WORD = 0xFFFFFFFF
+# Orders after every key of an attribute that can be drawn, infinite ones included.
+_NOT_DRAWN = 0x7FFFFFFF
+
+
+def draw_keys(*, uid: Tensor, visit: Tensor, seed: int, num_attributes: int) -> Tensor:
+    """The clocks E of the race: Philox words of (seed, visit, uid, attribute), rate 1.
+
+    Word `attribute & 3` of the block with counter (attribute >> 2, visit, uid's low 32 bits,
+    uid's high 32 bits) and key (seed's low 32 bits, seed's high 32 bits).
+
+    Args:
+        uid: int64 [B], the bits of the samples' unsigned names.
+        visit: int64 [B], running count of each sample's visits; its low 32 bits count.
+        seed: any integer; its low 64 bits count (two's complement).
+        num_attributes: A.
+
+    Returns:
+        float32 [B, A], positive and finite.
+    """
+    group = torch.arange((num_attributes + 3) // 4, device=uid.device)
+    counter = (
+        group[None, :],
+        (visit & _WORD)[:, None],
+        (uid & _WORD)[:, None],
+        ((uid >> 32) & _WORD)[:, None],
+    )
+    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    word = torch.stack(words, dim=2).reshape(len(uid), -1)[:, :num_attributes]
+    return unit_exponential(word)
+
+
+def sample_ignore_set(
+    *,
+    inverse_weight: Tensor,
+    drawable: Tensor,
+    num_ignore: int | None,
+    uid: Tensor,
+    visit: Tensor,
+    seed: int,
+) -> Tensor:
+    """Omega_Ignore of each sample (Fig. 3); Eq. (4) is `~ignored`.
+
+    The k = min(num_ignore, members of the drawing set that can be drawn) smallest race keys
+    E * inverse_weight; ties go to the lower attribute id. An annotated attribute that is drawn
+    uses a place and has no effect: `assign_terms` decides that.
+
+    Args:
+        inverse_weight: float32 [B, A], max likelihood / likelihood (`inverse_weights`); an
+            attribute whose value is not positive and finite cannot be drawn.
+        drawable: bool [B, A], the drawing set, such as Omega_o.
+        num_ignore: NUM_IGNORE >= 0; None (`all`) takes the whole drawing set, including
+            members that cannot be drawn.
+        uid: int64 [B].
+        visit: int64 [B].
+        seed: of the run.
+
+    Returns:
+        bool [B, A].
+
+    Raises:
+        ConfigError: num_ignore is negative.
+    """
+    if num_ignore is None:
+        return drawable.clone()
+    if num_ignore < 0:
+        raise ConfigError(f"num_ignore is {num_ignore}; give 0 or more, or all")
+    num_attributes = inverse_weight.shape[1]
+    if num_ignore == 0 or inverse_weight.numel() == 0:
+        return torch.zeros_like(drawable)
+    weight = inverse_weight.to(torch.float32)
+    candidate = drawable & (weight > 0) & weight.isfinite()
+    clock = draw_keys(uid=uid, visit=visit, seed=seed, num_attributes=num_attributes)
+    key = torch.where(candidate, clock * weight, 0.0)
+    # Positive floats order as their bits do; the id below them makes every code distinct.
+    bits = torch.where(candidate, key.view(torch.int32), _NOT_DRAWN).to(torch.int64)
+    code = (bits << 32) | torch.arange(num_attributes, device=bits.device)
+    smallest = code.topk(min(num_ignore, num_attributes), dim=1, largest=False).values
+    drawn = (smallest >> 32) != _NOT_DRAWN
+    return torch.zeros_like(drawable).scatter_(1, smallest & _WORD, drawn)
