@@ -21,6 +21,7 @@ from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate_score
 from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
+ROW_CELLS = 15  # columns of the printed row before it is folded: VAW's groups fit on one line
 ATTRIBUTES_SCHEMA = pa.schema(
     [
         ("attribute", pa.string()),
@@ -152,7 +153,7 @@ def percent(value: float | None) -> str:
 
 
 def format_row(result: dict[str, Any]) -> str:
-    """Three aligned lines: groups, how many of their attributes count, mAP in percent.
+    """Aligned lines: groups, how many of their attributes count, mAP in percent.
 
     The VAW evaluator's overall metrics, over all attributes, close the row.
     """
@@ -168,6 +169,15 @@ def format_row(result: dict[str, Any]) -> str:
     if result["truth"] is not None:
         whole = result["truth"]["groups"][0]
         cells.append(("mAP_complete", str(whole["num_classes"]), percent(whole["mAP"])))
+    blocks = [
+        _aligned(cells[start : start + ROW_CELLS]) for start in range(0, len(cells), ROW_CELLS)
+    ]
+    title = f"{result['name']} on {result['dataset']['name']}, {result['split']}"
+    return "\n".join([title, *blocks])
+
+
+def _aligned(cells: list[tuple[str, str, str]]) -> str:
+    """Three lines: names, counts, values, aligned by column."""
     widths = [max(len(text) for text in cell) for cell in cells]
     lines = [
         "  ".join(cell[line].rjust(width) for cell, width in zip(cells, widths, strict=True))
@@ -175,8 +185,7 @@ def format_row(result: dict[str, Any]) -> str:
     ]
     heads = ("mAP, %", "attributes", "")
     margin = max(len(head) for head in heads)
-    body = "\n".join(f"{head:<{margin}}  {line}" for head, line in zip(heads, lines, strict=True))
-    return f"{result['name']} on {result['dataset']['name']}, {result['split']}\n{body}"
+    return "\n".join(f"{head:<{margin}}  {line}" for head, line in zip(heads, lines, strict=True))
 
 
 def _on_truth(

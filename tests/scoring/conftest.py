@@ -1,0 +1,95 @@
+"""A small packed dataset and a tiny open_clip model with random weights, made once a session."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import pytest
+import safetensors.torch
+import torch
+
+from tests.small import run_all, write_small_vaw
+from vlal_dist.scoring.clip import ClipEncoder, load_clip
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {
+        "image_size": 32,
+        "layers": [1, 1, 1, 1],
+        "width": 16,
+        "head_width": 16,
+        "patch_size": None,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
+SHARED = Path(__file__).parents[3] / "shared" / "models" / "fashion_clip"
+
+
+@dataclass(frozen=True)
+class Model:
+    """An open_clip model in a folder: NAME.json and NAME.safetensors."""
+
+    name: str
+    folder: Path
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+    def flags(self) -> list[str]:
+        """Command line that chooses it."""
+        return [
+            *("--scoring.model", self.name),
+            *("--scoring.model_config_dir", str(self.folder)),
+            *("--scoring.weights", str(self.weights)),
+        ]
+
+    def load(self, *, precision: str = "fp32", batch_size: int = 8) -> ClipEncoder:
+        return load_clip(
+            model=self.name,
+            model_config_dir=str(self.folder),
+            weights=str(self.weights),
+            precision=precision,
+            device="cpu",
+            batch_size=batch_size,
+        )
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def make_tiny_model(folder: Path, *, seed: int) -> Model:
+    """Random weights from a seed; the process's random state is left alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    open_clip.add_model_config(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = open_clip.create_model("tiny")
+    safetensors.torch.save_file(net.state_dict(), folder / "tiny.safetensors")
+    return Model("tiny", folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-clip"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Model:
+    model = Model("fashion_clip", SHARED)
+    if not model.weights.is_file():
+        pytest.skip("needs the trained model in ../shared/models/fashion_clip")
+    return model
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Config file of a packed dataset: 72 + 18 + 24 samples in 7 shards."""
+    config = write_small_vaw(tmp_path_factory.mktemp("scoring"))
+    run_all(config, ["clean", "pack"])
+    yield config

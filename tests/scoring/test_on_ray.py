@@ -1,0 +1,241 @@
+"""Real Ray on this machine: equal bytes with and without it, a killed actor, a signal, a job."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.scoring.conftest import Model
+from tests.scoring.test_score_clip import PROGRAM, counts, data_files, flags
+from tests.small import run, run_all, write_small_vaw
+from vlal_dist.errors import ConfigError
+from vlal_dist.scoring.actors import on_running_ray
+
+ROOT = Path(__file__).parents[2]
+HEAD = ROOT / "clusters" / "ray" / "start-local-head.sh"
+WAIT_S = 120
+
+pytestmark = pytest.mark.ray_cluster
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config of a dataset with enough small shards to be interrupted in the middle."""
+    config = write_small_vaw(tmp_path_factory.mktemp("many"), images={"train": 100})
+    config.write_text(config.read_text().replace("shard_bytes: 60000", "shard_bytes: 30000"))
+    run_all(config, ["clean", "pack"])
+    return config
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of our own: a token outside of the home, no running Ray, a short folder for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="vlr"))
+    (folder / "token").write_text(secrets.token_hex(32))
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_ray(config: Path, model: Model, scores: Path, *more: str) -> list[str]:
+    """Command line of the program with Ray."""
+    arguments = flags(model, scores, "--scoring.use_ray", "true", *more)
+    return ["-m", PROGRAM, "--config", str(config), *arguments]
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in the repository's root with its output in `log`; ended by its own pid."""
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(WAIT_S)
+
+
+def wait_until(what: object, log: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not what():  # type: ignore[operator]
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+def actor_pid(log: Path) -> int | None:
+    words = log.read_text().split("an actor is ready, process ")
+    return int(words[1].split()[0]) if len(words) > 1 else None
+
+
+def alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_ray_with_a_killed_actor_equals_no_ray(
+    many_shards: Path, tiny: Model, tmp_path: Path, environment: None
+) -> None:
+    slowly = ["--scoring.batch_size", "1"]
+    quiet = tmp_path / "quiet"
+    assert run(PROGRAM, many_shards, *flags(tiny, quiet, *slowly)) == 0
+    scores, log, told = tmp_path / "scores", tmp_path / "log", tmp_path / "told.json"
+    call = on_ray(many_shards, tiny, scores, *slowly, "--scoring.actors", "2", "--json", str(told))
+    with started([sys.executable, *call], log) as process:
+        wait_until(lambda: list(scores.glob("train/*.safetensors")), log)
+        pid = actor_pid(log)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert listeners(process.pid) <= LOOPBACK
+        assert process.wait(WAIT_S) == 0, log.read_text()
+    assert data_files(scores) == data_files(quiet)
+    assert (scores / "scores.json").read_bytes() == (quiet / "scores.json").read_bytes()
+    assert counts(told)["shards_retried"] == 1
+    assert "an actor was lost at score train" in log.read_text()
+    assert json.loads((scores / "scores.json").read_text())["splits"]["train"]["samples"] == 300
+
+
+def test_a_signal_keeps_what_is_committed(
+    many_shards: Path, tiny: Model, tmp_path: Path, environment: None
+) -> None:
+    slowly = ["--scoring.batch_size", "1"]
+    scores, log = tmp_path / "scores", tmp_path / "log"
+    with started([sys.executable, *on_ray(many_shards, tiny, scores, *slowly)], log) as process:
+        wait_until(lambda: list(scores.glob("train/*.safetensors")), log)
+        pid = actor_pid(log)
+        assert pid is not None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 75, log.read_text()
+    wait_until(lambda: not alive(pid), log)
+    assert not (scores / "scores.json").exists()
+    result = json.loads((scores / "score_clip.result.json").read_text())
+    assert result["code"] == 75
+    kept = set(data_files(scores))
+    told = tmp_path / "told.json"
+    assert run(PROGRAM, many_shards, *flags(tiny, scores, *slowly, "--json", str(told))) == 0
+    assert counts(told)["shards_skipped"] == len(kept) - 1  # without the text bank
+    assert kept < set(data_files(scores))
+
+
+def test_the_jobs_address_is_no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(ConfigError, match="ray job submit"):
+        on_running_ray()
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert not on_running_ray()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert on_running_ray()
+
+
+def test_relative_roots_are_refused_in_a_copy(
+    dataset: Path, tiny: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job with a working directory runs in a temporary copy of it."""
+    config = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
+    monkeypatch.chdir(dataset.parent)
+    assert run(PROGRAM, dataset, *flags(tiny, "relative")) == 64
+    assert "temporary copy" in capsys.readouterr().err
+
+
+def altered_copy(source: Path, target: Path) -> tuple[Path, str]:
+    """A dataset with a byte changed in its first training shard, and that shard's name."""
+    shutil.copytree(source, target)
+    shard = sorted(target.glob("train/shards/*.tar"))[0]
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:
+        file.seek(700)
+        file.write(b"altered")
+    return target, shard.name
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def listeners(pid: int) -> set[str]:
+    """Addresses (hex, as in /proc) on which a process or its descendants listen."""
+    family, inodes = {pid}, set()
+    while True:
+        more = set()
+        for one in family:
+            for file in Path(f"/proc/{one}/task").glob("*/children"):
+                more |= {int(child) for child in file.read_text().split()}
+        if more <= family:
+            break
+        family |= more
+    for one in family:
+        for entry in Path(f"/proc/{one}/fd").glob("*"):
+            try:
+                inodes.add(os.readlink(entry))
+            except OSError:
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
+                found.add(fields[1].split(":")[0])
+    return found
+
+
+LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+
+
+def test_submitted_as_a_job(dataset: Path, tiny: Model, tmp_path: Path, environment: None) -> None:
+    subprocess.run(["bash", "-n", str(HEAD)], check=True)
+    port, dashboard, client, agent = free_ports(4)
+    log, address = tmp_path / "head.log", f"http://127.0.0.1:{dashboard}"
+    head = [
+        str(HEAD),
+        *("--port", str(port), "--dashboard-port", str(dashboard)),
+        *("--ray-client-server-port", str(client), "--dashboard-agent-listen-port", str(agent)),
+        *("--min-worker-port", "0", "--max-worker-port", "0"),
+        *("--num-cpus", "2", "--num-gpus", "0", "--object-store-memory", "100000000"),
+        *("--temp-dir", os.environ["RAY_TMPDIR"] + "/t"),
+    ]
+    with started(head, log) as process:
+        submit = ["ray", "job", "submit", "--address", address, "--"]
+        wait_until(lambda: "Ray runtime started" in log.read_text(), log)
+        called = on_ray(dataset, tiny, tmp_path / "scores")
+        done = subprocess.run(
+            [*submit, "python", *called], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
+        assert "score_clip: done: shards_scored 4" in done.stdout
+        assert listeners(process.pid) <= LOOPBACK
+        # An error inside an actor keeps its code and its line, without Ray's traceback.
+        altered, shard = altered_copy(dataset.parent / "dataset", tmp_path / "altered")
+        refused = [*called, "--paths.dataset", str(altered), "--paths.scores", str(tmp_path / "s2")]
+        done = subprocess.run(
+            [*submit, "python", *refused], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
+        )
+        assert done.returncode == 1  # Ray's answer to any failure
+        result = json.loads((tmp_path / "s2" / "score_clip.result.json").read_text())
+        assert result["code"] == 65 and "crc32" in result["reason"] and shard in result["reason"]
+        assert "\n" not in result["reason"]
+        process.terminate()
+        process.wait(WAIT_S)
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "plain")) == 0
+    assert data_files(tmp_path / "scores") == data_files(tmp_path / "plain")

@@ -1,0 +1,59 @@
+"""Prompts: order of the feasible pairs, each different text once, templates checked."""
+
+import numpy as np
+import pytest
+
+from vlal_dist.errors import ConfigError
+from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.scoring.prompts import build_prompts, check_templates
+from vlal_dist.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    objects=("cup", "sky", "tree"),
+    attributes=("blue", "tall", "{odd}"),
+    attribute_type=("color", "size", "other"),
+    prevalence=("head", "head", "tail"),
+)
+FEASIBLE = FeasibleSets(  # cup: blue, {odd}; sky: none; tree: blue, tall
+    indptr=np.array([0, 2, 2, 4]),
+    indices=np.array([0, 2, 0, 1], np.int32),
+    positive_count=np.ones(4, np.int32),
+    negative_count=np.zeros(4, np.int32),
+)
+
+
+def test_pairs_in_the_order_of_the_feasible_sets() -> None:
+    prompts = build_prompts(VOCABULARY, FEASIBLE, templates=["a photo of {attribute} {object}"])
+    assert prompts.text == (
+        "a photo of blue cup",
+        "a photo of {odd} cup",
+        "a photo of blue tree",
+        "a photo of tall tree",
+    )
+    assert prompts.position.tolist() == [[0], [1], [2], [3]]
+
+
+def test_equal_prompts_are_kept_once() -> None:
+    prompts = build_prompts(VOCABULARY, FEASIBLE, templates=["{attribute}", "{attribute} {object}"])
+    assert len(prompts.text) == len(set(prompts.text)) == 7
+    assert prompts.position[0, 0] == prompts.position[2, 0]  # "blue", of cup and of tree
+    assert prompts.position.shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("templates", "says"),
+    [
+        ([], "empty"),
+        (["a photo"], "lacks {attribute}"),
+        (["a {colour} {attribute}"], "placeholder {colour}"),
+        (["a {attribute"], "write {attribute} and {object}"),
+        (["a {attribute!r}"], "format specification"),
+        (["a {attribute:>9}"], "format specification"),
+        (["a {attribute.__class__}"], "placeholder {attribute.__class__}"),
+        (["a {} {attribute}"], "placeholder {}"),
+    ],
+)
+def test_templates_are_checked(templates: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=r"scoring\.templates") as error:
+        check_templates(templates)
+    assert says in str(error.value)

@@ -1,0 +1,196 @@
+"""The program in this process: counts, repetition, refusals, quality, S3."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from tests.conftest import S3Server
+from tests.scoring.conftest import Model, make_tiny_model
+from tests.small import run
+from vlal_dist.data.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.scores import read_scores_manifest, read_shard_scores
+from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.scoring.quality import auc
+from vlal_dist.storage.store import open_store
+
+PROGRAM = "vlal_dist.score_clip"
+
+
+def flags(model: Model, scores: Path | str, *more: str) -> list[str]:
+    return [
+        *model.flags(),
+        *("--paths.scores", str(scores)),
+        *("--scoring.use_ray", "false"),
+        *("--scoring.device", "cpu"),
+        *more,
+    ]
+
+
+def counts(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def data_files(root: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*.safetensors"))
+    }
+
+
+def test_scores_every_split_once_and_again_not(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, told = tmp_path / "scores", tmp_path / "told.json"
+    call = flags(tiny, root, "--scoring.splits", "[train, val, test]", "--json", str(told))
+    assert run(PROGRAM, dataset, *call) == 0
+    first = counts(told)
+    assert (first["shards_scored"], first["shards_skipped"], first["images"]) == (7, 0, 114)
+    assert first["samples"] == 114
+    assert first["device"] == "cpu"
+    assert "SCORING ON THE CPU" in capsys.readouterr().err
+    manifest = json.loads((root / "scores.json").read_text())
+    assert {name: entry["samples"] for name, entry in manifest["splits"].items()} == {
+        "train": 72,
+        "val": 18,
+        "test": 24,
+    }
+    assert manifest["settings"] == json.loads(next(root.glob("settings-*.json")).read_text())
+    files = data_files(root)
+    assert len(files) == 7 + 1
+    # The same command again, with another batch size: nothing is scored, the old size is adopted.
+    assert run(PROGRAM, dataset, *call, "--scoring.batch_size", "4") == 0
+    second = counts(told)
+    assert (second["shards_scored"], second["shards_skipped"], second["images"]) == (0, 7, 0)
+    assert second["quality"] == first["quality"]
+    assert "batch_size 4 was asked for" in capsys.readouterr().err
+    # A lost file is scored again, to the same bytes.
+    lost = sorted(root.glob("train/*.safetensors"))[1]
+    lost.unlink()
+    assert run(PROGRAM, dataset, *call) == 0
+    assert counts(told)["shards_scored"] == 1
+    assert data_files(root) == files
+
+
+def test_plan_starts_nothing(dataset: Path, tiny: Model, tmp_path: Path) -> None:
+    told = tmp_path / "told.json"
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "s", "--json", str(told)), "--plan") == 0
+    plan = counts(told)
+    data = open_dataset(str(dataset.parent / "dataset"), cache=tmp_path)
+    shards = len(open_split(data, "train").shards)
+    assert (plan["shards_pending"], plan["samples_pending"], plan["samples"]) == (shards, 72, 72)
+    assert plan["prompts"] == plan["pairs"] == len(data.feasible.indices)
+    assert not list((tmp_path / "s").rglob("*.safetensors"))
+    assert not list((tmp_path / "s").glob("settings-*"))
+
+
+def test_absent_weights_stop_before_anything(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # With Ray asked for: were it started, this would take seconds and leave a session.
+    call = [*tiny.flags(), "--paths.scores", str(tmp_path / "s"), "--scoring.use_ray", "true"]
+    assert run(PROGRAM, dataset, *call, "--scoring.weights", str(tmp_path / "no.safetensors")) == 64
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("score_clip: error: scoring.weights")
+    assert "no such file" in error
+    assert run(PROGRAM, dataset, *call, "--scoring.templates", '["{colour}"]') == 64
+    assert not list((tmp_path / "s").rglob("*.safetensors"))
+
+
+def test_another_scorer_under_the_same_root_is_refused(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "scores"
+    assert run(PROGRAM, dataset, *flags(tiny, root)) == 0
+    old = json.loads((root / "scores.json").read_text())
+    other = make_tiny_model(tmp_path / "other", seed=9)
+    capsys.readouterr()
+    assert run(PROGRAM, dataset, *flags(other, root)) == 65
+    named = re.findall("[0-9a-f]{64}", capsys.readouterr().err)
+    assert named[0] == old["scorer_digest"] and named[1] != named[0]
+    assert run(PROGRAM, dataset, *flags(tiny, root, "--scoring.temperature", "0.5")) == 65
+    assert "temperature" in capsys.readouterr().err
+    assert run(PROGRAM, dataset, *flags(tiny, root, "--scoring.splits", "[train, val]")) == 65
+    assert "lacks val" in capsys.readouterr().err
+    # The remedy works: the score files of train are kept.
+    (root / "scores.json").unlink()
+    assert run(PROGRAM, dataset, *flags(tiny, root, "--scoring.splits", "[train, val]")) == 0
+
+
+def test_a_score_file_of_other_samples_is_found(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "scores"
+    assert run(PROGRAM, dataset, *flags(tiny, root)) == 0
+    first, second = sorted(root.glob("train/*.safetensors"))[:2]
+    second.chmod(0o644)
+    second.write_bytes(first.read_bytes())
+    assert run(PROGRAM, dataset, *flags(tiny, root)) == 65
+    assert "shard_sha256" in capsys.readouterr().err
+
+
+def test_quality_is_that_of_the_annotations(dataset: Path, tiny: Model, tmp_path: Path) -> None:
+    root, told = tmp_path / "scores", tmp_path / "told.json"
+    assert run(PROGRAM, dataset, *flags(tiny, root, "--json", str(told))) == 0
+    quality = counts(told)["quality"]
+    data = open_dataset(str(dataset.parent / "dataset"), cache=tmp_path)
+    split, labels = open_split(data, "train"), read_labels(data, "train").to_pylist()
+    store = open_store(str(root))
+    manifest = read_scores_manifest(
+        store,
+        feasible_digest=data.feasible.digest,
+        vocabulary_digest=data.vocabulary.digest,
+    )
+    truth, values, entropy, row = [], [], [], 0
+    for shard in split.shards:
+        scores = read_shard_scores(store, "train", shard_sha256=shard.sha256, manifest=manifest)
+        for i in range(shard.samples):
+            here = scores.similarity[scores.indptr[i] : scores.indptr[i + 1]]
+            found = dict(zip(data.feasible.of(int(split.index.object_id[row])), here, strict=True))
+            for kind in ("positive", "negative"):
+                for attribute in labels[row][kind]:
+                    truth.append(kind == "positive")
+                    values.append(found[attribute])
+            logs = log_likelihood(
+                here, np.array([0, len(here)]), temperature=manifest["temperature"]
+            )
+            entropy.append(-(np.exp(logs) * logs).sum())
+            row += 1
+    assert quality["positives"] == sum(truth)
+    assert quality["auc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+    assert quality["entropy_nats"] == pytest.approx(np.mean(entropy), rel=1e-5)
+    assert 0 < quality["entropy_nats"] <= quality["uniform_entropy_nats"] + 1e-6
+
+
+def test_auc_counts_ties_half_and_needs_both_kinds() -> None:
+    def floats(*values: float) -> np.ndarray:
+        return np.array(values, dtype=np.float32)
+
+    assert auc(floats(3, 2), floats(1)) == 1
+    assert auc(floats(1), floats(1, 1)) == 0.5
+    assert auc(floats(), floats(1)) is None
+
+
+def test_a_real_model_knows_what_it_sees(dataset: Path, fashion: Model, tmp_path: Path) -> None:
+    told = tmp_path / "told.json"
+    assert run(PROGRAM, dataset, *flags(fashion, tmp_path / "s", "--json", str(told))) == 0
+    assert counts(told)["temperature"] == pytest.approx(0.0411, abs=1e-4)
+    assert counts(told)["quality"]["auc"] > 0.6  # rendered colours, a model of fashion photos
+
+
+def test_through_s3(dataset: Path, tiny: Model, tmp_path: Path, moto_s3: S3Server) -> None:
+    local = tmp_path / "local"
+    assert run(PROGRAM, dataset, *flags(tiny, local)) == 0
+    url, scores = moto_s3.url(), moto_s3.url()
+    remote = ["--paths.dataset", url, "--paths.cache", str(tmp_path / "cache")]
+    assert run("pack", dataset, *remote) == 0
+    assert run(PROGRAM, dataset, *flags(tiny, scores, *remote)) == 0
+    store = open_store(scores)
+    for key, content in data_files(local).items():
+        assert store.read(key) == content
+    assert store.exists("scores.json")

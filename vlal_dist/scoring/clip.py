@@ -1,0 +1,234 @@
+"""The vision-language model: open_clip's encoders as plain functions to unit vectors.
+
+The only importer of open_clip. Weights come from a local `.safetensors` file, or from an open_clip
+tag that open_clip itself finds in its cache or downloads. Every call has one fixed batch shape, the
+last batch padded, so that a row's bits do not depend on how many rows came with it.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from vlal_dist.errors import ConfigError
+
+Embedding = npt.NDArray[np.float32]
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ClipEncoder:
+    """Encodes crops and prompts of one loaded model; no gradient, evaluation mode.
+
+    Args:
+        model: an open_clip model holding its weights in float32.
+        tokenizer: list of texts -> int64 [n, context].
+        preprocess: the model's own preprocessing, PIL image -> float32 [3, S, S].
+        preprocessing: what `preprocess` does, as plain values (for the digest).
+        precision: arithmetic inside the encoders: fp32, bf16 or fp16. Weights, normalisation and
+            results are float32.
+        device: cpu or cuda.
+        batch_size: crops or prompts per call.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        preprocess: Any,
+        *,
+        preprocessing: dict[str, object],
+        precision: str,
+        device: str,
+        batch_size: int,
+    ) -> None:
+        self.weights_digest = state_digest(model.state_dict())
+        self.preprocessing_digest = hashlib.sha256(
+            json.dumps(preprocessing, sort_keys=True).encode()
+        ).hexdigest()
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer, self.preprocess = tokenizer, preprocess
+        self.precision, self.device, self.batch_size = precision, device, batch_size
+
+    @property
+    def temperature(self) -> float:
+        """The model's own tau of Eq. (2): 1 / exp(logit_scale); 0.01 for OpenAI's CLIP."""
+        return math.exp(-float(self.model.logit_scale.detach().reshape(-1)[0]))
+
+    def prepare(self, crop: Image.Image) -> torch.Tensor:
+        """Preprocess one RGB crop to float32 [3, S, S]; safe in many threads."""
+        pixels: torch.Tensor = self.preprocess(crop)
+        return pixels
+
+    def encode_prepared(self, pixels: Sequence[torch.Tensor]) -> Embedding:
+        """Unit-length float32 [n, D] of n preprocessed crops."""
+        return self._encode(self.model.encode_image, list(pixels))
+
+    def encode_images(self, crops: Sequence[Image.Image]) -> Embedding:
+        """Unit-length float32 [n, D] of n RGB crops (uint8 PIL images of any size)."""
+        return self.encode_prepared([self.prepare(crop) for crop in crops])
+
+    def encode_texts(self, texts: Sequence[str]) -> Embedding:
+        """Unit-length float32 [n, D] of n texts; longer ones than the context are cut."""
+        return self._encode(self.model.encode_text, list(self.tokenizer(list(texts))))
+
+    def _encode(self, encode: Any, rows: list[torch.Tensor]) -> Embedding:
+        batches = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            batches.append(self._encode_batch(encode, batch)[: len(batch)])
+        if not batches:
+            raise ValueError("nothing to encode: give at least one crop or text")
+        return np.concatenate(batches)
+
+    def _encode_batch(self, encode: Any, batch: list[torch.Tensor]) -> Embedding:
+        padding = [torch.zeros_like(batch[0])] * (self.batch_size - len(batch))
+        stacked = torch.stack(batch + padding).to(self.device)
+        with torch.inference_mode(), self._arithmetic():
+            vectors = encode(stacked)
+        vectors = vectors.float()
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+        result: Embedding = vectors.cpu().numpy()
+        return result
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The precision asked for, and the same algorithm on every call (no TF32 in fp32)."""
+        dtype = AUTOCAST.get(self.precision)
+        with (
+            torch.autocast(self.device, dtype=dtype, enabled=dtype is not None),
+            torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ),
+        ):
+            yield
+
+
+def load_clip(
+    *,
+    model: str,
+    model_config_dir: str | None,
+    weights: str | None,
+    precision: str,
+    device: str,
+    batch_size: int,
+) -> ClipEncoder:
+    """Load a model by open_clip name with local weights; needs no network for local files.
+
+    Args:
+        model: open_clip model name, or the stem of a JSON file in `model_config_dir`.
+        model_config_dir: folder of further model-config files, or None.
+        weights: `.safetensors` file, or an open_clip tag of this model such as `openai`.
+        precision: fp32, bf16 or fp16.
+        device: cpu or cuda.
+        batch_size: crops or prompts per encoder call.
+
+    Raises:
+        ConfigError: unknown model, absent weights, weights of another model.
+    """
+    import open_clip  # pulls in torchvision and timm: two seconds that `--help` need not wait for
+
+    if model_config_dir is not None:
+        open_clip.add_model_config(check_model_config(model, Path(model_config_dir)))
+    if model not in open_clip.list_models():
+        raise ConfigError(
+            f"scoring.model {model!r} is no open_clip model; give a name of "
+            "open_clip.list_models(), or scoring.model_config_dir with MODEL.json"
+        )
+    check_weights(model, weights, tags=open_clip.list_pretrained_tags_by_model(model))
+    try:
+        with _quiet_root_logger():
+            net, _, preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=weights, precision="fp32", device="cpu"
+            )
+            tokenizer = open_clip.get_tokenizer(model)
+    except Exception as error:  # open_clip and its hubs raise whatever they meet
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"scoring.weights {weights} cannot be loaded into {model}: {reason}; give the "
+            ".safetensors file of this very model (and scoring.model_config_dir if it is your own)"
+        ) from None
+    return ClipEncoder(
+        net,
+        tokenizer,
+        preprocess,
+        preprocessing=open_clip.get_model_preprocess_cfg(net),
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+    )
+
+
+def check_model_config(model: str, folder: Path) -> Path:
+    """The model's own JSON file in `folder`, known to be one that open_clip can use.
+
+    Raises:
+        ConfigError: absent, damaged, or without the parts of a model config.
+    """
+    path = folder / f"{model}.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"scoring.model_config_dir: {path}: {error.strerror}; give the folder that holds "
+            f"{model}.json, or leave it out for a model that open_clip ships"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"scoring.model_config_dir: {path} is not JSON: {error}") from None
+    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in values]
+    if lacking:
+        raise ConfigError(f"scoring.model_config_dir: {path} lacks {', '.join(lacking)}")
+    return path
+
+
+def check_weights(model: str, weights: str | None, *, tags: Sequence[str]) -> None:
+    """Refuse absent weights, and files that could hold code.
+
+    Raises:
+        ConfigError: not given, no such file and no such tag, or not `.safetensors`.
+    """
+    remedy = "give scoring.weights FILE.safetensors" + (
+        f", or one of open_clip's tags of this model: {', '.join(tags)}" if tags else ""
+    )
+    if weights is None:
+        raise ConfigError(f"scoring.weights is not set, and {model} needs weights; {remedy}")
+    if weights in tags:
+        return
+    if not Path(weights).is_file():
+        raise ConfigError(f"scoring.weights {weights}: no such file; {remedy}")
+    if Path(weights).suffix != ".safetensors":
+        raise ConfigError(
+            f"scoring.weights {weights} is not a .safetensors file; other formats can hold code: "
+            "convert it first"
+        )
+
+
+def state_digest(state: dict[str, torch.Tensor]) -> str:
+    """sha256 (hex) over name, dtype, shape and bytes of every tensor, by sorted name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet_root_logger() -> Iterator[None]:
+    """open_clip reports each step of loading on the root logger; keep its warnings only."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        root.setLevel(level)

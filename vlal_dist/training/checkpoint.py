@@ -1,0 +1,237 @@
+"""Checkpoints: two safetensors files, a JSON, and a mark written last. No pickle, any world size.
+
+    checkpoints/00001200/model.safetensors       parameters and buffers
+                         optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step
+                         state.json              position, schedule, what the order is bound to
+                         COMPLETE                sha256 of the three; written last
+
+A folder without COMPLETE, or whose files differ from it, was cut short and is never loaded. Files
+go through `Store`, so a run root may be a folder or a bucket. ZeRO 0 only: with ZeRO 1 and 2 no
+rank holds the whole optimizer state.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from vlal_dist.errors import ConflictError, DataError, NotFoundError
+from vlal_dist.storage.store import Store, open_store
+from vlal_dist.training.state import Binding, TrainState
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FOLDER = "checkpoints"
+MODEL, OPTIMIZER, STATE, COMPLETE = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "COMPLETE",
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, its digests verified.
+
+    Attributes:
+        where: its URL, for messages.
+        state: where the run stood.
+        model: `state_dict` of the model, on the CPU.
+        optimizer: flat optimizer state (`optimizer_tensors`), on the CPU.
+    """
+
+    where: str
+    state: TrainState
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+class AdamLike(Protocol):
+    """What is needed of an optimizer: per-parameter state."""
+
+    state: Any
+
+
+def optimizer_tensors(model: nn.Module, optimizer: AdamLike) -> dict[str, Tensor]:
+    """Adam's state, flat: PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step."""
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: AdamLike, tensors: Mapping[str, Tensor], *, where: str
+) -> None:
+    """Put `optimizer_tensors`' values back.
+
+    Raises:
+        DataError: a parameter's state is missing or has another shape.
+    """
+    for name, parameter in model.named_parameters():
+        try:
+            step, average, square = (
+                tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            )
+        except KeyError as error:
+            raise DataError(f"{where}: {OPTIMIZER} lacks {error}; resume an earlier one") from None
+        if not average.shape == square.shape == parameter.shape:
+            raise DataError(
+                f"{where}: {OPTIMIZER} holds {name} as {tuple(average.shape)}, the model has "
+                f"{tuple(parameter.shape)}; use the model settings of the run"
+            )
+        optimizer.state[parameter] = {
+            "step": step.clone(),  # torch's Adam counts steps on the CPU
+            "exp_avg": average.to(parameter.device, copy=True),
+            "exp_avg_sq": square.to(parameter.device, copy=True),
+        }
+
+
+def save_checkpoint(
+    store: Store,
+    state: TrainState,
+    *,
+    model: nn.Module,
+    optimizer: AdamLike,
+    keep: int,
+) -> str:
+    """Write a checkpoint and then remove all but it and the newest before it, `keep` in all.
+
+    Returns:
+        Its key prefix.
+
+    Raises:
+        StorageError: it could not be written; older ones are untouched.
+    """
+    prefix = f"{FOLDER}/{state.step:08d}"
+    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    files = {
+        MODEL: safetensors.torch.save(weights),
+        OPTIMIZER: safetensors.torch.save(optimizer_tensors(model, optimizer)),
+    }
+    for name, data in files.items():
+        _create_anew(store, prefix, name, data)
+    files[STATE] = (json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n").encode()
+    store.replace(f"{prefix}/{STATE}", files[STATE])
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    store.replace(f"{prefix}/{COMPLETE}", (json.dumps(digests, indent=2) + "\n").encode())
+    _prune(store, prefix, keep)
+    return prefix
+
+
+def complete_checkpoints(store: Store) -> list[str]:
+    """Key prefixes of the checkpoints that have their mark, newest first."""
+    keys = store.list_keys(f"{FOLDER}/")
+    return sorted(key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMPLETE}"))[::-1]
+
+
+def discard(store: Store, prefix: str) -> None:
+    """Remove a checkpoint, its mark first, so that no half of it can be taken for a whole."""
+    for name in (COMPLETE, MODEL, OPTIMIZER, STATE):
+        store.delete(f"{prefix}/{name}")
+
+
+def find_checkpoint(store: Store, resume: str) -> Checkpoint | None:
+    """The checkpoint that `--resume` asks for; every rank finds the same.
+
+    Args:
+        store: root of the run.
+        resume: `auto` (the newest whole one, or none), `none`, or the path or URL of a
+            checkpoint folder or of a run root.
+
+    Raises:
+        DataError: the one named is absent or damaged, or there are some but all are damaged.
+    """
+    if resume == "none":
+        return None
+    named = resume != "auto"
+    if named:
+        store = open_store(resume)
+        if store.exists(COMPLETE):
+            return read_checkpoint(store, "")
+    prefixes = complete_checkpoints(store)
+    for prefix in prefixes:
+        try:
+            return read_checkpoint(store, prefix)
+        except (DataError, NotFoundError) as error:
+            logger.warning("falling back to an older checkpoint: %s", error)
+    if named or prefixes:
+        raise DataError(
+            f"{store.url} holds no whole checkpoint ({len(prefixes)} damaged); give --resume the "
+            "folder of one, or --resume none to begin anew"
+        )
+    return None
+
+
+def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
+    """Read one checkpoint and check it against its mark.
+
+    Raises:
+        NotFoundError: a file is absent.
+        DataError: a file is damaged, or of another format.
+    """
+    folder = f"{prefix}/" if prefix else ""
+    where = f"{store.url}/{prefix}".rstrip("/")
+    try:
+        digests = json.loads(store.read(f"{folder}{COMPLETE}"))
+        files = {name: store.read(f"{folder}{name}") for name in (MODEL, OPTIMIZER, STATE)}
+        for name, data in files.items():
+            if (found := hashlib.sha256(data).hexdigest()) != digests[name]:
+                raise DataError(
+                    f"{where}/{name} has sha256 {found}, its mark says {digests[name]}: it was "
+                    "cut short or changed; resume an older checkpoint"
+                )
+        values = json.loads(files[STATE])
+        if values["format"] != FORMAT:
+            raise DataError(f"{where} has format {values['format']}; this version reads {FORMAT}")
+        values["binding"] = Binding(**values["binding"])
+        state = TrainState(**{item.name: values[item.name] for item in fields(TrainState)})
+        model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, OPTIMIZER))
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{where} is damaged ({error}); resume an older checkpoint") from None
+    return Checkpoint(where, state, model, optimizer)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
+    """Fill a model.
+
+    Raises:
+        DataError: other names or shapes.
+    """
+    try:
+        with torch.no_grad():
+            model.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        raise DataError(
+            f"{where}: {MODEL} does not fit ({error}); use the model settings of the run"
+        ) from None
+
+
+def _create_anew(store: Store, prefix: str, name: str, data: bytes) -> None:
+    """Create a file, removing the leftover of a save that was cut short or is being repeated."""
+    try:
+        store.create(f"{prefix}/{name}", data)
+    except ConflictError:
+        store.delete(f"{prefix}/{COMPLETE}")
+        store.delete(f"{prefix}/{name}")
+        store.create(f"{prefix}/{name}", data)
+
+
+def _prune(store: Store, newest: str, keep: int) -> None:
+    """Remove old checkpoints, leftovers of cut saves, and later ones that a run went back from."""
+    kept = [prefix for prefix in complete_checkpoints(store) if prefix <= newest][:keep]
+    found = {key.rpartition("/")[0] for key in store.list_keys(f"{FOLDER}/")}
+    for prefix in sorted(found - set(kept)):
+        discard(store, prefix)

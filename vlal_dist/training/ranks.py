@@ -1,0 +1,138 @@
+"""The ranks of a job: who am I, and the few collectives that training uses besides gradients.
+
+Works the same under `deepspeed`, `torchrun` and plain `python`. Flags travel on a gloo group of
+their own, so that agreeing on them needs no accelerator. No object is ever pickled over the wire.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vlal_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: W, processes in all.
+        local_rank: place among the processes of this machine.
+        device: where the model lives.
+        control: gloo group for flags; None when there is a single rank.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+    def agree(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, raised if any rank raised it; every rank must call, and gets the same."""
+        if self.control is None:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int64)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+    def from_rank_0(self, *values: int) -> list[int]:
+        """Rank 0's integers, on every rank."""
+        message = torch.tensor(values, dtype=torch.int64)
+        if self.control is not None:
+            dist.broadcast(message, src=0, group=self.control)
+        return [int(value) for value in message.tolist()]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place, on `device`."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """The rows [n_r, ...] of all ranks, in rank order; n_r may differ.
+
+        Shorter parts are padded for the trip; the rest of the shape and the dtype must agree.
+        """
+        if self.world_size == 1:
+            return [rows]
+        counts = [rows.new_zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+        most = max(int(count) for count in counts)
+        padded = rows.new_zeros((most, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded)
+        return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
+
+
+def join_ranks(*, threads: int) -> Ranks:
+    """Join the peers that the launcher announced in the environment, or be alone without one.
+
+    Args:
+        threads: torch threads of this process; 0: cores / processes on this machine.
+
+    Raises:
+        ConfigError: the launcher's variables are incomplete.
+    """
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    rank, local_rank, world_size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    local_size = _local_size(world_size)
+    torch.set_num_threads(threads or max(1, _cores() // local_size))
+    device = _device(local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        # Alone: an in-process store, so that nothing listens on any port.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        return Ranks(0, 1, local_rank, device, None)
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} but {' and '.join(missing)} are not set; start with "
+            "`deepspeed vlal_dist/train.py` or torchrun, or unset WORLD_SIZE for one process"
+        )
+    if local_size == world_size and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    control = dist.new_group(backend="gloo")
+    return Ranks(rank, world_size, local_rank, device, control)
+
+
+def _local_size(world_size: int) -> int:
+    """Processes on this machine: torchrun's name for it, then DeepSpeed's."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if os.environ.get(name):
+            return max(1, int(os.environ[name]))
+    return world_size
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _device(local_rank: int) -> torch.device:
+    if os.environ.get("DS_ACCELERATOR", "cuda") != "cuda" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible; start "
+            "as many ranks as GPUs, or export DS_ACCELERATOR=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def name_uids(ranks: Ranks, uid: Sequence[int], *, most: int = 8) -> list[int]:
+    """The first uids (signed bits) that any rank names, in rank order, on every rank."""
+    own = torch.tensor(list(uid)[:most], dtype=torch.int64, device=ranks.device)
+    return [int(value) for value in torch.cat(ranks.gather(own)).tolist()]

@@ -1,0 +1,115 @@
+"""Continuing a run: may it be continued, and from where."""
+
+import logging
+from collections.abc import Mapping
+
+from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.storage.store import Store
+from vlal_dist.training.checkpoint import (
+    Checkpoint,
+    complete_checkpoints,
+    discard,
+    load_weights,
+    restore_optimizer,
+)
+from vlal_dist.training.engine import Engine
+from vlal_dist.training.ranks import Ranks
+from vlal_dist.training.schedule import Schedule
+from vlal_dist.training.state import Binding, TrainState, check_binding
+
+logger = logging.getLogger(__name__)
+
+
+def check_resume(
+    found: Checkpoint | None, wanted: Mapping[str, object], *, zero_stage: int
+) -> None:
+    """Refuse what cannot be continued, and say what will be.
+
+    Args:
+        found: the checkpoint, if there is one.
+        wanted: fields of `Binding` as configured now.
+        zero_stage: of DeepSpeed.
+
+    Raises:
+        ConfigError: ZeRO 1 or 2 with a checkpoint.
+        DataError: other data, or another order.
+    """
+    if zero_stage > 0:
+        logger.warning(
+            "training.zero_stage %d: no checkpoint is written or read with ZeRO 1 or 2 yet; a run "
+            "that is stopped starts anew (the best model is saved)",
+            zero_stage,
+        )
+    if found is None:
+        return
+    if zero_stage > 0:
+        raise ConfigError(
+            f"{found.where} cannot be resumed with training.zero_stage {zero_stage}; set it to 0, "
+            "or give --resume none"
+        )
+    check_binding(found.state.binding, wanted, where=found.where)
+    logger.info(
+        "resuming %s: step %d, epoch %d, %d samples in; last start: %s",
+        found.where,
+        found.state.step,
+        found.state.epoch + 1,
+        found.state.consumed,
+        ", ".join(f"{name} {value}" for name, value in found.state.batch.items()),
+    )
+
+
+def agree_on(found: Checkpoint | None, ranks: Ranks) -> None:
+    """Check that every rank sees the checkpoint that rank 0 sees.
+
+    Raises:
+        DataError: it does not; the run root is not one place.
+    """
+    own = found.state.step if found else -1
+    (first,) = ranks.from_rank_0(own)
+    (differs,) = ranks.agree(own != first)
+    if differs:
+        raise DataError(
+            f"rank {ranks.rank} finds the checkpoint of step {own}, rank 0 that of step {first} "
+            "(-1: none); paths.run must be one place, seen by all ranks"
+        )
+
+
+def begin_anew(store: Store) -> None:
+    """Forget the run that was here (`--resume none`)."""
+    old = complete_checkpoints(store)
+    if old:
+        logger.warning("--resume none: %d checkpoints of an earlier run are removed", len(old))
+    for prefix in old:
+        discard(store, prefix)
+
+
+def restore(
+    found: Checkpoint | None,
+    *,
+    engine: Engine,
+    schedule: Schedule,
+    binding: Binding,
+    batch: Mapping[str, int],
+    has_best: bool,
+) -> TrainState:
+    """Fill model, optimizer and schedule from a checkpoint; or begin.
+
+    Args:
+        found: the checkpoint, if there is one.
+        engine: model and optimizer, filled in place.
+        schedule: filled in place.
+        binding: of this start, lanes and micro-batches chosen.
+        batch: batch settings of this start.
+        has_best: whether the run root holds a best model; it does not when the checkpoint is
+            another run's, and then the first validation makes one.
+    """
+    if found is None:
+        return TrainState(binding=binding, batch=dict(batch))
+    load_weights(engine.module, found.model, where=found.where)
+    restore_optimizer(engine.module, engine.optimizer, found.optimizer, where=found.where)
+    state = found.state
+    schedule.restore(state.schedule)
+    state.batch = dict(batch)
+    if not has_best:
+        state.best_map = state.best_step = None
+    return state

@@ -1,0 +1,172 @@
+"""What a run reads besides images: the dataset, its likelihoods, PSL's prior; and validation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from vlal_dist.data.batches import BatchMaker, ReadLikelihood, evaluation_batches
+from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.likelihoods import ScoreLikelihoods, likelihood_of_tar
+from vlal_dist.data.scores import read_scores_manifest
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.evaluation.predict import predict
+from vlal_dist.evaluation.predictions import Predictions, merge_predictions
+from vlal_dist.method.metrics import Evaluation, evaluate_scores
+from vlal_dist.storage.store import open_store
+from vlal_dist.training.ranks import Ranks
+from vlal_dist.vocabulary import Vocabulary
+
+REMEDY = "run score_clip and shard_tools merge, or set method.loss to one that draws no ignore set"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The opened data of a run.
+
+    Attributes:
+        dataset: vocabulary, feasible sets, digests.
+        train: split that is trained on.
+        validation: split that selects the model.
+        read_likelihood: where a sample's log-likelihood is; None where none is needed.
+    """
+
+    dataset: Dataset
+    train: Split
+    validation: Split
+    read_likelihood: ReadLikelihood | None
+
+
+def open_sources(
+    url: str,
+    *,
+    scores_url: str | None,
+    temperature: float | None,
+    cache: Path,
+    train_split: str,
+    validation_split: str,
+    needs_likelihood: bool,
+) -> Sources:
+    """Open a dataset for training.
+
+    Args:
+        url: root of merge, or of pack when likelihoods come from score files.
+        scores_url: root of score_clip; None: likelihoods are inside the tars.
+        temperature: tau of Eq. (2) for score files; None: the scorer's.
+        cache: local folder for files of a remote root.
+        train_split, validation_split: names.
+        needs_likelihood: whether the loss draws ignore sets.
+
+    Raises:
+        DataError: no such dataset or split, or no likelihoods where they are needed.
+    """
+    dataset = open_dataset(url, cache=cache)
+    train, validation = (open_split(dataset, name) for name in (train_split, validation_split))
+    if not needs_likelihood:
+        return Sources(dataset, train, validation, None)
+    if scores_url is None:
+        likelihood = dataset.manifest.get("likelihood")
+        if likelihood is None or train_split not in likelihood["splits"]:
+            raise DataError(
+                f"{url}: the samples of split {train_split} carry no likelihood; {REMEDY}"
+            )
+        return Sources(dataset, train, validation, likelihood_of_tar)
+    store = open_store(scores_url)
+    manifest = read_scores_manifest(
+        store,
+        feasible_digest=dataset.feasible.digest,
+        vocabulary_digest=dataset.vocabulary.digest,
+    )
+    read = ScoreLikelihoods(
+        train,
+        scores=store,
+        manifest=manifest,
+        temperature=temperature or float(manifest["temperature"]),
+    )
+    return Sources(dataset, train, validation, read)
+
+
+def read_prior(url: str, vocabulary: Vocabulary) -> Tensor:
+    """PSL's prior: column `mean_score` of an `attributes.parquet` that evaluate wrote.
+
+    Args:
+        url: path or URL of the file.
+        vocabulary: its attributes must be the file's, in order.
+
+    Returns:
+        float32 [A], mean probability of each attribute over the training split.
+
+    Raises:
+        ConfigError: no such file.
+        DataError: other attributes, or no such column.
+    """
+    root, _, name = url.rpartition("/")
+    try:
+        table = pa.parquet.read_table(pa.BufferReader(open_store(root or ".").read(name)))
+        attributes, mean_score = (table[column] for column in ("attribute", "mean_score"))
+    except NotFoundError:
+        raise ConfigError(
+            f"method.psl_prior {url} does not exist; train loss ce_ignoring with this seed and run "
+            "evaluate --evaluation.split train on it"
+        ) from None
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise DataError(f"method.psl_prior {url} is no attributes.parquet: {error}") from None
+    if attributes.to_pylist() != list(vocabulary.attributes):
+        raise DataError(
+            f"method.psl_prior {url} lists other attributes than the dataset; evaluate a model of "
+            "this dataset"
+        )
+    return torch.from_numpy(mean_score.to_numpy().astype(np.float32))
+
+
+def make_validation(
+    maker: BatchMaker,
+    *,
+    model: torch.nn.Module,
+    ranks: Ranks,
+    vocabulary: Vocabulary,
+    batch_size: int,
+    top_k: int,
+    threshold: float,
+) -> Callable[[], Evaluation]:
+    """A function that scores the validation split in float32: rank r takes rows r, r + W, ...
+
+    All ranks must call it, and all get the same evaluation.
+
+    Args:
+        maker: of the validation split.
+        model: the model being trained, on the ranks' device.
+        ranks: this process among its peers.
+        vocabulary: names the groups.
+        batch_size: samples per forward pass.
+        top_k, threshold: as `evaluate_scores` takes them.
+    """
+    num_samples, width = maker.split.num_samples, len(vocabulary.attributes)
+    rows = np.arange(ranks.rank, num_samples, ranks.world_size, dtype=np.int64)
+
+    def validate() -> Evaluation:
+        batches = evaluation_batches(maker, rows, batch_size=batch_size)
+        own = predict(model, batches, num_attributes=width, device=ranks.device)
+        merged = merge_predictions(_gather(own, ranks), num_samples=num_samples)
+        return evaluate_scores(
+            merged.score, merged.label, vocabulary.groups(), top_k=top_k, threshold=threshold
+        )
+
+    return validate
+
+
+def _gather(own: Predictions, ranks: Ranks) -> list[Predictions]:
+    """The predictions of all ranks, on every rank."""
+    row, uid, score, label = (
+        [part.cpu().numpy() for part in ranks.gather(torch.from_numpy(array).to(ranks.device))]
+        for array in (own.row, own.uid.view(np.int64), own.score, own.label)
+    )
+    return [
+        Predictions(row=r, uid=u.view(np.uint64), score=s, label=y)
+        for r, u, s, y in zip(row, uid, score, label, strict=True)
+    ]

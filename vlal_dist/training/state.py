@@ -1,0 +1,82 @@
+"""Where a run stands, and what may not change under it: the plain values of `state.json`."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vlal_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What the order of samples and the meaning of the weights depend on; fixed at the first start.
+
+    Attributes:
+        dataset_digest, vocabulary_digest, feasible_digest: of the data trained on.
+        train_split: its split.
+        seed: of order, flips and draws.
+        lanes: parallel lanes of an epoch.
+        micro_batches: M.
+        window_blocks: shuffle window.
+        epoch_end: `drop` or `exact`.
+    """
+
+    dataset_digest: str
+    vocabulary_digest: str
+    feasible_digest: str
+    train_split: str
+    seed: int
+    lanes: int
+    micro_batches: int
+    window_blocks: int
+    epoch_end: str
+
+
+@dataclass
+class TrainState:
+    """Where a run stands; all of `state.json` but the format.
+
+    Attributes:
+        binding: what may not change under a run.
+        epoch: 0-based epoch of the next sample.
+        consumed: samples of that epoch already trained on.
+        step: optimizer steps since the start.
+        best_map: best validation mAP so far, a share of 1.
+        best_step: the step that it was found at.
+        schedule: `Schedule.state()`.
+        batch: batch_size, accumulation, reference_batch, world_size of the last start; these may
+            change at a resume, and are kept to tell so.
+    """
+
+    binding: Binding
+    epoch: int = 0
+    consumed: int = 0
+    step: int = 0
+    best_map: float | None = None
+    best_step: int | None = None
+    schedule: dict[str, Any] = field(default_factory=dict)
+    batch: dict[str, int] = field(default_factory=dict)
+
+
+def check_binding(binding: Binding, wanted: Mapping[str, object], *, where: str) -> None:
+    """Refuse to continue a run on other data or in another order.
+
+    Args:
+        binding: what the checkpoint is bound to.
+        wanted: fields of `Binding` as configured now; a field left out is not compared.
+        where: the checkpoint, for the message.
+
+    Raises:
+        DataError: naming each field that differs, with both values.
+    """
+    stored = asdict(binding)
+    differing = [
+        f"{name} is {value}, the checkpoint has {stored[name]}"
+        for name, value in wanted.items()
+        if value != stored[name]
+    ]
+    if differing:
+        raise DataError(
+            f"{where} cannot be resumed: {'; '.join(differing)}. Restore these, or train anew "
+            "with another --paths.run (or --resume none)"
+        )

@@ -1,0 +1,179 @@
+"""One optimizer step, in the order of the paper's Section 2.
+
+    logits  = f(x, o)                          Sec. 2.1
+    ignored = Omega_Ignore                     Fig. 3, Eq. (4), or a baseline's choice
+    term    = which loss each pair gets        Eq. (3)
+    loss    = sum over rows and attributes     Eq. (1)
+
+Gradients of the objective (objective.py) are summed over micro-batches and ranks, so world size,
+accumulation and uneven rows change nothing but rounding (and BatchNorm's micro-batches).
+
+Shapes: B rows of a micro-batch, A attributes, S image side.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vlal_dist.data.batches import Batch
+from vlal_dist.data.loader import Step
+from vlal_dist.errors import DataError
+from vlal_dist.method.selective_loss import LossTerms, Term, assign_terms, selective_loss
+from vlal_dist.training.batch_norm import (
+    average_statistics,
+    restored_statistics,
+    running_statistics,
+)
+from vlal_dist.training.engine import Engine
+from vlal_dist.training.objective import Objective, check_psl, choose_ignored
+from vlal_dist.training.ranks import Ranks, name_uids
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over rows of some steps.
+
+    Attributes:
+        loss: float64 [5], unscaled loss by `Term`.
+        pairs: float64 [5], number of pairs by `Term`; whole numbers.
+        rows: float64 [1], number of rows.
+    """
+
+    loss: Tensor
+    pairs: Tensor
+    rows: Tensor
+
+    @classmethod
+    def empty(cls, device: torch.device) -> "Tally":
+        """All zero."""
+        five, one = (torch.zeros(n, dtype=torch.float64, device=device) for n in (5, 1))
+        return cls(five, five.clone(), one)
+
+    def add(self, terms: LossTerms, rows: int) -> None:
+        """Count a micro-batch, on the device and without waiting for it."""
+        self.loss.add_(terms.sums)
+        self.pairs.add_(terms.counts)
+        self.rows.add_(rows)
+
+    def over_ranks(self, ranks: Ranks) -> "Tally":
+        """The sum over ranks; every rank must call."""
+        loss, pairs, rows = torch.split(
+            ranks.sum(torch.cat([self.loss, self.pairs, self.rows])), [5, 5, 1]
+        )
+        return Tally(loss, pairs, rows)
+
+    def per_row(self) -> dict[str, float]:
+        """Mean loss of a row, in total and by term, and how many pairs of a row were ignored."""
+        rows = max(float(self.rows), 1.0)
+        losses = (self.loss / rows).tolist()
+        means = {"loss": sum(losses)}
+        means.update({f"loss_{t.name.lower()}": losses[t] for t in Term if t is not Term.IGNORED})
+        means["ignored_effective"] = float(self.pairs[Term.IGNORED]) / rows
+        return means
+
+
+class TrainStep:
+    """Runs steps on the engine of this rank.
+
+    Args:
+        engine: the model and its optimizer.
+        ranks: this process among its peers.
+        objective: what is minimised.
+        micro_batches: forward passes of this rank in a step.
+
+    Raises:
+        ConfigError: PSL with more than one micro-batch per step, or without a prior.
+    """
+
+    def __init__(
+        self, engine: Engine, ranks: Ranks, *, objective: Objective, micro_batches: int
+    ) -> None:
+        if objective.loss.unannotated == "psl":
+            check_psl(objective, micro_batches)
+        self.engine, self.ranks, self.objective = engine, ranks, objective
+        self.statistics = running_statistics(engine.module)
+        self.tally = Tally.empty(ranks.device)
+        self._rows: list[tuple[Tensor, Tensor]] = []
+
+    def accumulate(self, step: Step) -> None:
+        """Forward and backward passes of a step; the gradient is then the global one."""
+        self._rows = []
+        last = len(step.micro_batches) - 1
+        for number, batch in enumerate(step.micro_batches):
+            self._micro_batch(batch, step.sample_index[number], last=number == last)
+
+    def is_finite(self) -> bool:
+        """Whether the accumulated losses and (ZeRO 0) the summed gradient are finite."""
+        checks = [per_row.isfinite().all() for _, per_row in self._rows]
+        if gradients := self.engine.gradients():
+            checks.append(torch.nn.utils.get_total_norm(gradients).isfinite())
+        return bool(torch.stack(checks).all())
+
+    def refuse(self, step: int) -> None:
+        """Raise for a step that is not finite; every rank must call.
+
+        Raises:
+            DataError: naming the uids of the rows at fault.
+        """
+        bad = [int(u) for uid, per_row in self._rows for u in uid[~per_row.isfinite()].tolist()]
+        named = [uid % 2**64 for uid in name_uids(self.ranks, bad)]
+        which = f"rows with uid {named}" if named else "no single row, but the gradient"
+        raise DataError(
+            f"step {step + 1}: the loss is not finite in {which}; nothing was applied. Look at "
+            "these samples with shard_tools inspect, or lower training.lr_new"
+        )
+
+    def apply(self) -> None:
+        """The optimizer step; then BatchNorm's running statistics are averaged over ranks."""
+        self.engine.step()
+        average_statistics(self.statistics, self.ranks)
+
+    def take_tally(self) -> Tally:
+        """Sums since the last call."""
+        taken, self.tally = self.tally, Tally.empty(self.ranks.device)
+        return taken
+
+    def _micro_batch(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
+        if len(batch):
+            self._forward_backward(move(batch, self.ranks.device), index, last=last)
+            return
+        # A rank without rows still takes part in the reduction: with one row of weight 0.
+        with restored_statistics(self.statistics):
+            self._forward_backward(move(dummy_batch(batch), self.ranks.device), index, last=last)
+
+    def _forward_backward(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
+        logits = self.engine(batch.image, batch.object_id)
+        ignored = choose_ignored(self.objective, logits, batch, index=index, ranks=self.ranks)
+        term = assign_terms(batch.label, batch.feasible, ignored)
+        loss = selective_loss(
+            logits,
+            term,
+            gammas=self.objective.loss.gammas,
+            margin=self.objective.margin,
+            detach_focal=self.objective.detach_focal,
+            row_weight=batch.row_weight,
+        )
+        self.engine.backward(self.objective.scale * loss.per_row.sum(), last=last)
+        self.tally.add(loss, len(index))
+        self._rows.append((batch.uid, loss.per_row.detach()))
+
+
+def dummy_batch(empty: Batch) -> Batch:
+    """One row of zeros and weight 0, shaped like the rows of a batch that has none."""
+    return replace(empty, **{name: t.new_zeros((1, *t.shape[1:])) for name, t in _tensors(empty)})
+
+
+def move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
+    if device.type == "cpu":
+        return batch
+    return replace(batch, **{name: t.to(device, non_blocking=True) for name, t in _tensors(batch)})
+
+
+def _tensors(batch: Batch) -> Sequence[tuple[str, Tensor]]:
+    found = [(item.name, getattr(batch, item.name)) for item in fields(batch)]
+    return [(name, value) for name, value in found if value is not None]
