@@ -36,6 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"errors", "method", "data", "storage", "observability", "vocabulary"},
     "training": {
         "errors", "method", "kernels", "data", "evaluation", "storage", "observability",
+        "vocabulary",
     },
     "program": {"errors", "config", "storage", "observability"},
     "shard_tools": {
