@@ -10,7 +10,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -34,6 +34,7 @@ from shard_tools.crops import CropSettings, Instance, Photo, decode_photo, make_
 from shard_tools.photos import PhotoSource
 from vlal_dist.config.config import Config
 from vlal_dist.config.pack import PackSection
+from vlal_dist.data.dataset import check_digest
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.observability.progress import Progress
 from vlal_dist.program import Counts, Program
@@ -80,7 +81,13 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     tasks = [
         task
         for split in clean["splits"]
-        for task in plan_shards(source, split, config.paths.dataset, config.pack, crops)
+        for task in plan_shards(
+            read_instances(source, split, sha256=clean["files"][f"{split}.parquet"]),
+            split,
+            config.paths.dataset,
+            config.pack,
+            crops,
+        )
     ]
     parts = _build(target, tasks, config.pack.workers or os.cpu_count() or 1)
     manifest: dict[str, Any] = {"name": config.pack.name, "likelihood": None, "splits": {}}
@@ -102,7 +109,11 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
 
 
 def plan_shards(
-    source: Store, split: str, root: str, settings: PackSection, crops: CropSettings
+    instances: Iterable[Instance],
+    split: str,
+    root: str,
+    settings: PackSection,
+    crops: CropSettings,
 ) -> list[ShardTask]:
     """Cut a split into shards: photos in seeded hash order, never divided between two shards."""
     tasks: list[ShardTask] = []
@@ -113,11 +124,9 @@ def plan_shards(
         name = shard_name(split, len(tasks))
         tasks.append(ShardTask(root, split, name, settings.images, settings.name, crops, batch))
 
-    for instances in _by_photo(_read_instances(source, split), settings.seed):
-        batch = batch + instances if batch else list(instances)
-        size += sum(
-            one.box[2] * one.box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE for one in instances
-        )
+    for photo in _by_photo(instances, settings.seed):
+        batch.extend(photo)
+        size += sum(one.box[2] * one.box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE for one in photo)
         if size >= settings.shard_bytes:
             close()
             batch, size = [], 0.0
@@ -206,14 +215,20 @@ def _read_cleaned(source: Store) -> bytes:
         ) from None
 
 
-def _read_instances(source: Store, split: str) -> Iterator[Instance]:
-    table = pyarrow.parquet.read_table(io.BytesIO(source.read(f"{split}.parquet")))
-    for row in table.to_pylist():
+def read_instances(source: Store, split: str, *, sha256: str) -> Iterator[Instance]:
+    """The instances of a split, in the order of the table.
+
+    Raises:
+        DataError: the table is not the one that clean committed.
+    """
+    data = source.read(f"{split}.parquet")
+    check_digest(f"{source.url}/{split}.parquet", sha256, hashlib.sha256(data).hexdigest())
+    for row in pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist():
         x, y, w, h = row.pop("box")
         yield Instance(box=(x, y, w, h), **row)
 
 
-def _by_photo(instances: Iterator[Instance], seed: int) -> list[list[Instance]]:
+def _by_photo(instances: Iterable[Instance], seed: int) -> list[list[Instance]]:
     photos: dict[str, list[Instance]] = {}
     for instance in instances:
         photos.setdefault(instance.image_id, []).append(instance)
