@@ -195,10 +195,20 @@ def _set_on_signal(stop: threading.Event) -> Iterator[None]:
 
 
 def _device(wanted: str, *, running_ray: bool) -> str:
-    """cpu or cuda. A Ray that others started is asked for GPUs unless the config says cpu."""
-    if wanted != "auto":
-        return wanted
-    return "cuda" if running_ray or torch.cuda.is_available() else "cpu"
+    """cpu or cuda. A Ray that others started is asked for GPUs unless the config says cpu.
+
+    Raises:
+        ConfigError: cuda is asked for on this machine, which has none.
+    """
+    here = torch.cuda.is_available()
+    if wanted == "cuda" and not (running_ray or here):
+        raise ConfigError(
+            "scoring.device is cuda and this machine has no usable GPU; give cpu, or submit the "
+            "job to a Ray that has GPUs"
+        )
+    if wanted == "auto":
+        return "cuda" if running_ray or here else "cpu"
+    return wanted
 
 
 def _refuse_relative_in_job(name: str, path: str) -> None:

@@ -61,7 +61,7 @@ def slow_psl(probability, unannotated, prior, threshold, top_k, margin):
     return [[(r, a) in chosen for a in range(attributes)] for r in range(rows)]
 
 
-@pytest.mark.parametrize("top_k", [0, 1, 3, 100])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 7, 100])
 @pytest.mark.parametrize("margin", [0.0, 0.25])
 def test_psl_equals_plain_sorting(top_k, margin):
     generator = torch.Generator().manual_seed(top_k)

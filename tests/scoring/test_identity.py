@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ SCORER = IDENTITY.digest
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ScorerIdentity)])
 def test_every_field_enters_the_digest(field: str) -> None:
-    value: object = ("{attribute}",) if field == "templates" else "other"
+    value: Any = ("{attribute}",) if field == "templates" else "other"
     assert dataclasses.replace(IDENTITY, **{field: value}).digest != IDENTITY.digest
 
 

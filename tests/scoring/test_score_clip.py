@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import S3Server
@@ -99,6 +100,8 @@ def test_absent_weights_stop_before_anything(
     assert error.startswith("score_clip: error: scoring.weights")
     assert "no such file" in error
     assert run(PROGRAM, dataset, *call, "--scoring.templates", '["{colour}"]') == 64
+    if not torch.cuda.is_available():
+        assert run(PROGRAM, dataset, *call, "--scoring.device", "cuda") == 64
     assert not list((tmp_path / "s").rglob("*.safetensors"))
 
 

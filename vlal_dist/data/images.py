@@ -5,7 +5,6 @@ pixel limit before any pixel is decoded.
 """
 
 import io
-import math
 import warnings
 from typing import Any
 
@@ -106,14 +105,6 @@ def decode_rgb(jpg: bytes) -> Pixels:
         return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"a crop cannot be decoded: {error}") from None
-
-
-def box_pixels(pixels: Pixels, box_in_crop: tuple[float, float, float, float]) -> Pixels:
-    """The raw box inside a crop (what CLIP sees), clipped to the crop."""
-    x, y, w, h = box_in_crop
-    left, top = max(int(x), 0), max(int(y), 0)
-    right, bottom = math.ceil(x + w), math.ceil(y + h)
-    return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
 def resize_square(pixels: Pixels, side: int) -> Pixels:

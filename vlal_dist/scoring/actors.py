@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -89,7 +90,11 @@ def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
     """
     running = on_running_ray()
     if not running:
-        os.environ.update(LOCAL_ENVIRONMENT)  # read when ray is imported
+        # Read when ray is imported. The token is of this run alone and is in no file: other users
+        # of the machine reach its loopback too.
+        os.environ.update(LOCAL_ENVIRONMENT)
+        if "RAY_AUTH_MODE" not in os.environ:
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.WARNING}

@@ -150,8 +150,6 @@ def feasible_similarities(
     order = np.argsort(object_id, kind="stable")
     starts = np.flatnonzero(np.diff(object_id[order], prepend=-1))
     for members in np.split(order, starts[1:]):
-        if not len(members):  # a shard without samples
-            continue
         # One product per object: its crops against its own prompts, no others.
         first, last = feasible.indptr[object_id[members[0]] + np.arange(2)].tolist()
         cosines = (images[torch.from_numpy(members)] @ texts[first:last].T).numpy()
