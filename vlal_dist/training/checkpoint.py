@@ -100,9 +100,9 @@ def restore_optimizer(
 def save_checkpoint(
     store: Store,
     state: TrainState,
-    *,
     model: nn.Module,
     optimizer: AdamLike,
+    *,
     keep: int,
 ) -> str:
     """Write a checkpoint and then remove all but it and the newest before it, `keep` in all.

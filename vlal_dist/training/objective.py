@@ -53,11 +53,6 @@ class Objective:
         """Factor of the sum over rows."""
         return self.reference_batch / self.batch_size
 
-    @property
-    def needs_likelihood(self) -> bool:
-        """Whether ignore sets are drawn by likelihood; none or all of a set needs no draw."""
-        return self.loss.unannotated == "select" and self.num_ignore not in (None, 0)
-
 
 def choose_ignored(
     objective: Objective,

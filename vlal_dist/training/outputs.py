@@ -10,22 +10,19 @@ from vlal_dist.errors import NotFoundError
 from vlal_dist.evaluation.saved_model import SavedModelInfo, save_model
 from vlal_dist.observability.metrics import MetricsLog, TrainMetrics, lines_until
 from vlal_dist.storage.store import Store
+from vlal_dist.training.settings import RunSettings
 from vlal_dist.training.state import TrainState
 
 BEST = "best"
 METRICS = "metrics.jsonl"
 
 
-def open_metrics(
-    stack: ExitStack, *, serve: bool, host: str, port: int, local_rank: int
-) -> TrainMetrics:
-    """The metrics of this rank, served if asked to; closed by the stack.
+def open_metrics(stack: ExitStack, settings: RunSettings, *, local_rank: int) -> TrainMetrics:
+    """The metrics of this rank, served if the settings say so; closed by the stack.
 
     Args:
         stack: closes the endpoint.
-        serve: whether to listen.
-        host: address to bind.
-        port: of local rank 0; the others follow.
+        settings: address, and port of local rank 0; the others follow.
         local_rank: place among the processes of this machine.
     """
     metrics = TrainMetrics(
@@ -35,8 +32,8 @@ def open_metrics(
             "deepspeed": importlib.metadata.version("deepspeed"),
         }
     )
-    if serve:
-        metrics.serve(host=host, port=port + local_rank)
+    if settings.metrics:
+        metrics.serve(host=settings.metrics_host, port=settings.metrics_port + local_rank)
     stack.callback(metrics.close)
     return metrics
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlal_dist.errors import ConfigError
+from vlal_dist.errors import ConfigError, StorageError
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def join_ranks(*, threads: int) -> Ranks:
 
     Raises:
         ConfigError: the launcher's variables are incomplete.
+        StorageError: the ranks cannot meet.
     """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -103,7 +104,14 @@ def join_ranks(*, threads: int) -> Ranks:
         )
     if local_size == world_size and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
-    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    try:
+        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StorageError(
+            f"ranks cannot meet at {where} ({error}); if another job holds the port, give the "
+            "launcher another: deepspeed --master_port N"
+        ) from None
     control = dist.new_group(backend="gloo")
     return Ranks(rank, world_size, local_rank, device, control)
 

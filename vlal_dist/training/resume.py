@@ -20,14 +20,12 @@ from vlal_dist.training.state import Binding, TrainState, check_binding
 logger = logging.getLogger(__name__)
 
 
-def check_resume(
-    found: Checkpoint | None, wanted: Mapping[str, object], *, zero_stage: int
-) -> None:
+def check_resume(found: Checkpoint | None, wanted: Binding, *, zero_stage: int) -> None:
     """Refuse what cannot be continued, and say what will be.
 
     Args:
         found: the checkpoint, if there is one.
-        wanted: fields of `Binding` as configured now.
+        wanted: what this start is bound to, as far as it is known.
         zero_stage: of DeepSpeed.
 
     Raises:

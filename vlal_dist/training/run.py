@@ -18,6 +18,7 @@ from vlal_dist.observability.progress import Progress
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.schedule import Schedule
+from vlal_dist.training.settings import RunSettings
 from vlal_dist.training.state import TrainState
 from vlal_dist.training.step import TrainStep
 from vlal_dist.training.stop import StopRequest
@@ -45,11 +46,7 @@ class Run:
         metrics: what this rank exports.
         log: `metrics.jsonl`, on rank 0.
         stop: the signals.
-        epochs: passes over the data.
-        max_steps: stop after so many steps in all; None: none.
-        log_steps: steps between log lines.
-        checkpoint_epochs: epochs between checkpoints.
-        validation_split: its name, for the metrics.
+        settings: numbers of epochs, steps and so on.
     """
 
     ranks: Ranks
@@ -60,15 +57,11 @@ class Run:
     state: TrainState
     validate: Callable[[], Evaluation]
     save_best: Callable[[TrainState], None]
-    save_state: Callable[[TrainState], None] | None
+    save_state: Callable[[TrainState], object] | None
     metrics: TrainMetrics
     log: MetricsLog | None
     stop: StopRequest
-    epochs: int
-    max_steps: int | None
-    log_steps: int
-    checkpoint_epochs: int
-    validation_split: str
+    settings: RunSettings
 
 
 def train(run: Run) -> None:
@@ -80,7 +73,7 @@ def train(run: Run) -> None:
         StorageError: a checkpoint or the best model could not be written.
     """
     state = run.state
-    while state.epoch < run.epochs and not _enough(run):
+    while state.epoch < run.settings.epochs and not _enough(run):
         finished = _train_epoch(run)
         mean_ap = _validate(run)
         if finished:
@@ -88,7 +81,11 @@ def train(run: Run) -> None:
             if run.schedule.observe(mean_ap):
                 logger.info("plateau: rates cut to %s", run.schedule.rates_at(state.step))
             state.epoch, state.consumed = state.epoch + 1, 0
-        if state.epoch % run.checkpoint_epochs == 0 or state.epoch >= run.epochs or _enough(run):
+        if (
+            state.epoch % run.settings.checkpoint_epochs == 0
+            or state.epoch >= run.settings.epochs
+            or _enough(run)
+        ):
             _save_state(run)
     run.metrics.state("done")
 
@@ -105,7 +102,7 @@ def _train_epoch(run: Run) -> bool:
             _one_step(run, step, wait_s, started)
             interval_samples += step.samples
             last = run.state.consumed >= run.loader.epoch_samples
-            if run.state.step % run.log_steps == 0 or last or _enough(run):
+            if run.state.step % run.settings.log_steps == 0 or last or _enough(run):
                 seconds = max(time.monotonic() - interval_started, 1e-9)
                 loss = _log_interval(run, samples_per_s=interval_samples / seconds)
                 interval_started, interval_samples = time.monotonic(), 0
@@ -195,11 +192,11 @@ def _validate(run: Run) -> float:
     if overall["mAP"] is None:
         logger.warning(
             "no attribute of split %s has a positive and a negative: mAP counts as 0",
-            run.validation_split,
+            run.settings.validation_split,
         )
     mean_ap = float(overall["mAP"] or 0.0)
     by_group = {name: float(g["mAP"]) for name, g in groups.items() if g["mAP"] is not None}
-    run.metrics.validation(split=run.validation_split, mean_ap=by_group)
+    run.metrics.validation(split=run.settings.validation_split, mean_ap=by_group)
     better = state.best_map is None or mean_ap > state.best_map
     if better:
         state.best_map, state.best_step = mean_ap, state.step
@@ -213,7 +210,7 @@ def _validate(run: Run) -> float:
         state.epoch + 1,
         state.step,
         mean_ap,
-        run.validation_split,
+        run.settings.validation_split,
         overall["num_classes"],
         ", the best so far" if better else f", best {state.best_map:.4f}",
     )
@@ -229,7 +226,7 @@ def _save_state(run: Run) -> None:
     _on_rank_0(run, lambda: save(run.state))
 
 
-def _on_rank_0(run: Run, write: Callable[[], None]) -> None:
+def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
     """Write on rank 0; if that fails, every rank raises."""
     failure: VlalError | None = None
     if run.ranks.rank == 0:
@@ -245,7 +242,7 @@ def _on_rank_0(run: Run, write: Callable[[], None]) -> None:
 
 
 def _enough(run: Run) -> bool:
-    return run.max_steps is not None and run.state.step >= run.max_steps
+    return run.settings.max_steps is not None and run.state.step >= run.settings.max_steps
 
 
 def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float, float]]:
@@ -268,4 +265,4 @@ def _progress(run: Run) -> AbstractContextManager[Progress | None]:
 
 def _label(run: Run, loss: float | None) -> str:
     shown = "" if loss is None else f", loss {loss:.4g}"
-    return f"epoch {run.state.epoch + 1}/{run.epochs}{shown}"
+    return f"epoch {run.state.epoch + 1}/{run.settings.epochs}{shown}"

@@ -1,6 +1,6 @@
 """What a run reads besides images: the dataset, its likelihoods, PSL's prior; and validation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +20,6 @@ from vlal_dist.evaluation.predictions import Predictions, merge_predictions
 from vlal_dist.method.metrics import Evaluation, evaluate_scores
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.ranks import Ranks
-from vlal_dist.vocabulary import Vocabulary
-
-REMEDY = "run score_clip and shard_tools merge, or set method.loss to one that draws no ignore set"
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,8 @@ def open_sources(
         likelihood = dataset.manifest.get("likelihood")
         if likelihood is None or train_split not in likelihood["splits"]:
             raise DataError(
-                f"{url}: the samples of split {train_split} carry no likelihood; {REMEDY}"
+                f"{url}: the samples of split {train_split} carry no likelihood; run score_clip "
+                "and shard_tools merge, or set method.loss to one that draws no ignore set"
             )
         return Sources(dataset, train, validation, likelihood_of_tar)
     store = open_store(scores_url)
@@ -91,12 +89,12 @@ def open_sources(
     return Sources(dataset, train, validation, read)
 
 
-def read_prior(url: str, vocabulary: Vocabulary) -> Tensor:
+def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
     """PSL's prior: column `mean_score` of an `attributes.parquet` that evaluate wrote.
 
     Args:
         url: path or URL of the file.
-        vocabulary: its attributes must be the file's, in order.
+        attributes: names that the file must list, in order.
 
     Returns:
         float32 [A], mean probability of each attribute over the training split.
@@ -107,8 +105,8 @@ def read_prior(url: str, vocabulary: Vocabulary) -> Tensor:
     """
     root, _, name = url.rpartition("/")
     try:
-        table = pa.parquet.read_table(pa.BufferReader(open_store(root or ".").read(name)))
-        attributes, mean_score = (table[column] for column in ("attribute", "mean_score"))
+        table = pyarrow.parquet.read_table(pa.BufferReader(open_store(root or ".").read(name)))
+        listed, mean_score = (table[column] for column in ("attribute", "mean_score"))
     except NotFoundError:
         raise ConfigError(
             f"method.psl_prior {url} does not exist; train loss ce_ignoring with this seed and run "
@@ -116,7 +114,7 @@ def read_prior(url: str, vocabulary: Vocabulary) -> Tensor:
         ) from None
     except (pa.ArrowInvalid, KeyError) as error:
         raise DataError(f"method.psl_prior {url} is no attributes.parquet: {error}") from None
-    if attributes.to_pylist() != list(vocabulary.attributes):
+    if listed.to_pylist() != list(attributes):
         raise DataError(
             f"method.psl_prior {url} lists other attributes than the dataset; evaluate a model of "
             "this dataset"
@@ -129,7 +127,7 @@ def make_validation(
     *,
     model: torch.nn.Module,
     ranks: Ranks,
-    vocabulary: Vocabulary,
+    groups: Mapping[str, Sequence[int]],
     batch_size: int,
     top_k: int,
     threshold: float,
@@ -142,20 +140,18 @@ def make_validation(
         maker: of the validation split.
         model: the model being trained, on the ranks' device.
         ranks: this process among its peers.
-        vocabulary: names the groups.
+        groups: group name -> attribute ids.
         batch_size: samples per forward pass.
         top_k, threshold: as `evaluate_scores` takes them.
     """
-    num_samples, width = maker.split.num_samples, len(vocabulary.attributes)
+    num_samples = maker.split.num_samples
     rows = np.arange(ranks.rank, num_samples, ranks.world_size, dtype=np.int64)
 
     def validate() -> Evaluation:
         batches = evaluation_batches(maker, rows, batch_size=batch_size)
-        own = predict(model, batches, num_attributes=width, device=ranks.device)
+        own = predict(model, batches, num_attributes=maker.num_attributes, device=ranks.device)
         merged = merge_predictions(_gather(own, ranks), num_samples=num_samples)
-        return evaluate_scores(
-            merged.score, merged.label, vocabulary.groups(), top_k=top_k, threshold=threshold
-        )
+        return evaluate_scores(merged.score, merged.label, groups, top_k=top_k, threshold=threshold)
 
     return validate
 

@@ -1,6 +1,5 @@
 """Where a run stands, and what may not change under it: the plain values of `state.json`."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -58,22 +57,22 @@ class TrainState:
     batch: dict[str, int] = field(default_factory=dict)
 
 
-def check_binding(binding: Binding, wanted: Mapping[str, object], *, where: str) -> None:
+def check_binding(stored: Binding, wanted: Binding, *, where: str) -> None:
     """Refuse to continue a run on other data or in another order.
 
     Args:
-        binding: what the checkpoint is bound to.
-        wanted: fields of `Binding` as configured now; a field left out is not compared.
+        stored: what the checkpoint is bound to.
+        wanted: what this start is bound to; 0 (lanes, micro-batches) takes what is stored.
         where: the checkpoint, for the message.
 
     Raises:
         DataError: naming each field that differs, with both values.
     """
-    stored = asdict(binding)
+    before = asdict(stored)
     differing = [
-        f"{name} is {value}, the checkpoint has {stored[name]}"
-        for name, value in wanted.items()
-        if value != stored[name]
+        f"{name} is {value}, the checkpoint has {before[name]}"
+        for name, value in asdict(wanted).items()
+        if value != before[name] and not (value == 0 and name in ("lanes", "micro_batches"))
     ]
     if differing:
         raise DataError(

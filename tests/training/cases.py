@@ -1,0 +1,113 @@
+"""A small model and a made-up epoch, the same in every process and in the float64 reference.
+
+Shapes: N rows of the epoch, A attributes, O objects, S image side.
+"""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from vlal_dist.data.batches import Batch
+from vlal_dist.data.loader import Step
+from vlal_dist.data.stream import plan_step
+from vlal_dist.method.baselines import loss_settings
+from vlal_dist.training.objective import Objective
+
+ROWS, ATTRIBUTES, OBJECTS, SIDE, LANES = 24, 7, 3, 8, 8
+BATCH = 12
+RATE, DECAY = 1e-2, 0.1
+
+
+class SmallClassifier(nn.Module):
+    """Convolution, BatchNorm, an object table, a Linear: each kind of the real one's parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.table = nn.Embedding(OBJECTS, 4)
+        self.classifier = nn.Linear(4, ATTRIBUTES)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, image: Tensor, object_id: Tensor) -> Tensor:
+        pooled = torch.relu(self.bn(self.conv(image))).mean(dim=(2, 3))
+        logits: Tensor = self.classifier(pooled * torch.sigmoid(self.table(object_id)))
+        return logits
+
+
+def groups(model: nn.Module) -> list[dict[str, object]]:
+    """Decay for matrices, none for vectors, as `parameter_groups`."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"name": "decay", "params": matrices, "lr": RATE, "weight_decay": DECAY},
+        {"name": "no_decay", "params": vectors, "lr": RATE, "weight_decay": 0.0},
+    ]
+
+
+def objective(loss: str) -> Objective:
+    return Objective(
+        loss=loss_settings(loss),
+        margin=0.05,
+        detach_focal=True,
+        num_ignore=2,
+        draw_over="feasible",
+        seed=99,
+        batch_size=BATCH,
+        reference_batch=6,
+        psl_prior=torch.linspace(0.2, 0.6, ATTRIBUTES),
+        psl_top_k=1,
+    )
+
+
+def rows(index: npt.NDArray[np.int64]) -> Batch:
+    """The given rows of the epoch."""
+    rng = np.random.default_rng(7)
+    image = rng.normal(size=(ROWS, 3, SIDE, SIDE)).astype(np.float32)
+    label = rng.choice([-1, 0, 0, 0, 1], size=(ROWS, ATTRIBUTES)).astype(np.int8)
+    feasible = rng.random((ROWS, ATTRIBUTES)) < 0.7
+    weight = np.where(feasible, 1 + rng.exponential(size=feasible.shape), 0).astype(np.float32)
+    object_id = rng.integers(OBJECTS, size=ROWS)
+    uid = rng.integers(2**63, size=ROWS)
+    return Batch(
+        image=torch.from_numpy(image[index]),
+        object_id=torch.from_numpy(object_id[index]),
+        label=torch.from_numpy(label[index]),
+        uid=torch.from_numpy(uid[index]),
+        visit=torch.zeros(len(index), dtype=torch.int64),
+        row=torch.from_numpy(index),
+        row_weight=torch.ones(len(index)),
+        inverse_weight=torch.from_numpy(weight[index]),
+        feasible=torch.from_numpy(feasible[index]),
+    )
+
+
+def step(*, start: int, samples: int, micro_batches: int, rank: int, world_size: int) -> Step:
+    """A rank's part of a step, cut as the loader cuts it."""
+    plan = plan_step(
+        start=start,
+        samples=samples,
+        lanes=LANES,
+        micro_batches=micro_batches,
+        rank=rank,
+        world_size=world_size,
+    )
+    batches = [rows(index) for index in plan.micro_batches]
+    return Step(batches, samples, start + samples, plan.micro_batches)
+
+
+def in_float64(batch: Batch) -> Batch:
+    """Floating fields in double precision, except what the draw looks at."""
+    doubles = {
+        field.name: value.double()
+        for field in fields(batch)
+        if field.name != "inverse_weight"
+        and (value := getattr(batch, field.name)).is_floating_point()
+    }
+    return replace(batch, **doubles)

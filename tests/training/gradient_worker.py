@@ -1,0 +1,74 @@
+"""One rank of test_gradients.py: runs cases on a real DeepSpeed engine, writes what came out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from tests.training import cases
+from vlal_dist.errors import DataError
+from vlal_dist.training.engine import Engine, leave_ranks
+from vlal_dist.training.ranks import Ranks, join_ranks
+from vlal_dist.training.step import TrainStep
+
+
+def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
+    model = cases.SmallClassifier()
+    count = -(-case["micro_batches"] // ranks.world_size)
+    engine = Engine(
+        model,
+        groups=cases.groups(model),
+        ranks=ranks,
+        batch_size=cases.BATCH,
+        micro_batches=count,
+        zero_stage=case["zero"],
+        bf16=False,
+    )
+    train_step = TrainStep(
+        engine, ranks, objective=cases.objective(case["loss"]), micro_batches=count
+    )
+    engine.module.train(case["batch_norm"] == "train")
+    start, found = 0, {}
+    for number, samples in enumerate(case["samples"]):
+        step = cases.step(
+            start=start,
+            samples=samples,
+            micro_batches=case["micro_batches"],
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        for batch in step.micro_batches:
+            if case.get("poison") is not None:
+                batch.image[batch.row == case["poison"]] = float("nan")
+        train_step.accumulate(step)
+        (diverged,) = ranks.agree(not train_step.is_finite())
+        if diverged:
+            try:
+                train_step.refuse(number)
+            except DataError as error:
+                (out / f"{case['name']}-{ranks.rank}.txt").write_text(str(error))
+            return
+        if case["zero"] == 0:
+            for name, parameter in engine.module.named_parameters():
+                assert parameter.grad is not None
+                found[f"gradient{number}.{name}"] = parameter.grad.clone()
+        train_step.apply()
+        start += samples
+    tally = train_step.take_tally().over_ranks(ranks)
+    found.update(loss=tally.loss, pairs=tally.pairs, rows=tally.rows)
+    found.update({f"weight.{k}": v.detach().clone() for k, v in model.state_dict().items()})
+    save_file(found, out / f"{case['name']}-{ranks.rank}.safetensors")
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    ranks = join_ranks(threads=1)
+    for case in json.loads((out / f"cases-{ranks.world_size}.json").read_text()):
+        run_case(case, ranks, out)
+
+
+if __name__ == "__main__":
+    main()
+    leave_ranks()

@@ -1,0 +1,147 @@
+"""Whole runs as users start them: the deepspeed launcher, bare ranks, plain python; on CPU."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.processes import ROOT, environment, free_port
+from vlal_dist.evaluation.saved_model import load_model
+from vlal_dist.storage.store import open_store
+from vlal_dist.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.deepspeed
+
+
+def arguments(small: Path, run: Path, *more: str) -> list[str]:
+    port = str(free_port())
+    return [
+        "vlal_dist/train.py", "--config", str(small / "config.yaml"), "--paths.run", str(run),
+        "--training.epochs", "2", "--training.log_steps", "2",
+        "--observability.metrics_port", port, *more,
+    ]  # fmt: skip
+
+
+def launch(small: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    """`deepspeed` on two ranks, in a session of its own so that a kill reaches all of it."""
+    program = str(Path(sys.executable).parent / "deepspeed")
+    command = [program, "--num_accelerators", "2", "--master_port", str(free_port())]
+    return start([*command, *arguments(small, run, *more)], {})
+
+
+def start(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**environment(), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        end(process)
+    assert process.returncode == code, output
+    return output
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Leave nothing of the process's session behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def wait_for(what: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 200
+    while not what.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"{what} did not appear"
+        time.sleep(0.02)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"{step:08d}" / "model.safetensors")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed")
+    output = finish(launch(small, run))
+    assert "train: done: epochs 2, steps 8, ranks 2" in output
+    return run
+
+
+def test_a_run_leaves_what_the_next_stages_read(undisturbed: Path, small: Path) -> None:
+    vocabulary = Vocabulary.from_json(json.loads((small / "merged/vocabulary.json").read_text()))
+    _, info = load_model(open_store(str(undisturbed)), "best", vocabulary=vocabulary)
+    written = lines(undisturbed)
+    found = [line for line in written if line["kind"] == "validation"]
+    assert [line["step"] for line in found] == [4, 8]
+    assert info.validation_map == max(line["mAP"] for line in found)
+    steps = [line for line in written if line["kind"] == "train"]
+    assert [line["step"] for line in steps] == [2, 4, 6, 8]
+    terms = ("positive", "negative", "feasible", "infeasible")
+    for line in steps:
+        assert line["loss"] == pytest.approx(sum(line[f"loss_{term}"] for term in terms))
+        assert line["ignored_effective"] > 0 and line["samples_per_s"] > 0
+    assert json.loads((undisturbed / "train.result.json").read_text())["code"] == 0
+    assert (undisturbed / "config.yaml").exists()
+
+
+def test_killed_after_an_epoch_and_repeated_it_ends_with_the_same_bits(
+    undisturbed: Path, small: Path, tmp_path: Path
+) -> None:
+    process = launch(small, tmp_path)
+    wait_for(tmp_path / "checkpoints/00000004/COMPLETE", process)
+    end(process)
+    assert not (tmp_path / "checkpoints/00000008").exists()
+    output = finish(launch(small, tmp_path))
+    assert "resuming" in output and "step 4, epoch 2, 0 samples in" in output
+    expected, found = weights(undisturbed, 8), weights(tmp_path, 8)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    def figures(run: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in x.items() if k != "samples_per_s"} for x in lines(run)]
+
+    assert figures(tmp_path) == figures(undisturbed)
+
+
+def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
+    small: Path, tmp_path: Path
+) -> None:
+    port, ranks = str(free_port()), []
+    for rank in ("0", "1"):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(start([sys.executable, *arguments(small, tmp_path)], env))
+    wait_for(tmp_path / "config.yaml", ranks[0])
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    outputs = [finish(rank, code=75) for rank in ranks]
+    assert "stopped by SIGTERM" in outputs[1] and "the same command resumes" in outputs[0]
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    state = json.loads((saved / "state.json").read_text())
+    assert state["step"] < 8 and state["binding"]["micro_batches"] == 2
+    finish(start([sys.executable, *arguments(small, tmp_path)], {}))
+    state = json.loads((tmp_path / "checkpoints/00000008/state.json").read_text())
+    assert (state["step"], state["epoch"], state["batch"]["world_size"]) == (8, 2, 1)

@@ -1,0 +1,17 @@
+import os
+import signal
+
+import pytest
+
+from vlal_dist.training.stop import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_only_raises_a_flag(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one does no harm
+        assert stop.requested and stop.received == number.name
+    assert signal.getsignal(number) is before

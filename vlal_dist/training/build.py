@@ -1,0 +1,271 @@
+"""From settings to a finished run: open, resume, build, train. Each builder makes one part."""
+
+import logging
+from contextlib import ExitStack
+
+from vlal_dist.data.batches import BatchMaker
+from vlal_dist.data.loader import TrainLoader
+from vlal_dist.method.baselines import loss_settings
+from vlal_dist.method.model import build_model, parameter_groups
+from vlal_dist.storage.store import Store, open_store
+from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
+from vlal_dist.training.engine import Engine
+from vlal_dist.training.objective import Objective
+from vlal_dist.training.outputs import open_log, open_metrics, save_best
+from vlal_dist.training.ranks import Ranks, join_ranks
+from vlal_dist.training.resume import agree_on, begin_anew, check_resume, restore
+from vlal_dist.training.run import Run, train
+from vlal_dist.training.schedule import Schedule
+from vlal_dist.training.settings import RunSettings
+from vlal_dist.training.sources import Sources, make_validation, open_sources, read_prior
+from vlal_dist.training.state import Binding, TrainState
+from vlal_dist.training.step import TrainStep
+from vlal_dist.training.stop import StopRequest
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int]:
+    """Do a run, or what is left of it.
+
+    Args:
+        settings: all knobs.
+        resume: `auto`, `none`, or the path or URL of a checkpoint or of a run root.
+
+    Returns:
+        Where the run stands at its end, and the number of ranks.
+
+    Raises:
+        ConfigError, DataError, StorageError, Stopped: see errors.py; on every rank.
+    """
+    sources = open_sources(
+        settings.dataset_url,
+        scores_url=settings.scores_url,
+        temperature=settings.temperature,
+        cache=settings.cache,
+        train_split=settings.train_split,
+        validation_split=settings.validation_split,
+        needs_likelihood=settings.needs_likelihood,
+    )
+    store = open_store(settings.run_url)
+    found = find_checkpoint(store, resume)
+    check_resume(found, _bound(settings, sources), zero_stage=settings.zero_stage)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        ranks = join_ranks(threads=settings.torch_threads)
+        agree_on(found, ranks)
+        if ranks.rank == 0:
+            if resume == "none":
+                begin_anew(store)
+            store.replace("config.yaml", settings.config_text.encode())
+        run = _build(settings, sources, found, ranks, stop, store, stack)
+        train(run)
+    return run.state, ranks.world_size
+
+
+def _build(
+    settings: RunSettings,
+    sources: Sources,
+    found: Checkpoint | None,
+    ranks: Ranks,
+    stop: StopRequest,
+    store: Store,
+    stack: ExitStack,
+) -> Run:
+    """Everything that `train` uses; what must be closed is left on the stack."""
+    metrics = open_metrics(stack, settings, local_rank=ranks.local_rank)
+    loader = _loader(settings, sources, found, ranks)
+    stack.callback(loader.close)
+    schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
+    state = restore(
+        found,
+        engine=engine,
+        schedule=schedule,
+        binding=_bound(settings, sources, loader),
+        batch=_batch(settings, ranks),
+        has_best=store.exists("best/model.json"),
+    )
+    validation = _batch_maker(settings, sources, train=False)
+    stack.callback(validation.close)
+    return Run(
+        ranks=ranks,
+        engine=engine,
+        loader=loader,
+        train_step=TrainStep(
+            engine,
+            ranks,
+            objective=_objective(settings, sources),
+            micro_batches=loader.micro_batches_per_step,
+        ),
+        schedule=schedule,
+        state=state,
+        validate=make_validation(
+            validation,
+            model=engine.module,
+            ranks=ranks,
+            groups=sources.dataset.vocabulary.groups(),
+            batch_size=settings.evaluation_batch_size,
+            top_k=settings.top_k,
+            threshold=settings.threshold,
+        ),
+        save_best=lambda now: _save_best(settings, sources, store, engine, now),
+        save_state=None
+        if settings.zero_stage
+        else lambda now: save_checkpoint(
+            store, now, engine.module, engine.optimizer, keep=settings.keep_checkpoints
+        ),
+        metrics=metrics,
+        log=open_log(store, step=state.step) if ranks.rank == 0 else None,
+        stop=stop,
+        settings=settings,
+    )
+
+
+def _bound(settings: RunSettings, sources: Sources, loader: TrainLoader | None = None) -> Binding:
+    """What the run is bound to; lanes and micro-batches are 0 until the loader chose them."""
+    return Binding(
+        dataset_digest=sources.dataset.digest,
+        vocabulary_digest=sources.dataset.vocabulary.digest,
+        feasible_digest=sources.dataset.feasible.digest,
+        train_split=settings.train_split,
+        seed=settings.seed,
+        lanes=loader.lanes if loader else settings.lanes,
+        micro_batches=loader.micro_batches if loader else 0,
+        window_blocks=settings.window_blocks,
+        epoch_end=settings.epoch_end,
+    )
+
+
+def _batch(settings: RunSettings, ranks: Ranks) -> dict[str, int]:
+    """How a step is made up; may change at a resume."""
+    return {
+        "batch_size": settings.batch_size,
+        "accumulation": settings.accumulation,
+        "reference_batch": settings.reference_batch,
+        "world_size": ranks.world_size,
+    }
+
+
+def _objective(settings: RunSettings, sources: Sources) -> Objective:
+    """Sec. 2.3, or a row of Table 1."""
+    prior = None
+    if settings.loss == "psl" and settings.psl_prior is not None:
+        prior = read_prior(settings.psl_prior, sources.dataset.vocabulary.attributes)
+    positive, negative, feasible, infeasible = settings.gammas
+    return Objective(
+        loss=loss_settings(
+            settings.loss,
+            gamma_positive=positive,
+            gamma_negative=negative,
+            gamma_feasible=feasible,
+            gamma_infeasible=infeasible,
+        ),
+        margin=settings.margin,
+        detach_focal=settings.detach_focal,
+        num_ignore=settings.num_ignore,
+        draw_over=settings.draw_over,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        reference_batch=settings.reference_batch,
+        psl_prior=prior,
+        psl_threshold=settings.psl_threshold,
+        psl_top_k=settings.psl_topk,
+    )
+
+
+def _batch_maker(settings: RunSettings, sources: Sources, *, train: bool) -> BatchMaker:
+    return BatchMaker(
+        sources.train if train else sources.validation,
+        feasible=sources.dataset.feasible,
+        num_attributes=len(sources.dataset.vocabulary.attributes),
+        image_size=settings.image_size,
+        normalize=settings.normalize,
+        threads=settings.decode_threads,
+        read_likelihood=sources.read_likelihood if train else None,
+    )
+
+
+def _loader(
+    settings: RunSettings, sources: Sources, found: Checkpoint | None, ranks: Ranks
+) -> TrainLoader:
+    """The stream; lanes and micro-batches are those of the first start."""
+    first = found.state.binding if found else None
+    loader = TrainLoader(
+        _batch_maker(settings, sources, train=True),
+        batch_size=settings.batch_size,
+        accumulation=settings.accumulation,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=settings.seed,
+        lanes=first.lanes if first else settings.lanes,
+        micro_batches=first.micro_batches if first else 0,
+        window_blocks=settings.window_blocks,
+        epoch_end=settings.epoch_end,
+        flip=settings.flip,
+        prefetch_steps=settings.prefetch_steps,
+    )
+    if loader.micro_batches % ranks.world_size:
+        logger.info(
+            "the %d micro-batches of a step are recut for %d ranks: BatchNorm sees other groups",
+            loader.micro_batches,
+            ranks.world_size,
+        )
+    return loader
+
+
+def _schedule_and_engine(
+    settings: RunSettings, sources: Sources, loader: TrainLoader, ranks: Ranks
+) -> tuple[Schedule, Engine]:
+    vocabulary = sources.dataset.vocabulary
+    model = build_model(
+        depth=settings.depth,
+        num_objects=len(vocabulary.objects),
+        num_attributes=len(vocabulary.attributes),
+        object_gate=settings.object_gate,
+        weights=settings.weights,
+        seed=settings.seed,
+    )
+    groups = parameter_groups(
+        model,
+        lr_new=settings.lr_new,
+        lr_pretrained=settings.lr_pretrained,
+        weight_decay=settings.weight_decay,
+        pretrained=settings.weights is not None,
+    )
+    total_steps = settings.epochs * loader.steps_per_epoch
+    schedule = Schedule(
+        settings.schedule,
+        rates={group["name"]: group["lr"] for group in groups},
+        total_steps=min(total_steps, settings.max_steps or total_steps),
+        factor=settings.plateau_factor,
+        patience=settings.plateau_patience,
+    )
+    on_gpu = ranks.device.type == "cuda"
+    engine = Engine(
+        model,
+        groups=groups,
+        ranks=ranks,
+        batch_size=settings.batch_size,
+        micro_batches=loader.micro_batches_per_step,
+        zero_stage=settings.zero_stage,
+        bf16=settings.precision == "bf16" or (settings.precision == "auto" and on_gpu),
+    )
+    return schedule, engine
+
+
+def _save_best(
+    settings: RunSettings, sources: Sources, store: Store, engine: Engine, state: TrainState
+) -> None:
+    save_best(
+        store,
+        engine.module,
+        state,
+        depth=settings.depth,
+        object_gate=settings.object_gate,
+        num_objects=len(sources.dataset.vocabulary.objects),
+        num_attributes=len(sources.dataset.vocabulary.attributes),
+        image_size=settings.image_size,
+        normalize=settings.normalize,
+        profile=settings.profile,
+        loss=settings.loss,
+    )
