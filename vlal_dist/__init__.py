@@ -1,3 +1,3 @@
-"""Vision-language assisted attribute learning at any scale; importing this imports nothing heavy."""
+"""Vision-language assisted attribute learning at any scale."""
 
 __version__ = "0.1.0"

@@ -70,7 +70,7 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     config: Config | None = None
     flags: Mapping[str, str] = {}
     try:
-        line = parse_command_line(argv, flags=program.flags)
+        line = parse_command_line(argv, flags=program.flags, sections=program.sections)
         config, flags = line.config, line.flags
         counts = program.work(config, flags)
     except VlalError as error:

@@ -76,6 +76,8 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("PHOTOS")
     with pytest.raises(ConfigError, match=r"pack\.images needs the environment variable PHOTOS"):
         load_config(path, {})
+    # A program that does not read the section does not need the variable.
+    assert load_config(path, {}, sections=("training",)).pack.images == ["${PHOTOS}/x.zip"]
 
 
 @pytest.mark.parametrize(

@@ -42,10 +42,12 @@ class CommandLine:
     flags: Mapping[str, str]
 
 
-def parse_command_line(argv: Sequence[str], *, flags: Sequence[str]) -> CommandLine:
+def parse_command_line(
+    argv: Sequence[str], *, flags: Sequence[str], sections: Sequence[str] | None = None
+) -> CommandLine:
     """Parse `argv` (without the program's name).
 
-    `--local_rank` is accepted and ignored: launchers add it.
+    `--local_rank` is accepted and ignored: launchers add it. `sections` as in `load_config`.
 
     Raises:
         UsageError: an unknown flag, a missing value, a positional argument.
@@ -76,7 +78,8 @@ def parse_command_line(argv: Sequence[str], *, flags: Sequence[str]) -> CommandL
             found[name] = value
         elif name != "local_rank":
             overrides[name] = value
-    return CommandLine(config=load_config(_config_path(path), overrides), flags=found)
+    config = load_config(_config_path(path), overrides, sections=sections)
+    return CommandLine(config=config, flags=found)
 
 
 def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Sequence[str]) -> str:

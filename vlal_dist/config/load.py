@@ -7,7 +7,7 @@ command line set. `base: other.yaml` in a file starts from that file, beside it.
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,16 @@ PROFILES: dict[str, dict[str, object]] = {
 _VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 
 
-def load_config(path: str | None, overrides: Mapping[str, str]) -> Config:
+def load_config(
+    path: str | None, overrides: Mapping[str, str], *, sections: Sequence[str] | None = None
+) -> Config:
     """Read, overlay, check.
 
     Args:
         path: YAML file; `None` for the defaults alone.
         overrides: dotted key -> text, parsed as YAML (`training.epochs` -> `"3"`).
+        sections: sections that will be read; environment variables of the others may be unset
+            (training needs no annotations). None: all.
 
     Raises:
         ConfigError: unreadable file, unset variable, unknown key (with the nearest name), or a
@@ -53,7 +57,8 @@ def load_config(path: str | None, overrides: Mapping[str, str]) -> Config:
         _check_key(key)
         _assign(values, key, _parse(key, text))
     _check_names(values)
-    _expand(values, "")
+    for section, keys in values.items():
+        _expand(keys, section, required=sections is None or section in sections)
     profile = _lookup(values, "method.profile", "paper")
     for key, value in PROFILES.get(str(profile), {}).items():
         if _lookup(values, key, _ABSENT) is _ABSENT:
@@ -151,26 +156,27 @@ def _lookup(values: Mapping[str, Any], key: str, default: object) -> object:
     return keys.get(name, default) if isinstance(keys, dict) else default
 
 
-def _expand(node: Any, where: str) -> Any:
+def _expand(node: Any, where: str, *, required: bool) -> Any:
     """Replace `${NAME}` by the environment's value, in place, in every string."""
     if isinstance(node, str):
-        return _VARIABLE.sub(lambda match: _variable(match.group(1), where), node)
+        return _VARIABLE.sub(lambda match: _variable(match, where, required=required), node)
     if isinstance(node, dict):
         for key in node:
-            node[key] = _expand(node[key], f"{where}.{key}".lstrip("."))
+            node[key] = _expand(node[key], f"{where}.{key}", required=required)
     elif isinstance(node, list):
-        node[:] = [_expand(item, where) for item in node]
+        node[:] = [_expand(item, where, required=required) for item in node]
     return node
 
 
-def _variable(name: str, where: str) -> str:
+def _variable(match: re.Match[str], where: str, *, required: bool) -> str:
+    name = match.group(1)
     value = os.environ.get(name)
-    if not value:
+    if not value and required:
         raise ConfigError(
             f"{where} needs the environment variable {name}, which is not set; "
             f"set it, for example: export {name}=PATH"
         )
-    return value
+    return value or match.group(0)
 
 
 def _explain(error: ValidationError) -> str:
