@@ -1,14 +1,16 @@
 """Batches and the training stream of a small real dataset: equal content on every layout."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.conftest import S3Server
 from tests.scored import write_scores
-from tests.small import run_all, write_small_vaw
+from tests.small import run, run_all, write_small_vaw
 from vlal_dist.data.batches import BatchMaker, evaluation_batches
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.likelihoods import likelihood_of_tar
@@ -142,6 +144,30 @@ def test_training_on_samples_without_likelihood_says_what_to_do(merged: Dataset)
     with pytest.raises(DataError, match="run score_clip and shard_tools merge"):
         maker.make(np.array([0]), np.zeros(1, np.int64), np.zeros(1, np.bool_))
     maker.close()
+
+
+def test_a_remote_epoch_fetches_each_block_once(
+    moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, root = write_small_vaw(tmp_path), f"{moto_s3.url()}/dataset"
+    assert run("clean", config) == 0
+    assert run("pack", config, "--paths.dataset", root, "--pack.block_bytes", "2048") == 0
+    dataset = open_dataset(root, cache=tmp_path / "cache")
+    maker = make(dataset, likelihood=None)
+    one = TrainLoader(
+        maker, batch_size=16, accumulation=1, rank=0, world_size=1, seed=3, epoch_end="exact"
+    )
+    fetched: list[int] = []
+    read = type(maker.split.store).read
+
+    def counting(store: Any, key: str, **where: Any) -> bytes:
+        fetched.append(where["offset"])
+        return read(store, key, **where)
+
+    monkeypatch.setattr(type(maker.split.store), "read", counting)
+    assert sum(len(step) for step in samples(one.epoch(0, 0))) == 72
+    assert one.lanes > 1 and len(fetched) == len(maker.split.blocks)
+    one.close()
 
 
 def test_evaluation_goes_through_the_rows_in_order(merged: Dataset) -> None:

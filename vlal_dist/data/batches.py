@@ -64,7 +64,6 @@ class BatchMaker:
         normalize: ImageNet mean and standard deviation.
         threads: decoding threads.
         read_likelihood: where log-likelihoods come from; None: not needed.
-        cache_blocks: blocks of a remote split kept in memory.
     """
 
     def __init__(
@@ -77,12 +76,11 @@ class BatchMaker:
         normalize: bool,
         threads: int,
         read_likelihood: ReadLikelihood | None = None,
-        cache_blocks: int = 64,
     ) -> None:
         self.split, self.feasible, self.num_attributes = split, feasible, num_attributes
         self.image_size, self.normalize = image_size, normalize
         self.read_likelihood = read_likelihood
-        self.reader = RowReader(split, cache_blocks=cache_blocks)
+        self.reader = RowReader(split)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
 
     def make(
@@ -122,6 +120,10 @@ class BatchMaker:
             inverse_weight=None if inverse_weight is None else torch.from_numpy(inverse_weight),
             feasible=torch.from_numpy(feasible),
         )
+
+    def keep_blocks(self, count: int) -> None:
+        """Keep so many blocks of a remote split in memory: those that open windows still need."""
+        self.reader.cache_blocks = count
 
     def close(self) -> None:
         """End the threads and close files."""

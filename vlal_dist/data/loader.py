@@ -104,6 +104,9 @@ class TrainLoader:
         self._maker, self._batch_size, self._seed, self._flip = maker, batch_size, seed, flip
         self._rank, self._world_size = rank, world_size
         self._prefetch = prefetch_steps
+        # A window may touch one block more than it is long; steps prepared ahead open the next one.
+        own_lanes = -(-self.lanes // world_size)
+        maker.keep_blocks(own_lanes * (window_blocks + 2))
         self._ahead = ThreadPoolExecutor(max_workers=2, thread_name_prefix="step")
 
     def epoch(self, epoch: int, start: int) -> Iterator[Step]:
