@@ -211,11 +211,16 @@ def _ignored(lines: list[Line], run_config: str) -> str:
     values = [value for _, value in series(lines, "train", "ignored_effective")]
     if not values:
         return ""
-    stated = (yaml.safe_load(run_config) or {}).get("method", {}).get("num_ignore", "unknown")
+    method = (yaml.safe_load(run_config) or {}).get("method", {})
     mean = sum(values) / len(values)
+    left_out = (
+        f"{mean:.2f} unannotated attributes per crop and visit were left out of the loss "
+        "(mean over the logged training steps)"
+    )
+    if method.get("loss", "selective") != "selective":
+        return f"By the rule of {method['loss']}, {left_out}."
     return (
-        f"NUM_IGNORE is {stated}; {mean:.2f} unannotated attributes per crop and visit were "
-        "really left out of the loss (mean over the logged training steps). The two differ where "
+        f"NUM_IGNORE is {method.get('num_ignore', 'unknown')}; {left_out}. The two differ where "
         "a feasible set is smaller than NUM_IGNORE, and where a draw meets an annotated attribute."
     )
 
