@@ -56,10 +56,12 @@ def train(loss: str) -> None:
         module = [sys.executable, "-m", "vlal_dist.evaluate", "--config", CONFIG]
         call(*module, "--paths.run", prior, "--evaluation.split", "train")
         arguments += ["--method.psl_prior", f"{prior}/evaluation/train-model/attributes.parquet"]
+    begun = (ROOT / run / "metrics.jsonl").exists()  # by an earlier attempt: no time is given
     seconds = call("deepspeed", "--num_accelerators", "2", "vlal_dist/train.py", *arguments)
     evaluate(run, "model")
     facts = json.loads(result.read_text())
-    result.with_name("seconds.json").write_text(json.dumps({"training_s": round(seconds)}))
+    if not begun:
+        result.with_name("seconds.json").write_text(json.dumps({"training_s": round(seconds)}))
     print(f"{loss}: test mAP {facts['groups'][0]['mAP']:.4f}")
 
 

@@ -143,9 +143,9 @@ def _check_settings(settings: CleanSection, *, like: Like | None) -> None:
         )
     if settings.feasible_top_k > 0 and settings.object_vectors is None:
         raise ConfigError(
-            f"clean.feasible_top_k is {settings.feasible_top_k}, which needs clean.object_vectors; "
-            "write them with `python -m vlal_dist.score_clip --object-vectors FILE`, or set "
-            "clean.feasible_top_k to 0"
+            f"clean.feasible_top_k is {settings.feasible_top_k}, which needs "
+            "clean.object_vectors: a safetensors file of CLIP text vectors (`--help`). score_clip "
+            "does not write it yet; make it with any CLIP, or set clean.feasible_top_k to 0"
         )
 
 

@@ -12,7 +12,7 @@ from vlal_dist.method.feasible import FeasibleSets, enlarge_feasible_sets, feasi
 from vlal_dist.vocabulary import Vocabulary
 
 VECTORS = "object_vectors"
-"""Tensor in the file of `score_clip --object-vectors`: float32 [O, D], rows in object id order."""
+"""Tensor in the file: float32 [O, D], CLIP text vectors, rows in object id order."""
 
 
 def build_feasible_sets(tables: Sequence[pa.Table], *, num_objects: int) -> FeasibleSets:
@@ -54,7 +54,7 @@ def enlarge(
 
 
 def _read_vectors(path: str, vocabulary: Vocabulary) -> NDArray[np.float32]:
-    remedy = "write it again with `python -m vlal_dist.score_clip --object-vectors FILE`"
+    remedy = "write it again for the present vocabulary"
     try:
         with safe_open(path, framework="numpy") as file:
             digest = (file.metadata() or {}).get("vocabulary_digest")

@@ -78,6 +78,12 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         if config is not None and not quiet:
             _write_result(program, config, {"code": error.exit_code, "reason": str(error)})
         return error.exit_code
+    except Exception as error:
+        logger.exception("%s: an error that should not happen; please report it", program.name)
+        if config is not None and not quiet:
+            reason = f"{type(error).__name__}: {error}"
+            _write_result(program, config, {"code": 1, "reason": reason})
+        return 1
     if quiet:
         return 0
     counts = {**counts, "seconds": round(time.monotonic() - started, 3)}
@@ -85,17 +91,22 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     sys.stdout.write(f"{program.name}: done: {summary}\n")
     if "json" in flags:
         Path(flags["json"]).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
-    _write_result(program, config, {"code": 0, "reason": "done", "counts": counts})
+    if "plan" not in flags:  # a plan did nothing, and must not replace the record of what was done
+        result = {"code": 0, "reason": "done", "counts": counts}
+        _write_result(program, config, result, config_text=config_yaml(config))
     return 0
 
 
-def _write_result(program: Program, config: Config, result: dict[str, object]) -> None:
-    """Leave `PROGRAM.result.json` and the resolved config beside the output, if it can be."""
+def _write_result(
+    program: Program, config: Config, result: dict[str, object], *, config_text: str | None = None
+) -> None:
+    """Leave `PROGRAM.result.json`, and the config of a success, beside the output, if it can be."""
     try:
         store = open_store(program.output(config))
         text = json.dumps(result, indent=2) + "\n"
         store.replace(f"{program.name}.result.json", text.encode())
-        store.replace(f"{program.name}.config.yaml", config_yaml(config).encode())
+        if config_text is not None:
+            store.replace(f"{program.name}.config.yaml", config_text.encode())
     except VlalError as error:
         logger.warning("%s: no result.json was written: %s", program.name, error)
 

@@ -90,6 +90,7 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"data.image_size": "63"}, "greater than or equal to 64"),
         ({"method.loss": "mse"}, "selective"),
         ({"method.margin": "1"}, "less than 1"),
+        ({"method.num_ignore": "-5"}, "greater than or equal to 0"),
         ({"model.depth": "19"}, "18, 34, 50 or 101"),
     ],
 )

@@ -123,6 +123,15 @@ def test_the_exact_end_keeps_every_sample(merged: Dataset) -> None:
     exact.close()
 
 
+def test_a_resume_with_another_batch_size_still_drops_the_incomplete_batch(
+    merged: Dataset,
+) -> None:
+    other = loader(merged, batch_size=20)
+    assert [step.samples for step in other.epoch(0, 16)] == [20, 20]
+    assert other.end_of_epoch(16) == 56 and other.end_of_epoch(0) == other.epoch_samples == 60
+    other.close()
+
+
 def test_ranks_without_rows_still_have_their_micro_batches(merged: Dataset) -> None:
     ranks = [loader(merged, rank, 5, lanes=8, micro_batches=1, batch_size=3) for rank in range(5)]
     for rank, one in enumerate(ranks):

@@ -102,8 +102,8 @@ def test_imagenet_asks_torchvision_for_v1(monkeypatch):
     asked = []
 
     class Weights:
-        def get_state_dict(self, *, check_hash):
-            assert check_hash
+        def get_state_dict(self, *, check_hash, weights_only):
+            assert check_hash and weights_only
             return torchvision.models.resnet18(weights=None).state_dict()
 
     monkeypatch.setattr(torchvision.models, "get_weight", lambda n: asked.append(n) or Weights())

@@ -248,7 +248,7 @@ def test_enlarged_feasible_sets(place: Workplace, capsys: pytest.CaptureFixture[
     settings = {"feasible_top_k": 3, "feasible_votes": 2, "object_vectors": path}
     again = ["--paths.instances", str(place.folder / "more")]
     assert place.run(*again, **settings) == 65
-    assert "score_clip --object-vectors FILE" in capsys.readouterr().err
+    assert "write it again for the present vocabulary" in capsys.readouterr().err
     save_file(vectors, path, metadata={"vocabulary_digest": "0" * 64})
     assert place.run(*again, **settings) == 65
     assert "is of vocabulary 000" in capsys.readouterr().err
@@ -267,7 +267,7 @@ def test_enlarged_feasible_sets(place: Workplace, capsys: pytest.CaptureFixture[
         ({"merge": "table"}, "clean.merge_table is not set"),
         ({"feasible_splits": ["train", "val"]}, "name splits that are there, or use --like"),
         ({"feasible_splits": []}, "clean.feasible_splits is []"),
-        ({"feasible_top_k": 3}, "python -m vlal_dist.score_clip --object-vectors FILE"),
+        ({"feasible_top_k": 3}, "which needs clean.object_vectors"),
         ({"expected": {"reed": {}}}, "clean.expected has the step 'reed'"),
         ({"merge": "wordnet", "wordnet_dir": "/nowhere"}, "apt-get install wordnet-base"),
     ],

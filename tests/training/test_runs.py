@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.training.processes import ROOT, environment, free_port
+from vlal_dist.data.rows import RowReader
 from vlal_dist.evaluation.saved_model import load_model
 from vlal_dist.storage.store import open_store
+from vlal_dist.training.resume import begin_anew
+from vlal_dist.training.sources import open_sources
 from vlal_dist.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.deepspeed
@@ -145,3 +150,81 @@ def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     finish(start([sys.executable, *arguments(small, tmp_path)], {}))
     state = json.loads((tmp_path / "checkpoints/00000008/state.json").read_text())
     assert (state["step"], state["epoch"], state["batch"]["world_size"]) == (8, 2, 1)
+
+
+def damaged_copy(small: Path, folder: Path, split: str) -> Path:
+    """The merged dataset with one byte of one sample changed."""
+    shutil.copytree(small / "merged", folder)
+    shard = sorted((folder / split / "shards").iterdir())[0]
+    shard.chmod(0o644)
+    with shard.open("r+b") as file:
+        file.seek(700)
+        byte = file.read(1)
+        file.seek(700)
+        file.write(bytes([byte[0] ^ 1]))
+    return folder
+
+
+def two_ranks(small: Path, run: Path, *more: str) -> list[str]:
+    """Outputs of two ranks that must both end with 65."""
+    port, ranks = str(free_port()), []
+    for rank in ("0", "1"):
+        env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(start([sys.executable, *arguments(small, run, *more)], env))
+    return [finish(rank, code=65) for rank in ranks]
+
+
+def test_a_damaged_sample_that_one_rank_reads_ends_all_with_its_code(
+    small: Path, tmp_path: Path
+) -> None:
+    merged, run = damaged_copy(small, tmp_path / "merged", "train"), tmp_path / "run"
+    outputs = two_ranks(small, run, "--paths.merged", str(merged))
+    told = [output.count("crc32") for output in outputs]
+    assert sorted(told) == [0, 1], outputs
+    assert "another rank failed" in outputs[told.index(0)]
+    result = json.loads((run / "train.result.json").read_text())
+    assert result["code"] == 65 and not (run / "checkpoints").exists()
+
+
+def test_a_validation_that_fails_keeps_the_epoch(small: Path, tmp_path: Path) -> None:
+    merged, run = damaged_copy(small, tmp_path / "merged", "val"), tmp_path / "run"
+    two_ranks(small, run, "--paths.merged", str(merged))
+    state = json.loads((run / "checkpoints/00000004/state.json").read_text())
+    assert (state["step"], state["epoch"], state["consumed"]) == (4, 0, 64)
+    shutil.rmtree(merged)
+    shutil.copytree(small / "merged", merged)
+    output = finish(
+        start([sys.executable, *arguments(small, run, "--paths.merged", str(merged))], {})
+    )
+    assert "step 4, epoch 1, 64 samples in" in output and "steps 8" in output
+
+
+def test_beginning_anew_leaves_no_model_of_the_earlier_run(
+    undisturbed: Path, small: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    begin_anew(open_store(str(run)))
+    assert not (run / "best/model.json").exists() and not list(run.glob("checkpoints/*/COMPLETE"))
+
+
+def test_likelihoods_of_tars_follow_another_temperature(small: Path) -> None:
+    def read(temperature: float | None, *, scores: bool) -> list[np.ndarray[Any, Any]]:
+        sources = open_sources(
+            str(small / ("dataset" if scores else "merged")),
+            scores_url=str(small / "scores") if scores else None,
+            temperature=temperature,
+            cache=small / "cache",
+            train_split="train",
+            validation_split="val",
+            needs_likelihood=True,
+        )
+        reader = RowReader(sources.train)
+        assert sources.read_likelihood is not None
+        return [sources.read_likelihood(reader.read(row)) for row in range(5)]  # type: ignore[misc]
+
+    for temperature in (None, 0.2):
+        pairs = zip(read(temperature, scores=False), read(temperature, scores=True), strict=True)
+        assert all(np.allclose(one, other, atol=1e-5) for one, other in pairs)
+    assert not np.allclose(read(None, scores=False)[0], read(0.2, scores=False)[0], atol=1e-2)

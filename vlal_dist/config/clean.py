@@ -58,8 +58,9 @@ class CleanSection(Section):
     )
     object_vectors: str | None = Field(
         None,
-        description="CLIP text vectors of object names, safetensors from `score_clip "
-        "--object-vectors` (path; needed when feasible_top_k > 0)",
+        description="safetensors with `object_vectors` float32 [O, D], CLIP text vectors of the "
+        "object names in id order, and vocabulary_digest in its header (path; needed when "
+        "feasible_top_k > 0)",
     )
     expected: dict[str, dict[str, int]] = Field(
         default_factory=dict,

@@ -16,16 +16,12 @@ from vlal_dist.errors import ConfigError, UsageError
 
 DEFAULT_CONFIG = "configs/vaw.yaml"
 
-SWITCHES = ("plan", "quick", "order", "retry-quarantined")
+SWITCHES = ("plan",)
 FLAGS: dict[str, str] = {
     "plan": "say what would be done, and stop",
     "resume": "auto | PATH | none: continue from a checkpoint",
-    "quick": "a shorter run",
     "json": "FILE: also write the closing counts there",
-    "order": "print the order of samples without reading an image",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
-    "object-vectors": "FILE: also write CLIP text vectors of the object names",
-    "retry-quarantined": "score again what was quarantined",
 }
 
 

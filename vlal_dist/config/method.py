@@ -1,6 +1,6 @@
 """Knobs of the method: Secs. 2.2-2.3 of the paper, and the baselines of Table 1."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ class MethodSection(Section):
     loss: Literal[
         "selective", "ce_ignoring", "ce_negatifying", "asl_ignoring", "asl_negatifying", "psl"
     ] = Field("selective", description="row of Table 1")
-    num_ignore: int | Literal["all"] = Field(
+    num_ignore: Annotated[int, Field(ge=0, strict=True)] | Literal["all"] = Field(
         30, description="NUM_IGNORE, attributes drawn per visit (Fig. 3, Table 2), or all"
     )
     draw_over: Literal["feasible", "unannotated"] = Field(

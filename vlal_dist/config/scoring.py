@@ -38,7 +38,9 @@ class ScoringSection(Section):
     gpus_per_actor: float = Field(1.0, ge=0, description="GPUs each actor asks for, device cuda")
     cpus_per_actor: float = Field(0.5, gt=0, description="CPUs each actor asks for")
     device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="auto: cuda where the started Ray or this machine has one, else cpu"
+        "auto",
+        description="auto: on a Ray that was running, cuda (waits for GPUs); else cuda where this "
+        "machine has one, else cpu",
     )
     use_ray: bool = Field(True, description="false: score in this process, without Ray")
     max_retries: int = Field(3, ge=0, description="attempts after a lost actor, per shard")

@@ -103,11 +103,21 @@ class TrainLoader:
         self.steps_per_epoch = -(-self.epoch_samples // batch_size)
         self._maker, self._batch_size, self._seed, self._flip = maker, batch_size, seed, flip
         self._rank, self._world_size = rank, world_size
-        self._prefetch = prefetch_steps
+        self._prefetch, self._epoch_end = prefetch_steps, epoch_end
         # A window may touch one block more than it is long; steps prepared ahead open the next one.
         own_lanes = -(-self.lanes // world_size)
         maker.keep_blocks(own_lanes * (window_blocks + 2))
         self._ahead = ThreadPoolExecutor(max_workers=2, thread_name_prefix="step")
+
+    def end_of_epoch(self, start: int) -> int:
+        """Where the epoch ends that is at sample `start`: `drop` leaves out an incomplete batch.
+
+        After a resume with another B the whole batches are counted from `start`.
+        """
+        left = len(self.stream) - start
+        return start + epoch_samples(
+            num_samples=left, batch_size=self._batch_size, epoch_end=self._epoch_end
+        )
 
     def epoch(self, epoch: int, start: int) -> Iterator[Step]:
         """Steps of an epoch from sample `start` on, prepared ahead in order.
@@ -118,10 +128,11 @@ class TrainLoader:
         """
         stop = threading.Event()
         pending: deque[Future[Step]] = deque()
-        starts = iter(range(start, self.epoch_samples, self._batch_size))
+        end = self.end_of_epoch(start)
         try:
-            for first in starts:
-                pending.append(self._ahead.submit(self._prepare, epoch, first, stop))
+            for first in range(start, end, self._batch_size):
+                samples = min(self._batch_size, end - first)
+                pending.append(self._ahead.submit(self._prepare, epoch, first, samples, stop))
                 if len(pending) > self._prefetch:
                     yield pending.popleft().result()
             while pending:
@@ -136,8 +147,7 @@ class TrainLoader:
         self._ahead.shutdown(wait=True, cancel_futures=True)
         self._maker.close()
 
-    def _prepare(self, epoch: int, start: int, stop: threading.Event) -> Step:
-        samples = min(self._batch_size, self.epoch_samples - start)
+    def _prepare(self, epoch: int, start: int, samples: int, stop: threading.Event) -> Step:
         plan = plan_step(
             start=start,
             samples=samples,

@@ -94,7 +94,7 @@ def enlarge_feasible_sets(
     if object_vectors.shape[:1] != (num_objects,) or not np.isfinite(object_vectors).all():
         raise DataError(
             f"object vectors: {object_vectors.shape[0]} rows for {num_objects} objects, or not "
-            "all finite; write them again with score_clip --object-vectors"
+            "all finite; write them again for the present vocabulary"
         )
     num_attributes = 1 + int(feasible.indices.max(initial=0))
     mask = feasible.mask(num_attributes)

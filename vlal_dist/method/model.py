@@ -136,8 +136,8 @@ def _load_trunk(trunk: nn.Module, weights: str | Path, depth: int) -> None:
     """Fill the trunk from torchvision's names; the file's own classifier (`fc.*`) is left out."""
     try:
         if weights == "imagenet":
-            name = f"ResNet{depth}_Weights.IMAGENET1K_V1"
-            state = torchvision.models.get_weight(name).get_state_dict(check_hash=True)
+            known = torchvision.models.get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1")
+            state = known.get_state_dict(check_hash=True, weights_only=True)
         elif Path(weights).suffix == ".safetensors":
             state = safetensors.torch.load_file(weights)
         else:

@@ -222,10 +222,8 @@ class S3Client:
                 "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
         if isinstance(error, HTTPClientError | NoConnectionError) and process.client:
-            parts = urlsplit(process.client.meta.endpoint_url)
-            host = f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
             return StorageError(
-                f"{self._url}: no answer from {host} in {process.sent.requests} tries ({kind}): "
+                f"{self._url}: no answer from the store in {process.sent.requests} tries ({kind}): "
                 "check AWS_ENDPOINT_URL and the network"
             )
         return StorageError(

@@ -12,9 +12,10 @@ from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_chec
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import Objective
 from vlal_dist.training.outputs import open_log, open_metrics, save_best
+from vlal_dist.training.parts import Run
 from vlal_dist.training.ranks import Ranks, join_ranks
 from vlal_dist.training.resume import agree_on, begin_anew, check_resume, restore
-from vlal_dist.training.run import Run, train
+from vlal_dist.training.run import train
 from vlal_dist.training.schedule import Schedule
 from vlal_dist.training.settings import RunSettings
 from vlal_dist.training.sources import Sources, make_validation, open_sources, read_prior
@@ -54,13 +55,17 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
         stop = stack.enter_context(StopRequest())
         ranks = join_ranks(threads=settings.torch_threads)
         agree_on(found, ranks)
-        if ranks.rank == 0:
-            if resume == "none":
-                begin_anew(store)
-            store.replace("config.yaml", settings.config_text.encode())
+        ranks.together(lambda: _begin(settings, store, resume) if ranks.rank == 0 else None)
         run = _build(settings, sources, found, ranks, stop, store, stack)
         train(run)
     return run.state, ranks.world_size
+
+
+def _begin(settings: RunSettings, store: Store, resume: str) -> None:
+    """What rank 0 does to the run root before the first step."""
+    if resume == "none":
+        begin_anew(store)
+    store.replace("config.yaml", settings.config_text.encode())
 
 
 def _build(
@@ -83,7 +88,7 @@ def _build(
         schedule=schedule,
         binding=_bound(settings, sources, loader),
         batch=_batch(settings, ranks),
-        has_best=store.exists("best/model.json"),
+        store=store,
     )
     validation = _batch_maker(settings, sources, train=False)
     stack.callback(validation.close)
@@ -232,11 +237,9 @@ def _schedule_and_engine(
         weight_decay=settings.weight_decay,
         pretrained=settings.weights is not None,
     )
-    total_steps = settings.epochs * loader.steps_per_epoch
     schedule = Schedule(
         settings.schedule,
         rates={group["name"]: group["lr"] for group in groups},
-        total_steps=min(total_steps, settings.max_steps or total_steps),
         factor=settings.plateau_factor,
         patience=settings.plateau_patience,
     )

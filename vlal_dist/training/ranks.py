@@ -6,14 +6,22 @@ their own, so that agreeing on them needs no accelerator. No object is ever pick
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vlal_dist.errors import ConfigError, StorageError
+from vlal_dist.errors import ConfigError, DataError, StorageError, VlalError
+
+T = TypeVar("T")
+
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
+"""Variables that give the processes of this machine: torchrun's, then DeepSpeed's."""
+FOREIGN_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Variables by which other launchers give the number of tasks."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,30 @@ class Ranks:
         votes = torch.tensor(flags, dtype=torch.int64)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
         return tuple(bool(vote) for vote in votes.tolist())
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do this rank's part of a work; if it fails on any rank, every rank raises.
+
+        Raises:
+            VlalError: this rank's own error, or one of the worst exit code among the others'.
+        """
+        failure: VlalError | None = None
+        try:
+            done = work()
+        except VlalError as error:
+            failure = error
+        worst = torch.tensor([failure.exit_code if failure else 0])
+        if self.control is not None:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.control)
+        if failure is not None:
+            raise failure
+        if code := int(worst):
+            kind = next(
+                (k for k in (ConfigError, DataError, StorageError) if k.exit_code == code),
+                VlalError,
+            )
+            raise kind("another rank failed; its own message says why")
+        return done
 
     def from_rank_0(self, *values: int) -> list[int]:
         """Rank 0's integers, on every rank."""
@@ -82,6 +114,12 @@ def join_ranks(*, threads: int) -> Ranks:
         ConfigError: the launcher's variables are incomplete.
         StorageError: the ranks cannot meet.
     """
+    for name in FOREIGN_SIZES:
+        if "WORLD_SIZE" not in os.environ and int(os.environ.get(name) or 1) > 1:
+            raise ConfigError(
+                f"{name} says {os.environ[name]} tasks, but no launcher set WORLD_SIZE: each task "
+                "would train alone into one run root; start with deepspeed or torchrun"
+            )
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -102,7 +140,8 @@ def join_ranks(*, threads: int) -> Ranks:
             f"WORLD_SIZE is {world_size} but {' and '.join(missing)} are not set; start with "
             "`deepspeed vlal_dist/train.py` or torchrun, or unset WORLD_SIZE for one process"
         )
-    if local_size == world_size and sys.platform == "linux":
+    announced = any(os.environ.get(name) for name in LOCAL_SIZES)
+    if announced and local_size == world_size and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
     try:
         dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
@@ -118,7 +157,7 @@ def join_ranks(*, threads: int) -> Ranks:
 
 def _local_size(world_size: int) -> int:
     """Processes on this machine: torchrun's name for it, then DeepSpeed's."""
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in LOCAL_SIZES:
         if os.environ.get(name):
             return max(1, int(os.environ[name]))
     return world_size

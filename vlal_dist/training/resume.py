@@ -1,9 +1,10 @@
 """Continuing a run: may it be continued, and from where."""
 
+import json
 import logging
 from collections.abc import Mapping
 
-from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.storage.store import Store
 from vlal_dist.training.checkpoint import (
     Checkpoint,
@@ -77,6 +78,10 @@ def begin_anew(store: Store) -> None:
     old = complete_checkpoints(store)
     if old:
         logger.warning("--resume none: %d checkpoints of an earlier run are removed", len(old))
+    # The description goes first: without it evaluate takes the weights for no model.
+    for key in ("best/model.json", "best/model.safetensors"):
+        if store.exists(key):
+            store.delete(key)
     for prefix in old:
         discard(store, prefix)
 
@@ -88,7 +93,7 @@ def restore(
     schedule: Schedule,
     binding: Binding,
     batch: Mapping[str, int],
-    has_best: bool,
+    store: Store,
 ) -> TrainState:
     """Fill model, optimizer and schedule from a checkpoint; or begin.
 
@@ -98,8 +103,8 @@ def restore(
         schedule: filled in place.
         binding: of this start, lanes and micro-batches chosen.
         batch: batch settings of this start.
-        has_best: whether the run root holds a best model; it does not when the checkpoint is
-            another run's, and then the first validation makes one.
+        store: the run root. A best model there that is not the checkpoint's (it is another run's,
+            or was cut while being saved) counts as none: the first validation makes one.
     """
     if found is None:
         return TrainState(binding=binding, batch=dict(batch))
@@ -108,6 +113,15 @@ def restore(
     state = found.state
     schedule.restore(state.schedule)
     state.batch = dict(batch)
-    if not has_best:
+    if not _holds_best(store, state):
         state.best_map = state.best_step = None
     return state
+
+
+def _holds_best(store: Store, state: TrainState) -> bool:
+    try:
+        info = json.loads(store.read("best/model.json"))
+    except NotFoundError:
+        return False
+    found: tuple[object, object] = (info.get("step"), info.get("validation_map"))
+    return found == (state.best_step, state.best_map)

@@ -1,67 +1,26 @@
 """The loop: epochs of steps, validation, schedule, checkpoints. Everything it uses is handed to it.
 
-All ranks take the same path through it: whatever could differ (a signal, a loss that is not
-finite, a save that failed) is agreed upon first.
+All ranks take the same path through it: whatever could differ (a signal, a sample that cannot be
+read, a loss that is not finite, a save that failed) is agreed upon first.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from contextlib import closing
 
-from vlal_dist.data.loader import Step, TrainLoader
-from vlal_dist.errors import Stopped, StorageError, VlalError
-from vlal_dist.method.metrics import Evaluation
-from vlal_dist.observability.metrics import TERM_KINDS, MetricsLog, TrainMetrics
-from vlal_dist.observability.progress import Progress
-from vlal_dist.training.engine import Engine
-from vlal_dist.training.ranks import Ranks
-from vlal_dist.training.schedule import Schedule
-from vlal_dist.training.settings import RunSettings
-from vlal_dist.training.state import TrainState
-from vlal_dist.training.step import TrainStep
-from vlal_dist.training.stop import StopRequest
+from vlal_dist.data.loader import Step
+from vlal_dist.errors import Stopped, VlalError
+from vlal_dist.training.parts import Run
+from vlal_dist.training.publish import (
+    epoch_label,
+    epoch_progress,
+    flush_log,
+    publish_interval,
+    publish_validation,
+)
 
 logger = logging.getLogger(__name__)
-
-PARTS = {"base_decay": "backbone", "fast_decay": "head"}
-"""Parameter groups whose rates are shown, and under which name."""
-
-
-@dataclass
-class Run:
-    """A built run.
-
-    Attributes:
-        ranks: this process among its peers.
-        engine: model and optimizer.
-        loader: the training stream.
-        train_step: runs a step.
-        schedule: learning rates.
-        state: where the run stands; moved on by `train`.
-        validate: scores the validation split; called by all ranks, which get the same result.
-        save_best: writes the best model; called on rank 0.
-        save_state: writes a checkpoint; called on rank 0. None: this run writes none.
-        metrics: what this rank exports.
-        log: `metrics.jsonl`, on rank 0.
-        stop: the signals.
-        settings: numbers of epochs, steps and so on.
-    """
-
-    ranks: Ranks
-    engine: Engine
-    loader: TrainLoader
-    train_step: TrainStep
-    schedule: Schedule
-    state: TrainState
-    validate: Callable[[], Evaluation]
-    save_best: Callable[[TrainState], None]
-    save_state: Callable[[TrainState], object] | None
-    metrics: TrainMetrics
-    log: MetricsLog | None
-    stop: StopRequest
-    settings: RunSettings
 
 
 def train(run: Run) -> None:
@@ -69,8 +28,8 @@ def train(run: Run) -> None:
 
     Raises:
         Stopped: a signal came; a checkpoint was written, the same command continues.
-        DataError: a loss was not finite.
-        StorageError: a checkpoint or the best model could not be written.
+        DataError: a sample could not be read, or a loss was not finite; on every rank.
+        StorageError: a checkpoint or the best model could not be written; on every rank.
     """
     state = run.state
     while state.epoch < run.settings.epochs and not _enough(run):
@@ -79,7 +38,7 @@ def train(run: Run) -> None:
         if finished:
             # A run cut by max_steps has not reached the end that the schedule waits for.
             if run.schedule.observe(mean_ap):
-                logger.info("plateau: rates cut to %s", run.schedule.rates_at(state.step))
+                logger.info("plateau: rates cut to %s", run.schedule.rates_at(_done(run)))
             state.epoch, state.consumed = state.epoch + 1, 0
         if (
             state.epoch % run.settings.checkpoint_epochs == 0
@@ -94,20 +53,22 @@ def _train_epoch(run: Run) -> bool:
     """Steps to the end of the epoch (True) or to `max_steps` (False)."""
     run.metrics.state("training")
     run.engine.module.train()
-    steps = run.loader.epoch(run.state.epoch, run.state.consumed)
+    begin = run.state.consumed
+    end = run.loader.end_of_epoch(begin)
+    steps = run.loader.epoch(run.state.epoch, begin)
     # Closing the generator cancels what it prepares ahead.
-    with closing(steps), _progress(run) as progress:  # type: ignore[type-var]
+    with closing(steps), epoch_progress(run, left=end - begin) as progress:  # type: ignore[type-var]
         interval_started, interval_samples = time.monotonic(), 0
-        for step, wait_s, started in _timed(steps):
+        for step, wait_s, started in _timed(run, steps):
             _one_step(run, step, wait_s, started)
             interval_samples += step.samples
-            last = run.state.consumed >= run.loader.epoch_samples
+            last = run.state.consumed >= end
             if run.state.step % run.settings.log_steps == 0 or last or _enough(run):
                 seconds = max(time.monotonic() - interval_started, 1e-9)
-                loss = _log_interval(run, samples_per_s=interval_samples / seconds)
+                loss = publish_interval(run, samples_per_s=interval_samples / seconds)
                 interval_started, interval_samples = time.monotonic(), 0
                 if progress is not None:
-                    progress.label = _label(run, loss)
+                    progress.label = epoch_label(run, loss)
             if progress is not None:
                 progress.advance(step.samples)
             if _enough(run):
@@ -118,7 +79,8 @@ def _train_epoch(run: Run) -> bool:
 def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
     """Forward, backward, agree, apply, move the position on; save and leave when asked to."""
     state = run.state
-    run.engine.set_rates(run.schedule.rates_at(state.step))
+    run.rates = run.schedule.rates_at(_done(run))
+    run.engine.set_rates(run.rates)
     run.train_step.accumulate(step)
     diverged, stopping = run.ranks.agree(not run.train_step.is_finite(), run.stop.requested)
     if diverged:
@@ -154,66 +116,34 @@ def _leave(run: Run) -> None:
     )
 
 
-def _log_interval(run: Run, *, samples_per_s: float) -> float:
-    """Reduce and publish what happened since the last time; returns the mean loss of a row."""
-    own = run.train_step.take_tally()
-    means = own.over_ranks(run.ranks).per_row()
-    rates = run.schedule.rates_at(run.state.step - 1)
-    shown = {PARTS[name]: rate for name, rate in rates.items() if name in PARTS}
-    run.metrics.interval(
-        loss={
-            name.removeprefix("loss_").replace("loss", "total"): value
-            for name, value in means.items()
-            if name.startswith("loss")
-        },
-        rates=shown,
-        term_counts=dict(zip(TERM_KINDS, (int(n) for n in own.pairs.tolist()), strict=True)),
-    )
-    if run.log is not None:
-        run.log.write(
-            {
-                "kind": "train",
-                "epoch": run.state.epoch,
-                "step": run.state.step,
-                **means,
-                "samples_per_s": samples_per_s,
-                "lr": shown,
-            }
-        )
-    return means["loss"]
-
-
 def _validate(run: Run) -> float:
-    """Score the validation split, keep the model if it is the best; returns mAP."""
+    """Score the validation split, keep the model if it is the best; returns mAP.
+
+    A signal is obeyed before, and a validation that fails leaves a checkpoint: the steps of the
+    epoch are not lost, the same command validates again.
+    """
+    (stopping,) = run.ranks.agree(run.stop.requested)
+    if stopping:
+        _leave(run)
     run.metrics.state("evaluating")
     state = run.state
-    groups = run.validate().groups
-    overall = groups["overall"]
-    if overall["mAP"] is None:
+    try:
+        evaluation = run.validate()
+    except VlalError:
+        _save_state(run)
+        raise
+    found = evaluation.groups["overall"]["mAP"]
+    if found is None:
         logger.warning(
             "no attribute of split %s has a positive and a negative: mAP counts as 0",
             run.settings.validation_split,
         )
-    mean_ap = float(overall["mAP"] or 0.0)
-    by_group = {name: float(g["mAP"]) for name, g in groups.items() if g["mAP"] is not None}
-    run.metrics.validation(split=run.settings.validation_split, mean_ap=by_group)
+    mean_ap = float(found or 0.0)
     better = state.best_map is None or mean_ap > state.best_map
     if better:
         state.best_map, state.best_step = mean_ap, state.step
         _on_rank_0(run, lambda: run.save_best(state))
-    if run.log is not None:
-        record = {"kind": "validation", "epoch": state.epoch, "step": state.step}
-        run.log.write({**record, **overall, "mAP": mean_ap, "groups": by_group, "best": better})
-        run.log.flush()
-    logger.info(
-        "epoch %d, step %d: mAP %.4f on %s over %s attributes%s",
-        state.epoch + 1,
-        state.step,
-        mean_ap,
-        run.settings.validation_split,
-        overall["num_classes"],
-        ", the best so far" if better else f", best {state.best_map:.4f}",
-    )
+    publish_validation(run, evaluation, mean_ap=mean_ap, better=better)
     return mean_ap
 
 
@@ -222,47 +152,35 @@ def _save_state(run: Run) -> None:
     if save is None:
         return
     run.metrics.state("saving")
+    flush_log(run)
     run.state.schedule = run.schedule.state()
     _on_rank_0(run, lambda: save(run.state))
 
 
 def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
     """Write on rank 0; if that fails, every rank raises."""
-    failure: VlalError | None = None
-    if run.ranks.rank == 0:
-        try:
-            write()
-        except VlalError as error:
-            failure = error
-    (failed,) = run.ranks.agree(failure is not None)
-    if failure is not None:
-        raise failure
-    if failed:
-        raise StorageError("rank 0 could not write to the run root; its own message says why")
+    run.ranks.together(lambda: write() if run.ranks.rank == 0 else None)
+
+
+def _done(run: Run) -> float:
+    """Share of the run that is done, by samples: it does not jump when a resume changes B."""
+    state, settings = run.state, run.settings
+    share = (state.epoch + state.consumed / run.loader.epoch_samples) / settings.epochs
+    return max(share, state.step / settings.max_steps) if settings.max_steps else share
 
 
 def _enough(run: Run) -> bool:
     return run.settings.max_steps is not None and run.state.step >= run.settings.max_steps
 
 
-def _timed(steps: Iterator[Step]) -> Iterator[tuple[Step, float, float]]:
-    """Each step, the seconds that were waited for it, and when the waiting began."""
+def _timed(run: Run, steps: Iterator[Step]) -> Iterator[tuple[Step, float, float]]:
+    """Each step, the seconds that were waited for it, and when the waiting began.
+
+    A rank that cannot read a sample tells the others before any of them enters the forward pass.
+    """
     while True:
         started = time.monotonic()
-        step = next(steps, None)
+        step = run.ranks.together(lambda: next(steps, None))
         if step is None:
             return
         yield step, time.monotonic() - started, started
-
-
-def _progress(run: Run) -> AbstractContextManager[Progress | None]:
-    """The bar of an epoch, on rank 0."""
-    if run.ranks.rank != 0:
-        return nullcontext()
-    left = run.loader.epoch_samples - run.state.consumed
-    return Progress(_label(run, None), total=left, unit="samples")
-
-
-def _label(run: Run, loss: float | None) -> str:
-    shown = "" if loss is None else f", loss {loss:.4g}"
-    return f"epoch {run.state.epoch + 1}/{run.settings.epochs}{shown}"

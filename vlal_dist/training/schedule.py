@@ -17,9 +17,8 @@ class Schedule:
     `patience` validations without a higher score, every rate is multiplied by `factor`.
 
     Args:
-        kind: `plateau`, `cosine` (from the base rate to 0 over `total_steps`), `constant`.
+        kind: `plateau`, `cosine` (from the base rate to 0 over the run), `constant`.
         rates: base rate of each parameter group by name.
-        total_steps: steps of the whole run; used by `cosine`.
         factor: cut of `plateau`, in (0, 1).
         patience: validations without gain that `plateau` bears.
     """
@@ -29,22 +28,20 @@ class Schedule:
         kind: Literal["plateau", "cosine", "constant"],
         *,
         rates: Mapping[str, float],
-        total_steps: int,
         factor: float,
         patience: int,
     ) -> None:
-        self.kind, self.total_steps = kind, total_steps
+        self.kind = kind
         self.factor, self.patience = factor, patience
         self._rates = dict(rates)
         self._best: float | None = None
         self._bad = 0
 
-    def rates_at(self, step: int) -> dict[str, float]:
-        """Rate of each group for the optimizer step that follows `step` finished ones."""
+    def rates_at(self, done: float) -> dict[str, float]:
+        """Rate of each group for the next step, when the share `done` (0 to 1) of the run is."""
         if self.kind != "cosine":
             return dict(self._rates)
-        done = min(step / max(self.total_steps, 1), 1.0)
-        share = (1 + math.cos(math.pi * done)) / 2
+        share = (1 + math.cos(math.pi * min(done, 1.0))) / 2
         return {name: rate * share for name, rate in self._rates.items()}
 
     def observe(self, score: float) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 from vlal_dist.data.batches import BatchMaker, ReadLikelihood, evaluation_batches
 from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
 from vlal_dist.data.likelihoods import ScoreLikelihoods, likelihood_of_tar
+from vlal_dist.data.rows import Sample
 from vlal_dist.data.scores import read_scores_manifest
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.predict import predict
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions
+from vlal_dist.method.likelihood import rescale
 from vlal_dist.method.metrics import Evaluation, evaluate_scores
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.ranks import Ranks
@@ -54,7 +57,7 @@ def open_sources(
     Args:
         url: root of merge, or of pack when likelihoods come from score files.
         scores_url: root of score_clip; None: likelihoods are inside the tars.
-        temperature: tau of Eq. (2) for score files; None: the scorer's.
+        temperature: tau of Eq. (2); None: the scorer's. Likelihoods in tars are rescaled to it.
         cache: local folder for files of a remote root.
         train_split, validation_split: names.
         needs_likelihood: whether the loss draws ignore sets.
@@ -73,7 +76,10 @@ def open_sources(
                 f"{url}: the samples of split {train_split} carry no likelihood; run score_clip "
                 "and shard_tools merge, or set method.loss to one that draws no ignore set"
             )
-        return Sources(dataset, train, validation, likelihood_of_tar)
+        merged_at = float(likelihood["temperature"])
+        wanted = temperature or merged_at
+        read_tar = likelihood_of_tar if wanted == merged_at else _rescaled(merged_at, wanted)
+        return Sources(dataset, train, validation, read_tar)
     store = open_store(scores_url)
     manifest = read_scores_manifest(
         store,
@@ -87,6 +93,19 @@ def open_sources(
         temperature=temperature or float(manifest["temperature"]),
     )
     return Sources(dataset, train, validation, read)
+
+
+def _rescaled(merged_at: float, wanted: float) -> ReadLikelihood:
+    """Likelihoods of tars at another temperature than merge's."""
+
+    def read(sample: Sample) -> npt.NDArray[np.float32] | None:
+        values = likelihood_of_tar(sample)
+        if values is None:
+            return None
+        indptr = np.array([0, len(values)], dtype=np.int64)
+        return rescale(values, indptr, temperature_from=merged_at, temperature_to=wanted)
+
+    return read
 
 
 def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
@@ -148,8 +167,11 @@ def make_validation(
     rows = np.arange(ranks.rank, num_samples, ranks.world_size, dtype=np.int64)
 
     def validate() -> Evaluation:
-        batches = evaluation_batches(maker, rows, batch_size=batch_size)
-        own = predict(model, batches, num_attributes=maker.num_attributes, device=ranks.device)
+        def predict_own() -> Predictions:
+            batches = evaluation_batches(maker, rows, batch_size=batch_size)
+            return predict(model, batches, num_attributes=maker.num_attributes, device=ranks.device)
+
+        own = ranks.together(predict_own)
         merged = merge_predictions(_gather(own, ranks), num_samples=num_samples)
         return evaluate_scores(merged.score, merged.label, groups, top_k=top_k, threshold=threshold)
 

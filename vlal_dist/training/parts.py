@@ -1,0 +1,52 @@
+"""What a built run consists of: everything that the loop uses is handed to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from vlal_dist.data.loader import TrainLoader
+from vlal_dist.method.metrics import Evaluation
+from vlal_dist.observability.metrics import MetricsLog, TrainMetrics
+from vlal_dist.training.engine import Engine
+from vlal_dist.training.ranks import Ranks
+from vlal_dist.training.schedule import Schedule
+from vlal_dist.training.settings import RunSettings
+from vlal_dist.training.state import TrainState
+from vlal_dist.training.step import TrainStep
+from vlal_dist.training.stop import StopRequest
+
+
+@dataclass
+class Run:
+    """A built run.
+
+    Attributes:
+        ranks: this process among its peers.
+        engine: model and optimizer.
+        loader: the training stream.
+        train_step: runs a step.
+        schedule: learning rates.
+        state: where the run stands; moved on by `train`.
+        validate: scores the validation split; called by all ranks, which get the same result.
+        save_best: writes the best model; called on rank 0.
+        save_state: writes a checkpoint; called on rank 0. None: this run writes none.
+        metrics: what this rank exports.
+        log: `metrics.jsonl`, on rank 0.
+        stop: the signals.
+        settings: numbers of epochs, steps and so on.
+        rates: learning rate of each parameter group at the last step.
+    """
+
+    ranks: Ranks
+    engine: Engine
+    loader: TrainLoader
+    train_step: TrainStep
+    schedule: Schedule
+    state: TrainState
+    validate: Callable[[], Evaluation]
+    save_best: Callable[[TrainState], None]
+    save_state: Callable[[TrainState], object] | None
+    metrics: TrainMetrics
+    log: MetricsLog | None
+    stop: StopRequest
+    settings: RunSettings
+    rates: dict[str, float] = field(default_factory=dict)
