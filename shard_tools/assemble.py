@@ -7,12 +7,17 @@ create-only, and `dataset.json` is the last.
 
 import hashlib
 import json
+import multiprocessing
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,8 +39,11 @@ from vlal_dist.data.index import (
     index_from_columns,
 )
 from vlal_dist.data.shards import EncodedSample, tar_end
-from vlal_dist.errors import DataError
+from vlal_dist.errors import DataError, VlalError
+from vlal_dist.observability.progress import Progress
 from vlal_dist.storage.store import Store
+
+Task = TypeVar("Task")
 
 PART_SCHEMA = pa.schema(
     [(name, kind) for name, kind in INDEX_TYPES.items()] + list(LABELS_SCHEMA),
@@ -138,6 +146,59 @@ class TarBuilder:
         self.part.size_bytes += len(data)
 
 
+def run_tasks(
+    work: Callable[[Task], ShardPart],
+    tasks: Sequence[Task],
+    *,
+    label: str,
+    unit: str,
+    sizes: Sequence[int],
+    workers: int,
+) -> list[ShardPart]:
+    """Run one task per shard in processes, with progress; parts in the order of the tasks.
+
+    Args:
+        work: a module's function, run in the workers.
+        tasks: one per shard.
+        label, unit: for the progress.
+        sizes: units in each task.
+        workers: processes; 0: one per core.
+
+    Raises:
+        VlalError: what a task raised, or a worker was killed.
+    """
+    # Spawned, not forked: the parent holds threads of pyarrow and perhaps an S3 client.
+    context = multiprocessing.get_context("spawn")
+    count = max(1, min(workers or os.cpu_count() or 1, len(tasks)))
+    parts: list[ShardPart] = []
+    try:
+        with (
+            Progress(label, total=sum(sizes), unit=unit) as progress,
+            ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent) as pool,
+        ):
+            for size, part in zip(sizes, pool.map(work, tasks), strict=True):
+                parts.append(part)
+                progress.advance(size)
+    except BrokenProcessPool:
+        raise VlalError(
+            f"{label}: a worker process was killed, often for want of memory; lower pack.workers "
+            "and repeat the command: finished shards are kept"
+        ) from None
+    return parts
+
+
+def _follow_parent() -> None:
+    """End with the parent: a killed parent must not leave workers beside its rerun."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def part_key(split: str, shard: str) -> str:
     """Storage key of a shard's part file."""
     return f"{split}/parts/{shard.removesuffix('.tar')}.parquet"
@@ -158,10 +219,22 @@ def commit_shard(store: Store, split: str, builder: TarBuilder) -> ShardPart:
 
 
 def commit_split(
-    store: Store, split: str, parts: Sequence[ShardPart], *, block_bytes: int
+    store: Store,
+    split: str,
+    parts: Sequence[ShardPart],
+    *,
+    block_bytes: int,
+    rejects: Sequence[Mapping[str, str]] | None = None,
 ) -> tuple[dict[str, Any], Index]:
-    """Write a split's index, blocks, shard list, labels and rejects; its manifest entry."""
-    parts = [part for part in parts if part.samples or part.rejects]
+    """Write a split's index, blocks, shard list, labels and rejects; its manifest entry.
+
+    Args:
+        store: the dataset root.
+        split: name.
+        parts: of all shards, in order.
+        block_bytes: size at which a block ends.
+        rejects: those of the dataset that is merged; None: those of the parts.
+    """
     filled = [part for part in parts if part.samples]
     indexes = []
     for position, part in enumerate(filled):
@@ -172,7 +245,8 @@ def commit_split(
         name: [value for part in filled for value in part.columns[name]]
         for name in LABELS_SCHEMA.names
     }
-    rejects = [reject for part in parts for reject in part.rejects]
+    if rejects is None:
+        rejects = [reject for part in parts for reject in part.rejects]
     reject_columns = {name: [row[name] for row in rejects] for name in REJECTS_SCHEMA.names}
     contents = {
         "shards.parquet": encode_shards(shards),

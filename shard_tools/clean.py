@@ -67,6 +67,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     like = _open_like(flags["like"]) if "like" in flags else None
     _check_settings(settings, like=like)
     merge = _merge_rule(settings, like)
+    open_store(config.paths.instances).list_keys("clean.json")  # a wrong bucket is told now
     instances, rejects = _read_annotations(settings)
     num_records = len(instances) + len(rejects)
     cleaned = clean_instances(

@@ -8,6 +8,9 @@ from PIL import Image
 from vlal_dist.data.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
 from vlal_dist.data.index import sample_uid
 from vlal_dist.data.shards import EncodedSample, encode_sample, sample_key
+from vlal_dist.errors import DataError
+
+JPEG_SIDE = 65_500  # pixels; the encoder's limit
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,15 @@ def make_sample(
     of it: nothing is lost to a second compression.
 
     Raises:
-        DataError: the box has no size or lies wholly outside the photo.
+        DataError: the box has no size, lies wholly outside the photo, or is beyond any crop.
     """
     image = photo.image
     bounds = crop_bounds(
         instance.box, width=image.width, height=image.height, expansion=settings.box_expansion
     )
+    width, height = bounds[2] - bounds[0], bounds[3] - bounds[1]
+    if max(width, height) > JPEG_SIDE or width * height > settings.max_pixels:
+        raise DataError(f"box too large: a crop of {width}x{height} pixels, see pack.max_pixels")
     whole = bounds == (0, 0, image.width, image.height)
     jpg = (
         photo.data

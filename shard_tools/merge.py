@@ -8,16 +8,15 @@ work is a shard; a killed merge continues.
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet
 
 from shard_tools.assemble import (
     SampleLabels,
@@ -28,15 +27,21 @@ from shard_tools.assemble import (
     commit_shard,
     commit_split,
     part_key,
+    run_tasks,
 )
 from vlal_dist.config.config import Config
-from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.dataset import (
+    Dataset,
+    Split,
+    check_shard_sizes,
+    open_dataset,
+    open_split,
+)
 from vlal_dist.data.rows import RowReader
 from vlal_dist.data.scores import ShardScores, read_scores_manifest, read_shard_scores
 from vlal_dist.data.shards import encode_sample
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
-from vlal_dist.observability.progress import Progress
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import open_store
 
@@ -88,14 +93,25 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
         for name, split in splits.items()
         for shard in range(len(split.shards))
     ]
-    parts = _run(tasks, splits, config.pack.workers or os.cpu_count() or 1)
+    for split in splits.values():
+        check_shard_sizes(split)
+    found = run_tasks(
+        merge_shard,
+        tasks,
+        label="merge",
+        unit="samples",
+        sizes=[splits[task.split].shards[task.shard].samples for task in tasks],
+        workers=config.pack.workers,
+    )
+    parts: dict[str, list[ShardPart]] = {name: [] for name in splits}
+    for task, part in zip(tasks, found, strict=True):
+        parts[task.split].append(part)
     return _commit(dataset, config, parts, scores, temperature)
 
 
 def merge_shard(task: MergeTask) -> ShardPart:
     """Merge and commit one shard, unless its part file says that it is there already."""
-    dataset = open_dataset(task.source, cache=Path(task.cache))
-    split = open_split(dataset, task.split)
+    dataset, split = _open(task.source, task.cache, task.split)
     target, name = open_store(task.target), split.shards[task.shard].name
     key = part_key(task.split, name)
     if target.exists(key):
@@ -108,12 +124,20 @@ def merge_shard(task: MergeTask) -> ShardPart:
         shard_sha256=split.shards[task.shard].sha256,
         manifest=task.manifest,
     )
-    rows = np.flatnonzero(np.asarray(split.index.shard) == task.shard)
+    first, last = np.searchsorted(split.index.shard, [task.shard, task.shard + 1]).tolist()
+    rows = np.arange(first, last)
     _check_alignment(split, rows, scores, name)
     ragged = log_likelihood(scores.similarity, scores.indptr, temperature=task.temperature)
     with TarBuilder(name) as builder:
         _merge_rows(builder, dataset, split, rows, scores.indptr, ragged)
         return commit_shard(target, task.split, builder)
+
+
+@lru_cache(maxsize=1)
+def _open(source: str, cache: str, split: str) -> tuple[Dataset, Split]:
+    # Kept per process: the tasks of a split follow each other.
+    dataset = open_dataset(source, cache=Path(cache))
+    return dataset, open_split(dataset, split)
 
 
 def _merge_rows(
@@ -141,7 +165,6 @@ def _merge_rows(
         labels = SampleLabels(key, meta["instance_id"], meta["positive"], meta["negative"])
         uid = int(split.index.uid[row])
         builder.add(uid, meta["object_id"], encode_sample(key, parts), labels)
-    reader.close()
 
 
 def _check_alignment(
@@ -172,22 +195,6 @@ def _copy_shard(dataset: Dataset, task: MergeTask, name: str) -> ShardPart:
     return stated
 
 
-def _run(
-    tasks: Sequence[MergeTask], splits: Mapping[str, Split], workers: int
-) -> dict[str, list[ShardPart]]:
-    parts: dict[str, list[ShardPart]] = {name: [] for name in splits}
-    context = multiprocessing.get_context("spawn")
-    total = sum(split.num_samples for split in splits.values())
-    with (
-        Progress("merge", total=total, unit="samples") as progress,
-        ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=context) as pool,
-    ):
-        for task, part in zip(tasks, pool.map(merge_shard, tasks), strict=True):
-            parts[task.split].append(part)
-            progress.advance(part.samples)
-    return parts
-
-
 def _commit(
     dataset: Dataset,
     config: Config,
@@ -208,7 +215,11 @@ def _commit(
     manifest["splits"], indexes = {}, {}
     for split, split_parts in parts.items():
         manifest["splits"][split], indexes[split] = commit_split(
-            target, split, split_parts, block_bytes=config.pack.block_bytes
+            target,
+            split,
+            split_parts,
+            block_bytes=config.pack.block_bytes,
+            rejects=_rejects(dataset, split),
         )
     check_uids(indexes)
     digest = commit_dataset(target, manifest)
@@ -221,6 +232,13 @@ def _commit(
         "bytes": sum(entry["bytes"] for entry in entries),
         "dataset": digest[:16],
     }
+
+
+def _rejects(dataset: Dataset, split: str) -> list[dict[str, str]]:
+    """What pack rejected: merging carries it over."""
+    data = dataset.store.read(f"{split}/rejects.parquet")
+    rows: list[dict[str, str]] = pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+    return rows
 
 
 PROGRAM = Program(

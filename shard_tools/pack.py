@@ -8,10 +8,7 @@ its own instances: any number of processes gives the same files, and a killed ru
 import hashlib
 import io
 import json
-import multiprocessing
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -28,6 +25,7 @@ from shard_tools.assemble import (
     commit_shard,
     commit_split,
     part_key,
+    run_tasks,
     shard_name,
 )
 from shard_tools.crops import CropSettings, Instance, Photo, decode_photo, make_sample
@@ -36,7 +34,6 @@ from vlal_dist.config.config import Config
 from vlal_dist.config.pack import PackSection
 from vlal_dist.data.dataset import check_digest
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.observability.progress import Progress
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import Store, open_store
 
@@ -44,6 +41,9 @@ from vlal_dist.storage.store import Store, open_store
 # takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
 BYTES_PER_PIXEL = 0.5
 BYTES_PER_SAMPLE = 2560
+
+COPIED = ("vocabulary.json", "feasible.npz")
+"""Files of the instances root that make a dataset self-contained."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,14 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         "block_bytes": config.pack.block_bytes,
         "seed": config.pack.seed,
     }
+    clean = json.loads(cleaned)
+    copied = {name: source.read(name) for name in COPIED}
+    for name, data in copied.items():
+        found = hashlib.sha256(data).hexdigest()
+        check_digest(f"{source.url}/{name}", clean["files"][name], found)
     # Committed first: a rerun with other settings must not continue this one's shards.
     target.create("pack.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
     PhotoSource(config.pack.images)  # a wrong path is told before any work
-    clean = json.loads(cleaned)
     tasks = [
         task
         for split in clean["splits"]
@@ -89,12 +93,16 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
             crops,
         )
     ]
-    parts = _build(target, tasks, config.pack.workers or os.cpu_count() or 1)
+    sizes = [len(task.instances) for task in tasks]
+    parts = run_tasks(
+        build_shard, tasks, label="pack", unit="instances", sizes=sizes, workers=config.pack.workers
+    )
     manifest: dict[str, Any] = {"name": config.pack.name, "likelihood": None, "splits": {}}
     manifest["crops"] = {**asdict(crops), "seed": config.pack.seed}
-    for name, digest in (("vocabulary.json", "vocabulary"), ("feasible.npz", "feasible")):
-        target.create(name, source.read(name))
-        manifest[f"{digest}_digest"] = clean[f"{digest}_digest"]
+    manifest |= {name: clean[name] for name in ("vocabulary_digest", "feasible_digest")}
+    manifest["files"] = {name: clean["files"][name] for name in COPIED}
+    for name, data in copied.items():
+        target.create(name, data)
     indexes = {}
     for split in clean["splits"]:
         manifest["splits"][split], indexes[split] = commit_split(
@@ -190,21 +198,6 @@ def _reject(split: str, instance: Instance, error: DataError) -> dict[str, str]:
     }
 
 
-def _build(store: Store, tasks: Sequence[ShardTask], workers: int) -> list[ShardPart]:
-    parts: list[ShardPart] = []
-    # Spawned, not forked: the parent holds threads of pyarrow and perhaps an S3 client.
-    context = multiprocessing.get_context("spawn")
-    total = sum(len(task.instances) for task in tasks)
-    with (
-        Progress("pack", total=total, unit="instances") as progress,
-        ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=context) as pool,
-    ):
-        for task, part in zip(tasks, pool.map(build_shard, tasks), strict=True):
-            parts.append(part)
-            progress.advance(len(task.instances))
-    return parts
-
-
 def _read_cleaned(source: Store) -> bytes:
     try:
         return source.read("clean.json")
@@ -245,7 +238,8 @@ def _closing_counts(manifest: Mapping[str, Any], digest: str, max_rejected: floa
         raise DataError(
             f"pack: {rejected} of {read} instances rejected, more than pack.max_rejected "
             f"{max_rejected}; the dataset is complete without them: see rejects.parquet of each "
-            "split for the reasons, mend the input, or raise the limit"
+            "split for the reasons; mend the input and pack into a new paths.dataset, or raise the "
+            "limit"
         )
     return {
         "samples": samples,

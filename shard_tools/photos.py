@@ -1,6 +1,7 @@
 """Where photos come from: folders and zip files, searched in order for `{image_id}.jpg`."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,37 +23,55 @@ class PhotoSource:
     def __init__(self, places: Sequence[str]) -> None:
         if not places:
             raise DataError("pack.images is empty; name the folder or zip that holds the photos")
-        self._folders: list[Path] = []
-        self._members: dict[str, tuple[zipfile.ZipFile, str]] = {}
+        self._places: list[Path | _Zip] = []
         for place in places:
             path = Path(place)
             if path.is_dir():
-                self._folders.append(path)
+                self._places.append(path)
             elif path.is_file():
-                self._open_zip(path)
+                self._places.append(_Zip(path))
             else:
                 raise DataError(f"pack.images: {place} does not exist; correct the path")
 
     def read(self, image_id: str) -> bytes | None:
-        """The photo's file bytes, or None when no place holds it."""
-        for suffix in SUFFIXES:
-            for folder in self._folders:
-                path = folder / f"{image_id}{suffix}"
-                if path.parent == folder and path.is_file():
-                    return path.read_bytes()
-            found = self._members.get(f"{image_id}{suffix}")
-            if found is not None:
-                archive, member = found
-                try:
-                    return archive.read(member)
-                except (zipfile.BadZipFile, OSError, EOFError) as error:
-                    raise DataError(f"damaged in {archive.filename}: {error}") from None
+        """The photo's file bytes, or None when no place holds it.
+
+        Raises:
+            DataError: it is there and cannot be read.
+        """
+        for place in self._places:
+            for suffix in SUFFIXES:
+                name = f"{image_id}{suffix}"
+                data = place.read(name) if isinstance(place, _Zip) else _read_file(place / name)
+                if data is not None:
+                    return data
         return None
 
-    def _open_zip(self, path: Path) -> None:
+
+class _Zip:
+    """A zip file and its members by file name."""
+
+    def __init__(self, path: Path) -> None:
         try:
-            archive = zipfile.ZipFile(path)
+            self._archive = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError) as error:
             raise DataError(f"pack.images: {path} is no zip file: {error}") from None
-        for member in archive.namelist():
-            self._members.setdefault(member.rsplit("/", 1)[-1], (archive, member))
+        self._members: dict[str, str] = {}
+        for member in self._archive.namelist():
+            self._members.setdefault(member.rsplit("/", 1)[-1], member)
+
+    def read(self, name: str) -> bytes | None:
+        member = self._members.get(name)
+        if member is None:
+            return None
+        try:
+            return self._archive.read(member)
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError) as error:
+            raise DataError(f"unreadable: {member} in {self._archive.filename}: {error}") from None
+
+
+def _read_file(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise DataError(f"unreadable: {path.name[:100]}: {error.strerror}") from None

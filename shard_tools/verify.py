@@ -89,7 +89,7 @@ def _check_shard(dataset: Dataset, split: Split, shard: int) -> None:
             f"{stated.sha256} are expected; the shard was altered or cut: restore it, or pack again"
         )
     index = split.index
-    rows = np.flatnonzero(np.asarray(index.shard) == shard)
+    rows = range(*np.searchsorted(index.shard, [shard, shard + 1]).tolist())
     expected = sorted(
         (int(index.offset[row]) + int(offset[row]), int(length[row]))
         for row in rows

@@ -15,7 +15,7 @@ from pathlib import Path
 from vlal_dist.config.cli import help_text, parse_command_line
 from vlal_dist.config.config import Config
 from vlal_dist.config.load import config_yaml
-from vlal_dist.errors import VlalError
+from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.storage.store import open_store
 
@@ -78,6 +78,16 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         if config is not None and not quiet:
             _write_result(program, config, {"code": error.exit_code, "reason": str(error)})
         return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
+        return Stopped.exit_code
+    except OSError as error:
+        # A full disk or a forbidden folder outside of any store, such as the temporary one.
+        sys.stderr.write(f"{program.name}: error: {error}; check disk space and permissions\n")
+        if config is not None and not quiet:
+            code = StorageError.exit_code
+            _write_result(program, config, {"code": code, "reason": str(error)})
+        return StorageError.exit_code
     except Exception as error:
         logger.exception("%s: an error that should not happen; please report it", program.name)
         if config is not None and not quiet:
@@ -89,11 +99,21 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     counts = {**counts, "seconds": round(time.monotonic() - started, 3)}
     summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
     sys.stdout.write(f"{program.name}: done: {summary}\n")
-    if "json" in flags:
-        Path(flags["json"]).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     if "plan" not in flags:  # a plan did nothing, and must not replace the record of what was done
         result = {"code": 0, "reason": "done", "counts": counts}
         _write_result(program, config, result, config_text=config_yaml(config))
+    return _write_counts(program, flags.get("json"), counts)
+
+
+def _write_counts(program: Program, path: str | None, counts: Counts) -> int:
+    """`--json FILE`; the exit code."""
+    if path is None:
+        return 0
+    try:
+        Path(path).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        sys.stderr.write(f"{program.name}: done, but --json {path}: {error.strerror}\n")
+        return StorageError.exit_code
     return 0
 
 

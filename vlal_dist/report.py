@@ -244,20 +244,17 @@ def _examples(
     settings = config.evaluation
     chosen = choose_rows(predictions, count=settings.examples, seed=config.training.seed)
     reader = RowReader(split)
-    try:
-        return [
-            build_example(
-                reader,
-                predictions,
-                int(position),
-                vocabulary=dataset.vocabulary,
-                truth=truth,
-                k=settings.example_attributes,
-            )
-            for position in chosen
-        ]
-    finally:
-        reader.close()
+    return [
+        build_example(
+            reader,
+            predictions,
+            int(position),
+            vocabulary=dataset.vocabulary,
+            truth=truth,
+            k=settings.example_attributes,
+        )
+        for position in chosen
+    ]
 
 
 def _rule(config: Config) -> str:

@@ -59,6 +59,11 @@ def test_a_base_is_overlaid_key_by_key(tmp_path: Path) -> None:
         load_config(circle, {})
 
 
+def test_an_empty_section_is_no_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "e.yaml", "training:\n  # epochs: 3\nmodel: {depth: 18}\n")
+    assert load_config(path, {"training.seed": "4"}).training.seed == 4
+
+
 def test_profiles_fill_only_what_nobody_set() -> None:
     released = load_config(None, {"method.profile": "released"})
     assert released.method.num_ignore == 0 and released.clean.feasible_splits == ["train", "val"]
@@ -91,6 +96,7 @@ def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"method.loss": "mse"}, "selective"),
         ({"method.margin": "1"}, "less than 1"),
         ({"method.num_ignore": "-5"}, "greater than or equal to 0"),
+        ({"training.lr_new": ".inf"}, "finite"),
         ({"model.depth": "19"}, "18, 34, 50 or 101"),
     ],
 )

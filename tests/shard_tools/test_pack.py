@@ -21,10 +21,13 @@ import pytest
 from PIL import Image
 
 from shard_tools.crops import CropSettings, Instance, decode_photo, make_sample
+from shard_tools.photos import PhotoSource
+from tests.scored import write_scores
 from tests.small import run, run_all, write_small_vaw
 from vlal_dist.data.dataset import open_dataset, open_split
 from vlal_dist.data.images import crop_bounds, open_photo
 from vlal_dist.data.rows import RowReader
+from vlal_dist.data.shards import sample_key
 from vlal_dist.errors import DataError
 
 SETTINGS = CropSettings(jpeg_quality=95, box_expansion=0.0, max_pixels=10_000_000)
@@ -212,6 +215,101 @@ def test_a_pixel_bomb_is_refused_by_its_header() -> None:
         decode_photo(sink.getvalue(), SETTINGS)
 
 
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ((0, 0, 70_000, 30), "box too large"),
+        ((0, 0, 1e12, 20), "box too large"),
+        ((1e308, 0, 1e308, 20), "box too large"),
+        ((0, 0, 60_000, 60_000), "box too large"),
+        ((10, 10, 0.5, 20), "zero size"),
+        ((40, 0, 10, 10), "box outside"),
+    ],
+)
+def test_boxes_beyond_any_crop_are_refused(box: tuple[float, ...], reason: str) -> None:
+    photo = decode_photo(jpeg(40, 40), SETTINGS)
+    with pytest.raises(DataError, match=reason):
+        make_sample(instance(box), photo, dataset_name="d", settings=SETTINGS)  # type: ignore[arg-type]
+
+
+def test_a_damaged_exif_block_is_a_reject_and_not_a_crash() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    data = bytearray(jpeg(40, 30, exif=exif))
+    entry = data.find(bytes([0x01, 0x12, 0x00, 0x03])) if b"MM" in data[:40] else -1
+    entry = entry if entry >= 0 else data.find(bytes([0x12, 0x01, 0x03, 0x00]))
+    assert entry > 0
+    for length in range(entry, entry + 40):  # cut the block at every place
+        broken = bytes(data[:length]) + bytes(40) + bytes(data[length + 40 :])
+        try:
+            decode_photo(broken, SETTINGS)
+        except DataError as error:
+            assert "damaged" in str(error) or "not an image" in str(error)
+
+
+def test_places_are_searched_in_order(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "folder", tmp_path / "a.zip"
+    folder.mkdir()
+    (folder / "x.jpg").write_bytes(b"folder")
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
+        target.writestr("deep/x.png", b"zip" * 100)
+    assert PhotoSource([str(archive), str(folder)]).read("x") == b"zip" * 100
+    assert PhotoSource([str(folder), str(archive)]).read("x") == b"folder"
+    assert PhotoSource([str(folder)]).read("y") is None
+    with pytest.raises(DataError, match="unreadable"):
+        PhotoSource([str(folder)]).read("x" * 300)
+    data = bytearray(archive.read_bytes())
+    data[data.find(b"deep/x.png") + 12] ^= 0xFF
+    archive.write_bytes(data)
+    with pytest.raises(DataError, match="unreadable"):
+        PhotoSource([str(archive)]).read("x")
+
+
+def test_a_killed_parent_leaves_no_worker(packed: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shard_tools", "pack", "--config"]
+    command += [str(packed / "config.yaml"), "--paths.dataset", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=-3, stdout=-3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 60
+    workers: list[str] = []
+    while not workers and time.monotonic() < deadline:
+        found = children.read_text().split()
+        workers = [pid for pid in found if "spawn_main" in _command(pid)]
+        time.sleep(0.01)
+    assert workers
+    process.kill()
+    process.wait()
+    while any("spawn_main" in _command(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives its parent"
+        time.sleep(0.05)
+
+
+def _command(pid: str) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
+def test_an_altered_index_is_refused_when_opened(packed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "dataset"
+    shutil.copytree(packed / "dataset", root)
+    for name in ("vocabulary.json", "train/index.arrow"):
+        path = root / name
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"vocabulary\.json"):
+        open_dataset(str(root), cache=tmp_path)
+    shutil.copy(packed / "dataset/vocabulary.json", root / "vocabulary.json")
+    with pytest.raises(DataError, match=r"train/index\.arrow"):
+        open_split(open_dataset(str(root), cache=tmp_path), "train")
+
+
+def test_a_sample_key_holds_no_line_end() -> None:
+    assert sample_key("123", 7) == "123"
+    assert sample_key("123\n", 7) == sample_key("a.b", 7) == f"{7:016x}"
+
+
 def test_rejects_are_counted_and_the_rest_is_packed(tmp_path: Path) -> None:
     config = write_small_vaw(tmp_path)
     (tmp_path / "photos/train3.jpg").unlink()
@@ -228,6 +326,10 @@ def test_rejects_are_counted_and_the_rest_is_packed(tmp_path: Path) -> None:
     reasons = sorted(row["reason"] for row in rows)
     assert reasons == ["box outside"] + 3 * ["missing"] + 3 * ["truncated or damaged"]
     assert run("verify", config) == 0
+    write_scores(tmp_path)
+    assert run("merge", config) == 0
+    merged = json.loads((tmp_path / "merged/dataset.json").read_text())
+    assert merged["splits"]["train"]["rejected"] == 7
 
 
 def test_photos_are_read_straight_from_a_zip(packed: Path, tmp_path: Path) -> None:

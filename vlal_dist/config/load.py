@@ -53,10 +53,12 @@ def load_config(
             value out of range.
     """
     values = _read_yaml(Path(path), seen=()) if path is not None else {}
+    # A section whose keys are all commented out is empty, not wrong.
+    values = {section: {} if keys is None else keys for section, keys in values.items()}
+    _check_names(values)
     for key, text in overrides.items():
         _check_key(key)
         _assign(values, key, _parse(key, text))
-    _check_names(values)
     for section, keys in values.items():
         _expand(keys, section, required=sections is None or section in sections)
     profile = _lookup(values, "method.profile", "paper")
@@ -116,8 +118,9 @@ def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _check_names(values: Mapping[str, Any]) -> None:
     for section, keys in values.items():
-        if section not in Config.model_fields or not isinstance(keys, dict):
+        if section not in Config.model_fields:
             _check_key(f"{section}.")
+        if not isinstance(keys, dict):
             raise ConfigError(f"config section {section} must hold keys, got {keys!r}")
         for key in keys:
             _check_key(f"{section}.{key}")

@@ -126,9 +126,8 @@ class BatchMaker:
         self.reader.cache_blocks = count
 
     def close(self) -> None:
-        """End the threads and close files."""
+        """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self.reader.close()
 
     def _inverse_weights(self, sample: Sample, expected: int) -> npt.NDArray[np.float32]:
         assert self.read_likelihood is not None

@@ -1,10 +1,12 @@
 """Opening a dataset root: manifest, vocabulary, feasible sets, and the files of each split.
 
-Everything is checked against the digests in `dataset.json` before it is used.
+Everything read here is checked against the digests in `dataset.json` before it is used; the shards
+are checked sample by sample when they are read.
 """
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,14 +92,21 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
             f"{url} holds no dataset.json: pack (or merge) has not finished there; run it, "
             "or correct paths.dataset / paths.merged"
         ) from None
-    manifest = json.loads(data)
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{url}/dataset.json is damaged ({error}); pack again") from None
     if manifest.get("format") != FORMAT:
         raise DataError(
             f"{url}: dataset format {manifest.get('format')}, this version reads {FORMAT}; "
             "pack it again, or use the version that wrote it"
         )
-    vocabulary = Vocabulary.from_json(json.loads(store.read("vocabulary.json")))
-    feasible = FeasibleSets.from_npz(store.read("feasible.npz"))
+    contents = {name: store.read(name) for name in ("vocabulary.json", "feasible.npz")}
+    for name, content in contents.items():
+        found = hashlib.sha256(content).hexdigest()
+        check_digest(f"{url}/{name}", manifest["files"][name], found)
+    vocabulary = Vocabulary.from_json(json.loads(contents["vocabulary.json"]))
+    feasible = FeasibleSets.from_npz(contents["feasible.npz"])
     check_digest(f"{url}: vocabulary", manifest["vocabulary_digest"], vocabulary.digest)
     check_digest(f"{url}: feasible sets", manifest["feasible_digest"], feasible.digest)
     digest = hashlib.sha256(data).hexdigest()
@@ -128,19 +137,48 @@ def open_split(dataset: Dataset, split: str) -> Split:
         )
         for name in SPLIT_FILES[:3]
     }
+    for name, path in paths.items():
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        check_digest(f"{dataset.url}/{split}/{name}", entry["files"][name], found)
     shards = decode_shards(paths["shards.parquet"].read_bytes())
     index, blocks = map_index(paths["index.arrow"]), map_blocks(paths["blocks.arrow"])
-    for what, found in (
+    for what, samples in (
         ("index.arrow", len(index)),
         ("blocks.arrow", int(blocks.samples.sum())),
         ("shards.parquet", sum(shard.samples for shard in shards)),
     ):
-        if found != entry["samples"]:
+        if samples != entry["samples"]:
             raise DataError(
-                f"{dataset.url}: {split}/{what} holds {found} samples, dataset.json says "
+                f"{dataset.url}: {split}/{what} holds {samples} samples, dataset.json says "
                 f"{entry['samples']}; run shard_tools verify, and pack again"
             )
     return Split(split, dataset.store, shards, index, blocks)
+
+
+def check_shard_sizes(split: Split) -> None:
+    """Tell a missing or truncated shard before work begins, not in the middle of an epoch.
+
+    Raises:
+        DataError: a shard is absent, or has another size.
+    """
+
+    def check(number: int) -> None:
+        shard, key = split.shards[number], split.shard_key(number)
+        try:
+            found = split.store.size(key)
+        except NotFoundError:
+            raise DataError(
+                f"{split.store.url}/{key} is missing; restore it, or pack again"
+            ) from None
+        if found != shard.bytes:
+            raise DataError(
+                f"{split.store.url}/{key}: {found} bytes where {shard.bytes} are expected; the "
+                "shard was altered or cut: restore it, or pack again"
+            )
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        list(pool.map(check, range(len(split.shards))))
 
 
 def read_labels(dataset: Dataset, split: str) -> pa.Table:

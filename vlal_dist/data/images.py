@@ -5,7 +5,10 @@ pixel limit before any pixel is decoded.
 """
 
 import io
+import math
+import struct
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
@@ -21,6 +24,20 @@ Image.MAX_IMAGE_PIXELS = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# What Pillow raises on damaged files, EXIF blocks included, besides its own type.
+DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    OverflowError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def open_photo(data: bytes, *, max_pixels: int) -> Image.Image:
@@ -42,19 +59,26 @@ def open_photo(data: bytes, *, max_pixels: int) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         raise DataError("not an image") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except DAMAGE as error:
         raise DataError(f"truncated or damaged: {error}") from None
 
 
 def is_plain_jpeg(data: bytes) -> bool:
-    """Whether the file is an RGB or grey JPEG that needs no turning, so that its bytes can stay."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data))
-        turned = image.getexif().get(0x0112, 1) != 1
-        return image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
+    """Whether the file is an RGB or grey JPEG that needs no turning, so that its bytes can stay.
+
+    Raises:
+        DataError: its EXIF block is damaged.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            turned = image.getexif().get(0x0112, 1) != 1
+            return image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
+    except DAMAGE as error:
+        raise DataError(f"truncated or damaged: {error}") from None
 
 
 def crop_bounds(
@@ -75,6 +99,8 @@ def crop_bounds(
         DataError: the box has no size in whole pixels, or lies wholly outside the image.
     """
     x, y, w, h = box
+    if not (math.isfinite(x + w) and math.isfinite(y + h)):
+        raise DataError(f"box too large: {list(box)} leaves the numbers")
     left, top, right, bottom = int(x), int(y), int(x + w), int(y + h)
     if right <= left or bottom <= top:
         raise DataError(f"zero size: box {list(box)} covers no whole pixel")

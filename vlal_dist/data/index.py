@@ -169,11 +169,6 @@ def map_blocks(path: Path) -> Blocks:
     return Blocks(**_map_columns(path, BLOCK_TYPES))
 
 
-def decode_index(data: bytes) -> Index:
-    """An index from the bytes of an Arrow file (parts of a killed pack)."""
-    return Index(**_columns(pa.ipc.open_file(pa.BufferReader(data)), INDEX_TYPES, "index"))
-
-
 def encode_table(columns: Mapping[str, object], schema: pa.Schema) -> bytes:
     """Parquet bytes with fixed settings: the same rows give the same bytes."""
     table = pa.table(dict(columns), schema=schema)

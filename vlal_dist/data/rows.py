@@ -60,7 +60,6 @@ class RowReader:
         self.split = split
         self.cache_blocks = cache_blocks
         self._lock = threading.Lock()
-        self._files: dict[int, int] = {}
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
 
     def read_range(self, row: int) -> bytes:
@@ -104,6 +103,8 @@ class RowReader:
         """One verified sample; errors as `read_range`."""
         key, parts = self.read_parts(row)
         meta = json.loads(parts["json"])
+        if meta["object_id"] != int(self.split.index.object_id[row]):
+            self._damaged(row, f"object {meta['object_id']} where index.arrow has another")
         likelihood = None
         if "likelihood.npy" in parts:
             stream = io.BytesIO(parts["likelihood.npy"])
@@ -122,13 +123,6 @@ class RowReader:
             log_likelihood=likelihood,
         )
 
-    def close(self) -> None:
-        """Close local files."""
-        with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
-            self._files.clear()
-
     def _read(self, row: int, shard: int, offset: int, length: int) -> bytes:
         key = self.split.shard_key(shard)
         path = self.split.store.local_path(key)
@@ -136,14 +130,15 @@ class RowReader:
             block = int(np.searchsorted(self.split.blocks.first_row, row, side="right")) - 1
             start = offset - int(self.split.blocks.offset[block])
             return self._block(block)[start : start + length]
-        with self._lock:
-            if shard not in self._files:
-                try:
-                    self._files[shard] = os.open(path, os.O_RDONLY)
-                except OSError as error:
-                    raise StorageError(f"shard {path}: {error.strerror}") from None
-            descriptor = self._files[shard]
-        return os.pread(descriptor, length, offset)
+        # Opened for each read: a split may have more shards than a process may have open files.
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                return os.pread(descriptor, length, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StorageError(f"shard {path}: {error.strerror}; restore it") from None
 
     def _block(self, block: int) -> bytes:
         """A remote block; one thread fetches it, the others wait for that one."""
@@ -173,6 +168,6 @@ class RowReader:
         shard = self.split.shards[int(self.split.index.shard[row])].name
         raise DataError(
             f"{self.split.store.url}/{self.split.name}/shards/{shard}: sample row {row} (uid "
-            f"{int(self.split.index.uid[row]):016x}): {check}; the shard was altered or cut: "
+            f"{int(self.split.index.uid[row]):016x}): {check}; shard or index was altered or cut: "
             "restore it, or pack the dataset again"
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vlal_dist.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
-KEY_PATTERN = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_-]{0,79}$")
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
 PARTS = ("jpg", "json", "likelihood.npy")
 
 
@@ -37,7 +37,7 @@ class EncodedSample:
 
 def sample_key(instance_id: str, uid: int) -> str:
     """The instance id where webdataset and USTAR can hold it, else the hex of the uid."""
-    return instance_id if KEY_PATTERN.match(instance_id) else f"{uid:016x}"
+    return instance_id if KEY_PATTERN.fullmatch(instance_id) else f"{uid:016x}"
 
 
 def encode_sample(key: str, parts: Mapping[str, bytes]) -> EncodedSample:
@@ -46,7 +46,7 @@ def encode_sample(key: str, parts: Mapping[str, bytes]) -> EncodedSample:
     Raises:
         DataError: a key that a tar or webdataset cannot hold, or an unknown part.
     """
-    if not KEY_PATTERN.match(key):
+    if not KEY_PATTERN.fullmatch(key):
         raise DataError(f"sample key {key!r} must match {KEY_PATTERN.pattern}; use its uid")
     pieces: list[bytes] = []
     where: dict[str, tuple[int, int]] = {}
@@ -84,7 +84,7 @@ def key_of(data: bytes) -> str:
         text = key.decode("ascii")
     except UnicodeDecodeError:
         text = ""
-    if not dot or not KEY_PATTERN.match(text):
+    if not dot or not KEY_PATTERN.fullmatch(text):
         raise DataError(f"a sample's first header names {name!r}, not KEY.PART; verify the shard")
     return text
 

@@ -103,7 +103,7 @@ def predict_clip(dataset: Dataset, split: str, *, scores: Store) -> Predictions:
     opened = open_split(dataset, split)
     predictions = _from_tables(dataset, split, score=0.0)
     for number, shard in enumerate(opened.shards):
-        rows = np.flatnonzero(opened.index.shard == number)
+        rows = np.arange(*np.searchsorted(opened.index.shard, [number, number + 1]))
         found = read_shard_scores(scores, split, shard_sha256=shard.sha256, manifest=manifest)
         if not np.array_equal(found.uid, predictions.uid[rows]):
             raise DataError(

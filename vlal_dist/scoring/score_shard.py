@@ -168,18 +168,15 @@ def _embed(
     reader = RowReader(split)
     batches: list[Embedding] = []
     waiting: list[torch.Tensor] = []
-    try:
-        for pixels in _decoded(reader, rows, encoder=encoder, threads=threads):
-            waiting.append(pixels)
-            if len(waiting) == encoder.batch_size:
-                if stopped():
-                    raise Stopped("stopped; the same command goes on with the shards left")
-                batches.append(encoder.encode_prepared(waiting))
-                waiting = []
-        if waiting:
+    for pixels in _decoded(reader, rows, encoder=encoder, threads=threads):
+        waiting.append(pixels)
+        if len(waiting) == encoder.batch_size:
+            if stopped():
+                raise Stopped("stopped; the same command goes on with the shards left")
             batches.append(encoder.encode_prepared(waiting))
-    finally:
-        reader.close()
+            waiting = []
+    if waiting:
+        batches.append(encoder.encode_prepared(waiting))
     return np.concatenate(batches)
 
 

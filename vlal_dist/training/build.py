@@ -4,6 +4,7 @@ import logging
 from contextlib import ExitStack
 
 from vlal_dist.data.batches import BatchMaker
+from vlal_dist.data.dataset import check_shard_sizes
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.method.baselines import loss_settings
 from vlal_dist.method.model import build_model, parameter_groups
@@ -55,14 +56,18 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
         stop = stack.enter_context(StopRequest())
         ranks = join_ranks(threads=settings.torch_threads)
         agree_on(found, ranks)
-        ranks.together(lambda: _begin(settings, store, resume) if ranks.rank == 0 else None)
+        ranks.together(
+            lambda: _begin(settings, sources, store, resume) if ranks.rank == 0 else None
+        )
         run = _build(settings, sources, found, ranks, stop, store, stack)
         train(run)
     return run.state, ranks.world_size
 
 
-def _begin(settings: RunSettings, store: Store, resume: str) -> None:
-    """What rank 0 does to the run root before the first step."""
+def _begin(settings: RunSettings, sources: Sources, store: Store, resume: str) -> None:
+    """What rank 0 does before the first step: look at the shards, prepare the run root."""
+    for split in (sources.train, sources.validation):
+        check_shard_sizes(split)
     if resume == "none":
         begin_anew(store)
     store.replace("config.yaml", settings.config_text.encode())

@@ -1,0 +1,62 @@
+"""What every program does with errors: one line, an exit code, a result that says what happened."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from vlal_dist.config.config import Config
+from vlal_dist.errors import DataError
+from vlal_dist.program import Counts, Program, run_program
+
+
+def outcome(folder: Path, work: object, *more: str) -> tuple[int, dict[str, object]]:
+    (folder / "c.yaml").write_text("training: {seed: 1}\n")
+
+    def call(config: Config, flags: Mapping[str, str]) -> Counts:
+        if isinstance(work, BaseException):
+            raise work
+        return {"samples": 3}
+
+    program = Program("try", "try", "try", ("paths",), ("json", "plan"), _output, call)
+    arguments = ["--config", str(folder / "c.yaml"), "--paths.run", str(folder), *more]
+    code = run_program(program, arguments)
+    path = folder / "try.result.json"
+    return code, json.loads(path.read_text()) if path.exists() else {}
+
+
+def _output(config: Config) -> str:
+    return config.paths.run
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DataError("bad"), 65), (OSError(28, "No space left on device"), 74), (ValueError("bug"), 1)],
+)
+def test_errors_end_with_a_code_that_the_result_tells(
+    tmp_path: Path, error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert outcome(tmp_path, None)[1]["code"] == 0
+    found, result = outcome(tmp_path, error)
+    assert found == result["code"] == code and str(error) in str(result["reason"])
+    assert (tmp_path / "try.config.yaml").exists()  # of the success before
+    assert str(error) in capsys.readouterr().err
+
+
+def test_an_interruption_can_be_continued(tmp_path: Path) -> None:
+    assert outcome(tmp_path, KeyboardInterrupt())[0] == 75
+
+
+def test_a_plan_leaves_the_record_of_what_was_done(tmp_path: Path) -> None:
+    outcome(tmp_path, None)
+    before = (tmp_path / "try.result.json").read_bytes()
+    assert outcome(tmp_path, None, "--plan")[0] == 0
+    assert (tmp_path / "try.result.json").read_bytes() == before
+
+
+def test_counts_that_cannot_be_written_are_told_after_the_work(tmp_path: Path) -> None:
+    code, result = outcome(tmp_path, None, "--json", str(tmp_path / "no/such/file"))
+    assert code == 74 and result["code"] == 0
+    assert outcome(tmp_path, None, "--json", str(tmp_path / "n.json"))[0] == 0
+    assert json.loads((tmp_path / "n.json").read_text())["samples"] == 3
