@@ -106,7 +106,10 @@ def main() -> None:
     rows += [row(NAMES[name], RUNS / name / "evaluation/test-model/result.json") for name in LOSSES]
     head = "| row | test mAP | head | medium | tail | training s |\n|---|---|---|---|---|---|\n"
     curves = "\n".join(curve(loss) for loss in LOSSES)
-    text = f"{head}" + "\n".join(rows) + f"\n\nValidation mAP by epoch:\n\n{curves}\n"
+    epochs = max(line.count("|") - 2 for line in curves.splitlines())
+    over = f"| validation mAP after epoch | {' | '.join(map(str, range(1, epochs + 1)))} |"
+    rule = "|---" * (epochs + 1) + "|"
+    text = head + "\n".join([*rows, "", over, rule, curves]) + "\n"
     (RUNS / "table.md").write_text(text)
     print(text)
 
