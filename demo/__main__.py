@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     # Ctrl-C and a supervisor's SIGTERM end the stages in the same order.
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         root = given.root or (f"{ROOT}-quick" if given.quick else ROOT)
         run_demo(_plan(root, quick=given.quick))

@@ -40,7 +40,11 @@ def test_every_root_on_s3(
 ) -> None:
     config = write_small_vaw(tmp_path)
     tiny = make_tiny_model(tmp_path / "clip", seed=7)
-    for name, value in {"HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}.items():
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "RAY_AUTH_MODE": "token",
+    }.items():
         monkeypatch.setenv(name, value)
     url = ceph_s3.url()
     remote = [word for root in ROOTS for word in (f"--paths.{root}", f"{url}/{root}")]

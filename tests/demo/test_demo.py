@@ -45,7 +45,9 @@ def test_the_demo_refuses_to_run_elsewhere(tmp_path: Path) -> None:
 
 def test_an_interrupted_stage_leaves_no_process() -> None:
     script = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        # A shell's background job is started with this signal ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from demo.__main__ import run_stage\n"
         "child = 'import os, subprocess, sys, time;'"
         '\'p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]);\''

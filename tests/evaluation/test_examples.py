@@ -46,7 +46,6 @@ def test_example_and_tally(dataset: Dataset) -> None:
         truth[row, instance.true] = 1
     reader = RowReader(open_split(dataset, "test"))
     found = build_example(reader, constant, 7, vocabulary=VOCABULARY, truth=truth, k=99)
-    reader.close()
     instance = make_instances()[7]
     assert found.object_name == VOCABULARY.objects[instance.object_id]
     assert found.positives == [VOCABULARY.attributes[i] for i in instance.positive]

@@ -170,8 +170,13 @@ def write_dataset(root: Path) -> Path:
         "splits": {"test": _write_split(root, "test", instances)},
         "likelihood": None,
     }
-    open_store(str(root)).create("vocabulary.json", json.dumps(VOCABULARY.to_json()).encode())
-    open_store(str(root)).create("feasible.npz", feasible.to_npz())
+    shared = {
+        "vocabulary.json": json.dumps(VOCABULARY.to_json()).encode(),
+        "feasible.npz": feasible.to_npz(),
+    }
+    for name, data in shared.items():
+        open_store(str(root)).create(name, data)
+    manifest["files"] = {name: hashlib.sha256(data).hexdigest() for name, data in shared.items()}
     (root / "dataset.json").write_text(json.dumps(manifest))
     return root
 
