@@ -91,7 +91,7 @@ def choose_micro_batches(*, lanes: int, world_size: int, accumulation: int) -> i
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What fixes the order; a checkpoint holds it, and a change is refused by name."""
+    """What fixes the order of an epoch."""
 
     seed: int
     lanes: int
