@@ -4,14 +4,16 @@ PYTHON ?= python3
 VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 READY := $(VENV)/.ready
+PEERS := .peers
 
-.PHONY: help setup demo test check fashion12k
+.PHONY: help setup demo test check fashion12k peers
 
 help:
 	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
 	@echo "make test        the test suite"
 	@echo "make check       ruff, mypy"
 	@echo "make fashion12k  six losses on real photos: FASHION12K=FOLDER make fashion12k (about an hour)"
+	@echo "make peers       other loaders to compare with, in their own environment ($(PEERS), 6 GB)"
 	@echo "make setup       the virtual environment alone"
 
 setup: $(READY)
@@ -45,3 +47,12 @@ check: setup
 
 fashion12k: setup
 	$(RUN) python benchmarks/fashion12k.py
+
+# Only for benchmarks/loader.py. What could not be installed is named in $(PEERS)/peers.json.
+peers: $(PEERS)/.ready
+
+$(PEERS)/.ready: benchmarks/peers/constraints.txt benchmarks/peers/install.py
+	@echo "installing the peers into $(PEERS) (a few minutes)"
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python benchmarks/peers/install.py
+	@touch $@

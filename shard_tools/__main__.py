@@ -1,4 +1,4 @@
-"""The offline tools: `python -m shard_tools clean|pack|merge|verify|inspect`."""
+"""The offline tools: `python -m shard_tools clean|pack|merge|reshard|verify|inspect`."""
 
 import importlib
 import sys
@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "clean": ("shard_tools.clean", "annotation files -> instances, vocabulary, feasible sets"),
     "pack": ("shard_tools.pack", "instances and photos -> WebDataset shards, index, manifest"),
     "merge": ("shard_tools.merge", "shards and score files -> shards that hold likelihoods"),
+    "reshard": ("shard_tools.reshard", "the same samples in shards and blocks of other sizes"),
     "verify": ("shard_tools.verify", "check every byte of a dataset against its manifest"),
     "inspect": ("shard_tools.inspect_dataset", "show what a dataset root holds"),
 }

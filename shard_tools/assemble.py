@@ -44,6 +44,7 @@ from vlal_dist.observability.progress import Progress
 from vlal_dist.storage.store import Store
 
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 PART_SCHEMA = pa.schema(
     [(name, kind) for name, kind in INDEX_TYPES.items()] + list(LABELS_SCHEMA),
@@ -147,15 +148,15 @@ class TarBuilder:
 
 
 def run_tasks(
-    work: Callable[[Task], ShardPart],
+    work: Callable[[Task], Result],
     tasks: Sequence[Task],
     *,
     label: str,
     unit: str,
     sizes: Sequence[int],
     workers: int,
-) -> list[ShardPart]:
-    """Run one task per shard in processes, with progress; parts in the order of the tasks.
+) -> list[Result]:
+    """Run one task per shard in processes, with progress; results in the order of the tasks.
 
     Args:
         work: a module's function, run in the workers.
@@ -170,21 +171,21 @@ def run_tasks(
     # Spawned, not forked: the parent holds threads of pyarrow and perhaps an S3 client.
     context = multiprocessing.get_context("spawn")
     count = max(1, min(workers or os.cpu_count() or 1, len(tasks)))
-    parts: list[ShardPart] = []
+    results: list[Result] = []
     try:
         with (
             Progress(label, total=sum(sizes), unit=unit) as progress,
             ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent) as pool,
         ):
-            for size, part in zip(sizes, pool.map(work, tasks), strict=True):
-                parts.append(part)
+            for size, result in zip(sizes, pool.map(work, tasks), strict=True):
+                results.append(result)
                 progress.advance(size)
     except BrokenProcessPool:
         raise VlalError(
             f"{label}: a worker process was killed, often for want of memory; lower pack.workers "
             "and repeat the command: finished shards are kept"
         ) from None
-    return parts
+    return results
 
 
 def _follow_parent() -> None:

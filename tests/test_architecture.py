@@ -19,7 +19,21 @@ PROGRAMS = ("train", "score_clip", "evaluate", "predict", "report", "export", "e
 
 TORCH_FREE_DATA = {
     f"vlal_dist.data.{name}"
-    for name in ("dataset", "rows", "shards", "index", "images", "scores", "stream")
+    for name in (
+        "dataset",
+        "rows",
+        "shards",
+        "index",
+        "images",
+        "scores",
+        "keyed",
+        "ledger",
+        "corpus",
+        "plan",
+        "stream",
+        "steps",
+        "factors",
+    )
 }
 NUMPY_METHOD = {"vlal_dist.method.feasible", "vlal_dist.method.likelihood"}
 

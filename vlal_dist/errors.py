@@ -5,6 +5,8 @@
     +- ConfigError      64   unknown key, value out of range, weights or settings absent
     +- DataError        65   bad input, digests that differ, altered or truncated shards
     |  +- ConflictError 65   a create-only name already holds other bytes
+    |  +- TruncatedError 65  a file or object ends before the range that its index states
+    |  +- ReplacedError 65   an object is no longer the one that was read before
     +- StorageError     74   bucket, credentials, network, disk
     |  +- NotFoundError 74   the file or object is not there
     +- Stopped          75   stopped by a signal; the same command resumes
@@ -39,6 +41,14 @@ class DataError(VlalError, ValueError):
 
 class ConflictError(DataError):
     """A create-only commit found other bytes under the same name."""
+
+
+class TruncatedError(DataError):
+    """A file or object ends before a range that was asked for; reading again does not help."""
+
+
+class ReplacedError(DataError):
+    """Stored data, which nobody may edit, was replaced while this process was using it."""
 
 
 class StorageError(VlalError, OSError):

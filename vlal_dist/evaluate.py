@@ -10,7 +10,9 @@ import torch
 
 from vlal_dist.config.config import Config
 from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.reader import Reader
 from vlal_dist.evaluation.predict import predict, predict_clip, predict_constant
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions, save_predictions
 from vlal_dist.evaluation.results import (
@@ -93,7 +95,7 @@ def _predictions(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_split(dataset, split)
     maker = BatchMaker(
-        opened,
+        Reader(Corpus([opened])),
         feasible=dataset.feasible,
         num_attributes=info.num_attributes,
         image_size=info.image_size,

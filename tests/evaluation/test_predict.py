@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from tests.evaluation.tiny_dataset import SAMPLES, VOCABULARY, make_instances
 from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_split
+from vlal_dist.data.reader import Reader
 from vlal_dist.data.scores import ShardScores, encode_scores, score_key, write_scores_manifest
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.predict import predict, predict_clip, predict_constant
@@ -40,7 +42,7 @@ class Colour(nn.Module):
 @pytest.fixture
 def maker(dataset: Dataset):  # type: ignore[no-untyped-def]
     made = BatchMaker(
-        open_split(dataset, "test"),
+        Reader(Corpus([open_split(dataset, "test")])),
         feasible=dataset.feasible,
         num_attributes=WIDTH,
         image_size=64,

@@ -11,7 +11,7 @@ from tests.scored import TEMPERATURE, write_scores
 from tests.shard_tools.test_pack import tree
 from tests.small import run, run_all, write_small_vaw
 from vlal_dist.data.dataset import open_dataset, open_split
-from vlal_dist.data.likelihoods import ScoreLikelihoods, likelihood_of_tar
+from vlal_dist.data.likelihoods import ScoreLikelihoods
 from vlal_dist.data.rows import RowReader
 from vlal_dist.data.scores import (
     decode_scores,
@@ -81,10 +81,11 @@ def test_score_files_give_the_likelihoods_of_the_tars(merged: Path) -> None:
     scores = ScoreLikelihoods(
         packed, scores=store, manifest=manifest, temperature=TEMPERATURE, cache_shards=1
     )
+    reader = RowReader(tars)
     for row in reversed(range(packed.num_samples)):
-        one = likelihood_of_tar(RowReader(tars).read(row))
-        assert one is not None
-        assert np.array_equal(one, scores(RowReader(packed).read(row)))
+        values, indptr = scores(np.array([row]), [b""])
+        assert np.array_equal(reader.read(row).log_likelihood, values)
+        assert indptr.tolist() == [0, len(values)]
     with pytest.raises(DataError, match="not val"):
         ScoreLikelihoods(
             open_split(dataset, "val"), scores=store, manifest=manifest, temperature=0.05

@@ -1,10 +1,8 @@
-"""What is special about S3: broken bodies, lost answers, refusals, counts; over real sockets."""
+"""What is special about S3: lost answers, refusals, counts; over real sockets."""
 
 import hashlib
-import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,130 +10,19 @@ import pytest
 
 from tests.conftest import S3Server
 from tests.fault_proxy import Fault, FaultProxy
-from vlal_dist.errors import ConflictError, DataError, NotFoundError, StorageError
+from tests.storage.conftest import DATA, MIB, name_of
+from vlal_dist.errors import ConflictError, DataError, StorageError
 from vlal_dist.storage import s3, s3_client
 from vlal_dist.storage.s3 import S3Store
 from vlal_dist.storage.s3_client import TRIES, Counts
 
-MIB = 1 << 20
-DATA = os.urandom(6 * MIB + 12_345)
-
-
-@pytest.fixture
-def proxy(moto_s3: S3Server) -> Iterator[FaultProxy]:
-    with FaultProxy(moto_s3.endpoint) as proxy:
-        yield proxy
-
-
-@pytest.fixture
-def root(moto_s3: S3Server, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    """A store that reaches moto through the proxy, with one object in it."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    store = S3Store(moto_s3.url(), read_timeout_s=1.0)
-    store.create("shard.tar", DATA)
-    proxy.log.clear()
-    return store
-
-
-@pytest.fixture
-def behind(moto_s3: S3Server) -> Any:
-    """A client that goes around store and proxy."""
-    return moto_s3.client()
-
-
-def name_of(store: S3Store, key: str) -> dict[str, str]:
-    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
-    return {"Bucket": bucket, "Key": f"{prefix}/{key}"}
-
-
-class TestBrokenBodies:
-    @pytest.mark.parametrize("kind", ["reset", "truncate", "stall"])
-    def test_a_broken_body_is_resumed(self, root: S3Store, proxy: FaultProxy, kind: Any) -> None:
-        proxy.faults = [Fault(kind, at=3 * MIB + 500, seconds=3.0)]
-        before = root.counts
-        assert root.read("shard.tar", offset=1000, length=6 * MIB) == DATA[1000 : 1000 + 6 * MIB]
-        first, second = proxy.log
-        assert (first.fault, second.fault) == (kind, None)
-        assert first.headers["range"] == f"bytes=1000-{1000 + 6 * MIB - 1}"
-        assert "if-match" not in first.headers
-        # After an orderly close every byte that arrived is kept, else whole reads of 1 MiB are.
-        reached = 1000 + 3 * MIB + (500 if kind == "truncate" else 0)
-        assert second.headers["range"] == f"bytes={reached}-{1000 + 6 * MIB - 1}"
-        assert second.headers["if-match"].strip('"') == hashlib.md5(DATA).hexdigest()
-        assert root.counts.retries - before.retries == 1
-        assert root.counts.requests - before.requests == 2
-        assert root.counts.bytes_in - before.bytes_in == 6 * MIB
-
-    def test_a_read_of_everything_is_resumed(self, root: S3Store, proxy: FaultProxy) -> None:
-        proxy.faults = [Fault("reset", at=2 * MIB), Fault("truncate", at=MIB)]
-        assert root.read("shard.tar") == DATA
-        ranges = [seen.headers.get("range") for seen in proxy.log]
-        last = len(DATA) - 1
-        assert ranges == [None, f"bytes={2 * MIB}-{last}", f"bytes={3 * MIB}-{last}"]
-
-    def test_a_body_that_always_breaks_is_an_error(self, root: S3Store, proxy: FaultProxy) -> None:
-        proxy.faults = [Fault("reset", times=99, at=1000)]
-        with pytest.raises(StorageError, match=rf"'shard.tar': the body broke off {TRIES} times"):
-            root.read("shard.tar", length=100_000)
-        assert len(proxy.log) == TRIES
-
-    def test_an_object_replaced_in_between_is_not_mixed(
-        self, root: S3Store, proxy: FaultProxy, behind: Any
-    ) -> None:
-        other = os.urandom(len(DATA))
-        proxy.faults = [
-            Fault(
-                "truncate",
-                at=2 * MIB,
-                then=lambda: behind.put_object(**name_of(root, "shard.tar"), Body=other),
-            )
-        ]
-        with pytest.raises(DataError, match=r"'shard\.tar' was replaced while being read"):
-            root.read("shard.tar")
-
-    def test_an_object_deleted_in_between(
-        self, root: S3Store, proxy: FaultProxy, behind: Any
-    ) -> None:
-        gone = name_of(root, "shard.tar")
-        proxy.faults = [Fault("reset", at=MIB, then=lambda: behind.delete_object(**gone))]
-        with pytest.raises(NotFoundError, match=r"shard\.tar"):
-            root.read("shard.tar")
-
-    def test_a_flipped_bit_is_left_to_the_callers_checksum(
-        self, root: S3Store, proxy: FaultProxy, tmp_path: Path
-    ) -> None:
-        """S3 has no check of a read's bytes that all stores offer: `fetch` and the index do it."""
-        from vlal_dist.storage.store import fetch
-
-        proxy.faults = [Fault("flip", at=5000)]
-        digest = hashlib.sha256(DATA).hexdigest()
-        with pytest.raises(DataError, match=f"expected {digest}"):
-            fetch(root, "shard.tar", cache=tmp_path, sha256=digest)
-        assert list(tmp_path.iterdir()) == []
-        assert fetch(root, "shard.tar", cache=tmp_path, sha256=digest).read_bytes() == DATA
-
 
 class TestRetries:
-    def test_busy_answers_are_repeated_and_counted(self, root: S3Store, proxy: FaultProxy) -> None:
-        proxy.faults = [Fault("busy", times=2)]
-        before = root.counts
-        assert root.read("shard.tar", length=10) == DATA[:10]
-        assert root.counts.requests - before.requests == 3
-        assert root.counts.retries - before.retries == 2
-
     def test_a_store_that_stays_busy_is_an_error(self, root: S3Store, proxy: FaultProxy) -> None:
         proxy.faults = [Fault("busy", match="^HEAD ", times=99)]
         with pytest.raises(StorageError, match=f"503.* in {TRIES} tries: the store is busy"):
             root.size("shard.tar")
         assert len(proxy.log) == TRIES
-
-    def test_latency_below_the_timeout_costs_no_retry(
-        self, root: S3Store, proxy: FaultProxy
-    ) -> None:
-        proxy.faults = [Fault("latency", seconds=0.4)]
-        before = root.counts
-        assert root.read("shard.tar", length=10) == DATA[:10]
-        assert root.counts.retries == before.retries
 
     @pytest.mark.parametrize("as_file", [False, True])
     def test_a_commit_whose_answer_was_lost_finds_itself(
@@ -287,12 +174,3 @@ def test_custom_stores_are_addressed_by_path(moto_s3: S3Server, proxy: FaultProx
     with moto_s3.environment(AWS_ENDPOINT_URL=by_name):
         assert S3Store(moto_s3.url("p")).create("k", b"x") is True
     assert proxy.log[0].line == f"PUT /{moto_s3.bucket}/p/k"
-
-
-def test_a_retry_is_logged(
-    root: S3Store, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
-) -> None:
-    proxy.faults = [Fault("truncate", at=2 * MIB)]
-    with caplog.at_level(logging.WARNING):
-        root.read("shard.tar")
-    assert f"'shard.tar': the body broke off at byte {2 * MIB}; try 2 of {TRIES}" in caplog.text

@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError, StorageError
+from vlal_dist.errors import (
+    ConfigError,
+    ConflictError,
+    DataError,
+    NotFoundError,
+    TruncatedError,
+)
 from vlal_dist.storage import s3, store
 from vlal_dist.storage.local import LocalStore
 from vlal_dist.storage.s3 import S3Store
@@ -85,8 +91,10 @@ class TestStore:
         self, root: Store, offset: int, length: int | None
     ) -> None:
         root.create("ten", b"0123456789")
-        with pytest.raises(StorageError, match=r"'ten' is too short: wanted .* at offset"):
+        wanted = rf"'ten' is too short: wanted .* at offset {offset}, but it ends at byte 10"
+        with pytest.raises(TruncatedError, match=wanted) as caught:
             root.read("ten", offset=offset, length=length)
+        assert caught.value.exit_code == 65
 
     def test_negative_ranges_are_refused(self, root: Store) -> None:
         root.create("ten", b"0123456789")

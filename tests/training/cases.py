@@ -3,16 +3,16 @@
 Shapes: N rows of the epoch, A attributes, O objects, S image side.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from vlal_dist.data.batches import Batch
+from vlal_dist.data.batch import Batch
 from vlal_dist.data.loader import Step
-from vlal_dist.data.stream import plan_step
+from vlal_dist.data.steps import plan_step
 from vlal_dist.method.baselines import loss_settings
 from vlal_dist.training.objective import Objective
 
@@ -77,6 +77,7 @@ def rows(index: npt.NDArray[np.int64]) -> Batch:
     uid = rng.integers(2**63, size=ROWS)
     return Batch(
         image=torch.from_numpy(image[index]),
+        flip=torch.zeros(len(index), dtype=torch.bool),
         object_id=torch.from_numpy(object_id[index]),
         label=torch.from_numpy(label[index]),
         uid=torch.from_numpy(uid[index]),
@@ -105,9 +106,8 @@ def step(*, start: int, samples: int, micro_batches: int, rank: int, world_size:
 def in_float64(batch: Batch) -> Batch:
     """Floating fields in double precision, except what the draw looks at."""
     doubles = {
-        field.name: value.double()
-        for field in fields(batch)
-        if field.name != "inverse_weight"
-        and (value := getattr(batch, field.name)).is_floating_point()
+        name: value.double()
+        for name, value in batch.tensors().items()
+        if name != "inverse_weight" and value.is_floating_point()
     }
     return replace(batch, **doubles)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.training.processes import ROOT, environment, free_port
-from vlal_dist.data.rows import RowReader
+from vlal_dist.data.reader import Reader
 from vlal_dist.evaluation.saved_model import load_model
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.resume import begin_anew
@@ -213,6 +214,9 @@ def test_likelihoods_of_tars_follow_another_temperature(small: Path) -> None:
     def read(temperature: float | None, *, scores: bool) -> list[np.ndarray[Any, Any]]:
         sources = open_sources(
             str(small / ("dataset" if scores else "merged")),
+            mix={},
+            subset=None,
+            repeat_threshold=0.0,
             scores_url=str(small / "scores") if scores else None,
             temperature=temperature,
             cache=small / "cache",
@@ -220,9 +224,12 @@ def test_likelihoods_of_tars_follow_another_temperature(small: Path) -> None:
             validation_split="val",
             needs_likelihood=True,
         )
-        reader = RowReader(sources.train)
-        assert sources.read_likelihood is not None
-        return [sources.read_likelihood(reader.read(row)) for row in range(5)]  # type: ignore[misc]
+        reader, rows = Reader(sources.corpus), np.arange(5)
+        at = reader.locate(rows)
+        parts = [data[slice(*at.likelihood[n])] for n, data in enumerate(reader.read(at, 0, 5))]
+        assert sources.read_likelihoods is not None
+        values, indptr = sources.read_likelihoods(rows, parts)
+        return [values[a:b] for a, b in pairwise(indptr.tolist())]
 
     for temperature in (None, 0.2):
         pairs = zip(read(temperature, scores=False), read(temperature, scores=True), strict=True)

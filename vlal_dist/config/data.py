@@ -25,6 +25,34 @@ class DataSection(Section):
     threads: int = Field(2, ge=1, description="decoding threads per rank")
     prefetch_steps: int = Field(4, ge=1, description="batches prepared ahead, per rank (steps)")
     window_blocks: int = Field(3, ge=1, description="shuffle window of a lane (blocks; design 4)")
+    mix: dict[str, float] = Field(
+        default_factory=dict,
+        description="merged roots trained on together -> passes over each per epoch, fractions "
+        "allowed; empty: paths.merged once (one vocabulary: clean --like)",
+    )
+    subset: str | None = Field(
+        None, description="file with a sample key per line: only these are trained on (path, URL)"
+    )
+    repeat_threshold: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="t: a sample is visited max(1, sqrt(t / f)) times an epoch, f the share of "
+        "samples with the rarest of its positives; 0: off (repeat factors of LVIS, 2019)",
+    )
+    damage: Literal["strict", "quarantine"] = Field(
+        "strict",
+        description="a sample that fails its checksum twice: stop, or leave it out and count it",
+    )
+    max_quarantined: float = Field(
+        0.001, ge=0, le=1, description="share of the samples quarantined before the run stops"
+    )
+    cache_bytes: int = Field(
+        0,
+        ge=0,
+        description="limit of the disk cache for remote shards in paths.cache, shared by the ranks "
+        "of a node (bytes; 0: off)",
+    )
     lanes: int = Field(0, ge=0, description="parallel lanes of an epoch, 0: design 4's rule")
     epoch_end: Literal["drop", "exact"] = Field(
         "drop", description="last incomplete batch: dropped (authors) or shorter"

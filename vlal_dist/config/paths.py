@@ -12,6 +12,9 @@ class PathsSection(Section):
     dataset: str = Field("runs/vaw/dataset", description="root written by pack (URL or path)")
     scores: str = Field("runs/vaw/scores", description="root written by score_clip (URL or path)")
     merged: str = Field("runs/vaw/merged", description="root written by merge (URL or path)")
+    resharded: str = Field(
+        "runs/vaw/resharded", description="root written by reshard (URL or path)"
+    )
     run: str = Field("runs/vaw/run", description="root of one training run (URL or path)")
     cache: str = Field(
         "runs/cache", description="local folder for index files of remote roots (path)"

@@ -34,5 +34,8 @@ class TrainingSection(Section):
     zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage (design 8)")
     threads: int = Field(0, ge=0, description="torch threads per rank, 0: cores / local ranks")
     checkpoint_epochs: int = Field(1, ge=1, description="epochs between checkpoints")
+    checkpoint_steps: int = Field(
+        0, ge=0, description="steps between checkpoints within an epoch, 0: none"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
     log_steps: int = Field(20, ge=1, description="steps between log lines and metric updates")

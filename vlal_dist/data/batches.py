@@ -1,175 +1,287 @@
-"""From rows to batches: read, verify, decode, augment, label.
+"""From rows to batches: read, verify, decode, label.
 
-Legend: B rows of a batch, A attributes, S image side. Samples decode in a shared pool of threads.
+Samples are decoded in a pool of threads, straight into the memory of their batch; the thread that
+finishes last makes the labels. Nothing is done sample by sample that can be done for the batch.
+
+Legend: B rows of a batch, A attributes, S image side.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from vlal_dist.data.dataset import Split
-from vlal_dist.data.images import decode_rgb, resize_square, to_planes
-from vlal_dist.data.rows import RowReader, Sample
+from vlal_dist.data.batch import Batch
+from vlal_dist.data.buffers import ImageBuffers
+from vlal_dist.data.decode import decode_into
+from vlal_dist.data.keyed import I64
+from vlal_dist.data.labels import (
+    Data,
+    drawing_weights,
+    feasible_places,
+    label_rows,
+    parse_json,
+)
+from vlal_dist.data.likelihoods import ReadLikelihoods
+from vlal_dist.data.reader import Damage, DamagedError, Located, Reader
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.method.likelihood import inverse_weights
 
-ReadLikelihood = Callable[[Sample], npt.NDArray[np.float32] | None]
+_LARGEST_PIECE = 32
+"""Rows that a thread takes at a time."""
+_EVALUATION_AHEAD = 2
+"""Batches of an evaluation made ahead."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of the rows asked for.
+
+    Attributes:
+        batch: those that could be used, in order.
+        kept: bool [n], which these are.
+        damaged: why the others could not.
+    """
+
+    batch: Batch
+    kept: npt.NDArray[np.bool_]
+    damaged: list[Damage]
 
 
 @dataclass
-class Batch:
-    """Rows ready for a forward pass.
+class StageCounts:
+    """What the threads of a rank did so far; seconds are summed over threads.
 
     Attributes:
-        image: float32 [B, 3, S, S] in [0, 1], or ImageNet-normalised.
-        object_id: int64 [B].
-        label: int8 [B, A]; +1 annotated present, -1 annotated absent, 0 unannotated.
-        uid: int64 [B], the bits of the unsigned uid.
-        visit: int64 [B], running count of the sample's planned visits.
-        row: int64 [B], row of the split's index.
-        row_weight: float32 [B]; 0 for a dummy row.
-        inverse_weight: float32 [B, A], (max likelihood) / likelihood; 0 where it cannot be drawn;
-            None where the samples have no likelihood.
-        feasible: bool [B, A], Omega_o.
+        samples, sample_bytes: samples read, and the bytes of their tar ranges.
+        read_s: reading and checking, with the wait for parts that were not there yet.
+        decode_s: decoding and resizing.
+        label_s: labels, feasible sets and likelihoods of whole batches.
     """
 
-    image: Tensor
-    object_id: Tensor
-    label: Tensor
-    uid: Tensor
-    visit: Tensor
-    row: Tensor
-    row_weight: Tensor
-    inverse_weight: Tensor | None
-    feasible: Tensor
-
-    def __len__(self) -> int:
-        return len(self.row)
+    samples: int = 0
+    sample_bytes: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    label_s: float = 0.0
 
 
 class BatchMaker:
-    """Turns rows of one split into batches.
+    """Turns rows of a corpus into batches.
 
     Args:
-        split: the opened split.
+        reader: reads the rows.
         feasible: Omega_o of every object.
         num_attributes: A.
         image_size: S, pixels.
         normalize: ImageNet mean and standard deviation.
         threads: decoding threads.
-        read_likelihood: where log-likelihoods come from; None: not needed.
+        read_likelihoods: where log-likelihoods come from; None: not needed.
+        leave_out_damaged: damaged rows are left out and told of, instead of raised.
+        pinned: page-locked image memory, for a GPU.
     """
 
     def __init__(
         self,
-        split: Split,
+        reader: Reader,
         *,
         feasible: FeasibleSets,
         num_attributes: int,
         image_size: int,
         normalize: bool,
         threads: int,
-        read_likelihood: ReadLikelihood | None = None,
+        read_likelihoods: ReadLikelihoods | None = None,
+        leave_out_damaged: bool = False,
+        pinned: bool = False,
     ) -> None:
-        self.split, self.feasible, self.num_attributes = split, feasible, num_attributes
-        self.image_size, self.normalize = image_size, normalize
-        self.read_likelihood = read_likelihood
-        self.reader = RowReader(split)
+        self.reader, self.feasible, self.num_attributes = reader, feasible, num_attributes
+        self.image_size, self.normalize, self.threads = image_size, normalize, threads
+        self.read_likelihoods, self.leave_out_damaged = read_likelihoods, leave_out_damaged
+        self.counts = StageCounts()
+        self._lock = threading.Lock()
+        self._buffers = ImageBuffers(side=image_size, pinned=pinned)
         self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
 
-    def make(
-        self, rows: npt.NDArray[np.int64], visit: npt.NDArray[np.int64], flip: npt.NDArray[np.bool_]
-    ) -> Batch:
-        """A batch of the given rows; errors of reading and decoding as `RowReader.read`."""
-        count, side, width = len(rows), self.image_size, self.num_attributes
-        image = np.empty((count, 3, side, side), dtype=np.float32)
-        label = np.zeros((count, width), dtype=np.int8)
-        feasible = np.zeros((count, width), dtype=np.bool_)
-        inverse_weight = (
-            np.zeros((count, width), dtype=np.float32) if self.read_likelihood else None
-        )
+    def start(self, at: Located, visit: I64, flip: npt.NDArray[np.bool_]) -> "Future[Made]":
+        """Begin a batch of some rows.
 
-        def fill(place: int) -> None:
-            sample = self.reader.read(int(rows[place]))
-            pixels = resize_square(_decode(sample), side)
-            to_planes(pixels, flip=bool(flip[place]), normalize=self.normalize, out=image[place])
-            label[place, sample.positive] = 1
-            label[place, sample.negative] = -1  # negative wins a clash (authors' target builder)
-            ids = self.feasible.of(sample.object_id)
-            feasible[place, ids] = True
-            if inverse_weight is not None:
-                inverse_weight[place, ids] = self._inverse_weights(sample, len(ids))
+        Args:
+            at: n rows of the corpus, looked up by the reader.
+            visit: int64 [n].
+            flip: bool [n].
 
-        for _ in self._pool.map(fill, range(count)):
-            pass
-        index = self.split.index
-        return Batch(
-            image=torch.from_numpy(image),
-            object_id=torch.from_numpy(index.object_id[rows].astype(np.int64)),
-            label=torch.from_numpy(label),
-            uid=torch.from_numpy(index.uid[rows].astype(np.uint64).view(np.int64)),
-            visit=torch.from_numpy(visit.astype(np.int64)),
-            row=torch.from_numpy(rows.astype(np.int64)),
-            row_weight=torch.ones(count, dtype=torch.float32),
-            inverse_weight=None if inverse_weight is None else torch.from_numpy(inverse_weight),
-            feasible=torch.from_numpy(feasible),
-        )
+        Returns:
+            The batch once it is made; DamagedError, DataError or StorageError if it cannot be.
+        """
+        job, count = _Job(self, at, visit, flip), len(at.rows)
+        size = max(1, min(_LARGEST_PIECE, -(-count // (2 * self.threads))))
+        pieces = [(low, min(low + size, count)) for low in range(0, count, size)]
+        job.left = len(pieces)
+        if not pieces:
+            job.finish()
+        for low, high in pieces:
+            self._pool.submit(job.work, low, high)
+        return job.future
 
-    def keep_blocks(self, count: int) -> None:
-        """Keep so many blocks of a remote split in memory: those that open windows still need."""
-        self.reader.cache_blocks = count
+    def make(self, rows: I64, visit: I64, flip: npt.NDArray[np.bool_]) -> Batch:
+        """A batch of the given rows, waited for; errors as `start`."""
+        return self.start(self.reader.locate(rows), visit, flip).result().batch
+
+    def count(self, **amounts: float) -> None:
+        """Add to the counts."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self.counts, name, getattr(self.counts, name) + amount)
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.reader.close()
 
-    def _inverse_weights(self, sample: Sample, expected: int) -> npt.NDArray[np.float32]:
-        assert self.read_likelihood is not None
-        log_likelihood = self.read_likelihood(sample)
-        if log_likelihood is None:
+
+class _Job:
+    """One batch in the making, shared by the threads that work on it."""
+
+    def __init__(
+        self, maker: BatchMaker, at: Located, visit: I64, flip: npt.NDArray[np.bool_]
+    ) -> None:
+        self.maker, self.at, self.visit, self.flip = maker, at, visit, flip
+        self.future: Future[Made] = Future()
+        self.left = 0
+        self.data: list[Data] = [b""] * len(at.rows)
+        self.damage: dict[int, Damage] = {}
+        self.image, self.tensor = maker._buffers.take(len(at.rows))
+        self._lock = threading.Lock()
+
+    def work(self, low: int, high: int) -> None:
+        """Read and decode rows low..high-1; the last to finish makes the batch."""
+        try:
+            if not self.future.cancelled():
+                self._fill(low, high)
+        except BaseException as error:
+            with self._lock:
+                if not self.future.done():
+                    self.future.set_exception(error)
+        with self._lock:
+            self.left -= 1
+            last = self.left == 0 and not self.future.done()
+        if last:
+            self.finish()
+
+    def finish(self) -> None:
+        """Make the batch of what was decoded."""
+        try:
+            started = time.perf_counter()
+            made = self._assemble()
+            self.maker.count(label_s=time.perf_counter() - started)
+        except BaseException as error:
+            self.future.set_exception(error)
+            return
+        self.future.set_result(made)
+
+    def _fill(self, low: int, high: int) -> None:
+        maker, begun = self.maker, time.perf_counter()
+        found = maker.reader.read(self.at, low, high)
+        read = time.perf_counter()
+        for place, data in enumerate(found, low):
+            if isinstance(data, Damage):
+                self._leave_out(place, data)
+                continue
+            self.data[place] = data
+            start, stop = self.at.jpg[place]
+            try:
+                decode_into(memoryview(data)[start:stop], self.image[place])
+            except DataError as error:
+                self._leave_out(place, maker.reader.damage(self.at, place, str(error)))
+        maker.count(
+            samples=high - low,
+            sample_bytes=sum(self.at.length[low:high]),
+            read_s=read - begun,
+            decode_s=time.perf_counter() - read,
+        )
+
+    def _leave_out(self, place: int, damage: Damage) -> None:
+        if not self.maker.leave_out_damaged:
+            raise DamagedError(damage)
+        self.damage[place] = damage
+
+    def _assemble(self) -> Made:
+        maker, at = self.maker, self.at
+        kept = np.ones(len(at.rows), dtype=np.bool_)
+        kept[list(self.damage)] = False
+        places = np.flatnonzero(kept)
+        image = self.tensor if kept.all() else self.tensor[torch.from_numpy(kept)]
+        rows = at.rows[kept]
+        column = maker.reader.corpus.column
+        object_id = column("object_id", rows).astype(np.int64)
+        label = label_rows(parse_json(self._parts(at.json, places)), maker.num_attributes)
+        indptr, ids = feasible_places(maker.feasible, object_id)
+        of_row = np.repeat(np.arange(len(rows)), np.diff(indptr))
+        feasible = np.zeros((len(rows), maker.num_attributes), dtype=np.bool_)
+        feasible[of_row, ids] = True
+        weight = None
+        if maker.read_likelihoods is not None:
+            ragged = maker.read_likelihoods(rows, self._parts(at.likelihood, places))
+            self._check_likelihoods(rows, ragged[1], indptr)
+            weight = np.zeros(feasible.shape, dtype=np.float32)
+            weight[of_row, ids] = drawing_weights(ragged)
+        batch = Batch(
+            image=image.permute(0, 3, 1, 2),
+            flip=torch.from_numpy(self.flip[kept]),
+            object_id=torch.from_numpy(object_id),
+            label=torch.from_numpy(label),
+            uid=torch.from_numpy(column("uid", rows).astype(np.uint64).view(np.int64)),
+            visit=torch.from_numpy(self.visit[kept].astype(np.int64)),
+            row=torch.from_numpy(rows.astype(np.int64)),
+            row_weight=torch.ones(len(rows), dtype=torch.float32),
+            inverse_weight=None if weight is None else torch.from_numpy(weight),
+            feasible=torch.from_numpy(feasible),
+            normalize=maker.normalize,
+        )
+        return Made(batch, kept, list(self.damage.values()))
+
+    def _parts(self, where: list[tuple[int, int]], places: I64) -> list[Data]:
+        data = self.data
+        return [data[n][where[n][0] : where[n][1]] for n in places.tolist()]
+
+    def _check_likelihoods(self, rows: I64, found: I64, expected: I64) -> None:
+        wrong = np.flatnonzero(np.diff(found) != np.diff(expected))
+        if len(wrong):
+            row, n, k = (int(a[wrong[0]]) for a in (rows, np.diff(found), np.diff(expected)))
+            uid = int(self.maker.reader.corpus.column("uid", np.array([row]))[0])
             raise DataError(
-                f"sample {sample.key} of split {self.split.name} has no likelihood: run score_clip "
-                "and shard_tools merge, or set method.loss to one that ignores none"
+                f"sample uid {uid:016x}: likelihood over {n} attributes, its object has {k} "
+                "feasible ones; merge again with the present feasible sets"
             )
-        if len(log_likelihood) != expected:
-            raise DataError(
-                f"sample {sample.key}: likelihood over {len(log_likelihood)} attributes, its "
-                f"object has {expected} feasible ones; merge again with the present feasible sets"
-            )
-        indptr = np.array([0, expected], dtype=np.int64)
-        weights = inverse_weights(log_likelihood, indptr)
-        # An infinite inverse weight means "cannot be drawn", as 0 does in a dense row.
-        return np.where(np.isfinite(weights), weights, np.float32(0))
 
 
-def _decode(sample: Sample) -> npt.NDArray[np.uint8]:
+def evaluation_batches(maker: BatchMaker, rows: I64, *, batch_size: int) -> Iterator[Batch]:
+    """Batches of the given ascending rows in order, without augmentation, made ahead."""
+    pending: deque[tuple[int, Future[Made]]] = deque()
     try:
-        return decode_rgb(sample.jpg)
-    except DataError as error:
-        raise DataError(f"sample {sample.key}: {error}") from None
+        for start in range(0, len(rows), batch_size):
+            piece = rows[start : start + batch_size]
+            maker.reader.want(piece, maker.reader.blocks(piece))
+            zeros = np.zeros(len(piece), dtype=np.int64)
+            future = maker.start(maker.reader.locate(piece), zeros, zeros.astype(np.bool_))
+            pending.append((int(piece[0]), future))
+            if len(pending) > _EVALUATION_AHEAD:
+                yield _next(maker, pending)
+        while pending:
+            yield _next(maker, pending)
+    finally:
+        for _, future in pending:
+            future.cancel()
+        maker.reader.forget()
 
 
-def evaluation_batches(
-    maker: BatchMaker, rows: npt.NDArray[np.int64], *, batch_size: int
-) -> Iterator[Batch]:
-    """Batches of the given rows in order, without augmentation, one prepared ahead."""
-    pieces: Sequence[npt.NDArray[np.int64]] = [
-        rows[start : start + batch_size] for start in range(0, len(rows), batch_size)
-    ]
-
-    def make(piece: npt.NDArray[np.int64]) -> Batch:
-        zeros = np.zeros(len(piece), dtype=np.int64)
-        return maker.make(piece, zeros, zeros.astype(np.bool_))
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as ahead:
-        following: Future[Batch] | None = None
-        for number, piece in enumerate(pieces):
-            current = following or ahead.submit(make, piece)
-            following = ahead.submit(make, pieces[number + 1]) if number + 1 < len(pieces) else None
-            yield current.result()
+def _next(maker: BatchMaker, pending: "deque[tuple[int, Future[Made]]]") -> Batch:
+    first_row, future = pending.popleft()
+    maker.reader.retire(first_row)
+    return future.result().batch

@@ -1,30 +1,56 @@
-"""Where a sample's log-likelihood comes from: the merged tar, or straight from score files.
+"""Where log-likelihoods come from: the merged tars, or straight from score files.
 
 Both give the same float32 values: `merge` and `ScoreLikelihoods` apply the same Eq. (2) to the
-same similarities.
+same similarities. Each is called with the rows of a batch and the `likelihood.npy` parts of their
+samples, and gives ragged values: float32 [S], and indptr int64 [B + 1].
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vlal_dist.data.dataset import Split
-from vlal_dist.data.rows import Sample
+from vlal_dist.data.keyed import I64
+from vlal_dist.data.labels import Data, Ragged, join_likelihoods
 from vlal_dist.data.scores import read_shard_scores
 from vlal_dist.errors import DataError
-from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.method.likelihood import log_likelihood, rescale
 from vlal_dist.storage.store import Store
 
-Ragged = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+ReadLikelihoods = Callable[[I64, Sequence[Data]], Ragged]
 
 
-def likelihood_of_tar(sample: Sample) -> npt.NDArray[np.float32] | None:
-    """The log-likelihood inside a merged tar; None before merge."""
-    return sample.log_likelihood
+def tar_likelihoods(rows: I64, parts: Sequence[Data]) -> Ragged:
+    """The log-likelihoods inside merged tars.
+
+    Raises:
+        DataError: a sample has none, or one that cannot be read.
+    """
+    for row, part in zip(rows.tolist(), parts, strict=True):
+        if not len(part):
+            raise DataError(
+                f"the sample in row {row} has no likelihood: run score_clip and shard_tools merge, "
+                "or set method.loss to one that ignores none"
+            )
+    return join_likelihoods(parts)
+
+
+def rescaled_tar_likelihoods(*, merged_at: float, temperature: float) -> ReadLikelihoods:
+    """The log-likelihoods inside merged tars, at another temperature than merge's."""
+    if merged_at == temperature:
+        return tar_likelihoods
+
+    def read(rows: I64, parts: Sequence[Data]) -> Ragged:
+        values, indptr = tar_likelihoods(rows, parts)
+        return (
+            rescale(values, indptr, temperature_from=merged_at, temperature_to=temperature),
+            indptr,
+        )
+
+    return read
 
 
 class ScoreLikelihoods:
@@ -55,19 +81,27 @@ class ScoreLikelihoods:
         self._split, self._scores, self._manifest = split, scores, manifest
         self._temperature, self._cache_shards = temperature, cache_shards
         self._lock = threading.Lock()
-        self._shards: OrderedDict[int, Ragged] = OrderedDict()
+        self._shards: OrderedDict[int, tuple[I64, Any]] = OrderedDict()
         self._first_row = np.concatenate(
             [[0], np.cumsum([shard.samples for shard in split.shards])]
         ).astype(np.int64)
 
-    def __call__(self, sample: Sample) -> npt.NDArray[np.float32]:
-        """The log-likelihood of a sample, float32 over its object's feasible attributes."""
-        shard = int(self._split.index.shard[sample.row])
-        indptr, values = self._shard(shard)
-        place = sample.row - int(self._first_row[shard])
-        return values[indptr[place] : indptr[place + 1]]
+    def __call__(self, rows: I64, parts: Sequence[Data]) -> Ragged:
+        """The log-likelihoods of some rows of the split; `parts` is not looked at.
 
-    def _shard(self, shard: int) -> Ragged:
+        Raises:
+            DataError: a score file is absent, damaged, or of another shard, scorer or dataset.
+        """
+        values = []
+        for row, shard in zip(rows.tolist(), self._split.index.shard[rows].tolist(), strict=True):
+            indptr, held = self._shard(shard)
+            place = row - int(self._first_row[shard])
+            values.append(held[indptr[place] : indptr[place + 1]])
+        ends = np.cumsum([len(one) for one in values])
+        joined = np.concatenate(values) if values else np.zeros(0, np.float32)
+        return joined, np.concatenate([[0], ends]).astype(np.int64)
+
+    def _shard(self, shard: int) -> tuple[I64, Any]:
         with self._lock:
             found = self._shards.get(shard)
             if found is not None:

@@ -1,26 +1,32 @@
-"""The training stream of one rank: steps of micro-batches, prepared ahead of their use."""
+"""The training stream of one rank: steps of micro-batches, made ahead of their use."""
 
-import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Set
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from vlal_dist.data.batches import Batch, BatchMaker
-from vlal_dist.data.stream import (
-    FLIP,
-    Stream,
-    choose_lanes,
+from vlal_dist.data.batch import Batch
+from vlal_dist.data.batches import BatchMaker, Made
+from vlal_dist.data.keyed import FLIP, I64, U64, uniform
+from vlal_dist.data.ledger import Ledger
+from vlal_dist.data.parts import FETCHES
+from vlal_dist.data.plan import Plan
+from vlal_dist.data.reader import Damage, Located
+from vlal_dist.data.steps import (
     choose_micro_batches,
     epoch_samples,
     micro_batches_per_rank,
     plan_step,
-    uniform,
 )
+from vlal_dist.data.stream import Stream, choose_lanes
 from vlal_dist.errors import ConfigError
+
+_LEDGER_PIECE = 1 << 20
+_STRETCH_ROWS = 1024
+"""Rows of a rank that are looked up at a time."""
 
 
 @dataclass
@@ -29,15 +35,47 @@ class Step:
 
     Attributes:
         micro_batches: this rank's micro-batches, always the same number; one may have 0 rows.
-        samples: rows of the whole step, over all ranks.
-        position: samples of the epoch consumed once this step is done.
+        samples: visits of the whole step, over all ranks, those left out included.
+        position: visits of the epoch consumed once this step is done.
         sample_index: per micro-batch, int64 positions within the epoch of its rows.
+        left_out: this rank's visits to quarantined samples, which have no row here.
+        damaged: samples found damaged in this step, by this rank.
     """
 
     micro_batches: list[Batch]
     samples: int
     position: int
     sample_index: list[npt.NDArray[np.int64]]
+    left_out: Ledger = field(default_factory=Ledger)
+    damaged: tuple[Damage, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """This rank's rows of one micro-batch: where they lie, and what of it is left out.
+
+    Attributes:
+        positions: int64 [n], of the epoch.
+        visit: int64 [n].
+        flip: bool [n].
+        at: where the rows lie.
+        left_out: visits to samples quarantined before.
+    """
+
+    positions: I64
+    visit: I64
+    flip: npt.NDArray[np.bool_]
+    at: Located
+    left_out: Ledger
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """A step on its way: its rows, and their batches in the making."""
+
+    start: int
+    samples: int
+    asked: list[tuple[_Rows, "Future[Made]"]]
 
 
 class TrainLoader:
@@ -45,6 +83,7 @@ class TrainLoader:
 
     Args:
         maker: makes the batches.
+        plan: which samples an epoch holds.
         batch_size: B, samples of a step over all ranks.
         accumulation: micro-batches per rank and step at the first start.
         rank, world_size: this rank, and how many.
@@ -54,12 +93,16 @@ class TrainLoader:
         window_blocks: shuffle window of a lane, blocks.
         epoch_end: `drop` or `exact`.
         flip: probability of a horizontal flip.
-        prefetch_steps: steps prepared ahead.
+        prefetch_steps: steps made ahead.
+
+    Raises:
+        ConfigError: more ranks than lanes, or a batch larger than an epoch that drops its end.
     """
 
     def __init__(
         self,
         maker: BatchMaker,
+        plan: Plan,
         *,
         batch_size: int,
         accumulation: int,
@@ -73,8 +116,8 @@ class TrainLoader:
         flip: float = 0.5,
         prefetch_steps: int = 4,
     ) -> None:
-        blocks = maker.split.blocks
-        self.lanes = lanes or choose_lanes(num_blocks=len(blocks), world_size=world_size)
+        blocks = len(plan.corpus.samples)
+        self.lanes = lanes or choose_lanes(num_blocks=blocks, world_size=world_size)
         if world_size > self.lanes:
             raise ConfigError(
                 f"{world_size} ranks but {self.lanes} lanes; start at most {self.lanes} ranks"
@@ -82,87 +125,174 @@ class TrainLoader:
         self.micro_batches = micro_batches or choose_micro_batches(
             lanes=self.lanes, world_size=world_size, accumulation=accumulation
         )
-        self.stream = Stream(
-            first_row=blocks.first_row,
-            samples=blocks.samples,
-            lanes=self.lanes,
-            window_blocks=window_blocks,
-            seed=seed,
-        )
-        self.epoch_samples = epoch_samples(
-            num_samples=len(self.stream), batch_size=batch_size, epoch_end=epoch_end
-        )
-        if self.epoch_samples == 0:
-            raise ConfigError(
-                f"training.batch_size {batch_size} exceeds the {len(self.stream)} samples of split "
-                f"{maker.split.name}; lower it, or set data.epoch_end exact"
-            )
         self.micro_batches_per_step = micro_batches_per_rank(
             micro_batches=self.micro_batches, world_size=world_size
         )
-        self.steps_per_epoch = -(-self.epoch_samples // batch_size)
-        self._maker, self._batch_size, self._seed, self._flip = maker, batch_size, seed, flip
+        self.stream = Stream(plan, lanes=self.lanes, window_blocks=window_blocks, seed=seed)
+        self.maker, self.plan, self.ready_steps = maker, plan, 0
+        self._batch_size, self._seed, self._flip = batch_size, seed, flip
         self._rank, self._world_size = rank, world_size
         self._prefetch, self._epoch_end = prefetch_steps, epoch_end
-        # A window may touch one block more than it is long; steps prepared ahead open the next one.
-        own_lanes = -(-self.lanes // world_size)
-        maker.keep_blocks(own_lanes * (window_blocks + 2))
-        self._ahead = ThreadPoolExecutor(max_workers=2, thread_name_prefix="step")
+        mean_block = max(1, self.stream.length(0) // max(1, blocks))
+        # Far enough ahead that each rank has as many reads in flight as it has fetching threads.
+        self._horizon = max(prefetch_steps * batch_size, FETCHES * mean_block * world_size)
+        if self.end_of_epoch(0, 0) == 0:
+            raise ConfigError(
+                f"training.batch_size {batch_size} exceeds the {self.stream.length(0)} samples of "
+                "an epoch; lower it, or set data.epoch_end exact"
+            )
 
-    def end_of_epoch(self, start: int) -> int:
-        """Where the epoch ends that is at sample `start`: `drop` leaves out an incomplete batch.
+    def end_of_epoch(self, epoch: int, start: int) -> int:
+        """Where the epoch ends that is at position `start`: `drop` leaves out an incomplete batch.
 
         After a resume with another B the whole batches are counted from `start`.
         """
-        left = len(self.stream) - start
+        left = self.stream.length(epoch) - start
         return start + epoch_samples(
             num_samples=left, batch_size=self._batch_size, epoch_end=self._epoch_end
         )
 
-    def epoch(self, epoch: int, start: int) -> Iterator[Step]:
-        """Steps of an epoch from sample `start` on, prepared ahead in order.
+    def epoch(self, epoch: int, start: int, quarantined: Set[int] = frozenset()) -> Iterator[Step]:
+        """Steps of an epoch from position `start` on, made ahead in order.
 
         Args:
-            epoch: 0-based; also the visit number of every sample.
-            start: samples of this epoch already consumed.
+            epoch: 0-based.
+            start: visits of this epoch already consumed.
+            quarantined: uids of samples that are left out; may grow while the epoch runs.
         """
-        stop = threading.Event()
-        pending: deque[Future[Step]] = deque()
-        end = self.end_of_epoch(start)
+        reader, end = self.maker.reader, self.end_of_epoch(epoch, start)
+        coming: deque[_Coming] = deque()
+        wanted = start
         try:
-            for first in range(start, end, self._batch_size):
-                samples = min(self._batch_size, end - first)
-                pending.append(self._ahead.submit(self._prepare, epoch, first, samples, stop))
-                if len(pending) > self._prefetch:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            for first, samples, rows in self._cut(epoch, start, end, quarantined):
+                if reader.remote and wanted < min(end, first + self._horizon):
+                    wanted = self._want(epoch, wanted, min(end, first + 2 * self._horizon))
+                asked = [(one, self.maker.start(one.at, one.visit, one.flip)) for one in rows]
+                coming.append(_Coming(first, samples, asked))
+                if len(coming) > self._prefetch:
+                    yield self._finish(coming)
+            while coming:
+                yield self._finish(coming)
         finally:
-            stop.set()
-            for future in pending:
-                future.cancel()
+            for step in coming:
+                for _, made in step.asked:
+                    made.cancel()
+            reader.forget()
+
+    def ledger_of(self, epoch: int, start: int, stop: int) -> Ledger:
+        """The ledger of the visits at positions start..stop-1, such as a dropped end."""
+        total = Ledger()
+        for first in range(start, stop, _LEDGER_PIECE):
+            places = self.stream.at(epoch, np.arange(first, min(first + _LEDGER_PIECE, stop)))
+            total += Ledger.of(self._uids(places.row), places.visit)
+        return total
+
+    def numbers(self) -> dict[str, float]:
+        """What this rank's stream did so far, for its metrics: counts, seconds, and the queue."""
+        made, reader, remote = self.maker.counts, self.maker.reader, self.maker.reader.remote
+        cache = None if reader.cache is None else reader.cache.counts
+        return {
+            "samples": made.samples,
+            "sample_bytes": made.sample_bytes,
+            "read_seconds": made.read_s,
+            "decode_seconds": made.decode_s,
+            "label_seconds": made.label_s,
+            "ready_steps": self.ready_steps,
+            "fetches": remote.fetches if remote else 0,
+            "fetched_bytes": remote.fetched_bytes if remote else 0,
+            "fetch_seconds": remote.fetch_s if remote else 0.0,
+            "refetched": reader.refetched,
+            "damaged": reader.damaged,
+            **({} if cache is None else {f"cache_{k}": v for k, v in asdict(cache).items()}),
+        }
 
     def close(self) -> None:
         """End the threads."""
-        self._ahead.shutdown(wait=True, cancel_futures=True)
-        self._maker.close()
+        self.maker.close()
 
-    def _prepare(self, epoch: int, start: int, samples: int, stop: threading.Event) -> Step:
-        plan = plan_step(
-            start=start,
-            samples=samples,
-            lanes=self.lanes,
-            micro_batches=self.micro_batches,
-            rank=self._rank,
-            world_size=self._world_size,
+    def _cut(
+        self, epoch: int, start: int, end: int, quarantined: Set[int]
+    ) -> Iterator[tuple[int, int, list[_Rows]]]:
+        """Start, samples and this rank's micro-batches of each step.
+
+        Looked up for many steps at once: one step alone is too small for numpy to be quick.
+        """
+        own_rows = max(1, self._batch_size // self._world_size)
+        stretch = max(1, _STRETCH_ROWS // own_rows) * self._batch_size
+        for begin in range(start, end, stretch):
+            steps = [
+                plan_step(
+                    start=first,
+                    samples=min(self._batch_size, end - first),
+                    lanes=self.lanes,
+                    micro_batches=self.micro_batches,
+                    rank=self._rank,
+                    world_size=self._world_size,
+                )
+                for first in range(begin, min(begin + stretch, end), self._batch_size)
+            ]
+            pieces = [positions for step in steps for positions in step.micro_batches]
+            rows = self._look_up(epoch, pieces, quarantined)
+            for step in steps:
+                yield step.start, step.samples, [next(rows) for _ in step.micro_batches]
+
+    def _look_up(self, epoch: int, pieces: list[I64], quarantined: Set[int]) -> Iterator[_Rows]:
+        """The rows of consecutive micro-batches."""
+        reader, every = self.maker.reader, np.concatenate(pieces)
+        places = self.stream.at(epoch, every)
+        uid = self._uids(places.row)
+        flip = uniform(uid, places.visit, seed=self._seed, purpose=FLIP) < self._flip
+        away = np.isin(uid, np.fromiter(quarantined, np.uint64, len(quarantined)))
+        parts = self.stream.parts(epoch, every[~away]) if reader.remote else None
+        at = reader.locate(places.row[~away], parts)
+        done = high = 0
+        for piece in pieces:
+            part = slice(done, done := done + len(piece))
+            stay, low = ~away[part], high
+            high += int(stay.sum())
+            left_out = Ledger()
+            if not stay.all():
+                left_out = Ledger.of(uid[part][~stay], places.visit[part][~stay])
+            yield _Rows(
+                positions=piece[stay],
+                visit=places.visit[part][stay],
+                flip=flip[part][stay],
+                at=at.between(low, high),
+                left_out=left_out,
+            )
+
+    def _finish(self, coming: deque[_Coming]) -> Step:
+        """The oldest step, waited for."""
+        step = coming.popleft()
+        self.maker.reader.retire(step.start)
+        self.ready_steps = sum(all(made.done() for _, made in s.asked) for s in coming)
+        left_out, index, damaged, batches = Ledger(), [], [], []
+        for rows, future in step.asked:
+            made = future.result()
+            left_out += rows.left_out
+            if made.damaged:
+                away = rows.at.rows[~made.kept], rows.visit[~made.kept]
+                left_out += Ledger.of(self._uids(away[0]), away[1])
+            index.append(rows.positions[made.kept])
+            damaged += made.damaged
+            batches.append(made.batch)
+        return Step(
+            micro_batches=batches,
+            samples=step.samples,
+            position=step.start + step.samples,
+            sample_index=index,
+            left_out=left_out,
+            damaged=tuple(damaged),
         )
-        batches = []
-        for positions in plan.micro_batches:
-            if stop.is_set():
-                break
-            rows = self.stream.rows_at(epoch, positions)
-            visit = np.full(len(rows), epoch, dtype=np.int64)
-            uid = self._maker.split.index.uid[rows]
-            flip = uniform(uid, visit, seed=self._seed, purpose=FLIP) < self._flip
-            batches.append(self._maker.make(rows, visit, flip))
-        return Step(batches, samples, start + samples, plan.micro_batches)
+
+    def _want(self, epoch: int, start: int, stop: int) -> int:
+        """Ask for the parts of this rank's positions from start on; returns `stop`."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        mine = positions[(positions % self.lanes) % self._world_size == self._rank]
+        if len(mine):
+            rows = self.stream.at(epoch, mine).row
+            self.maker.reader.want(rows, self.stream.parts(epoch, mine))
+        return stop
+
+    def _uids(self, rows: I64) -> U64:
+        return self.maker.reader.corpus.column("uid", rows)

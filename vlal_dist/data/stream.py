@@ -1,70 +1,29 @@
-"""The order of an epoch (design 4): a pure function of seed, epoch, blocks, lanes and window.
+"""The order of an epoch (design 4): a pure function of seed, epoch, plan, lanes and window.
 
-    blocks sorted by a keyed hash, laid end to end:      |b7|b2|b9|b0|b4|...|   a line of N samples
+    blocks sorted by a keyed hash, laid end to end:      |b7|b2|b9|b0|b4|...|   a line of N visits
     cut into lanes of equal length (longer ones first):  |lane 0|lane 1|lane 2|...|
     permuted inside each lane, window by window:         |..|....|....|  the first window of lane l
                                                          is cut short by l / lanes of a window
-    sample i of the epoch:                               the (i div lanes)-th of lane i mod lanes
+    visit i of the epoch:                                the (i div lanes)-th of lane i mod lanes
 
-Ranks, workers and caches appear nowhere above; they only choose which lanes to read. The position
-in the stream is (epoch, samples consumed in it), and any position is reached in constant time.
+Ranks, threads and caches appear nowhere above; they only choose which lanes to read. The position
+in the stream is (epoch, visits consumed in it), and any position is reached in constant time.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
+from vlal_dist.data.keyed import I64, ORDER_IN_WINDOW, ORDER_OF_BLOCKS, keyed_hash
+from vlal_dist.data.plan import EpochRows, Plan
 from vlal_dist.errors import ConfigError
-
-U64 = npt.NDArray[np.uint64]
-I64 = npt.NDArray[np.int64]
 
 SMALL_LANES = (240, 120, 48, 24, 12, 8, 4, 2, 1)
 BLOCKS_PER_LANE = 3
 LANES_PER_RANK = 8
-
-# Purposes keep the hashes of blocks, windows and augmentations apart.
-ORDER_OF_BLOCKS, ORDER_IN_WINDOW, FLIP = 1, 2, 3
-
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def mix(values: U64) -> U64:
-    """The finaliser of splitmix64: a bijection on 64 bits, ours for good (no library's stream)."""
-    x = values.astype(np.uint64, copy=True)
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
-
-
-def keyed_hash(values: U64, *key: int) -> U64:
-    """A 64-bit hash of each value under a key of integers; equal on every machine.
-
-    Distinct values have distinct hashes under one key.
-    """
-    state = np.zeros(1, dtype=np.uint64)
-    for word in key:
-        state = mix(state + np.uint64((word * _GOLDEN + _GOLDEN) & _MASK))
-    return mix(mix(values.astype(np.uint64, copy=False) + state) ^ state)
-
-
-def uniform(uid: U64, visit: I64, *, seed: int, purpose: int) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each (sample, visit), independent of any layout.
-
-    Args:
-        uid: uint64 [n].
-        visit: int64 [n], running count of the sample's planned visits.
-        seed: the run's seed.
-        purpose: keeps different uses apart.
-    """
-    bits = keyed_hash(keyed_hash(uid, seed, purpose) + visit.astype(np.uint64), seed, purpose)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+_PIECE = 1 << 14
+"""Positions whose order is worked out at a time: the cost of a lane is shared by its visits."""
 
 
 def choose_lanes(*, num_blocks: int, world_size: int) -> int:
@@ -83,154 +42,160 @@ def choose_lanes(*, num_blocks: int, world_size: int) -> int:
     return max(fitting, min(enough)) if enough else lanes
 
 
-def choose_micro_batches(*, lanes: int, world_size: int, accumulation: int) -> int:
-    """M: the largest divisor of `lanes` not above world size x accumulation (design 4)."""
-    most = world_size * accumulation
-    return max(m for m in range(1, min(lanes, most) + 1) if lanes % m == 0)
+@dataclass(frozen=True)
+class Places:
+    """Some positions of an epoch: what is there.
+
+    Attributes:
+        row: int64 [n], row of the corpus.
+        visit: int64 [n], running count of that sample's planned visits.
+    """
+
+    row: I64
+    visit: I64
 
 
 @dataclass(frozen=True)
-class StreamSettings:
-    """What fixes the order of an epoch."""
+class Parts:
+    """The runs of neighbouring rows that some positions are read from: a block, cut at lane ends.
 
-    seed: int
-    lanes: int
-    window_blocks: int
-    num_samples: int
-    num_blocks: int
+    Attributes:
+        first, stop: int64 [n], the part of each position: its rows, of the corpus.
+        until: int64 [n], position of the epoch from which on the part is not used any more.
+    """
+
+    first: I64
+    stop: I64
+    until: I64
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One epoch laid out: virtual blocks in order, and where on the line each begins."""
+
+    epoch: int
+    held: EpochRows
+    order: I64
+    begins: I64
+    length: int
+    window: int
 
 
 class Stream:
-    """The order of samples of one split.
+    """The order of a plan's visits.
 
     Args:
-        first_row: row at which each block begins, uint64 [K].
-        samples: samples of each block, uint32 [K].
+        plan: which rows an epoch holds.
         lanes: number of lanes.
         window_blocks: shuffle window of a lane, in mean blocks.
         seed: the run's seed.
+
+    Raises:
+        ConfigError: no lane.
     """
 
-    def __init__(
-        self,
-        *,
-        first_row: U64,
-        samples: npt.NDArray[np.uint32],
-        lanes: int,
-        window_blocks: int,
-        seed: int,
-    ) -> None:
-        if len(samples) == 0:
-            raise ConfigError("the split holds no sample; nothing can be streamed")
+    def __init__(self, plan: Plan, *, lanes: int, window_blocks: int, seed: int) -> None:
         if lanes < 1:
             raise ConfigError(f"data.lanes is {lanes}; it must be at least 1")
-        self._first_row = first_row.astype(np.int64)
-        self._samples = samples.astype(np.int64)
-        total = int(self._samples.sum())
-        self.settings = StreamSettings(seed, lanes, window_blocks, total, len(samples))
-        mean_block = max(1, round(total / len(samples)))
-        self._window = max(1, window_blocks * mean_block)
+        self.plan, self.lanes, self._window_blocks, self._seed = plan, lanes, window_blocks, seed
         self._line = lru_cache(maxsize=2)(self._lay_line)
         self._permutation = lru_cache(maxsize=4 * lanes + 16)(self._permute_window)
+        self._piece = lru_cache(maxsize=8)(self._order_piece)
+        self._rounds = max(1, _PIECE // lanes)
 
-    def __len__(self) -> int:
-        return self.settings.num_samples
+    def length(self, epoch: int) -> int:
+        """Visits of an epoch."""
+        return self._line(epoch).length
 
-    def rows(self, epoch: int, start: int, stop: int) -> I64:
-        """Index rows of samples start..stop-1 of an epoch, int64, in order."""
-        return self.rows_at(epoch, np.arange(start, stop, dtype=np.int64))
+    def at(self, epoch: int, positions: I64) -> Places:
+        """What lies at some positions of an epoch."""
+        line, place = self._line(epoch), self._line_places(epoch, positions)
+        block = self._block_at(line, place)
+        row = line.held.row(line.order[block], place - line.begins[block])
+        copy = line.held.copy[line.order[block]]
+        return Places(row, self.plan.visit(epoch, row, copy))
 
-    def rows_at(self, epoch: int, samples: I64) -> I64:
-        """Index rows of the given samples (positions within the epoch)."""
-        if len(samples) and not (samples.min() >= 0 and samples.max() < len(self)):
-            raise ValueError(f"samples {samples.min()}..{samples.max()} of an epoch of {len(self)}")
-        lanes = self.settings.lanes
-        lane, place = samples % lanes, samples // lanes
-        shortest, longer = divmod(len(self), lanes)
-        lane_start = lane * shortest + np.minimum(lane, longer)
-        first = self._first_window(lane)
-        window = np.where(place < first, 0, 1 + (place - first) // self._window)
-        start = np.where(window == 0, 0, first + (window - 1) * self._window)
-        line = np.empty_like(samples)
-        for one_lane, one_window in np.unique(np.stack([lane, window], 1), axis=0).tolist():
-            inside = (lane == one_lane) & (window == one_window)
-            permutation = self._permutation(epoch, one_lane, one_window)
-            line[inside] = (
-                lane_start[inside] + start[inside] + permutation[place[inside] - start[inside]]
+    def parts(self, epoch: int, positions: I64) -> Parts:
+        """Where some positions are read from, and how long that is of use."""
+        line, place = self._line(epoch), self._line_places(epoch, positions)
+        block = self._block_at(line, place)
+        lane_start, lane_stop = self._lane_bounds(line, positions % self.lanes)
+        begin = line.begins[block]
+        low = np.maximum(begin, lane_start)
+        high = np.minimum(begin + line.held.samples[line.order[block]], lane_stop)
+        first = line.held.row(line.order[block], low - begin)
+        stop = line.held.row(line.order[block], high - 1 - begin) + 1
+        lane = positions % self.lanes
+        first_window = self._first_window(line, lane)
+        last = high - 1 - lane_start
+        windows = np.maximum(0, 1 + (last - first_window) // line.window)
+        end = np.minimum(first_window + windows * line.window, lane_stop - lane_start)
+        return Parts(first, stop, end * self.lanes)
+
+    def _line_places(self, epoch: int, positions: I64) -> I64:
+        """Places on the line of some positions of the epoch."""
+        length = self.length(epoch)
+        if len(positions) and not (positions.min() >= 0 and positions.max() < length):
+            raise ValueError(
+                f"positions {positions.min()}..{positions.max()} of an epoch of {length}"
             )
-        return self._row_of_line(epoch, line)
+        rounds = positions // self.lanes
+        piece = rounds // self._rounds
+        found = np.empty_like(positions)
+        for number in np.unique(piece).tolist():
+            here = piece == number
+            table = self._piece(epoch, number)
+            found[here] = table[rounds[here] - number * self._rounds, positions[here] % self.lanes]
+        return found
 
-    def _first_window(self, lane: I64) -> I64:
+    def _order_piece(self, epoch: int, number: int) -> I64:
+        """Line places of consecutive rounds of all lanes: int64 [rounds, lanes]; -1 past an end."""
+        line = self._line(epoch)
+        table = np.full((self._rounds, self.lanes), -1, dtype=np.int64)
+        start = number * self._rounds
+        lanes = np.arange(self.lanes)
+        begins, ends = (bounds.tolist() for bounds in self._lane_bounds(line, lanes))
+        for lane, first in enumerate(self._first_window(line, lanes).tolist()):
+            begin, end = begins[lane], ends[lane]
+            place, stop = start, min(start + self._rounds, end - begin)
+            while place < stop:
+                window = 0 if place < first else 1 + (place - first) // line.window
+                opened = 0 if window == 0 else first + (window - 1) * line.window
+                closed = min(first + window * line.window, stop)
+                order = self._permutation(epoch, lane, window)[place - opened : closed - opened]
+                table[place - start : closed - start, lane] = begin + opened + order
+                place = closed
+        return table
+
+    def _lane_bounds(self, line: _Line, lane: I64) -> tuple[I64, I64]:
+        """Where on the line lanes begin and end; the longer lanes come first."""
+        shortest, longer = divmod(line.length, self.lanes)
+        start = lane * shortest + np.minimum(lane, longer)
+        return start, start + shortest + (lane < longer)
+
+    def _first_window(self, line: _Line, lane: I64) -> I64:
         """Length of each lane's first window; staggered, so that reads are even over time."""
-        return np.maximum(1, self._window - lane * self._window // self.settings.lanes)
+        return np.maximum(1, line.window - lane * line.window // self.lanes)
 
     def _permute_window(self, epoch: int, lane: int, window: int) -> I64:
-        shortest, longer = divmod(len(self), self.settings.lanes)
-        length = shortest + (1 if lane < longer else 0)
-        first = int(self._first_window(np.array([lane]))[0])
-        start = 0 if window == 0 else first + (window - 1) * self._window
-        stop = min(length, first + window * self._window)
+        line, one = self._line(epoch), np.array([lane])
+        begin, end = (int(bound[0]) for bound in self._lane_bounds(line, one))
+        first = int(self._first_window(line, one)[0])
+        start = 0 if window == 0 else first + (window - 1) * line.window
+        stop = min(end - begin, first + window * line.window)
         places = np.arange(start, stop, dtype=np.uint64)
-        seed = self.settings.seed
-        return np.argsort(keyed_hash(places, seed, ORDER_IN_WINDOW, epoch, lane), kind="stable")
+        key = keyed_hash(places, self._seed, ORDER_IN_WINDOW, epoch, lane)
+        return np.argsort(key, kind="stable")
 
-    def _lay_line(self, epoch: int) -> tuple[I64, I64]:
-        """Blocks in the epoch's order, and the line position at which each begins."""
-        blocks = np.arange(len(self._samples), dtype=np.uint64)
-        order = np.argsort(
-            keyed_hash(blocks, self.settings.seed, ORDER_OF_BLOCKS, epoch), kind="stable"
-        )
-        ends = np.cumsum(self._samples[order])
-        return order, ends - self._samples[order]
+    def _lay_line(self, epoch: int) -> _Line:
+        held = self.plan.rows(epoch)
+        key = keyed_hash(held.number.astype(np.uint64), self._seed, ORDER_OF_BLOCKS, epoch)
+        order = np.argsort(key, kind="stable")
+        ends = np.cumsum(held.samples[order])
+        length = int(ends[-1])
+        mean_block = max(1, round(length / len(order)))
+        window = max(1, self._window_blocks * mean_block)
+        return _Line(epoch, held, order, ends - held.samples[order], length, window)
 
-    def _row_of_line(self, epoch: int, line: I64) -> I64:
-        order, begins = self._line(epoch)
-        at = np.searchsorted(begins, line, side="right") - 1
-        # Blocks without a sample share their successor's beginning; the last of equals is right.
-        rows: I64 = self._first_row[order[at]] + line - begins[at]
-        return rows
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one rank does in one step.
-
-    Attributes:
-        start: first sample of the step (position in the epoch).
-        samples: samples of the whole step, over all ranks.
-        micro_batches: samples (positions in the epoch) of each of this rank's micro-batches, in
-            order; possibly empty.
-    """
-
-    start: int
-    samples: int
-    micro_batches: list[I64]
-
-
-def micro_batches_per_rank(*, micro_batches: int, world_size: int) -> int:
-    """Forward passes of each rank in each step: ceil(M / W)."""
-    return -(-micro_batches // world_size)
-
-
-def plan_step(
-    *, start: int, samples: int, lanes: int, micro_batches: int, rank: int, world_size: int
-) -> StepPlan:
-    """Cut the step [start, start + samples) into this rank's micro-batches (design 4).
-
-    Sample i belongs to micro-batch i mod M. When W divides M, rank r runs the micro-batches
-    m = r mod W; otherwise it cuts its rows, those of the lanes l = r mod W, into ceil(M / W)
-    micro-batches of nearly equal size.
-    """
-    taken = np.arange(start, start + samples, dtype=np.int64)
-    if micro_batches % world_size == 0:
-        own = [taken[taken % micro_batches == m] for m in range(rank, micro_batches, world_size)]
-    else:
-        mine = taken[(taken % lanes) % world_size == rank]
-        count = micro_batches_per_rank(micro_batches=micro_batches, world_size=world_size)
-        own = [part.astype(np.int64) for part in np.array_split(mine, count)]
-    return StepPlan(start=start, samples=samples, micro_batches=own)
-
-
-def epoch_samples(*, num_samples: int, batch_size: int, epoch_end: str) -> int:
-    """Samples of an epoch that are trained on: all, or without the incomplete last batch."""
-    return num_samples if epoch_end == "exact" else num_samples // batch_size * batch_size
+    def _block_at(self, line: _Line, place: I64) -> I64:
+        return np.searchsorted(line.begins, place, side="right") - 1

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from vlal_dist.data.batches import Batch
+from vlal_dist.data.batch import Batch, on_device
 from vlal_dist.data.dataset import Dataset, open_split, read_labels
 from vlal_dist.data.scores import ShardScores, read_scores_manifest, read_shard_scores
 from vlal_dist.errors import DataError
@@ -51,17 +51,17 @@ def predict(
     parts: list[Predictions] = []
     try:
         for batch in batches:
-            image, object_id = batch.image.to(device), batch.object_id.to(device)
+            moved = on_device(batch, device)
             with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                logits = model(image, object_id)
+                logits = model(moved.image, moved.object_id)
             score = torch.sigmoid(logits.float()).cpu()
-            real = (batch.row_weight > 0).cpu()
+            real = batch.row_weight > 0
             parts.append(
                 Predictions(
-                    row=batch.row.cpu()[real].numpy(),
-                    uid=batch.uid.cpu()[real].numpy().view(np.uint64),
+                    row=batch.row[real].numpy(),
+                    uid=batch.uid[real].numpy().view(np.uint64),
                     score=score[real].numpy(),
-                    label=batch.label.cpu()[real].numpy(),
+                    label=batch.label[real].numpy(),
                 )
             )
             if advance is not None:

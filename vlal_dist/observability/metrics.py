@@ -22,6 +22,25 @@ TERM_KINDS = ("positive", "negative", "feasible_negated", "infeasible_negated", 
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 PORTS_TRIED = 64
+LOADER_NUMBERS: dict[str, tuple[type[Gauge] | type[Counter], str]] = {
+    "samples": (Counter, "Samples read."),
+    "sample_bytes": (Counter, "Bytes of their tar ranges."),
+    "read_seconds": (Counter, "Reading and checking, waits for fetches included; all threads."),
+    "decode_seconds": (Counter, "Decoding and resizing, all threads."),
+    "label_seconds": (Counter, "Making labels and weights of batches, all threads."),
+    "ready_steps": (Gauge, "Steps that were ready when the last one was taken."),
+    "fetches": (Counter, "Ranged reads of remote shards."),
+    "fetched_bytes": (Counter, "Bytes of them."),
+    "fetch_seconds": (Counter, "Seconds in them, all threads."),
+    "refetched": (Counter, "Samples that failed a check and were read once more."),
+    "damaged": (Counter, "Samples that failed it again."),
+    "cache_hits": (Counter, "Parts found in the disk cache."),
+    "cache_misses": (Counter, "Parts not found there."),
+    "cache_evictions": (Counter, "Parts removed from it by this rank."),
+    "cache_failed_writes": (Counter, "Parts that could not be written to it."),
+    "cache_bytes": (Gauge, "Bytes in it, of all ranks of the node."),
+}
+"""Metrics of the stream, without their prefix `vlal_loader_`."""
 
 
 class TrainMetrics:
@@ -72,6 +91,10 @@ class TrainMetrics:
         self._map = Gauge(
             "vlal_eval_map_ratio", "mAP of a group, 0-1.", ["split", "group"], registry=registry
         )
+        self._loader: dict[str, Gauge | Counter] = {}
+        self._counted: dict[str, float] = {}
+        for name, (kind, text) in LOADER_NUMBERS.items():
+            self._loader[name] = kind(f"vlal_loader_{name}", text, registry=registry)
         self._server: WSGIServer | None = None
         self.state("init")
 
@@ -134,6 +157,16 @@ class TrainMetrics:
             self._rate.labels(group).set(value)
         for kind, count in term_counts.items():
             self._terms.labels(kind).inc(count)
+
+    def loader(self, numbers: Mapping[str, float]) -> None:
+        """Publish what the stream of this rank did so far; the names are of `LOADER_NUMBERS`."""
+        for name, value in numbers.items():
+            metric = self._loader[name]
+            if isinstance(metric, Gauge):
+                metric.set(value)
+            else:
+                metric.inc(value - self._counted.get(name, 0.0))
+                self._counted[name] = value
 
     def validation(self, *, split: str, mean_ap: Mapping[str, float]) -> None:
         """Publish the mAP of each group, shares of 1."""

@@ -7,7 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlal_dist.errors import ConflictError, DataError, NotFoundError, StorageError, VlalError
+from vlal_dist.errors import (
+    ConflictError,
+    DataError,
+    NotFoundError,
+    StorageError,
+    TruncatedError,
+    VlalError,
+)
 
 TEMPORARY_PREFIX = ".vlal-tmp-"
 """First characters of unfinished files beside the final ones; listings hide them."""
@@ -72,11 +79,15 @@ def check_range(key: str, offset: int, length: int | None) -> None:
         )
 
 
-def short_read(url: str, key: str, *, offset: int, wanted: int, got: int) -> StorageError:
-    """The error for an object that holds less than the asked range (all in bytes)."""
-    return StorageError(
-        f"{url}: {key!r} is too short: wanted {wanted} bytes at offset {offset}, got {got}; "
-        "the file is truncated or its index belongs to another one: run `verify` on the root"
+def short_read(
+    url: str, key: str, *, offset: int, length: int | None, size_bytes: int
+) -> TruncatedError:
+    """The error for an object of `size_bytes` that ends before the asked range (bytes) does."""
+    wanted = "the rest" if length is None else f"{length} bytes"
+    return TruncatedError(
+        f"{url}: {key!r} is too short: wanted {wanted} at offset {offset}, but it ends at byte "
+        f"{size_bytes}; the file is truncated or its index belongs to another one: run `verify` on "
+        "the root"
     )
 
 

@@ -44,16 +44,13 @@ class LocalStore:
         check_range(key, offset, length)
         with translated_errors(path), path.open("rb", buffering=0) as file:
             size_bytes = os.fstat(file.fileno()).st_size
-            wanted = size_bytes - offset if length is None else length
-            if wanted < 0 or offset + wanted > size_bytes:
-                got = max(0, size_bytes - offset)
-                raise short_read(
-                    self.url, key, offset=offset, wanted=max(wanted, length or 0), got=got
-                )
-            data = _read_exactly(file.fileno(), offset, wanted)
-        if len(data) != wanted:
-            raise short_read(self.url, key, offset=offset, wanted=wanted, got=len(data))
-        return data
+            end = size_bytes if length is None else offset + length
+            if offset <= end <= size_bytes:
+                data = _read_exactly(file.fileno(), offset, end - offset)
+                if len(data) == end - offset:
+                    return data
+                size_bytes = offset + len(data)
+        raise short_read(self.url, key, offset=offset, length=length, size_bytes=size_bytes)
 
     def size(self, key: str) -> int:
         """See `Store.size`."""

@@ -1,7 +1,7 @@
-"""An S3 bucket as a root: reads that resume mid-body, commits that never overwrite.
+"""An S3 bucket as a root: reads that outlast outages, commits that never overwrite.
 
-boto3 retries a request until its headers arrive; what breaks after that, in the body, is resumed
-here. Writes use single PUTs only, never multipart.
+Reads are repeated in `s3_read`, every other request by boto3 until its headers arrive. Writes use
+single PUTs only, never multipart.
 """
 
 import base64
@@ -12,9 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import HTTPClientError, IncompleteReadError
-from urllib3.exceptions import HTTPError
-
 from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
 from vlal_dist.storage.checks import (
     Digests,
@@ -23,10 +20,10 @@ from vlal_dist.storage.checks import (
     check_range,
     conflict,
     digests_of,
-    short_read,
     translated_errors,
 )
 from vlal_dist.storage.s3_client import TRIES, Counts, S3Client
+from vlal_dist.storage.s3_read import S3Reader
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +31,7 @@ MAX_OBJECT_BYTES = 5 << 30
 """What one PUT may carry."""
 LIST_PAGE = 1000
 """Keys in one reply of a listing."""
-_READ_BYTES = 1 << 20
 _COMPARE_BYTES = 64 << 20
-_BROKEN_BODY = (IncompleteReadError, HTTPClientError, HTTPError)
 
 
 class S3Store:
@@ -44,13 +39,13 @@ class S3Store:
 
     Args:
         url: the root.
-        read_timeout_s: longest silence of the server before a request is broken off and repeated.
+        read_timeout_s: longest silence of the server before a read is broken off and repeated.
 
     Raises:
         ConfigError: the URL names no bucket or an unclean prefix.
     """
 
-    def __init__(self, url: str, *, read_timeout_s: float = 60.0) -> None:
+    def __init__(self, url: str, *, read_timeout_s: float = 20.0) -> None:
         scheme, _, rest = url.partition("://")
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.rstrip("/")
@@ -62,6 +57,7 @@ class S3Store:
             raise ConfigError(f"root {url!r}: {error}") from error
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._client = S3Client(self.url, bucket, read_timeout_s=read_timeout_s)
+        self._reader = S3Reader(self.url, self._client)
 
     @property
     def counts(self) -> Counts:
@@ -69,36 +65,9 @@ class S3Store:
         return self._client.counts
 
     def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        """See `Store.read`; a broken body is resumed, of the same object or not at all."""
-        name = self._name(key)
+        """See `Store.read`; `S3Reader` says how."""
         check_range(key, offset, length)
-        if length == 0:
-            # HTTP has no empty range.
-            return self._empty_range(key, offset)
-        parts: list[bytes] = []
-        got, wanted, etag = 0, length, None
-        for attempt in range(TRIES):
-            if attempt:
-                self._repeat(attempt, key, f"the body broke off at byte {offset + got}")
-            left = None if wanted is None else wanted - got
-            reply = self._get(name, key, offset=offset + got, length=left, etag=etag)
-            if reply is None:
-                return b""
-            size_bytes = int(reply["ContentLength"])
-            if left is not None and size_bytes != left:
-                reply["Body"].close()
-                raise short_read(
-                    self.url, key, offset=offset, wanted=got + left, got=got + size_bytes
-                )
-            wanted = got + size_bytes
-            etag = reply.get("ETag")
-            got += self._drain(reply["Body"], parts)
-            if got == wanted:
-                return b"".join(parts)
-        raise StorageError(
-            f"{self.url}: {key!r}: the body broke off {TRIES} times, last at byte {offset + got}; "
-            "check the network and the store, then repeat the command"
-        )
+        return self._reader.read(self._name(key), key, offset=offset, length=length)
 
     def size(self, key: str) -> int:
         """See `Store.size`."""
@@ -144,7 +113,9 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        self._client.call("delete_object", key, Key=self._name(key))
+        name = self._name(key)
+        self._client.call("delete_object", key, Key=name)
+        self._reader.forget(name)
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See `Store.list_keys`; names that end in `/` (folder marks of consoles) are left out."""
@@ -170,55 +141,6 @@ class S3Store:
         logger.warning("%s: %r: %s; try %d of %d", self.url, key, why, attempt + 1, TRIES)
         self._client.pause(attempt)
 
-    def _get(
-        self, name: str, key: str, *, offset: int, length: int | None, etag: str | None
-    ) -> Any:
-        """Open the body from `offset` on; None when nothing follows and nothing was asked for."""
-        arguments = {"Key": name}
-        if offset or length is not None:
-            last = "" if length is None else offset + length - 1
-            arguments["Range"] = f"bytes={offset}-{last}"
-        if etag is not None:
-            arguments["IfMatch"] = etag
-        reply = self._client.call("get_object", key, passing=(412, 416), **arguments)
-        if reply.get("status") == 412:
-            raise DataError(
-                f"{self.url}: {key!r} was replaced while being read; stored data is never "
-                "edited in place: find the writer, and start again from a root that nobody changes"
-            )
-        if reply.get("status") == 416:
-            size_bytes = self.size(key)
-            if length is None and offset == size_bytes:
-                return None
-            got = max(0, size_bytes - offset)
-            raise short_read(self.url, key, offset=offset, wanted=length or 0, got=got)
-        if "Range" in arguments and reply["ResponseMetadata"]["HTTPStatusCode"] != 206:
-            reply["Body"].close()
-            raise StorageError(
-                f"{self.url}: {key!r}: the store ignores Range requests; use one that serves them"
-            )
-        return reply
-
-    def _empty_range(self, key: str, offset: int) -> bytes:
-        size_bytes = self.size(key)
-        if offset > size_bytes:
-            raise short_read(self.url, key, offset=offset, wanted=0, got=0)
-        return b""
-
-    def _drain(self, body: Any, parts: list[bytes]) -> int:
-        """Append what the body gives until it ends or breaks; returns the bytes appended."""
-        size_bytes = 0
-        try:
-            while part := body.read(_READ_BYTES):
-                parts.append(part)
-                size_bytes += len(part)
-        except _BROKEN_BODY as error:
-            logger.debug("%s: body broke off: %s", self.url, type(error).__name__)
-        finally:
-            body.close()
-            self._client.add(bytes_in=size_bytes)
-        return size_bytes
-
     def _digests(self, key: str, data: bytes | Path) -> Digests:
         with translated_errors(data if isinstance(data, Path) else Path(key)):
             size_bytes = len(data) if isinstance(data, bytes) else data.stat().st_size
@@ -238,7 +160,7 @@ class S3Store:
         digests: Digests,
         *,
         passing: Collection[int] = (),
-        **conditions: str,
+        **conditions: Any,
     ) -> int:
         """One PUT, its bytes checked by the server through Content-MD5; returns the status."""
         with ExitStack() as stack:
@@ -259,6 +181,7 @@ class S3Store:
         if "status" in reply:
             return int(reply["status"])
         self._client.add(bytes_out=digests.size_bytes)
+        self._reader.forget(name)
         return 200
 
     def _existing_sha256(self, name: str, key: str) -> str | None:

@@ -30,15 +30,21 @@ from botocore.exceptions import (
 from vlal_dist.errors import NotFoundError, StorageError
 
 TRIES = 5
-"""Times that a request, a body or a commit is tried before giving up."""
+"""Times that a request, a body or a commit is tried before giving up; reads may try more often."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _CONNECT_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 60.0
+"""Longest silence but in reads: a store may hash and replicate 5 GiB before it answers a PUT."""
 _CONNECTIONS = 32
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 _WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 # Own generator: a retry must not move the random state that training depends on.
 _jitter = random.SystemRandom()
+
+
+class OutageError(StorageError):
+    """The store was out of reach or busy: the same request may succeed later."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Counts:
 
     Attributes:
         requests: HTTP requests sent, retries included.
-        retries: requests repeated: by boto3, to resume a body, or to commit again.
+        retries: requests repeated: by boto3, to read on, or to commit again.
         bytes_in: object bytes received.
         bytes_out: object bytes of accepted PUTs.
     """
@@ -63,7 +69,10 @@ class _Process:
     """What must not cross a fork: sockets, locks, counts."""
 
     pid: int
-    client: Any = None
+    core: Any = field(default_factory=botocore.session.get_session)
+    session: Any = None
+    clients: dict[bool, Any] = field(default_factory=dict)
+    answered: bool = False
     counts: Counts = field(default_factory=Counts)
     lock: threading.Lock = field(default_factory=threading.Lock)
     sent: threading.local = field(default_factory=threading.local)
@@ -75,7 +84,7 @@ class S3Client:
     Args:
         url: the root, for messages.
         bucket: its bucket.
-        read_timeout_s: longest silence of the server before a request is broken off.
+        read_timeout_s: longest silence of the server before a read is broken off.
     """
 
     def __init__(self, url: str, bucket: str, *, read_timeout_s: float) -> None:
@@ -92,6 +101,11 @@ class S3Client:
         """What this process did so far."""
         return self._process().counts
 
+    @property
+    def answered(self) -> bool:
+        """Whether the store ever answered this process, be it with a refusal."""
+        return self._process().answered
+
     def add(
         self, *, requests: int = 0, retries: int = 0, bytes_in: int = 0, bytes_out: int = 0
     ) -> None:
@@ -107,7 +121,13 @@ class S3Client:
             )
 
     def call(
-        self, operation: str, key: str, *, passing: Collection[int] = (), **arguments: Any
+        self,
+        operation: str,
+        key: str,
+        *,
+        passing: Collection[int] = (),
+        once: bool = False,
+        **arguments: Any,
     ) -> Any:
         """Send one request, retried by boto3 until headers arrive, and return its reply.
 
@@ -115,18 +135,23 @@ class S3Client:
             operation: name of the boto3 method.
             key: for messages.
             passing: HTTP statuses that are returned as `{"status": ...}` instead of raised.
+            once: never retried here, because the caller does that: a read.
             arguments: of the method, without the bucket.
 
         Raises:
             NotFoundError: status 404, unless the bucket itself is absent.
+            OutageError: the store was out of reach or busy.
             StorageError: anything else, in one line with a remedy.
         """
         process = self._process()
         process.sent.requests = 0
         try:
-            client = self._connected(process)
-            return getattr(client, operation)(Bucket=self._bucket, **arguments)
+            client = self._connected(process, once)
+            reply = getattr(client, operation)(Bucket=self._bucket, **arguments)
+            process.answered = True
+            return reply
         except ClientError as error:
+            process.answered = True
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status in passing:
                 return {"status": status}
@@ -140,7 +165,7 @@ class S3Client:
     def pause(self, attempt: int) -> None:
         """Wait before the `attempt`-th repetition (1, 2, ...): doubling, with jitter; counts it."""
         self.add(retries=1)
-        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt)
+        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 16))
         time.sleep(longest_s * _jitter.uniform(0.5, 1.0))
 
     def _process(self) -> _Process:
@@ -150,24 +175,25 @@ class S3Client:
             self._state = state = _Process(os.getpid())
         return state
 
-    def _connected(self, process: _Process) -> Any:
+    def _connected(self, process: _Process, once: bool) -> Any:
         with process.lock:
-            if process.client is None:
-                process.client = self._connect(process)
-            return process.client
+            if once not in process.clients:
+                process.clients[once] = self._connect(process, once)
+            return process.clients[once]
 
-    def _connect(self, process: _Process) -> Any:
-        """A client of its own session: boto3's clients are safe to share by threads, sessions not.
+    def _connect(self, process: _Process, once: bool) -> Any:
+        """A client: safe to share by threads, as the session is not.
 
         Stores other than AWS rarely have a host name per bucket, so they are addressed by path
         unless the AWS profile says otherwise.
         """
-        core = botocore.session.get_session()
-        session = boto3.session.Session(botocore_session=core)
+        if process.session is None:
+            process.session = boto3.session.Session(botocore_session=process.core)
+        session = process.session
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": TRIES},
+            retries={"mode": "standard", "total_max_attempts": 1 if once else TRIES},
             connect_timeout=_CONNECT_TIMEOUT_S,
-            read_timeout=self._read_timeout_s,
+            read_timeout=self._read_timeout_s if once else _ANSWER_TIMEOUT_S,
             max_pool_connections=_CONNECTIONS,
             # We send Content-MD5 and check our own digests; older stores reject the newer trailers.
             request_checksum_calculation="when_required",
@@ -175,7 +201,7 @@ class S3Client:
         )
         client = session.client("s3", config=config)
         host = urlsplit(client.meta.endpoint_url).hostname or ""
-        chosen = core.get_scoped_config().get("s3", {})
+        chosen = process.core.get_scoped_config().get("s3", {})
         by_path = Config(s3={"addressing_style": "path"})
         if ".amazonaws.com" not in host and "addressing_style" not in chosen:
             client = session.client("s3", config=config.merge(by_path))
@@ -206,8 +232,8 @@ class S3Client:
                 "AWS_PROFILE, and that they may list, read and write this bucket"
             )
         if status >= 500 or status == 429:
-            return StorageError(
-                f"{what} in {tries} tries: the store is busy; repeat the command later"
+            return OutageError(
+                f"{what}{_in_tries(tries)}: the store is busy; repeat the command later"
             )
         if code == "BadDigest":
             return StorageError(f"{what}: the bytes changed on the way; repeat the command")
@@ -221,12 +247,17 @@ class S3Client:
                 f"{self._url}: no AWS credentials ({kind}): set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
-        if isinstance(error, HTTPClientError | NoConnectionError) and process.client:
-            return StorageError(
-                f"{self._url}: no answer from the store in {process.sent.requests} tries ({kind}): "
-                "check AWS_ENDPOINT_URL and the network"
+        if isinstance(error, HTTPClientError | NoConnectionError) and process.clients:
+            tries = _in_tries(process.sent.requests)
+            return OutageError(
+                f"{self._url}: no answer from the store{tries} ({kind}): check AWS_ENDPOINT_URL "
+                "and the network"
             )
         return StorageError(
             f"{self._url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
             "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
         )
+
+
+def _in_tries(tries: int) -> str:
+    return f" in {tries} tries" if tries > 1 else ""

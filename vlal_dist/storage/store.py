@@ -30,10 +30,15 @@ class Store(Protocol):
     def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """Return `length` bytes from `offset` on (None: all that follow).
 
+        A remote read outlasts an outage of the store of about a minute, then gives up. Stored data
+        is never edited in place, so an object must stay the one that this process first read a
+        range of; what is read whole (a status file) may change from one read to the next.
+
         Raises:
             NotFoundError: no such object.
-            StorageError: the object ends before the range does, or cannot be read.
-            DataError: the object was replaced while it was being read.
+            TruncatedError: the object ends before the range does.
+            ReplacedError: the object was replaced during the read, or since an earlier range of it.
+            StorageError: it cannot be read: refused, or out of reach for too long.
         """
         ...
 
@@ -114,7 +119,8 @@ def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
 
     Raises:
         NotFoundError: no such object.
-        DataError: the digest is not one, or the downloaded bytes have another.
+        DataError: the digest is not one, the downloaded bytes have another, or the object was
+            replaced or cut on the way.
         StorageError: network or disk.
     """
     if not re.fullmatch(r"[0-9a-f]{64}", sha256):

@@ -1,14 +1,15 @@
 """From settings to a finished run: open, resume, build, train. Each builder makes one part."""
 
-import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 
-from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.dataset import check_shard_sizes
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.method.baselines import loss_settings
 from vlal_dist.method.model import build_model, parameter_groups
 from vlal_dist.storage.store import Store, open_store
+from vlal_dist.training.account import Account
+from vlal_dist.training.batches import make_batches, make_loader
 from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import Objective
@@ -23,8 +24,6 @@ from vlal_dist.training.sources import Sources, make_validation, open_sources, r
 from vlal_dist.training.state import Binding, TrainState
 from vlal_dist.training.step import TrainStep
 from vlal_dist.training.stop import StopRequest
-
-logger = logging.getLogger(__name__)
 
 
 def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int]:
@@ -42,6 +41,9 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
     """
     sources = open_sources(
         settings.dataset_url,
+        mix=settings.mix,
+        subset=settings.subset,
+        repeat_threshold=settings.repeat_threshold,
         scores_url=settings.scores_url,
         temperature=settings.temperature,
         cache=settings.cache,
@@ -66,7 +68,7 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
 
 def _begin(settings: RunSettings, sources: Sources, store: Store, resume: str) -> None:
     """What rank 0 does before the first step: look at the shards, prepare the run root."""
-    for split in (sources.train, sources.validation):
+    for split in (*sources.corpus.splits, sources.validation):
         check_shard_sizes(split)
     if resume == "none":
         begin_anew(store)
@@ -84,7 +86,7 @@ def _build(
 ) -> Run:
     """Everything that `train` uses; what must be closed is left on the stack."""
     metrics = open_metrics(stack, settings, local_rank=ranks.local_rank)
-    loader = _loader(settings, sources, found, ranks)
+    loader = make_loader(settings, sources, found, ranks)
     stack.callback(loader.close)
     schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
     state = restore(
@@ -95,7 +97,7 @@ def _build(
         batch=_batch(settings, ranks),
         store=store,
     )
-    validation = _batch_maker(settings, sources, train=False)
+    validation = make_batches(settings, sources, ranks, train=False)
     stack.callback(validation.close)
     return Run(
         ranks=ranks,
@@ -109,6 +111,12 @@ def _build(
         ),
         schedule=schedule,
         state=state,
+        account=Account(
+            ranks,
+            state,
+            num_samples=len(sources.corpus),
+            max_quarantined=settings.max_quarantined,
+        ),
         validate=make_validation(
             validation,
             model=engine.module,
@@ -119,15 +127,22 @@ def _build(
             threshold=settings.threshold,
         ),
         save_best=lambda now: _save_best(settings, sources, store, engine, now),
-        save_state=None
-        if settings.zero_stage
-        else lambda now: save_checkpoint(
-            store, now, engine.module, engine.optimizer, keep=settings.keep_checkpoints
-        ),
+        save_state=_saver(settings, store, engine),
         metrics=metrics,
         log=open_log(store, step=state.step) if ranks.rank == 0 else None,
         stop=stop,
         settings=settings,
+    )
+
+
+def _saver(
+    settings: RunSettings, store: Store, engine: Engine
+) -> Callable[[TrainState], object] | None:
+    """What writes a checkpoint; with ZeRO 1 or 2 none is written."""
+    if settings.zero_stage:
+        return None
+    return lambda now: save_checkpoint(
+        store, now, engine.module, engine.optimizer, keep=settings.keep_checkpoints
     )
 
 
@@ -143,6 +158,9 @@ def _bound(settings: RunSettings, sources: Sources, loader: TrainLoader | None =
         micro_batches=loader.micro_batches if loader else 0,
         window_blocks=settings.window_blocks,
         epoch_end=settings.epoch_end,
+        mix=sources.mix,
+        subset=sources.subset,
+        repeat_threshold=settings.repeat_threshold,
     )
 
 
@@ -181,46 +199,6 @@ def _objective(settings: RunSettings, sources: Sources) -> Objective:
         psl_threshold=settings.psl_threshold,
         psl_top_k=settings.psl_topk,
     )
-
-
-def _batch_maker(settings: RunSettings, sources: Sources, *, train: bool) -> BatchMaker:
-    return BatchMaker(
-        sources.train if train else sources.validation,
-        feasible=sources.dataset.feasible,
-        num_attributes=len(sources.dataset.vocabulary.attributes),
-        image_size=settings.image_size,
-        normalize=settings.normalize,
-        threads=settings.decode_threads,
-        read_likelihood=sources.read_likelihood if train else None,
-    )
-
-
-def _loader(
-    settings: RunSettings, sources: Sources, found: Checkpoint | None, ranks: Ranks
-) -> TrainLoader:
-    """The stream; lanes and micro-batches are those of the first start."""
-    first = found.state.binding if found else None
-    loader = TrainLoader(
-        _batch_maker(settings, sources, train=True),
-        batch_size=settings.batch_size,
-        accumulation=settings.accumulation,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=settings.seed,
-        lanes=first.lanes if first else settings.lanes,
-        micro_batches=first.micro_batches if first else 0,
-        window_blocks=settings.window_blocks,
-        epoch_end=settings.epoch_end,
-        flip=settings.flip,
-        prefetch_steps=settings.prefetch_steps,
-    )
-    if loader.micro_batches % ranks.world_size:
-        logger.info(
-            "the %d micro-batches of a step are recut for %d ranks: BatchNorm sees other groups",
-            loader.micro_batches,
-            ranks.world_size,
-        )
-    return loader
 
 
 def _schedule_and_engine(

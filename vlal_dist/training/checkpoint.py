@@ -28,7 +28,7 @@ from vlal_dist.training.state import Binding, TrainState
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 MODEL, OPTIMIZER, STATE, COMPLETE = (
     "model.safetensors",

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vlal_dist.data.batches import Batch
+from vlal_dist.data.batch import Batch
 from vlal_dist.errors import ConfigError
 from vlal_dist.method.baselines import LossSettings, fixed_ignored, psl_ignored
 from vlal_dist.method.ignore_set import sample_ignore_set

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.method.metrics import Evaluation
 from vlal_dist.observability.metrics import MetricsLog, TrainMetrics
+from vlal_dist.training.account import Account
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.schedule import Schedule
@@ -26,6 +27,7 @@ class Run:
         train_step: runs a step.
         schedule: learning rates.
         state: where the run stands; moved on by `train`.
+        account: what the ledger and the quarantine hold of it.
         validate: scores the validation split; called by all ranks, which get the same result.
         save_best: writes the best model; called on rank 0.
         save_state: writes a checkpoint; called on rank 0. None: this run writes none.
@@ -42,6 +44,7 @@ class Run:
     train_step: TrainStep
     schedule: Schedule
     state: TrainState
+    account: Account
     validate: Callable[[], Evaluation]
     save_best: Callable[[TrainState], None]
     save_state: Callable[[TrainState], object] | None

@@ -17,6 +17,7 @@ PARTS = {"base_decay": "backbone", "fast_decay": "head"}
 
 def publish_interval(run: Run, *, samples_per_s: float) -> float:
     """Reduce and publish what happened since the last time; returns the mean loss of a row."""
+    run.account.settle()
     own = run.train_step.take_tally()
     means = own.over_ranks(run.ranks).per_row()
     shown = {PARTS[name]: rate for name, rate in run.rates.items() if name in PARTS}
@@ -29,6 +30,7 @@ def publish_interval(run: Run, *, samples_per_s: float) -> float:
         rates=shown,
         term_counts=dict(zip(TERM_KINDS, (int(n) for n in own.pairs.tolist()), strict=True)),
     )
+    run.metrics.loader(run.loader.numbers())
     if run.log is not None:
         run.log.write(
             {
@@ -36,6 +38,8 @@ def publish_interval(run: Run, *, samples_per_s: float) -> float:
                 "epoch": run.state.epoch,
                 "step": run.state.step,
                 **means,
+                "ledger": dict(run.state.ledger),
+                "quarantined": len(run.state.quarantined),
                 "samples_per_s": samples_per_s,
                 "lr": shown,
             }

@@ -81,6 +81,19 @@ class Ranks:
             dist.broadcast(message, src=0, group=self.control)
         return [int(value) for value in message.tolist()]
 
+    def total(self, *values: int) -> list[int]:
+        """Sums over ranks of integers of at most 32 bits each; every rank must call."""
+        totals = torch.tensor(values, dtype=torch.int64)
+        if self.control is not None:
+            dist.all_reduce(totals, group=self.control)
+        return [int(value) for value in totals.tolist()]
+
+    def texts(self, own: str) -> list[str]:
+        """The texts of all ranks, in rank order; every rank must call."""
+        data = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8) if own else None
+        rows = torch.empty(0, dtype=torch.uint8) if data is None else data
+        return [bytes(part.cpu().numpy()).decode() for part in self.gather(rows.to(self.device))]
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, on `device`."""
         if self.world_size > 1:

@@ -34,12 +34,14 @@ def train(run: Run) -> None:
     state = run.state
     while state.epoch < run.settings.epochs and not _enough(run):
         finished = _train_epoch(run)
+        if finished:
+            run.account.check_epoch(run.loader, state.consumed)
         mean_ap = _validate(run)
         if finished:
             # A run cut by max_steps has not reached the end that the schedule waits for.
             if run.schedule.observe(mean_ap):
                 logger.info("plateau: rates cut to %s", run.schedule.rates_at(_done(run)))
-            state.epoch, state.consumed = state.epoch + 1, 0
+            state.begin_epoch(state.epoch + 1)
         if (
             state.epoch % run.settings.checkpoint_epochs == 0
             or state.epoch >= run.settings.epochs
@@ -54,8 +56,8 @@ def _train_epoch(run: Run) -> bool:
     run.metrics.state("training")
     run.engine.module.train()
     begin = run.state.consumed
-    end = run.loader.end_of_epoch(begin)
-    steps = run.loader.epoch(run.state.epoch, begin)
+    end = run.loader.end_of_epoch(run.state.epoch, begin)
+    steps = run.loader.epoch(run.state.epoch, begin, run.account.quarantined)
     # Closing the generator cancels what it prepares ahead.
     with closing(steps), epoch_progress(run, left=end - begin) as progress:  # type: ignore[type-var]
         interval_started, interval_samples = time.monotonic(), 0
@@ -82,13 +84,18 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
     run.rates = run.schedule.rates_at(_done(run))
     run.engine.set_rates(run.rates)
     run.train_step.accumulate(step)
-    diverged, stopping = run.ranks.agree(not run.train_step.is_finite(), run.stop.requested)
+    diverged, stopping, damaged = run.ranks.agree(
+        not run.train_step.is_finite(), run.stop.requested, bool(step.damaged)
+    )
     if diverged:
         run.metrics.state("failed")
         run.train_step.refuse(state.step)
     run.train_step.apply()
     state.step += 1
     state.consumed = step.position
+    run.account.enter(step)
+    if damaged:
+        run.account.quarantine(step.damaged)
     run.metrics.step(
         epoch=state.epoch,
         step=state.step,
@@ -98,6 +105,10 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
     )
     if stopping:
         _leave(run)
+    every = run.settings.checkpoint_steps
+    if every and state.step % every == 0:
+        _save_state(run)
+        run.metrics.state("training")
 
 
 def _leave(run: Run) -> None:
@@ -153,6 +164,7 @@ def _save_state(run: Run) -> None:
         return
     run.metrics.state("saving")
     flush_log(run)
+    run.account.settle()
     run.state.schedule = run.schedule.state()
     _on_rank_0(run, lambda: save(run.state))
 
@@ -165,7 +177,8 @@ def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
 def _done(run: Run) -> float:
     """Share of the run that is done, by samples: it does not jump when a resume changes B."""
     state, settings = run.state, run.settings
-    share = (state.epoch + state.consumed / run.loader.epoch_samples) / settings.epochs
+    whole = run.loader.end_of_epoch(state.epoch, 0)
+    share = (state.epoch + state.consumed / whole) / settings.epochs
     return max(share, state.step / settings.max_steps) if settings.max_steps else share
 
 

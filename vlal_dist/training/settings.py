@@ -37,6 +37,12 @@ class RunSettings:
     window_blocks: int
     lanes: int
     epoch_end: str
+    mix: dict[str, float]
+    subset: str | None
+    repeat_threshold: float
+    damage: Literal["strict", "quarantine"]
+    max_quarantined: float
+    cache_bytes: int
 
     temperature: float | None
     profile: str
@@ -70,6 +76,7 @@ class RunSettings:
     zero_stage: int
     torch_threads: int
     checkpoint_epochs: int
+    checkpoint_steps: int
     keep_checkpoints: int
     log_steps: int
 

@@ -1,5 +1,6 @@
 """What a run reads besides images: the dataset, its likelihoods, PSL's prior; and validation."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,19 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from vlal_dist.data.batches import BatchMaker, ReadLikelihood, evaluation_batches
-from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
-from vlal_dist.data.likelihoods import ScoreLikelihoods, likelihood_of_tar
-from vlal_dist.data.rows import Sample
+from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.corpus import Corpus
+from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split, read_labels
+from vlal_dist.data.factors import repeat_factors, subset_factors
+from vlal_dist.data.likelihoods import (
+    ReadLikelihoods,
+    ScoreLikelihoods,
+    rescaled_tar_likelihoods,
+)
 from vlal_dist.data.scores import read_scores_manifest
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.predict import predict
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions
-from vlal_dist.method.likelihood import rescale
 from vlal_dist.method.metrics import Evaluation, evaluate_scores
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.ranks import Ranks
@@ -30,21 +35,31 @@ class Sources:
     """The opened data of a run.
 
     Attributes:
-        dataset: vocabulary, feasible sets, digests.
-        train: split that is trained on.
+        dataset: vocabulary, feasible sets, digests; its validation split selects the model.
+        corpus: what is trained on.
+        passes: passes per epoch over each split of the corpus.
+        factor: float64 [N], what each row's passes are multiplied by; None: 1.
+        mix, subset: what the binding says of them.
         validation: split that selects the model.
-        read_likelihood: where a sample's log-likelihood is; None where none is needed.
+        read_likelihoods: where log-likelihoods are; None where none are needed.
     """
 
     dataset: Dataset
-    train: Split
+    corpus: Corpus
+    passes: tuple[float, ...]
+    factor: npt.NDArray[np.float64] | None
+    mix: str
+    subset: str
     validation: Split
-    read_likelihood: ReadLikelihood | None
+    read_likelihoods: ReadLikelihoods | None
 
 
 def open_sources(
     url: str,
     *,
+    mix: Mapping[str, float],
+    subset: str | None,
+    repeat_threshold: float,
     scores_url: str | None,
     temperature: float | None,
     cache: Path,
@@ -52,10 +67,13 @@ def open_sources(
     validation_split: str,
     needs_likelihood: bool,
 ) -> Sources:
-    """Open a dataset for training.
+    """Open what is trained on and validated with.
 
     Args:
         url: root of merge, or of pack when likelihoods come from score files.
+        mix: roots trained on together -> passes per epoch; empty: `url` once.
+        subset: file with a sample key per line; None: all samples.
+        repeat_threshold: of `repeat_factors`; 0: none.
         scores_url: root of score_clip; None: likelihoods are inside the tars.
         temperature: tau of Eq. (2); None: the scorer's. Likelihoods in tars are rescaled to it.
         cache: local folder for files of a remote root.
@@ -63,49 +81,114 @@ def open_sources(
         needs_likelihood: whether the loss draws ignore sets.
 
     Raises:
-        DataError: no such dataset or split, or no likelihoods where they are needed.
+        ConfigError: a mix with score files, or keys that are of no sample.
+        DataError: no such dataset or split, datasets that do not belong together, or no
+            likelihoods where they are needed.
     """
     dataset = open_dataset(url, cache=cache)
-    train, validation = (open_split(dataset, name) for name in (train_split, validation_split))
-    if not needs_likelihood:
-        return Sources(dataset, train, validation, None)
-    if scores_url is None:
-        likelihood = dataset.manifest.get("likelihood")
-        if likelihood is None or train_split not in likelihood["splits"]:
+    trained = [dataset if root == url else open_dataset(root, cache=cache) for root in mix or [url]]
+    check_mix(dataset, trained)
+    corpus = Corpus([open_split(one, train_split) for one in trained])
+    factor, digest = _factors(trained, train_split, subset=subset, threshold=repeat_threshold)
+    read = None
+    if needs_likelihood and scores_url is None:
+        read = _tar_likelihoods(trained, train_split, temperature)
+    elif needs_likelihood:
+        assert scores_url is not None
+        if len(corpus.splits) > 1:
+            raise ConfigError("data.mix needs data.likelihood tar: score files belong to one root")
+        read = _score_likelihoods(dataset, corpus.splits[0], scores_url, temperature)
+    named = [f"{one.digest[:16]} x {p:g}" for one, p in zip(trained, mix.values(), strict=False)]
+    return Sources(
+        dataset=dataset,
+        corpus=corpus,
+        passes=tuple(mix.values()) or (1.0,),
+        factor=factor,
+        mix=", ".join(named),
+        subset=digest,
+        validation=open_split(dataset, validation_split),
+        read_likelihoods=read,
+    )
+
+
+def check_mix(dataset: Dataset, trained: Sequence[Dataset]) -> None:
+    """Refuse datasets that cannot be trained on together.
+
+    Raises:
+        DataError: another vocabulary or other feasible sets, or two datasets of one name (their
+            samples could share uids).
+    """
+    for one in trained:
+        for what in ("vocabulary", "feasible"):
+            digests = [getattr(d, what).digest for d in (one, dataset)]
+            if digests[0] != digests[1]:
+                raise DataError(
+                    f"data.mix: {one.url} has {what} digest {digests[0]}, {dataset.url} has "
+                    f"{digests[1]}; clean it again with --like {dataset.url}, then pack and merge"
+                )
+    names = [one.name for one in trained]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"data.mix: the datasets are named {', '.join(names)}; give each its own pack.name: "
+            "the uid of a sample depends on it"
+        )
+
+
+def _factors(
+    trained: Sequence[Dataset], split: str, *, subset: str | None, threshold: float
+) -> tuple[npt.NDArray[np.float64] | None, str]:
+    """The factor of each row (None: 1 everywhere), and the digest of the list of keys."""
+    if subset is None and threshold == 0:
+        return None, ""
+    tables = [read_labels(one, split) for one in trained]
+    kept, digest = np.ones(sum(len(table) for table in tables), dtype=np.bool_), ""
+    if subset is not None:
+        root, _, name = subset.rpartition("/")
+        text = open_store(root or ".").read(name)
+        kept = subset_factors([table["key"] for table in tables], text.decode().split())
+        digest = hashlib.sha256("\n".join(sorted(set(text.decode().split()))).encode()).hexdigest()
+    if threshold == 0:
+        return kept.astype(np.float64), digest
+    repeats = repeat_factors([table["positive"] for table in tables], kept, threshold=threshold)
+    return repeats * kept, digest
+
+
+def _tar_likelihoods(
+    trained: Sequence[Dataset], split: str, temperature: float | None
+) -> ReadLikelihoods:
+    temperatures = set()
+    for one in trained:
+        likelihood = one.manifest.get("likelihood")
+        if likelihood is None or split not in likelihood["splits"]:
             raise DataError(
-                f"{url}: the samples of split {train_split} carry no likelihood; run score_clip "
+                f"{one.url}: the samples of split {split} carry no likelihood; run score_clip "
                 "and shard_tools merge, or set method.loss to one that draws no ignore set"
             )
-        merged_at = float(likelihood["temperature"])
-        wanted = temperature or merged_at
-        read_tar = likelihood_of_tar if wanted == merged_at else _rescaled(merged_at, wanted)
-        return Sources(dataset, train, validation, read_tar)
-    store = open_store(scores_url)
+        temperatures.add(float(likelihood["temperature"]))
+    if len(temperatures) > 1:
+        raise DataError(
+            f"data.mix: the likelihoods were merged at the temperatures {sorted(temperatures)}; "
+            "merge all with one scoring.temperature"
+        )
+    (merged_at,) = temperatures
+    return rescaled_tar_likelihoods(merged_at=merged_at, temperature=temperature or merged_at)
+
+
+def _score_likelihoods(
+    dataset: Dataset, split: Split, url: str, temperature: float | None
+) -> ReadLikelihoods:
+    store = open_store(url)
     manifest = read_scores_manifest(
         store,
         feasible_digest=dataset.feasible.digest,
         vocabulary_digest=dataset.vocabulary.digest,
     )
-    read = ScoreLikelihoods(
-        train,
+    return ScoreLikelihoods(
+        split,
         scores=store,
         manifest=manifest,
         temperature=temperature or float(manifest["temperature"]),
     )
-    return Sources(dataset, train, validation, read)
-
-
-def _rescaled(merged_at: float, wanted: float) -> ReadLikelihood:
-    """Likelihoods of tars at another temperature than merge's."""
-
-    def read(sample: Sample) -> npt.NDArray[np.float32] | None:
-        values = likelihood_of_tar(sample)
-        if values is None:
-            return None
-        indptr = np.array([0, len(values)], dtype=np.int64)
-        return rescale(values, indptr, temperature_from=merged_at, temperature_to=wanted)
-
-    return read
 
 
 def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
@@ -163,7 +246,7 @@ def make_validation(
         batch_size: samples per forward pass.
         top_k, threshold: as `evaluate_scores` takes them.
     """
-    num_samples = maker.split.num_samples
+    num_samples = len(maker.reader.corpus)
     rows = np.arange(ranks.rank, num_samples, ranks.world_size, dtype=np.int64)
 
     def validate() -> Evaluation:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vlal_dist.data.ledger import Ledger
 from vlal_dist.errors import DataError
 
 
@@ -18,6 +19,9 @@ class Binding:
         micro_batches: M.
         window_blocks: shuffle window.
         epoch_end: `drop` or `exact`.
+        mix: digest and passes of each dataset, where there is more than the one.
+        subset: sha256 of the list of keys that is trained on; empty: all.
+        repeat_threshold: of the repeat factors; 0: none.
     """
 
     dataset_digest: str
@@ -29,6 +33,9 @@ class Binding:
     micro_batches: int
     window_blocks: int
     epoch_end: str
+    mix: str = ""
+    subset: str = ""
+    repeat_threshold: float = 0.0
 
 
 @dataclass
@@ -38,7 +45,9 @@ class TrainState:
     Attributes:
         binding: what may not change under a run.
         epoch: 0-based epoch of the next sample.
-        consumed: samples of that epoch already trained on.
+        consumed: visits of that epoch already trained on or left out.
+        ledger, left_out: `Ledger`s of the epoch's visits so far: trained on, and quarantined.
+        quarantined: uid (16 hex digits) -> where and why.
         step: optimizer steps since the start.
         best_map: best validation mAP so far, a share of 1.
         best_step: the step that it was found at.
@@ -50,11 +59,19 @@ class TrainState:
     binding: Binding
     epoch: int = 0
     consumed: int = 0
+    ledger: dict[str, int] = field(default_factory=Ledger().to_json)
+    left_out: dict[str, int] = field(default_factory=Ledger().to_json)
+    quarantined: dict[str, str] = field(default_factory=dict)
     step: int = 0
     best_map: float | None = None
     best_step: int | None = None
     schedule: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Move on to the first visit of an epoch, with new books."""
+        self.epoch, self.consumed = epoch, 0
+        self.ledger, self.left_out = Ledger().to_json(), Ledger().to_json()
 
 
 def check_binding(stored: Binding, wanted: Binding, *, where: str) -> None:

@@ -11,15 +11,14 @@ accumulation and uneven rows change nothing but rounding (and BatchNorm's micro-
 Shapes: B rows of a micro-batch, A attributes, S image side.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vlal_dist.data.batches import Batch
+from vlal_dist.data.batch import Batch, on_device
 from vlal_dist.data.loader import Step
 from vlal_dist.errors import DataError
 from vlal_dist.method.selective_loss import LossTerms, Term, assign_terms, selective_loss
@@ -139,11 +138,12 @@ class TrainStep:
 
     def _micro_batch(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
         if len(batch):
-            self._forward_backward(move(batch, self.ranks.device), index, last=last)
+            self._forward_backward(on_device(batch, self.ranks.device), index, last=last)
             return
         # A rank without rows still takes part in the reduction: with one row of weight 0.
         with restored_statistics(self.statistics):
-            self._forward_backward(move(dummy_batch(batch), self.ranks.device), index, last=last)
+            dummy = on_device(dummy_batch(batch), self.ranks.device)
+            self._forward_backward(dummy, index, last=last)
 
     def _forward_backward(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
         logits = self.engine(batch.image, batch.object_id)
@@ -164,16 +164,5 @@ class TrainStep:
 
 def dummy_batch(empty: Batch) -> Batch:
     """One row of zeros and weight 0, shaped like the rows of a batch that has none."""
-    return replace(empty, **{name: t.new_zeros((1, *t.shape[1:])) for name, t in _tensors(empty)})
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
-    if device.type == "cpu":
-        return batch
-    return replace(batch, **{name: t.to(device, non_blocking=True) for name, t in _tensors(batch)})
-
-
-def _tensors(batch: Batch) -> Sequence[tuple[str, Tensor]]:
-    found = [(item.name, getattr(batch, item.name)) for item in fields(batch)]
-    return [(name, value) for name, value in found if value is not None]
+    rows = {name: t.new_zeros((1, *t.shape[1:])) for name, t in empty.tensors().items()}
+    return replace(empty, **rows)  # type: ignore[arg-type]

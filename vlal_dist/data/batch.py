@@ -1,0 +1,69 @@
+"""A batch, and its way to the device: bytes travel, pixels are made where they are used.
+
+Legend: B rows of a batch, A attributes, S image side.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlal_dist.data.images import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass
+class Batch:
+    """Rows ready for a forward pass.
+
+    Attributes:
+        image: uint8 [B, 3, S, S], as loaded; float32 after `on_device`.
+        flip: bool [B], whether the image is to be mirrored; done by `on_device`.
+        object_id: int64 [B].
+        label: int8 [B, A]; +1 annotated present, -1 annotated absent, 0 unannotated.
+        uid: int64 [B], the bits of the unsigned uid.
+        visit: int64 [B], running count of the sample's planned visits.
+        row: int64 [B], row of the corpus.
+        row_weight: float32 [B]; 0 for a dummy row.
+        inverse_weight: float32 [B, A], (max likelihood) / likelihood; 0 where it cannot be drawn;
+            None where the samples have no likelihood.
+        feasible: bool [B, A], Omega_o.
+        normalize: whether `on_device` applies ImageNet's mean and standard deviation.
+    """
+
+    image: Tensor
+    flip: Tensor
+    object_id: Tensor
+    label: Tensor
+    uid: Tensor
+    visit: Tensor
+    row: Tensor
+    row_weight: Tensor
+    inverse_weight: Tensor | None
+    feasible: Tensor
+    normalize: bool = False
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are tensors."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, its images as float32 in [0, 1] (or ImageNet-normalised), mirrored.
+
+    Bytes travel, a quarter of the floats that they become. Images that are floats already are left
+    as they are.
+    """
+    if device.type != "cpu":
+        moved = {name: t.to(device, non_blocking=True) for name, t in batch.tensors().items()}
+        batch = replace(batch, **moved)  # type: ignore[arg-type]
+    if batch.image.is_floating_point():
+        return batch
+    image = batch.image.to(torch.float32, memory_format=torch.contiguous_format) * (1 / 255)
+    image[batch.flip] = image[batch.flip].flip(-1)
+    if batch.normalize:
+        mean, std = (image.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        image = image.sub_(mean).div_(std)
+    return replace(batch, image=image)

@@ -1,0 +1,40 @@
+"""From a JPEG to a square of pixels, at the speed of libjpeg-turbo.
+
+The measure is Pillow's decoder and its antialiased bilinear resize (what torchvision's `Resize`
+does with a Pillow image): every value is within 1 of 255 of it, and equal where nothing is resized.
+The comparison with the other decoders is in docs/benchmarks/decode.md.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+
+from vlal_dist.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
+    """Decode a JPEG, squash it to S x S (bilinear, antialiased) and write it into `out`.
+
+    Most of the time is spent without the interpreter's lock. torch's thread count decides over the
+    threads of the resize; callers with threads of their own set it to 1.
+
+    Args:
+        jpg: a whole file, RGB or grey.
+        out: uint8 [S, S, 3], contiguous.
+
+    Raises:
+        DataError: the bytes are no whole JPEG.
+    """
+    try:
+        pixels = simplejpeg.decode_jpeg(jpg, "RGB")
+    except ValueError as error:
+        raise DataError(f"a crop cannot be decoded: {error}") from None
+    if pixels.shape == out.shape:
+        out[:] = pixels
+        return
+    planes, target = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (pixels, out))
+    # What torch.nn.functional.interpolate(antialias=True) calls; only it can write into `out`.
+    torch._C._nn._upsample_bilinear2d_aa(planes, target.shape[2:], False, None, out=target)  # type: ignore[call-arg]

@@ -1,0 +1,285 @@
+"""Reading many samples of a corpus, verified: local files by sample, remote shards by part.
+
+Nothing read is trusted: length and crc32 of every sample's tar range come from the index. What
+fails the check is fetched once more, past every cache; what fails again is damaged. An error of
+transport is never taken for damage.
+"""
+
+import os
+import threading
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlal_dist.data.block_cache import BlockCache
+from vlal_dist.data.corpus import Corpus
+from vlal_dist.data.keyed import I64
+from vlal_dist.data.parts import Part, RemoteParts, as_tuples
+from vlal_dist.data.stream import Parts
+from vlal_dist.errors import DataError, StorageError, TruncatedError
+
+_OPEN_FILES = 256
+"""Local shards kept open."""
+
+Data = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A sample that cannot be used.
+
+    Attributes:
+        uid: its name.
+        where: URL of its shard.
+        check: what it failed.
+    """
+
+    uid: int
+    where: str
+    check: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: sample uid {self.uid:016x}: {self.check}"
+
+
+class DamagedError(DataError):
+    """A sample failed its check twice."""
+
+    def __init__(self, damage: Damage) -> None:
+        super().__init__(
+            f"{damage}; the shard or its index was altered or cut: restore it (shard_tools verify "
+            "checks all), pack again, or set data.damage quarantine"
+        )
+        self.damage = damage
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where some rows lie, as lists: one entry per row.
+
+    Attributes:
+        rows: int64 [n], of the corpus.
+        shard: shard, counted through the corpus.
+        offset, length, crc32: of the tar range.
+        jpg, json, likelihood: (start, stop) of each part's contents within the range.
+        part: the part that a remote row is read from.
+    """
+
+    rows: I64
+    shard: list[int]
+    offset: list[int]
+    length: list[int]
+    crc32: list[int]
+    jpg: list[tuple[int, int]]
+    json: list[tuple[int, int]]
+    likelihood: list[tuple[int, int]]
+    part: list[Part]
+
+    def between(self, low: int, high: int) -> "Located":
+        """Rows low..high-1 of these."""
+        return Located(**{name: value[low:high] for name, value in vars(self).items()})
+
+
+class _File:
+    """A local shard held open; closed when nobody reads from it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class Reader:
+    """Reads verified samples of a corpus; safe to call from many threads.
+
+    Args:
+        corpus: what is read.
+        cache: keeps parts of remote shards on a local disk; None: no such cache.
+
+    Attributes:
+        remote: parts of remote shards; None where all are local.
+        refetched: samples that failed a check and were read once more.
+        damaged: samples that failed it again.
+    """
+
+    def __init__(self, corpus: Corpus, *, cache: BlockCache | None = None) -> None:
+        self.corpus, self.cache = corpus, cache
+        self.refetched = self.damaged = 0
+        self._first_shard = np.cumsum([0] + [len(split.shards) for split in corpus.splits])
+        self._stores = [split.store for split in corpus.splits for _ in split.shards]
+        self._keys = [s.shard_key(n) for s in corpus.splits for n in range(len(s.shards))]
+        paths = [store.local_path(k) for store, k in zip(self._stores, self._keys, strict=True)]
+        self._paths = [None if path is None else str(path) for path in paths]
+        self._lock = threading.Lock()
+        self._files: dict[int, _File] = {}
+        self.remote: RemoteParts | None = None
+        if None in self._paths:
+            sha256 = [shard.sha256 for split in corpus.splits for shard in split.shards]
+            self.remote = RemoteParts(
+                corpus, stores=self._stores, keys=self._keys, sha256=sha256, cache=cache
+            )
+
+    def locate(self, rows: I64, parts: Parts | None = None) -> Located:
+        """Look rows up in the index.
+
+        Args:
+            rows: int64 [n], of the corpus.
+            parts: what remote rows are read from; None: whole blocks.
+        """
+        column = {
+            name: self.corpus.column(name, rows).astype(np.int64)
+            for name in ("offset", "length", "crc32")
+        }
+        part = as_tuples(parts or self.blocks(rows)) if self.remote else []
+        return Located(
+            rows=rows,
+            shard=self._shards(rows),
+            offset=column["offset"].tolist(),
+            length=column["length"].tolist(),
+            crc32=column["crc32"].tolist(),
+            jpg=self._between("jpg", rows),
+            json=self._between("json", rows),
+            likelihood=self._between("likelihood", rows),
+            part=part,
+        )
+
+    def read(self, at: Located, low: int, high: int) -> list[Data | Damage]:
+        """The tar ranges of rows low..high-1, checked by length and crc32.
+
+        Returns:
+            The bytes of each row; or, where they failed the check and a fresh read failed again,
+            what is wrong.
+
+        Raises:
+            StorageError: a shard cannot be read.
+            ReplacedError: a shard was replaced since it was first read.
+        """
+        found: list[Data | Damage] = []
+        crc32, files, pread = zlib.crc32, self._files, os.pread
+        shards, lengths, expected = at.shard, at.length, at.crc32
+        for place in range(low, high):
+            file = files.get(shards[place])
+            data: Data | Damage | None
+            try:
+                if file is not None:
+                    data = pread(file.descriptor, lengths[place], at.offset[place])
+                else:
+                    data = self._first_read(at, place)
+            except OSError as error:
+                raise self._unreadable(shards[place], error) from None
+            if data is None or len(data) != lengths[place] or crc32(data) != expected[place]:
+                data = self._again(at, place)
+            found.append(data)
+        return found
+
+    def blocks(self, rows: I64) -> Parts:
+        """The whole blocks that rows lie in, of use up to their last row (for reading in order)."""
+        first, stop = self.corpus.block_of(rows)
+        return Parts(first, stop, stop)
+
+    def want(self, rows: I64, parts: Parts) -> None:
+        """Begin to fetch the parts of remote rows, in order, unless they are at hand already."""
+        if self.remote is None:
+            return
+        for shard, part in zip(self._shards(rows), as_tuples(parts), strict=True):
+            if self._paths[shard] is None:
+                self.remote.ask(part, shard)
+
+    def retire(self, position: int) -> None:
+        """Forget the parts that are of no use from a position on."""
+        if self.remote is not None:
+            self.remote.retire(position)
+
+    def forget(self) -> None:
+        """Forget all parts, at the end of an epoch."""
+        if self.remote is not None:
+            self.remote.forget()
+
+    def damage(self, at: Located, place: int, check: str) -> Damage:
+        """Say of a row what is wrong with it, and count it."""
+        with self._lock:
+            self.damaged += 1
+        uid = int(self.corpus.column("uid", at.rows[place : place + 1])[0])
+        store, key = self._stores[at.shard[place]], self._keys[at.shard[place]]
+        return Damage(uid, f"{store.url}/{key}", check)
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        if self.remote is not None:
+            self.remote.close()
+        self._files.clear()
+
+    def _between(self, name: str, rows: I64) -> list[tuple[int, int]]:
+        start = self.corpus.column(f"{name}_offset", rows).astype(np.int64)
+        stop = start + self.corpus.column(f"{name}_length", rows)
+        return list(zip(start.tolist(), stop.tolist(), strict=True))
+
+    def _shards(self, rows: I64) -> list[int]:
+        """The shard of each row, counted through the corpus."""
+        shards = self.corpus.column("shard", rows).astype(np.int64)
+        if len(self.corpus.splits) > 1:
+            shards += self._first_shard[self.corpus.locate(rows)[0]]
+        found: list[int] = shards.tolist()
+        return found
+
+    def _first_read(self, at: Located, place: int) -> Data | None:
+        """A row of a remote shard, or of a local one that is not open yet.
+
+        None where a remote shard ends before the part does.
+        """
+        shard = at.shard[place]
+        path = self._paths[shard]
+        if path is not None:
+            file = self._open(shard, path)  # held: another thread may push it out meanwhile
+            return os.pread(file.descriptor, at.length[place], at.offset[place])
+        assert self.remote is not None
+        part = at.part[place]
+        data = self.remote.ask(part, shard).result()
+        if data is None:
+            return None
+        start = at.offset[place] - self.remote.range_of(part)[0]
+        return memoryview(data)[start : start + at.length[place]]
+
+    def _open(self, shard: int, path: str) -> _File:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                while len(self._files) >= _OPEN_FILES:
+                    self._files.pop(next(iter(self._files)))
+                file = self._files[shard] = _File(path)
+            return file
+
+    def _unreadable(self, shard: int, error: OSError) -> OSError:
+        """A store's own error, or one that says which file could not be read."""
+        if isinstance(error, StorageError):
+            return error
+        return StorageError(f"shard {self._paths[shard]}: {error.strerror}; restore it")
+
+    def _again(self, at: Located, place: int) -> Data | Damage:
+        """Read one sample past every cache; if that fails the check too, it is damaged."""
+        shard, offset, length = at.shard[place], at.offset[place], at.length[place]
+        path = self._paths[shard]
+        with self._lock:
+            self.refetched += 1
+            self._files.pop(shard, None)
+        data: Data
+        try:
+            if path is not None:
+                file = self._open(shard, path)
+                data = os.pread(file.descriptor, length, offset)
+            else:
+                assert self.remote is not None
+                self.remote.discard(at.part[place], shard)
+                data = self._stores[shard].read(self._keys[shard], offset=offset, length=length)
+        except TruncatedError:
+            data = b""
+        if len(data) != length:
+            check = f"the shard ends before its {length} bytes at offset {offset} do"
+        elif (crc := zlib.crc32(data)) != at.crc32[place]:
+            check = f"crc32 {crc:08x} where {at.crc32[place]:08x} is expected"
+        else:
+            return data
+        return self.damage(at, place, check)
