@@ -121,6 +121,11 @@ class Cluster:
         """Where radosgw answers."""
         return f"http://127.0.0.1:{(self.folder / 'port').read_text()}"
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the daemons that were started here."""
+        return [child.pid for child in self._children.values()]
+
     def start(self) -> None:
         """Start what is not running and wait until S3 answers; CephError with the reason."""
         if reason := missing_reason():

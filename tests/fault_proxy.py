@@ -5,6 +5,7 @@ It forwards requests unchanged (the signature covers `Host`) on one connection e
 
 import fcntl
 import http.client
+import random
 import re
 import socket
 import socketserver
@@ -27,18 +28,22 @@ class Fault:
 
     Attributes:
         kind: `reset` (TCP RST), `truncate` (orderly close), `stall` (silence, then close), `flip`
-            (one bit), all at body byte `at`; `busy` (503 SlowDown, not forwarded); `latency` (a
-            wait before forwarding); `lost` (forwarded, then closed without an answer).
+            (one bit), all at body byte `at`; `short` (a reply that ends there, and states that
+            as its length); `busy` (503 SlowDown, not forwarded); `latency` (a wait before
+            forwarding); `lost` (forwarded, then closed without an answer); `away` (this and all
+            requests within `seconds` are closed without an answer).
         match: regular expression searched in `METHOD /path?query`.
         times: how many requests it hits.
+        chance: share of the matching requests that it hits, drawn from a fixed seed.
         at: byte of the reply's body.
-        seconds: length of a stall or latency.
+        seconds: length of a stall, latency or absence.
         then: called once the fault has been done, before the client can see it.
     """
 
-    kind: Literal["reset", "truncate", "stall", "flip", "busy", "latency", "lost"]
+    kind: Literal["reset", "truncate", "stall", "flip", "short", "busy", "latency", "lost", "away"]
     match: str = "^GET "
     times: int = 1
+    chance: float = 1.0
     at: int = 0
     seconds: float = 0.0
     then: Callable[[], None] | None = None
@@ -71,6 +76,8 @@ class FaultProxy(socketserver.ThreadingTCPServer):
         self.faults: list[Fault] = []
         self.log: list[Seen] = []
         self._lock = threading.Lock()
+        self._draw = random.Random(0)
+        self._away_until = 0.0
         self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
 
     def __enter__(self) -> "FaultProxy":
@@ -85,10 +92,14 @@ class FaultProxy(socketserver.ThreadingTCPServer):
     def take_fault(self, line: str, headers: dict[str, str]) -> Fault | None:
         """The fault for this request, used up by one; logs the request."""
         with self._lock:
+            now = time.monotonic()
             hits = (f for f in self.faults if f.times > 0 and re.search(f.match, line))
-            fault = next(hits, None)
-            if fault is not None:
+            fault = next((f for f in hits if f.chance == 1 or self._draw.random() < f.chance), None)
+            if now < self._away_until:
+                fault = Fault("away")
+            elif fault is not None:
                 fault.times -= 1
+                self._away_until = now + fault.seconds if fault.kind == "away" else 0.0
             self.log.append(Seen(line, headers, fault.kind if fault else None))
         return fault
 
@@ -108,6 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.server.take_fault(
             f"{self.command} {self.path}", {k.lower(): v for k, v in self.headers.items()}
         )
+        if fault is not None and fault.kind == "away":
+            self.close_connection = True
+            return None
         if fault is not None and fault.kind == "busy":
             return self._send_busy()
         if fault is not None and fault.kind == "latency":
@@ -141,6 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
         whole = reply.read() if reply.getheader("Content-Length") is None else None
         self.send_response_only(reply.status)
         for name, value in reply.getheaders():
+            if name.lower() == "content-length" and fault is not None and fault.kind == "short":
+                value = str(min(int(value), fault.at))
             if name.lower() not in ("transfer-encoding", "connection"):
                 self.send_header(name, value)
         if whole is not None and reply.status not in (204, 304):
@@ -153,6 +169,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault.kind in ("reset", "truncate", "stall"):
                     self.wfile.write(piece[: fault.at - sent])
                     self._break(fault)
+                    return
+                if fault.kind == "short":
+                    self.wfile.write(piece[: fault.at - sent])
                     return
                 if fault.kind == "flip":
                     flipped = bytearray(piece)

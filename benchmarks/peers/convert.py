@@ -8,6 +8,7 @@ same bytes in the peer's JPEG type, which it decodes itself). Chunks are 64 MB, 
 """
 
 import argparse
+import os
 import tarfile
 import tempfile
 import time
@@ -60,16 +61,19 @@ def to_litdata(shards: list[str], out: Path, *, column: str) -> None:
     """An optimised dataset whose `jpg` is bytes, or litdata's JPEG type."""
     import litdata
 
-    # Inputs are numbers: litdata would copy paths to a cache of its own first.
-    litdata.optimize(
-        fn=partial(litdata_samples, shards, column == "jpeg"),
-        inputs=list(range(len(shards))),
-        output_dir=str(out),
-        chunk_bytes=CHUNK_BYTES,
-        num_workers=1,
-        reorder_files=False,
-        verbose=False,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = f"{scratch}/chunks"
+        os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = f"{scratch}/data"
+        # Inputs are numbers: litdata would copy paths to a cache of its own first.
+        litdata.optimize(
+            fn=partial(litdata_samples, shards, column == "jpeg"),
+            inputs=list(range(len(shards))),
+            output_dir=str(out),
+            chunk_bytes=CHUNK_BYTES,
+            num_workers=1,
+            reorder_files=False,
+            verbose=False,
+        )
 
 
 def litdata_samples(shards: list[str], typed: bool, number: int) -> Iterator[dict[str, Any]]:

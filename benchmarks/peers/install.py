@@ -16,25 +16,25 @@ PEERS = {"webdataset": "webdataset", "litdata": "litdata", "streaming": "mosaicm
 
 
 def pip_install(*names: str) -> str | None:
-    """Install packages at the versions of constraints.txt; None, or the last line of the error."""
+    """Install packages at the versions of constraints.txt; None, or the reason."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["-c", str(CONSTRAINTS), *names]
     done = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
-    return None if done.returncode == 0 else last_line(done.stderr)
+    return None if done.returncode == 0 else reason_of(done.stderr)
 
 
-def last_line(text: str) -> str:
-    """The last line of an error that says something; pip's notices follow its errors."""
+def reason_of(text: str) -> str:
+    """The line of an error output that says most: pip's first ERROR, a traceback's last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or ["no message"])[-1]
+    return (errors[:1] or lines[-1:] or ["no message"])[0]
 
 
 def import_error(module: str) -> str | None:
-    """None when the module can be imported in a fresh process, else the error's last line."""
+    """None when the module can be imported in a fresh process, else the reason."""
     command = [sys.executable, "-c", f"import {module}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
-    return None if done.returncode == 0 else last_line(done.stderr)
+    return None if done.returncode == 0 else reason_of(done.stderr)
 
 
 def version_of(name: str) -> str:

@@ -79,7 +79,7 @@ def test_score_files_give_the_likelihoods_of_the_tars(merged: Path) -> None:
         vocabulary_digest=dataset.vocabulary.digest,
     )
     scores = ScoreLikelihoods(
-        packed, scores=store, manifest=manifest, temperature=TEMPERATURE, cache_shards=1
+        packed, scores=store, manifest=manifest, temperature=TEMPERATURE, cache=merged / "cache"
     )
     reader = RowReader(tars)
     for row in reversed(range(packed.num_samples)):
@@ -88,7 +88,11 @@ def test_score_files_give_the_likelihoods_of_the_tars(merged: Path) -> None:
         assert indptr.tolist() == [0, len(values)]
     with pytest.raises(DataError, match="not val"):
         ScoreLikelihoods(
-            open_split(dataset, "val"), scores=store, manifest=manifest, temperature=0.05
+            open_split(dataset, "val"),
+            scores=store,
+            manifest=manifest,
+            temperature=TEMPERATURE,
+            cache=merged / "cache",
         )
 
 

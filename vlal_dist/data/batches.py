@@ -33,8 +33,10 @@ from vlal_dist.data.reader import Damage, DamagedError, Located, Reader
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets
 
-_LARGEST_PIECE = 32
+_LARGEST_PIECE = 64
 """Rows that a thread takes at a time."""
+_LARGEST_MASK = 64 << 20
+"""Bytes of a table of feasible sets that is worth keeping dense."""
 _EVALUATION_AHEAD = 2
 """Batches of an evaluation made ahead."""
 
@@ -103,6 +105,8 @@ class BatchMaker:
         self.reader, self.feasible, self.num_attributes = reader, feasible, num_attributes
         self.image_size, self.normalize, self.threads = image_size, normalize, threads
         self.read_likelihoods, self.leave_out_damaged = read_likelihoods, leave_out_damaged
+        small = feasible.num_objects * num_attributes <= _LARGEST_MASK
+        self._mask = feasible.mask(num_attributes) if small else None
         self.counts = StageCounts()
         self._lock = threading.Lock()
         self._buffers = ImageBuffers(side=image_size, pinned=pinned)
@@ -120,7 +124,7 @@ class BatchMaker:
             The batch once it is made; DamagedError, DataError or StorageError if it cannot be.
         """
         job, count = _Job(self, at, visit, flip), len(at.rows)
-        size = max(1, min(_LARGEST_PIECE, -(-count // (2 * self.threads))))
+        size = max(1, min(_LARGEST_PIECE, -(-count // self.threads)))
         pieces = [(low, min(low + size, count)) for low in range(0, count, size)]
         job.left = len(pieces)
         if not pieces:
@@ -132,6 +136,15 @@ class BatchMaker:
     def make(self, rows: I64, visit: I64, flip: npt.NDArray[np.bool_]) -> Batch:
         """A batch of the given rows, waited for; errors as `start`."""
         return self.start(self.reader.locate(rows), visit, flip).result().batch
+
+    def feasible_rows(self, object_id: I64) -> npt.NDArray[np.bool_]:
+        """Omega_o of many samples: bool [B, A]."""
+        if self._mask is not None:
+            return self._mask[object_id]
+        indptr, ids = feasible_places(self.feasible, object_id)
+        rows = np.zeros((len(object_id), self.num_attributes), dtype=np.bool_)
+        rows[np.repeat(np.arange(len(object_id)), np.diff(indptr)), ids] = True
+        return rows
 
     def count(self, **amounts: float) -> None:
         """Add to the counts."""
@@ -221,16 +234,8 @@ class _Job:
         column = maker.reader.corpus.column
         object_id = column("object_id", rows).astype(np.int64)
         label = label_rows(parse_json(self._parts(at.json, places)), maker.num_attributes)
-        indptr, ids = feasible_places(maker.feasible, object_id)
-        of_row = np.repeat(np.arange(len(rows)), np.diff(indptr))
-        feasible = np.zeros((len(rows), maker.num_attributes), dtype=np.bool_)
-        feasible[of_row, ids] = True
-        weight = None
-        if maker.read_likelihoods is not None:
-            ragged = maker.read_likelihoods(rows, self._parts(at.likelihood, places))
-            self._check_likelihoods(rows, ragged[1], indptr)
-            weight = np.zeros(feasible.shape, dtype=np.float32)
-            weight[of_row, ids] = drawing_weights(ragged)
+        feasible = maker.feasible_rows(object_id)
+        weight = self._weights(rows, object_id, places) if maker.read_likelihoods else None
         batch = Batch(
             image=image.permute(0, 3, 1, 2),
             flip=torch.from_numpy(self.flip[kept]),
@@ -250,15 +255,23 @@ class _Job:
         data = self.data
         return [data[n][where[n][0] : where[n][1]] for n in places.tolist()]
 
-    def _check_likelihoods(self, rows: I64, found: I64, expected: I64) -> None:
-        wrong = np.flatnonzero(np.diff(found) != np.diff(expected))
+    def _weights(self, rows: I64, object_id: I64, places: I64) -> npt.NDArray[np.float32]:
+        """Inverse weights of the draw: float32 [B, A]; 0 where it cannot be drawn."""
+        maker = self.maker
+        assert maker.read_likelihoods is not None
+        ragged = maker.read_likelihoods(rows, self._parts(self.at.likelihood, places))
+        indptr, ids = feasible_places(maker.feasible, object_id)
+        wrong = np.flatnonzero(np.diff(ragged[1]) != np.diff(indptr))
         if len(wrong):
-            row, n, k = (int(a[wrong[0]]) for a in (rows, np.diff(found), np.diff(expected)))
+            row, n, k = (int(a[wrong[0]]) for a in (rows, np.diff(ragged[1]), np.diff(indptr)))
             uid = int(self.maker.reader.corpus.column("uid", np.array([row]))[0])
             raise DataError(
                 f"sample uid {uid:016x}: likelihood over {n} attributes, its object has {k} "
                 "feasible ones; merge again with the present feasible sets"
             )
+        weight = np.zeros((len(rows), maker.num_attributes), dtype=np.float32)
+        weight[np.repeat(np.arange(len(rows)), np.diff(indptr)), ids] = drawing_weights(ragged)
+        return weight
 
 
 def evaluation_batches(maker: BatchMaker, rows: I64, *, batch_size: int) -> Iterator[Batch]:

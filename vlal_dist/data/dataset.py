@@ -1,12 +1,17 @@
 """Opening a dataset root: manifest, vocabulary, feasible sets, and the files of each split.
 
 Everything read here is checked against the digests in `dataset.json` before it is used; the shards
-are checked sample by sample when they are read.
+are checked sample by sample when they are read. An index of many gigabytes is hashed once per node,
+not at every start: `cache/verified` notes which files were found right.
 """
 
 import hashlib
 import json
+import os
+import uuid
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ import pyarrow.parquet
 from vlal_dist.data.index import Blocks, Index, Shard, decode_shards, map_blocks, map_index
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, fetch, open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -35,7 +41,7 @@ class Dataset:
         digest: sha256 (hex) of `dataset.json`'s bytes.
         vocabulary: names and groups.
         feasible: Omega_o of every object.
-        cache: local folder for index files of a remote root.
+        cache: local folder for index files of a remote root, and for notes of what was verified.
     """
 
     url: str
@@ -131,16 +137,7 @@ def open_split(dataset: Dataset, split: str) -> Split:
     if split not in dataset.manifest["splits"]:
         raise DataError(f"{dataset.url} has no split {split!r}; it has {', '.join(dataset.splits)}")
     entry = dataset.manifest["splits"][split]
-    paths = {
-        name: fetch(
-            dataset.store, f"{split}/{name}", cache=dataset.cache, sha256=entry["files"][name]
-        )
-        for name in SPLIT_FILES[:3]
-    }
-    for name, path in paths.items():
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        check_digest(f"{dataset.url}/{split}/{name}", entry["files"][name], found)
+    paths = {name: _verified(dataset, f"{split}/{name}") for name in SPLIT_FILES[:3]}
     shards = decode_shards(paths["shards.parquet"].read_bytes())
     index, blocks = map_index(paths["index.arrow"]), map_blocks(paths["blocks.arrow"])
     for what, samples in (
@@ -154,6 +151,68 @@ def open_split(dataset: Dataset, split: str) -> Split:
                 f"{entry['samples']}; run shard_tools verify, and pack again"
             )
     return Split(split, dataset.store, shards, index, blocks)
+
+
+def _verified(dataset: Dataset, key: str) -> Path:
+    """A local file with what is stored under a split's key, of the digest that `dataset.json` says.
+
+    A file whose digest was found right once is not hashed again while its name, device, inode, size
+    and times stay. That is enough against replaced and cut files, which is what happens; rotten
+    bytes of an index are told when the samples it points to fail their crc32, and `verify` hashes
+    everything.
+
+    Raises:
+        DataError: another digest.
+        StorageError: the file cannot be read.
+    """
+    split, _, name = key.partition("/")
+    expected = dataset.manifest["splits"][split]["files"][name]
+    copied = dataset.store.local_path(key) is None
+    downloaded = copied and not (dataset.cache / expected).is_file()
+    path = fetch(dataset.store, key, cache=dataset.cache, sha256=expected)
+    note, stat = dataset.cache / "verified" / expected, _stat_note(path)
+    if _read_note(note) == stat:
+        return path
+    if not downloaded:  # else hashed on its way here
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if copied and found != expected:
+            raise DataError(
+                f"{path}, the local copy of {dataset.url}/{key}, has sha256 {found}: it was "
+                "altered; delete it, and it is fetched again"
+            )
+        check_digest(f"{dataset.url}/{key}", expected, found)
+    _write_note(note, stat)
+    return path
+
+
+def _stat_note(path: Path) -> list[str | int]:
+    """What tells a file from another one, and from itself after a change."""
+    path = path.absolute()
+    stat = path.stat()
+    return [
+        str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    ]  # fmt: skip
+
+
+def _read_note(note: Path) -> object:
+    """What a note says; None where there is none that can be read."""
+    try:
+        return json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_note(note: Path, stat: list[str | int]) -> None:
+    """Write a note, if the cache can be written: without it the next start hashes again."""
+    temporary = note.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(stat))
+            os.replace(temporary, note)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def check_shard_sizes(split: Split) -> None:
@@ -181,11 +240,21 @@ def check_shard_sizes(split: Split) -> None:
         list(pool.map(check, range(len(split.shards))))
 
 
-def read_labels(dataset: Dataset, split: str) -> pa.Table:
-    """`labels.parquet` of a split: key, instance_id, positive, negative; row-aligned."""
+def read_labels(dataset: Dataset, split: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """`labels.parquet` of a split: key, instance_id, positive, negative; row-aligned.
+
+    Args:
+        dataset: the opened dataset.
+        split: name.
+        columns: those that are decoded; None: all.
+
+    Raises:
+        DataError: a file that differs from its digest.
+    """
     data = dataset.store.read(f"{split}/labels.parquet")
     expected = dataset.manifest["splits"][split]["files"]["labels.parquet"]
     check_digest(
         f"{dataset.url}: {split}/labels.parquet", expected, hashlib.sha256(data).hexdigest()
     )
-    return pyarrow.parquet.read_table(pa.BufferReader(data))
+    chosen = None if columns is None else list(columns)
+    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=chosen)

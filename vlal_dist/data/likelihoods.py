@@ -6,8 +6,9 @@ samples, and gives ragged values: float32 [S], and indptr int64 [B + 1].
 """
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from vlal_dist.data.dataset import Split
 from vlal_dist.data.keyed import I64
 from vlal_dist.data.labels import Data, Ragged, join_likelihoods
-from vlal_dist.data.scores import read_shard_scores
+from vlal_dist.data.score_files import MappedScores, open_scores
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood, rescale
 from vlal_dist.storage.store import Store
@@ -54,14 +55,16 @@ def rescaled_tar_likelihoods(*, merged_at: float, temperature: float) -> ReadLik
 
 
 class ScoreLikelihoods:
-    """Log-likelihoods read from the score root, shard by shard; safe to call from many threads.
+    """Log-likelihoods of the similarities in score files; safe to call from many threads.
+
+    Score files stay mapped once they are opened. No lock is held while one is read.
 
     Args:
         split: the opened split.
         scores: store of the score root.
         manifest: its checked `scores.json`.
         temperature: tau of Eq. (2).
-        cache_shards: score files kept in memory.
+        cache: local folder for copies of remote score files.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class ScoreLikelihoods:
         scores: Store,
         manifest: Mapping[str, Any],
         temperature: float,
-        cache_shards: int = 256,
+        cache: Path,
     ) -> None:
         if split.name not in manifest["splits"]:
             raise DataError(
@@ -79,9 +82,9 @@ class ScoreLikelihoods:
                 f"{split.name}; run score_clip with scoring.splits including it"
             )
         self._split, self._scores, self._manifest = split, scores, manifest
-        self._temperature, self._cache_shards = temperature, cache_shards
+        self._temperature, self._cache = temperature, cache
         self._lock = threading.Lock()
-        self._shards: OrderedDict[int, tuple[I64, Any]] = OrderedDict()
+        self._shards: dict[int, Future[MappedScores]] = {}
         self._first_row = np.concatenate(
             [[0], np.cumsum([shard.samples for shard in split.shards])]
         ).astype(np.int64)
@@ -91,37 +94,41 @@ class ScoreLikelihoods:
 
         Raises:
             DataError: a score file is absent, damaged, or of another shard, scorer or dataset.
+            StorageError: a score file cannot be read.
         """
-        values = []
-        for row, shard in zip(rows.tolist(), self._split.index.shard[rows].tolist(), strict=True):
-            indptr, held = self._shard(shard)
-            place = row - int(self._first_row[shard])
-            values.append(held[indptr[place] : indptr[place + 1]])
+        shards = self._split.index.shard[rows]
+        places = (rows - self._first_row[shards]).tolist()
+        values = [
+            self._shard(shard).row(place)
+            for shard, place in zip(shards.tolist(), places, strict=True)
+        ]
         ends = np.cumsum([len(one) for one in values])
+        indptr = np.concatenate([[0], ends]).astype(np.int64)
         joined = np.concatenate(values) if values else np.zeros(0, np.float32)
-        return joined, np.concatenate([[0], ends]).astype(np.int64)
+        return log_likelihood(joined, indptr, temperature=self._temperature), indptr
 
-    def _shard(self, shard: int) -> tuple[I64, Any]:
+    def _shard(self, shard: int) -> MappedScores:
+        """The scores of a shard, opened by the first thread that asks; the others wait for it."""
         with self._lock:
             found = self._shards.get(shard)
-            if found is not None:
-                self._shards.move_to_end(shard)
-                return found
-            first, last = self._first_row[shard : shard + 2]
-            stated = self._split.shards[shard]
-            scores = read_shard_scores(
-                self._scores,
-                self._split.name,
-                shard_sha256=stated.sha256,
-                manifest=self._manifest,
-            )
-            if not np.array_equal(scores.uid, self._split.index.uid[first:last]):
-                raise DataError(
-                    f"scores of shard {stated.name} hold other samples than the shard; delete "
-                    "that score file and score again"
-                )
-            ragged = log_likelihood(scores.similarity, scores.indptr, temperature=self._temperature)
-            self._shards[shard] = (scores.indptr, ragged)
-            while len(self._shards) > self._cache_shards:
-                self._shards.popitem(last=False)
-            return self._shards[shard]
+            if opens := found is None:
+                found = self._shards[shard] = Future()
+        if opens:
+            try:
+                found.set_result(self._open(shard))
+            except BaseException as error:
+                with self._lock:  # A later batch tries again.
+                    del self._shards[shard]
+                found.set_exception(error)
+        return found.result()
+
+    def _open(self, shard: int) -> MappedScores:
+        first, last = self._first_row[shard : shard + 2]
+        return open_scores(
+            self._scores,
+            self._split.name,
+            shard_sha256=self._split.shards[shard].sha256,
+            uid=self._split.index.uid[first:last],
+            manifest=self._manifest,
+            cache=self._cache,
+        )

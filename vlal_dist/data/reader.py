@@ -63,7 +63,7 @@ class Located:
         shard: shard, counted through the corpus.
         offset, length, crc32: of the tar range.
         jpg, json, likelihood: (start, stop) of each part's contents within the range.
-        part: the part that a remote row is read from.
+        part, part_offset: the part that a remote row is read from, and its offset in the shard.
     """
 
     rows: I64
@@ -75,6 +75,7 @@ class Located:
     json: list[tuple[int, int]]
     likelihood: list[tuple[int, int]]
     part: list[Part]
+    part_offset: list[int]
 
     def between(self, low: int, high: int) -> "Located":
         """Rows low..high-1 of these."""
@@ -133,7 +134,12 @@ class Reader:
             name: self.corpus.column(name, rows).astype(np.int64)
             for name in ("offset", "length", "crc32")
         }
-        part = as_tuples(parts or self.blocks(rows)) if self.remote else []
+        part: list[Part] = []
+        part_offset: list[int] = []
+        if self.remote is not None:
+            parts = parts or self.blocks(rows)
+            part = as_tuples(parts)
+            part_offset = self.corpus.column("offset", parts.first).tolist()
         return Located(
             rows=rows,
             shard=self._shards(rows),
@@ -144,6 +150,7 @@ class Reader:
             json=self._between("json", rows),
             likelihood=self._between("likelihood", rows),
             part=part,
+            part_offset=part_offset,
         )
 
     def read(self, at: Located, low: int, high: int) -> list[Data | Damage]:
@@ -168,10 +175,10 @@ class Reader:
                     data = pread(file.descriptor, lengths[place], at.offset[place])
                 else:
                     data = self._first_read(at, place)
+                if data is None or len(data) != lengths[place] or crc32(data) != expected[place]:
+                    data = self._again(at, place)
             except OSError as error:
                 raise self._unreadable(shards[place], error) from None
-            if data is None or len(data) != lengths[place] or crc32(data) != expected[place]:
-                data = self._again(at, place)
             found.append(data)
         return found
 
@@ -236,11 +243,10 @@ class Reader:
             file = self._open(shard, path)  # held: another thread may push it out meanwhile
             return os.pread(file.descriptor, at.length[place], at.offset[place])
         assert self.remote is not None
-        part = at.part[place]
-        data = self.remote.ask(part, shard).result()
+        data = self.remote.ask(at.part[place], shard).result()
         if data is None:
             return None
-        start = at.offset[place] - self.remote.range_of(part)[0]
+        start = at.offset[place] - at.part_offset[place]
         return memoryview(data)[start : start + at.length[place]]
 
     def _open(self, shard: int, path: str) -> _File:

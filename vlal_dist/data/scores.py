@@ -72,10 +72,7 @@ def decode_scores(data: bytes, *, where: str) -> ShardScores:
         header = json.loads(_metadata(data)["header"])
         scores = ShardScores(header=header, **arrays)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"score file {where} is damaged ({error}); delete it and score again"
-        ) from None
-    missing = [name for name in DIGESTS if name not in header]
+        raise damaged_scores(where, str(error)) from None
     rows = len(scores.uid)
     fits = (
         scores.embedding.ndim == 2
@@ -83,12 +80,9 @@ def decode_scores(data: bytes, *, where: str) -> ShardScores:
         and len(scores.indptr) == rows + 1
         and int(scores.indptr[-1]) == len(scores.similarity)
     )
-    if missing or not fits:
-        raise DataError(
-            f"score file {where}: "
-            + (f"header lacks {', '.join(missing)}" if missing else "arrays do not fit together")
-            + "; delete it and score again"
-        )
+    if not fits:
+        raise damaged_scores(where, "its arrays do not fit together")
+    check_header(header, where)
     return scores
 
 
@@ -100,27 +94,57 @@ def read_shard_scores(
     Raises:
         DataError: absent, damaged, or bound to another shard, scorer or feasible sets.
     """
-    scorer = str(manifest["scorer_digest"])
-    key = score_key(split, shard_sha256=shard_sha256, scorer_digest=scorer)
+    key = score_key(split, shard_sha256=shard_sha256, scorer_digest=str(manifest["scorer_digest"]))
+    where = f"{store.url}/{key}"
     try:
-        scores = decode_scores(store.read(key), where=f"{store.url}/{key}")
+        scores = decode_scores(store.read(key), where=where)
     except NotFoundError:
-        raise DataError(
-            f"{store.url}/{key}: no scores of this shard; run score_clip for split {split}"
-        ) from None
-    expected = {
-        "shard_sha256": shard_sha256,
-        "scorer_digest": scorer,
-        "feasible_digest": manifest["feasible_digest"],
-        "vocabulary_digest": manifest["vocabulary_digest"],
-    }
-    for name, value in expected.items():
-        if scores.header[name] != value:
-            raise DataError(
-                f"{store.url}/{key}: {name} {scores.header[name]} where {value} is expected; "
-                "score again with the present dataset and model"
-            )
+        raise absent_scores(where, split) from None
+    check_binding(scores.header, where, shard_sha256=shard_sha256, manifest=manifest)
     return scores
+
+
+def check_binding(
+    header: Mapping[str, str], where: str, *, shard_sha256: str, manifest: Mapping[str, Any]
+) -> None:
+    """Refuse scores of another shard, scorer, feasible sets or vocabulary.
+
+    Args:
+        header: the score file's own.
+        where: its name, for errors.
+        shard_sha256: digest of the shard.
+        manifest: the checked `scores.json`.
+
+    Raises:
+        DataError: a digest is absent or another one.
+    """
+    check_header(header, where)
+    for name in DIGESTS:
+        expected = shard_sha256 if name == "shard_sha256" else str(manifest[name])
+        if header[name] != expected:
+            raise DataError(
+                f"{where}: {name} {header[name]} where {expected} is expected; score again with "
+                "the present dataset and model"
+            )
+
+
+def check_header(header: Mapping[str, str], where: str) -> None:
+    """Raise a DataError when a score file's header lacks a digest."""
+    missing = [name for name in DIGESTS if name not in header]
+    if missing:
+        raise DataError(
+            f"score file {where}: header lacks {', '.join(missing)}; delete it and score again"
+        )
+
+
+def damaged_scores(where: str, what: str) -> DataError:
+    """The error for a score file that cannot be used."""
+    return DataError(f"score file {where} is damaged ({what}); delete it and score again")
+
+
+def absent_scores(where: str, split: str) -> DataError:
+    """The error for a shard that was not scored."""
+    return DataError(f"{where}: no scores of this shard; run score_clip for split {split}")
 
 
 def read_scores_manifest(

@@ -1,26 +1,23 @@
 """What a run reads besides images: the dataset, its likelihoods, PSL's prior; and validation."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import torch
 from torch import Tensor
 
 from vlal_dist.data.batches import BatchMaker, evaluation_batches
-from vlal_dist.data.corpus import Corpus
-from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split, read_labels
-from vlal_dist.data.factors import repeat_factors, subset_factors
+from vlal_dist.data.dataset import Dataset, Split, open_split
 from vlal_dist.data.likelihoods import (
     ReadLikelihoods,
     ScoreLikelihoods,
     rescaled_tar_likelihoods,
 )
+from vlal_dist.data.mixture import Mixture, open_mixture
 from vlal_dist.data.scores import read_scores_manifest
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.predict import predict
@@ -31,25 +28,14 @@ from vlal_dist.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class Sources:
+class Sources(Mixture):
     """The opened data of a run.
 
-    Attributes:
-        dataset: vocabulary, feasible sets, digests; its validation split selects the model.
-        corpus: what is trained on.
-        passes: passes per epoch over each split of the corpus.
-        factor: float64 [N], what each row's passes are multiplied by; None: 1.
-        mix, subset: what the binding says of them.
+    Attributes besides those of a mixture, which is what is trained on:
         validation: split that selects the model.
         read_likelihoods: where log-likelihoods are; None where none are needed.
     """
 
-    dataset: Dataset
-    corpus: Corpus
-    passes: tuple[float, ...]
-    factor: npt.NDArray[np.float64] | None
-    mix: str
-    subset: str
     validation: Split
     read_likelihoods: ReadLikelihoods | None
 
@@ -70,13 +56,9 @@ def open_sources(
     """Open what is trained on and validated with.
 
     Args:
-        url: root of merge, or of pack when likelihoods come from score files.
-        mix: roots trained on together -> passes per epoch; empty: `url` once.
-        subset: file with a sample key per line; None: all samples.
-        repeat_threshold: of `repeat_factors`; 0: none.
+        url, mix, subset, repeat_threshold, cache: as `open_mixture` takes them.
         scores_url: root of score_clip; None: likelihoods are inside the tars.
         temperature: tau of Eq. (2); None: the scorer's. Likelihoods in tars are rescaled to it.
-        cache: local folder for files of a remote root.
         train_split, validation_split: names.
         needs_likelihood: whether the loss draws ignore sets.
 
@@ -85,72 +67,27 @@ def open_sources(
         DataError: no such dataset or split, datasets that do not belong together, or no
             likelihoods where they are needed.
     """
-    dataset = open_dataset(url, cache=cache)
-    trained = [dataset if root == url else open_dataset(root, cache=cache) for root in mix or [url]]
-    check_mix(dataset, trained)
-    corpus = Corpus([open_split(one, train_split) for one in trained])
-    factor, digest = _factors(trained, train_split, subset=subset, threshold=repeat_threshold)
-    read = None
+    mixture = open_mixture(
+        url,
+        mix=mix,
+        subset=subset,
+        repeat_threshold=repeat_threshold,
+        cache=cache,
+        split=train_split,
+    )
+    splits, read = mixture.corpus.splits, None
     if needs_likelihood and scores_url is None:
-        read = _tar_likelihoods(trained, train_split, temperature)
+        read = _tar_likelihoods(mixture.trained, train_split, temperature)
     elif needs_likelihood:
         assert scores_url is not None
-        if len(corpus.splits) > 1:
+        if len(splits) > 1:
             raise ConfigError("data.mix needs data.likelihood tar: score files belong to one root")
-        read = _score_likelihoods(dataset, corpus.splits[0], scores_url, temperature)
-    named = [f"{one.digest[:16]} x {p:g}" for one, p in zip(trained, mix.values(), strict=False)]
+        read = _score_likelihoods(mixture.dataset, splits[0], scores_url, temperature)
     return Sources(
-        dataset=dataset,
-        corpus=corpus,
-        passes=tuple(mix.values()) or (1.0,),
-        factor=factor,
-        mix=", ".join(named),
-        subset=digest,
-        validation=open_split(dataset, validation_split),
+        **vars(mixture),
+        validation=open_split(mixture.dataset, validation_split),
         read_likelihoods=read,
     )
-
-
-def check_mix(dataset: Dataset, trained: Sequence[Dataset]) -> None:
-    """Refuse datasets that cannot be trained on together.
-
-    Raises:
-        DataError: another vocabulary or other feasible sets, or two datasets of one name (their
-            samples could share uids).
-    """
-    for one in trained:
-        for what in ("vocabulary", "feasible"):
-            digests = [getattr(d, what).digest for d in (one, dataset)]
-            if digests[0] != digests[1]:
-                raise DataError(
-                    f"data.mix: {one.url} has {what} digest {digests[0]}, {dataset.url} has "
-                    f"{digests[1]}; clean it again with --like {dataset.url}, then pack and merge"
-                )
-    names = [one.name for one in trained]
-    if len(set(names)) < len(names):
-        raise DataError(
-            f"data.mix: the datasets are named {', '.join(names)}; give each its own pack.name: "
-            "the uid of a sample depends on it"
-        )
-
-
-def _factors(
-    trained: Sequence[Dataset], split: str, *, subset: str | None, threshold: float
-) -> tuple[npt.NDArray[np.float64] | None, str]:
-    """The factor of each row (None: 1 everywhere), and the digest of the list of keys."""
-    if subset is None and threshold == 0:
-        return None, ""
-    tables = [read_labels(one, split) for one in trained]
-    kept, digest = np.ones(sum(len(table) for table in tables), dtype=np.bool_), ""
-    if subset is not None:
-        root, _, name = subset.rpartition("/")
-        text = open_store(root or ".").read(name)
-        kept = subset_factors([table["key"] for table in tables], text.decode().split())
-        digest = hashlib.sha256("\n".join(sorted(set(text.decode().split()))).encode()).hexdigest()
-    if threshold == 0:
-        return kept.astype(np.float64), digest
-    repeats = repeat_factors([table["positive"] for table in tables], kept, threshold=threshold)
-    return repeats * kept, digest
 
 
 def _tar_likelihoods(
@@ -188,6 +125,7 @@ def _score_likelihoods(
         scores=store,
         manifest=manifest,
         temperature=temperature or float(manifest["temperature"]),
+        cache=dataset.cache,
     )
 
 

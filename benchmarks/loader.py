@@ -1,0 +1,342 @@
+"""Our training stream beside webdataset, litdata and mosaicml-streaming, and beside its ceiling.
+
+    make peers                                    # once: the other loaders, in .peers
+    python benchmarks/loader.py [--quick] [--json FILE] [--markdown FILE] [--data FOLDER]
+
+Crops of 60x80 pixels (about 2 kB) to 64x64 and photos of 500x375 (about 90 kB) to 224x224; batches
+of 64 images and labels; warm page cache; each loader in processes of its own, one after the other,
+their order reversed from round to round; medians over rounds. Every peer decodes with our decode
+function, and as shipped. Our checksums are on. The ceiling is our decode function in a bare loop.
+
+With two processes we run two ranks with one decoding thread each; the peers two workers, and a main
+process that only collects. One process means one core. S3 is Ceph's gateway on the same cores: its
+CPU seconds are taken out of the ratio, and printed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.loader_data import CROPS, PHOTOS, Kind, make  # noqa: E402
+
+PEERS = {"webdataset": "webdataset", "litdata": "litdata", "streaming": "mosaicml"}
+PEER_PYTHON = ROOT / ".peers/bin/python"
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing to measure.
+
+    Attributes:
+        name: `ours`, `ceiling`, or a peer.
+        kind: the data.
+        processes: 1 or 2.
+        variant: of a peer, `ours` or `as_shipped`.
+        s3: read from S3.
+    """
+
+    name: str
+    kind: Kind
+    processes: int
+    variant: str = "ours"
+    s3: bool = False
+
+    @property
+    def label(self) -> str:
+        """Key of the results."""
+        parts = [self.name]
+        parts += ["as_shipped"] if self.variant == "as_shipped" else []
+        parts += ["s3"] if self.s3 else []
+        parts += ["photos"] if self.kind is PHOTOS else []
+        parts += ["one_process"] if self.processes == 1 else []
+        return "_".join(parts)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one run gave: samples per second, and per CPU second; CPU seconds of the S3 server."""
+
+    per_s: float
+    per_cpu_s: float
+    seconds: float
+    server_cpu_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where the data is and how long to measure.
+
+    Attributes:
+        folder: of the data.
+        seconds, warmup: of each run.
+        s3_roots: kind -> s3:// root; empty: no server.
+        server_pids: of the server's processes.
+    """
+
+    folder: Path
+    seconds: float
+    warmup: float
+    s3_roots: dict[str, str]
+    server_pids: list[int]
+
+    def run(self, entry: Entry) -> Figures:
+        """Measure one entry."""
+        if entry.name in PEERS:
+            return self._peer(entry)
+        commands = [self._own(entry, rank) for rank in range(entry.processes)]
+        before = cpu_of(self.server_pids)
+        found = run_together(commands)
+        per_s = sum(one["samples"] / one["seconds"] for one in found)
+        cpu = sum(one["cpu_seconds"] for one in found)
+        samples = sum(one["samples"] for one in found)
+        whole = max(one["seconds"] for one in found)
+        # The server works during start and warm-up too: its share is taken per sample delivered.
+        share = self.seconds / (self.seconds + self.warmup)
+        server = (cpu_of(self.server_pids) - before) * share if entry.s3 else 0.0
+        return Figures(per_s, samples / cpu, whole, server)
+
+    def _own(self, entry: Entry, rank: int) -> list[str]:
+        root = str(self.folder / entry.kind.name / "dataset")
+        command = [sys.executable, str(ROOT / "benchmarks/loader_run.py"), entry.name]
+        command += [self.s3_roots[entry.kind.name] if entry.s3 else root]
+        options = {
+            "cache": self.folder / "cache",
+            "side": entry.kind.side,
+            "batch": BATCH,
+            "rank": rank,
+            "ranks": entry.processes,
+            "warmup": self.warmup,
+            "seconds": self.seconds,
+        }
+        options |= {"cores": 1} if entry.processes == 1 else {}
+        return command + [word for k, v in options.items() for word in (f"--{k}", str(v))]
+
+    def _peer(self, entry: Entry) -> Figures:
+        one = entry.processes == 1
+        command = [str(PEER_PYTHON), str(ROOT / "benchmarks/peers/run_peer.py"), entry.name]
+        command += [str(self.folder / entry.kind.name / "peers"), "--variant", entry.variant]
+        options = {
+            "attributes": 591,
+            "side": entry.kind.side,
+            "batch": BATCH,
+            "workers": 0 if one else entry.processes,
+            "cores": entry.processes,
+            "warmup": self.warmup,
+            "seconds": self.seconds,
+        }
+        command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
+        (found,) = run_together([command])
+        return Figures(found["samples_per_s"], found["samples_per_cpu_s"], found["seconds"])
+
+
+def run_together(commands: Sequence[list[str]]) -> list[dict[str, Any]]:
+    """Run processes side by side; the JSON object that each prints last."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    found = []
+    for process in running:
+        output, errors = process.communicate(timeout=300)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(process.args)}\n{errors[-2000:]}")  # type: ignore[arg-type]
+        found.append(json.loads(output.strip().splitlines()[-1]))
+    return found
+
+
+def cpu_of(pids: Sequence[int]) -> float:
+    """CPU seconds of some processes so far."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
+def prepare(folder: Path, kinds: Sequence[Kind]) -> dict[str, str | None]:
+    """Make the data, converted for the peers; per peer, why it is absent (None: it is there)."""
+    for kind in kinds:
+        make(folder, kind)
+    if not PEER_PYTHON.exists():
+        return dict.fromkeys(PEERS, "no .peers environment: run make peers")
+    told = json.loads((ROOT / ".peers/peers.json").read_text())
+    absent = {peer: told[peer]["absent"] for peer in PEERS}
+    for kind in kinds:
+        data = folder / kind.name
+        command = [str(PEER_PYTHON), str(ROOT / "benchmarks/peers/convert.py")]
+        command += [str(data / "dataset"), str(data / "peers"), "--peers"]
+        command += [peer for peer in PEERS if absent[peer] is None]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    return absent
+
+
+@contextmanager
+def s3_copies(folder: Path, kinds: Sequence[Kind]) -> Iterator[tuple[dict[str, str], Any]]:
+    """The datasets in a Ceph gateway of our own; nothing where Ceph is not installed."""
+    from tests.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
+
+    cluster = Cluster(Path(tempfile.mkdtemp(prefix="vlal-bench-")))
+    try:
+        cluster.start()
+    except CephError as error:
+        print(f"no S3 figures: {error}", file=sys.stderr)
+        yield {}, None
+        return
+    try:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": cluster.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        import boto3
+
+        from vlal_dist.storage.store import open_store
+
+        boto3.client("s3").create_bucket(Bucket="bench")
+        roots = {}
+        for kind in kinds:
+            roots[kind.name] = f"s3://bench/{kind.name}"
+            source, target = folder / kind.name / "dataset", open_store(roots[kind.name])
+            for path in sorted(p for p in source.rglob("*") if p.is_file()):
+                target.create(path.relative_to(source).as_posix(), path)
+        yield roots, cluster
+    finally:
+        cluster.stop(kill=True)
+
+
+def entries(
+    kinds: Sequence[Kind], *, absent: dict[str, str | None], quick: bool, s3: bool
+) -> list[Entry]:
+    """What is measured, in order."""
+    found = []
+    for kind in kinds:
+        for processes in (2,) if quick else (2, 1):
+            found += [Entry(name, kind, processes) for name in ("ceiling", "ours")]
+            present = [peer for peer in PEERS if absent[peer] is None]
+            found += [Entry(peer, kind, processes) for peer in present]
+            if processes == 2 and not quick:
+                found += [Entry(peer, kind, 2, variant="as_shipped") for peer in present]
+        found += [Entry("ours", kind, 2, s3=True)] if s3 else []
+    return found
+
+
+def summarise(results: dict[str, list[Figures]]) -> dict[str, float | None]:
+    """Flat numbers: medians over rounds of ratios within a round, and of rates."""
+    numbers: dict[str, float | None] = {}
+    for photos in ("", "_photos"):
+        for one in ("", "_one_process"):
+            ours = results.get(f"ours{photos}{one}")
+            if not ours:
+                continue
+            others = {"ceiling": ("ceiling", "")}
+            others |= {named: (peer, "") for peer, named in PEERS.items()}
+            others |= {f"{n}_as_shipped": (p, "_as_shipped") for p, n in PEERS.items()}
+            for named, (peer, variant) in others.items():
+                if variant and one:
+                    continue
+                theirs = results.get(f"{peer}{variant}{photos}{one}")
+                numbers[f"ratio_to_{named}{photos}{one}"] = _ratio(ours, theirs)
+        s3, local = results.get(f"ours_s3{photos}"), results.get(f"ours{photos}")
+        if s3 and local:
+            numbers[f"ratio_s3_to_local{photos}"] = statistics.median(
+                _without_server(a) / b.per_s for a, b in zip(s3, local, strict=True)
+            )
+            numbers[f"ratio_s3_to_local_raw{photos}"] = _ratio(s3, local)
+    for label, found in results.items():
+        numbers[f"samples_per_s_{label}"] = statistics.median(f.per_s for f in found)
+        numbers[f"samples_per_cpu_s_{label}"] = statistics.median(f.per_cpu_s for f in found)
+    return numbers
+
+
+def _ratio(ours: list[Figures], theirs: list[Figures] | None) -> float | None:
+    if theirs is None:
+        return None
+    return statistics.median(a.per_s / b.per_s for a, b in zip(ours, theirs, strict=True))
+
+
+def _without_server(found: Figures) -> float:
+    """Samples per second if the two cores had been the loader's alone."""
+    return found.per_s * found.seconds / (found.seconds - found.server_cpu_s / 2)
+
+
+def table(results: dict[str, list[Figures]], numbers: dict[str, float | None]) -> str:
+    """Markdown: rates with their spread over rounds, then ratios."""
+    lines = ["| what | samples/s, median (least - most) | per CPU second | server CPU s |"]
+    lines.append("|---|---|---|---|")
+    for label, found in results.items():
+        rates = sorted(f.per_s for f in found)
+        cpu = statistics.median(f.per_cpu_s for f in found)
+        server = statistics.median(f.server_cpu_s for f in found)
+        lines.append(
+            f"| {label} | {statistics.median(rates):,.0f} ({rates[0]:,.0f} - {rates[-1]:,.0f}) "
+            f"| {cpu:,.0f} | {f'{server:.1f} of {found[0].seconds:.1f} s' if server else ''} |"
+        )
+    lines += ["", "| ratio | median over rounds |", "|---|---|"]
+    for name, value in numbers.items():
+        if name.startswith("ratio"):
+            lines.append(f"| {name} | {'null' if value is None else f'{value:.2f}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=ROOT / "runs/bench-loader")
+    parser.add_argument("--quick", action="store_true", help="headline figures within two minutes")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    arguments = parser.parse_args()
+    kinds, rounds = (CROPS, PHOTOS), 1 if arguments.quick else arguments.rounds
+    absent = prepare(arguments.data, kinds)
+    for peer, reason in absent.items():
+        if reason:
+            print(f"{peer} is absent: {reason}", file=sys.stderr)
+    results: dict[str, list[Figures]] = defaultdict(list)
+    with s3_copies(arguments.data, kinds) as (roots, cluster):
+        bench = Bench(
+            folder=arguments.data,
+            seconds=1.5 if arguments.quick else 4.0,
+            warmup=0.5 if arguments.quick else 1.0,
+            s3_roots=roots,
+            server_pids=cluster.pids if cluster else [],
+        )
+        planned = entries(kinds, absent=absent, quick=arguments.quick, s3=bool(roots))
+        for number in range(rounds):
+            for entry in planned if number % 2 == 0 else planned[::-1]:
+                results[entry.label].append(bench.run(entry))
+                print(
+                    f"round {number + 1}: {entry.label} {results[entry.label][-1].per_s:,.0f}/s",
+                    file=sys.stderr,
+                )
+    ordered = {entry.label: results[entry.label] for entry in planned}
+    numbers = summarise(ordered)
+    text = table(ordered, numbers)
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
