@@ -1,4 +1,7 @@
-"""`python -m shard_tools inspect`: what a dataset holds, in numbers, without opening an image."""
+"""`python -m shard_tools inspect`: what a dataset holds, in numbers, without opening an image.
+
+With `--order` what a run's steps train on; see `inspect_order`.
+"""
 
 import sys
 from collections.abc import Mapping
@@ -7,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.compute as pc
 
+from shard_tools.inspect_order import inspect_order
 from vlal_dist.config.config import Config
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split, read_labels
 from vlal_dist.program import Counts, Program
@@ -14,7 +18,9 @@ from vlal_dist.storage.store import open_store
 
 
 def inspect(config: Config, flags: Mapping[str, str]) -> Counts:
-    """Print facts of paths.merged where it exists, else of paths.dataset."""
+    """Print facts of paths.merged where it exists, else of paths.dataset; or the asked order."""
+    if "order" in flags:
+        return inspect_order(config, flags["order"])
     url = config.paths.merged
     if not open_store(url).exists("dataset.json"):
         url = config.paths.dataset
@@ -69,9 +75,11 @@ PROGRAM = Program(
     name="inspect",
     usage="python -m shard_tools inspect",
     purpose="Print what a dataset holds: vocabulary, groups, feasible sets, label density, sizes. "
-    "Reads paths.merged if it is finished, else paths.dataset; opens no image.",
-    sections=("paths",),
-    flags=("json",),
+    "Reads paths.merged if it is finished, else paths.dataset; opens no image. With --order: print "
+    "the samples of a run's steps, one a line, from the settings that training reads; what was "
+    "quarantined is printed too, and every epoch begins at its first sample.",
+    sections=("paths", "data", "training"),
+    flags=("order", "json"),
     output=lambda config: config.paths.run,
     work=inspect,
 )

@@ -8,7 +8,7 @@ import hashlib
 import random
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from vlal_dist.data.batch import Batch
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.block_cache import BlockCache
 from vlal_dist.data.corpus import Corpus
-from vlal_dist.data.dataset import Dataset, open_split
+from vlal_dist.data.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.ledger import Ledger
 from vlal_dist.data.likelihoods import tar_likelihoods
 from vlal_dist.data.loader import TrainLoader
@@ -27,6 +27,8 @@ from vlal_dist.data.plan import Plan
 from vlal_dist.data.reader import Reader
 from vlal_dist.data.shards import BLOCK, tar_end
 from vlal_dist.errors import VlalError
+from vlal_dist.storage.s3 import S3Store
+from vlal_dist.storage.store import open_store
 
 SPLIT, SHARD = "train", 1
 """Where the damage is; the dataset has 4 shards of 18 samples."""
@@ -65,6 +67,11 @@ def write_small_merged(folder: Path) -> Path:
 
 
 def header_flip(tar: Tar) -> bytes:
+    """A bit of the header that a sample begins with."""
+    return _flipped(tar.data, tar.samples[VICTIM][0] + 1)
+
+
+def inner_header_flip(tar: Tar) -> bytes:
     """A bit of the header before a sample's json."""
     start, _ = tar.parts[VICTIM]["json"]
     return _flipped(tar.data, start - BLOCK + 1)
@@ -172,6 +179,7 @@ KINDS: dict[str, Callable[[Tar], bytes]] = {
     make.__name__: make
     for make in (
         header_flip,
+        inner_header_flip,
         jpg_flip,
         json_flip,
         likelihood_flip,
@@ -246,6 +254,27 @@ def damaged_copy(dataset: Dataset, folder: Path, kind: str) -> Damaged:
     shard.chmod(0o644)
     shard.write_bytes(found.data)
     return found
+
+
+def upload(dataset: Dataset, url: str) -> None:
+    """What training reads of a local dataset, copied to another root."""
+    store, folder = open_store(url), Path(dataset.url)
+    names = ("dataset.json", "vocabulary.json", "feasible.npz")
+    files = [*(folder / SPLIT).glob("*.*"), *(folder / SPLIT / "shards").iterdir()]
+    for path in [*(folder / name for name in names), *files]:
+        store.create(path.relative_to(folder).as_posix(), path)
+
+
+def open_remote(url: str, folder: Path) -> Dataset:
+    """A dataset on S3; its reads take a second of silence for a fault."""
+    dataset = open_dataset(url, cache=folder / "cache")
+    return replace(dataset, store=S3Store(url, read_timeout_s=1.0))
+
+
+def name_of(url: str, key: str) -> dict[str, str]:
+    """Where an object is, in the words of boto3."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return {"Bucket": bucket, "Key": f"{prefix}/{key}"}
 
 
 @dataclass

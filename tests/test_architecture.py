@@ -195,7 +195,9 @@ def test_package_files_are_empty() -> None:
             assert path.read_text() == "", name
 
 
-@pytest.mark.parametrize("stage", ["clean", "pack", "merge", "verify", "inspect_dataset", "reshard"])
+@pytest.mark.parametrize(
+    "stage", ["clean", "pack", "merge", "verify", "inspect_dataset", "reshard"]
+)
 def test_shard_tools_are_torch_free(stage: str) -> None:
     code = f"import sys, shard_tools.{stage}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -146,11 +146,13 @@ def train(
     for start in starts:
         left = start.steps
         while left and epoch < EPOCHS:
-            if position < end(start, epoch, position):
-                for step in deal(replace(start, steps=left), epoch, position):
-                    dealt.append(step)
-                    position, left = step.start + step.samples, left - 1
+            stop = end(start, epoch, position)
+            for step in deal(replace(start, steps=left), epoch, position):
+                assert step.samples == min(start.batch_size, stop - position)
+                dealt.append(step)
+                position, left = step.start + step.samples, left - 1
             if left:
+                assert position == stop
                 ended.append(start)
                 epoch, position = epoch + 1, 0
     return dealt, ended
@@ -207,14 +209,21 @@ shard_sizes = st.lists(
 )
 
 
-def draw_starts(data: st.DataObject, *, lanes: int, most: int, first: int) -> list[Start]:
-    """A schedule that begins on `first` ranks, with batches of up to `most` samples."""
+def draw_starts(
+    data: st.DataObject, *, lanes: int, first: int, sizes: tuple[int, int], least: int = 0
+) -> list[Start]:
+    """A schedule that begins on `first` ranks.
+
+    Args:
+        sizes: the smallest and the largest batch.
+        least: restarts, and steps of a start that is cut off.
+    """
     worlds = st.sampled_from([world for world in WORLDS if world <= lanes])
-    sizes = st.integers(1, min(most, 40))
-    size, changes = data.draw(sizes), data.draw(st.booleans())
-    starts = [Start(first, size, data.draw(st.integers(0, 12)))]
-    for steps in data.draw(st.lists(st.integers(0, 12), max_size=4)):
-        starts.append(Start(data.draw(worlds), data.draw(sizes) if changes else size, steps))
+    size, steps = st.integers(*sizes), st.integers(least, 12)
+    starts, changes = [Start(first, data.draw(size), data.draw(steps))], data.draw(st.booleans())
+    for cut in data.draw(st.lists(steps, min_size=least, max_size=4)):
+        batch_size = data.draw(size) if changes else starts[0].batch_size
+        starts.append(Start(data.draw(worlds), batch_size, cut))
     return [*starts, Start(data.draw(worlds), starts[-1].batch_size)]
 
 
@@ -236,7 +245,8 @@ def test_every_visit_once_whatever_stops_and_ranks(
         epoch_end=data.draw(st.sampled_from(["drop", "exact"])),
         passes=data.draw(st.sampled_from([1.0, 1.0, 2.0, 1.3])),
     )
-    starts = draw_starts(data, lanes=lanes, most=sum(map(sum, shards)), first=first)
+    sizes = 1, min(40, sum(map(sum, shards)))
+    starts = draw_starts(data, lanes=lanes, first=first, sizes=sizes)
     piece = data.draw(st.sampled_from([16, 1 << 14]))
     with tempfile.TemporaryDirectory() as folder:
         check_written(Path(folder), shards, order, starts, piece=piece)
@@ -381,7 +391,7 @@ def visits_of(batch: Any) -> list[Visit]:
 
 
 @settings(
-    max_examples=20,
+    max_examples=25,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
@@ -398,7 +408,7 @@ def test_the_loaders_read_every_image_once(packed: Dataset, data: st.DataObject)
         passes=data.draw(st.sampled_from([1.0, 1.3])),
     )
     uids = oracle.uids(Path(packed.url) / "train", name=packed.name)
-    starts = draw_starts(data, lanes=lanes, most=len(uids), first=first)
+    starts = draw_starts(data, lanes=lanes, first=first, sizes=(5, 30), least=1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader_module, "_STRETCH_ROWS", 8)
         check_schedule(

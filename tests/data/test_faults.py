@@ -1,6 +1,5 @@
 """Faults between a real S3 server and the loader: the epoch stays exact, or ends with a name."""
 
-import dataclasses
 import errno
 import multiprocessing
 import os
@@ -21,9 +20,12 @@ from tests.corpus import (
     Given,
     all_rows,
     damage,
+    name_of,
     open_loader,
+    open_remote,
     read_epoch,
     read_ranks,
+    upload,
     write_small_merged,
 )
 from tests.fault_proxy import Fault, FaultProxy
@@ -33,8 +35,6 @@ from vlal_dist.data.dataset import Dataset, check_shard_sizes, open_dataset, ope
 from vlal_dist.data.reader import DamagedError
 from vlal_dist.errors import DataError, NotFoundError, ReplacedError, StorageError
 from vlal_dist.storage import s3_client, s3_read
-from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.store import open_store
 
 SHARDS = f"^GET .*/{SPLIT}/shards/"
 Rows = dict[int, tuple[int, str]]
@@ -55,11 +55,7 @@ def clean(merged: Dataset) -> Rows:
 def url(ceph_s3: S3Server, merged: Dataset) -> str:
     """The dataset on Ceph, under a prefix of the test's own."""
     root = ceph_s3.url()
-    store, folder = open_store(root), Path(merged.url)
-    names = ("dataset.json", "vocabulary.json", "feasible.npz")
-    files = [*(folder / SPLIT).glob("*.*"), *(folder / SPLIT / "shards").iterdir()]
-    for path in [*(folder / name for name in names), *files]:
-        store.create(path.relative_to(folder).as_posix(), path)
+    upload(merged, root)
     return root
 
 
@@ -75,23 +71,12 @@ def proxy(ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultP
 @pytest.fixture
 def remote(url: str, proxy: FaultProxy, tmp_path: Path) -> Dataset:
     """The dataset through the proxy; its reads take a second of silence for a fault."""
-    return far(url, tmp_path)
-
-
-def far(url: str, folder: Path) -> Dataset:
-    dataset = open_dataset(url, cache=folder / "cache")
-    return dataclasses.replace(dataset, store=S3Store(url, read_timeout_s=1.0))
+    return open_remote(url, tmp_path)
 
 
 def block_cache(dataset: Dataset, folder: Path, *, limit_bytes: int = 1 << 20) -> BlockCache:
     largest = Corpus([open_split(dataset, SPLIT)]).largest_block
     return BlockCache(folder, limit_bytes=limit_bytes, largest_bytes=largest)
-
-
-def name_of(url: str, key: str) -> dict[str, str]:
-    """Where an object is, in the words of boto3."""
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    return {"Bucket": bucket, "Key": f"{prefix}/{key}"}
 
 
 def hits(proxy: FaultProxy) -> int:
@@ -157,7 +142,7 @@ class TestManifestAndBucket:
         self, ceph_s3: S3Server, url: str, tmp_path: Path, clean: Rows
     ) -> None:
         """What no manifest names is not read; what it names must be there before work begins."""
-        client, dataset = ceph_s3.client(), far(url, tmp_path)
+        client, dataset = ceph_s3.client(), open_remote(url, tmp_path)
         client.put_object(**name_of(url, f"{SPLIT}/shards/train-000004.tar"), Body=b"x" * 512)
         split = open_split(dataset, SPLIT)
         check_shard_sizes(split)
@@ -170,7 +155,7 @@ class TestManifestAndBucket:
     def test_a_shard_that_goes_in_mid_run_is_not_damage(
         self, ceph_s3: S3Server, url: str, tmp_path: Path, clean: Rows, quarantine: bool
     ) -> None:
-        loader = open_loader(far(url, tmp_path), quarantine=quarantine)
+        loader = open_loader(open_remote(url, tmp_path), quarantine=quarantine)
         check_exact([read_epoch(loader)], clean)
         ceph_s3.client().delete_object(**name_of(url, f"{SPLIT}/shards/train-000002.tar"))
         given = read_epoch(loader, 1)
@@ -182,7 +167,7 @@ class TestManifestAndBucket:
     def test_a_shard_replaced_between_two_reads(
         self, ceph_s3: S3Server, url: str, tmp_path: Path, clean: Rows, quarantine: bool
     ) -> None:
-        loader = open_loader(far(url, tmp_path), quarantine=quarantine)
+        loader = open_loader(open_remote(url, tmp_path), quarantine=quarantine)
         check_exact([read_epoch(loader)], clean)
         self.replace(ceph_s3, url)
         self.is_refused(read_epoch(loader, 1))
@@ -221,7 +206,7 @@ def test_damage_at_rest_is_what_it_is_on_a_local_disk(
 ) -> None:
     damaged = damage(merged, kind)
     ceph_s3.client().put_object(**name_of(url, damaged.key), Body=damaged.data)
-    dataset = far(url, tmp_path)
+    dataset = open_remote(url, tmp_path)
     if damaged.resized:
         with pytest.raises(DataError, match=f"{damaged.key}: {len(damaged.data)} bytes where"):
             check_shard_sizes(open_split(dataset, SPLIT))
@@ -242,7 +227,7 @@ def test_a_store_that_is_gone_is_not_damage(
     monkeypatch.setattr(s3_client, "_FIRST_PAUSE_S", 0.01)
     with FaultProxy(ceph_s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        loader = open_loader(far(url, tmp_path), quarantine=True)
+        loader = open_loader(open_remote(url, tmp_path), quarantine=True)
     given = read_epoch(loader)
     loader.close()
     assert isinstance(given.error, StorageError) and given.error.exit_code == 74
@@ -269,13 +254,13 @@ class TestCache:
         yield mount
 
     def test_a_full_disk(self, url: str, tmp_path: Path, clean: Rows, small_disk: Path) -> None:
-        dataset = far(url, tmp_path)
+        dataset = open_remote(url, tmp_path)
         cache = block_cache(dataset, small_disk)
         check_exact(read_ranks(dataset, cache=cache), clean)
         assert cache.counts.failed_writes > 0
 
     def test_every_cached_file_corrupted(self, url: str, tmp_path: Path, clean: Rows) -> None:
-        dataset, folder = far(url, tmp_path), tmp_path / "blocks"
+        dataset, folder = open_remote(url, tmp_path), tmp_path / "blocks"
         check_exact(read_ranks(dataset, cache=block_cache(dataset, folder)), clean)
         files = sorted((folder / "blocks").iterdir())
         for path in files:
@@ -317,7 +302,7 @@ LIMIT_BYTES = 150_000
 
 def read_as_rank(rank: int, url: str, folder: Path) -> list[Given]:
     """Three epochs of one of two ranks; runs in a process of its own."""
-    dataset = far(url, folder / str(rank))
+    dataset = open_remote(url, folder / str(rank))
     cache = block_cache(dataset, folder / "blocks", limit_bytes=LIMIT_BYTES)
     loader = open_loader(dataset, rank=rank, world_size=2, cache=cache)
     given = [read_epoch(loader, epoch) for epoch in range(3)]

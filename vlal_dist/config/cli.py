@@ -21,6 +21,8 @@ FLAGS: dict[str, str] = {
     "plan": "say what would be done, and stop",
     "resume": "auto | PATH | none: continue from a checkpoint",
     "json": "FILE: also write the closing counts there",
+    "order": "epoch=E,step=S,steps=K,ranks=W,rank=R,first=F, each optional: print what these steps "
+    "train on (first: ranks of the run's first start)",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
 }
 

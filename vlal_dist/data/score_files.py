@@ -95,7 +95,7 @@ def open_scores(
     path = local or _copy_path(shard_sha256, manifest, cache)
     try:
         if not path.is_file():
-            if not store.exists(key):
+            if local or not store.exists(key):
                 raise absent_scores(where, split)
             _copy(store, key, path)
         with translated_errors(path):
