@@ -1,19 +1,17 @@
 """Damaged shards and S3 faults, our loader beside plain webdataset: `python -m benchmarks.damage`.
 
-Makes the corpus of tests/corpus.py from a small dataset, and the faults through tests/fault_proxy.py
+Makes the corpus of tests/corpus.py from a small dataset, and the faults by tests/fault_proxy.py
 before a real Ceph gateway (moto where Ceph is not installed). Both loaders read the same tars, in
-this process. The table goes to docs/benchmarks/damage.md.
+this process, one epoch in order. The table goes to docs/benchmarks/damage.md.
 
 webdataset is used as its documentation shows: WebDataset, decode("pil"), to_tuple with every field
 of a sample, the same handler in each stage; from S3 through `pipe:curl` on presigned URLs.
 """
 
-import argparse
 import datetime
+import json
 import logging
 import os
-import platform
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -32,9 +30,8 @@ from tests.corpus import (
     KINDS,
     SHARD,
     SPLIT,
+    VICTIM,
     Given,
-    all_rows,
-    damage,
     damaged_copy,
     name_of,
     open_loader,
@@ -47,12 +44,15 @@ from tests.fault_proxy import Fault, FaultProxy
 from vlal_dist.data.dataset import Dataset, check_shard_sizes, open_dataset, open_split
 from vlal_dist.data.reader import DamagedError
 from vlal_dist.data.rows import RowReader
-from vlal_dist.errors import DataError, VlalError
+from vlal_dist.errors import DataError
 from vlal_dist.storage.s3 import S3Store
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/benchmarks/damage.md"
 FIELDS = ("jpg", "json", "likelihood.npy")
-BUCKET = "vlal-damage"
+BURST_EPOCHS = 10
+IN_PHOTO = 1000
+"""A byte of a sample that is well inside its photo."""
+HANDLERS = (wds.reraise_exception, wds.warn_and_continue)
 Contents = dict[str, tuple[bytes, ...]]
 """Sample key -> the bytes of its fields."""
 
@@ -63,7 +63,7 @@ class Cell:
 
     Attributes:
         text: for the table.
-        told: it ended with an error, or warned.
+        told: it ended with an error, or named or warned of what is missing.
         whole: it gave out every sample once, as it was packed.
     """
 
@@ -74,11 +74,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """One fault: what was done, then our two modes, then webdataset's two handlers."""
+    """One fault; `cells` are those of our two modes, then of webdataset's two handlers."""
 
     name: str
     what: str
-    cells: tuple[Cell, Cell, Cell, Cell]
+    cells: list[Cell]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Clean:
 
     Attributes:
         dataset: on a local disk.
-        rows: what our loader gives out of it, by epoch.
+        rows: what our loader gives out of it, in each epoch.
         contents: what lies in its tars.
     """
 
@@ -97,144 +97,159 @@ class Clean:
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """The dataset on an S3 server.
+
+    Attributes:
+        server: its name.
+        endpoint: where it answers.
+        url: root of the dataset.
+        client: goes around all faults.
+    """
+
+    server: str
+    endpoint: str
+    url: str
+    client: Any
+
+
+@dataclass(frozen=True)
 class S3Fault:
-    """A fault between the loader and the store.
+    """A fault between the loaders and the store.
 
     Attributes:
         name, what: for the table.
-        faults: what the proxy does, given the byte in the middle of a photo to do it at.
+        faults: what the proxy does, given the byte of the reply's body that lies in a photo.
         epochs: how many are read under it.
-        before_last: done to the bucket before the last epoch.
-        at_start: whether that is before the dataset is opened, not in the middle of a run.
+        disturb: done to the bucket, before the last epoch.
+        at_start: done before anything is opened instead.
     """
 
     name: str
     what: str
     faults: Callable[[int], list[Fault]] = field(default=lambda at: [])
     epochs: int = 1
-    before_last: Callable[[Any, str], None] | None = None
+    disturb: Callable[[Bucket], object] | None = None
     at_start: bool = False
+
+    def shown(self, epochs: list[Any]) -> list[Any]:
+        """Those of which the table speaks: all, or the one after the disturbance."""
+        return epochs[-1:] if self.disturb else epochs
 
 
 def shard_key(number: int) -> str:
-    """Key of a shard."""
+    """Key of a shard of the training split."""
     return f"{SPLIT}/shards/{SPLIT}-{number:06}.tar"
 
 
-ONE_SHARD = f"^GET .*/{shard_key(SHARD)}"
-ALL_SHARDS = f"^GET .*/{SPLIT}/shards/"
+def put(bucket: Bucket, data: bytes) -> None:
+    """Write the shard anew, around everything."""
+    bucket.client.put_object(**name_of(bucket.url, shard_key(SHARD)), Body=data)
 
 
-def put_another(client: Any, url: str) -> None:
-    """Another shard's bytes, by another writer."""
-    body = client.get_object(**name_of(url, shard_key(SHARD + 1)))["Body"].read()
-    client.put_object(**name_of(url, shard_key(SHARD)), Body=body)
+def put_other(bucket: Bucket) -> None:
+    """Another shard's bytes in its place."""
+    other = bucket.client.get_object(**name_of(bucket.url, shard_key(SHARD + 1)))
+    put(bucket, other["Body"].read())
 
 
-def remove(client: Any, url: str) -> None:
+def remove(bucket: Bucket) -> None:
     """The shard goes."""
-    client.delete_object(**name_of(url, shard_key(SHARD)))
+    bucket.client.delete_object(**name_of(bucket.url, shard_key(SHARD)))
 
 
 def once(kind: Any, **more: Any) -> Callable[[int], list[Fault]]:
-    """A fault in the first read of the shard."""
-    return lambda at: [Fault(kind, ONE_SHARD, at=at, **more)]
+    """In the first read of the shard."""
+    return lambda at: [Fault(kind, f"^GET .*/{shard_key(SHARD)}", at=at, **more)]
 
 
 def busy(share: float) -> Callable[[int], list[Fault]]:
-    """A share of all reads is refused."""
-    return lambda at: [Fault("busy", ALL_SHARDS, times=10**6, chance=share)]
+    """For a share of all reads of shards."""
+    return lambda at: [Fault("busy", f"^GET .*/{SPLIT}/shards/", times=10**6, chance=share)]
 
 
 S3_FAULTS = (
-    S3Fault("503 burst, 10 %", "10 epochs under it", busy(0.1), epochs=10),
-    S3Fault("503 burst, 50 %", "10 epochs under it", busy(0.5), epochs=10),
+    S3Fault("503, 10 %", "of the reads of 10 epochs", busy(0.1), epochs=BURST_EPOCHS),
+    S3Fault("503, 50 %", "of the reads of 10 epochs", busy(0.5), epochs=BURST_EPOCHS),
     S3Fault("outage", "no request is answered for 3 s", once("away", seconds=3.0)),
     S3Fault("reset", "TCP RST within a photo", once("reset")),
     S3Fault("truncation", "the body ends within a photo", once("truncate")),
-    S3Fault("truncation, wrong length", "and so says Content-Length", once("short")),
+    S3Fault("truncation, wrong length", "and Content-Length says the same", once("short")),
     S3Fault("stall", "3 s of silence within a photo, then the end", once("stall", seconds=3.0)),
     S3Fault("bit flip", "in a photo, on the wire", once("flip")),
     S3Fault(
-        "object replaced",
-        "another shard's bytes, between two epochs; the second is shown",
-        epochs=2,
-        before_last=put_another,
+        "object replaced", "by another shard's bytes; the epoch after", epochs=2, disturb=put_other
     ),
-    S3Fault("object missing", "from the start", before_last=remove, at_start=True),
+    S3Fault("object missing", "from the start on", disturb=remove, at_start=True),
 )
 
 
-def our_cell(given: Given, expected: dict[int, tuple[int, str]], *, repeats: int = 0) -> Cell:
-    """What our loader made of it; a sample that is not as packed would end the benchmark."""
-    if not given.rows.items() <= expected.items():
-        raise SystemExit("our loader gave out a damaged sample")
-    whole, out = given.rows == expected, f"{len(given.rows)} of {len(expected)}"
-    lost = len(expected) - len(given.rows)
-    if given.error is not None:
-        check = type(given.error).__name__
-        if isinstance(given.error, DamagedError):
-            check = given.error.damage.check
-            check = "crc32" if check.startswith("crc32") else "the shard's end"
-        return Cell(f"stops: {check}", True, False)
-    if lost:
-        if lost != len(given.damaged) or lost != given.left_out.count:
-            raise SystemExit("our loader lost a sample without a word")
-        return Cell(f"{out}, {lost} left out by name", True, False)
-    refetched = int(given.numbers["refetched"])
-    how = [f"{repeats} reads repeated"] if repeats else []
-    how += [f"{refetched} sample fetched again (crc32)"] if refetched else []
-    return Cell(", ".join([out, *how]), False, whole)
+def our_cell(given: list[Given], expected: list[dict[int, tuple[int, str]]], repeats: int) -> Cell:
+    """What our loader made of it; a loss without a word ends the benchmark."""
+    for one, rows in zip(given, expected, strict=True):
+        lost = len(rows) - len(one.rows)
+        accounted = one.error is not None or lost == len(one.damaged) == one.left_out.count
+        if not (one.rows.items() <= rows.items() and accounted):
+            raise SystemExit("our loader gave out a damaged sample, or lost one")
+    errors = [one.error for one in given if one.error is not None]
+    if errors:
+        return Cell(f"stops: {why(errors[0])}", True, False)
+    planned, got = (sum(map(len, rows)) for rows in (expected, (one.rows for one in given)))
+    text = f"{got} of {planned}"
+    refetched = sum(int(one.numbers["refetched"]) for one in given)
+    if got < planned:
+        return Cell(f"{text}, {planned - got} quarantined", True, False)
+    text += f", {repeats} reads repeated" if repeats else ""
+    text += f", {refetched} sample read again: crc32" if refetched else ""
+    return Cell(text, False, True)
 
 
-def at_start(dataset: Dataset) -> Cell | None:
+def why(error: Exception) -> str:
+    """The check that ended our epoch."""
+    if not isinstance(error, DamagedError):
+        return type(error).__name__
+    return "crc32" if error.damage.check.startswith("crc32") else "the shard's end"
+
+
+def refused(dataset: Dataset) -> Cell | None:
     """The trainer's look at all shards before the first step."""
     try:
         check_shard_sizes(open_split(dataset, SPLIT))
     except DataError as error:
-        why = "missing" if "missing" in str(error) else "size"
-        return Cell(f"refused at start: {why}", True, False)
+        what = "missing" if "is missing" in str(error) else "size"
+        return Cell(f"refused at start: {what}", True, False)
     return None
 
 
-def read_ours(dataset: Dataset, epochs: int, *, quarantine: bool) -> list[Given]:
-    """Epochs of one rank."""
-    loader = open_loader(dataset, quarantine=quarantine)
-    given = [read_epoch(loader, epoch) for epoch in range(epochs)]
-    loader.close()
-    return given
+@dataclass
+class Tally:
+    """What one epoch of webdataset gave: samples by key, altered ones, errors, warnings."""
+
+    found: Counter[str] = field(default_factory=Counter)
+    altered: int = 0
+    error: str = ""
+    warned: int = 0
 
 
-def read_webdataset(urls: Sequence[str], expected: Contents, handler: Any, epochs: int = 1) -> Cell:
-    """What webdataset gives out of some tars; under an error the epoch is over."""
-    found: Counter[str] = Counter()
-    altered, errors = 0, []
+def read_webdataset(urls: Sequence[str], expected: Contents, handler: Any) -> Tally:
+    """One epoch over some tars; an error ends it."""
+    tally = Tally()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        for _ in range(epochs):
-            dataset = wds.WebDataset(list(urls), shardshuffle=False, handler=handler)
-            samples = (
-                dataset.map(keep_bytes)
-                .decode("pil", handler=handler)
-                .to_tuple("__key__", "__bytes__", *FIELDS, handler=handler)
-            )
-            try:
-                for key, contents, *_ in samples:
-                    found[key] += 1
-                    altered += contents != expected[key]
-            except Exception as error:
-                errors.append(type(error).__name__)
-    given, planned = sum(found.values()), len(expected) * epochs
-    doubled = sum(max(0, times - epochs) for times in found.values())
-    notes = [f"{altered} altered"] if altered else []
-    notes += [f"{doubled} twice"] if doubled else []
-    loud = Counter(errors)
-    notes += [name if n == 1 else f"{n} x {name}" for name, n in loud.items()]
-    notes += [f"{len(warned)} warnings"] if len(warned) > 1 else ["a warning"] * len(warned)
-    whole = given == planned and not altered and not doubled
-    told = bool(errors or warned)
-    silent = [] if told or whole else ["**silent**"]
-    return Cell(", ".join([f"{given} of {planned}", *notes, *silent]), told, whole)
+        samples = (
+            wds.WebDataset(list(urls), shardshuffle=False, handler=handler)
+            .map(keep_bytes)
+            .decode("pil", handler=handler)
+            .to_tuple("__key__", "__bytes__", *FIELDS, handler=handler)
+        )
+        try:
+            for key, contents, *_ in samples:
+                tally.found[key] += 1
+                tally.altered += contents != expected[key]
+        except Exception as error:
+            tally.error = type(error).__name__
+    tally.warned = len(warned)
+    return tally
 
 
 def keep_bytes(sample: dict[str, Any]) -> dict[str, Any]:
@@ -242,35 +257,232 @@ def keep_bytes(sample: dict[str, Any]) -> dict[str, Any]:
     return {**sample, "__bytes__": tuple(sample.get(name, b"") for name in FIELDS)}
 
 
-def webdataset_cells(urls: Sequence[str], expected: Contents, epochs: int = 1) -> Iterator[Cell]:
-    """Both handlers."""
-    for handler in (wds.reraise_exception, wds.warn_and_continue):
-        yield read_webdataset(urls, expected, handler, epochs)
+def webdataset_cell(epochs: list[Tally], expected: Contents) -> Cell:
+    """What webdataset made of it."""
+    given = sum(one.found.total() for one in epochs)
+    planned = len(expected) * len(epochs)
+    altered = sum(one.altered for one in epochs)
+    doubled = sum(times - 1 for one in epochs for times in one.found.values())
+    warned = sum(one.warned for one in epochs)
+    text = [f"{given} of {planned}"]
+    text += [f"{altered} altered"] if altered else []
+    text += [f"{doubled} twice"] if doubled else []
+    for name, times in Counter(one.error for one in epochs if one.error).items():
+        text.append(name if len(epochs) == 1 else f"{name} in {times} epochs")
+    text += [f"{warned} warning{'s' * (warned > 1)}"] if warned else []
+    told = bool(warned or any(one.error for one in epochs))
+    whole = given == planned and not altered and not doubled
+    text += [] if told or whole else ["**silent**"]
+    return Cell(", ".join(text), told, whole)
 
 
 def at_rest(clean: Clean, kind: str, folder: Path) -> Row:
     """One kind of damage on a local disk."""
-    root = folder / kind
-    damaged_copy(clean.dataset, root, kind)
-    dataset = open_dataset(str(root), cache=root / "cache")
-    ours = [
-        our_cell(read_ours(dataset, 1, quarantine=mode)[0], clean.rows[0]) for mode in (False, True)
-    ]
-    refused = at_start(dataset)
-    urls = sorted(str(path) for path in (root / SPLIT / "shards").iterdir())
+    damaged_copy(clean.dataset, folder / "root", kind)
+    dataset = open_dataset(str(folder / "root"), cache=folder)
+    cells = []
+    for quarantine in (False, True):
+        loader = open_loader(dataset, quarantine=quarantine)
+        cells.append(our_cell([read_epoch(loader)], clean.rows[:1], 0))
+        loader.close()
+    cells[0] = refused(dataset) or cells[0]
+    urls = sorted(str(path) for path in (folder / "root" / SPLIT / "shards").iterdir())
+    for handler in HANDLERS:
+        tally = read_webdataset(urls, clean.contents, handler)
+        cells.append(webdataset_cell([tally], clean.contents))
     what = " ".join((KINDS[kind].__doc__ or "").split()).rstrip(".")
-    both = tuple(webdataset_cells(urls, clean.contents))
-    return Row(kind.replace("_", " "), what, (refused or ours[0], ours[1], *both))
+    return Row(kind.replace("_", " "), what[0].lower() + what[1:], cells)
 
 
-def over_s3(clean: Clean, fault: S3Fault, endpoint: str, folder: Path) -> Row:
-    """One fault, before every loader anew."""
-    start, stop = photo(clean.dataset)
-    first_block = open_split(clean.dataset, SPLIT).blocks
-    begin = int(first_block.offset[first_block.shard == SHARD][0])
+@contextmanager
+def faulty(clean: Clean, bucket: Bucket, fault: S3Fault) -> Iterator[FaultProxy]:
+    """A whole bucket behind a proxy that does nothing yet."""
+    put(bucket, clean.dataset.store.read(shard_key(SHARD)))
+    with FaultProxy(bucket.endpoint) as proxy:
+        os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
+        if fault.disturb and fault.at_start:
+            fault.disturb(bucket)
+        yield proxy
+
+
+def epochs_of(fault: S3Fault, bucket: Bucket, read: Callable[[int], Any]) -> list[Any]:
+    """The epochs under a fault that the table speaks of."""
+    given = []
+    for epoch in range(fault.epochs):
+        if fault.disturb and not fault.at_start and epoch == fault.epochs - 1:
+            fault.disturb(bucket)
+        given.append(read(epoch))
+    return fault.shown(given)
+
+
+def ours_under(
+    clean: Clean, bucket: Bucket, fault: S3Fault, folder: Path, *, quarantine: bool
+) -> Cell:
+    """What our loader makes of a fault of S3."""
+    with faulty(clean, bucket, fault) as proxy:
+        dataset = open_remote(bucket.url, folder)
+        if cell := refused(dataset):
+            return cell
+        assert isinstance(dataset.store, S3Store)
+        loader, before = open_loader(dataset, quarantine=quarantine), dataset.store.counts.retries
+        proxy.faults = fault.faults(IN_PHOTO)
+        given = epochs_of(fault, bucket, lambda epoch: read_epoch(loader, epoch))
+        loader.close()
+        repeats = dataset.store.counts.retries - before
+    return our_cell(given, fault.shown(clean.rows[: fault.epochs]), repeats)
+
+
+def webdataset_under(clean: Clean, bucket: Bucket, fault: S3Fault, handler: Any) -> Cell:
+    """What webdataset makes of a fault of S3."""
+    split = open_split(clean.dataset, SPLIT)
+    first_row = sum(shard.samples for shard in split.shards[:SHARD])
+    with faulty(clean, bucket, fault) as proxy:
+        # It reads the shard in one request.
+        proxy.faults = fault.faults(int(split.index.offset[first_row + VICTIM]) + IN_PHOTO)
+        client = s3_client()
+        urls = [
+            f"pipe:curl -s -f -L '{client.generate_presigned_url('get_object', Params=name)}'"
+            for name in (name_of(bucket.url, shard_key(n)) for n in range(len(split.shards)))
+        ]
+        tallies = epochs_of(
+            fault, bucket, lambda epoch: read_webdataset(urls, clean.contents, handler)
+        )
+    return webdataset_cell(tallies, clean.contents)
+
+
+def over_s3(clean: Clean, bucket: Bucket, fault: S3Fault, folder: Path) -> Row:
+    """One fault, for each loader anew."""
     ours = [
-        our_row(clean, fault, endpoint, folder / f"{fault.name}-{mode}", mode, at=100 - begin + begin)
+        ours_under(clean, bucket, fault, folder / str(mode), quarantine=mode)
         for mode in (False, True)
     ]
-    del start, stop
-    return Row(fault.name, fault.what, (*ours, *ours))
+    theirs = [webdataset_under(clean, bucket, fault, handler) for handler in HANDLERS]
+    return Row(fault.name, fault.what, ours + theirs)
+
+
+def s3_client() -> Any:
+    """boto3's client for the endpoint of the environment, by path and signed as today."""
+    config = Config(signature_version="s3v4", s3={"addressing_style": "path"})
+    return boto3.session.Session().client("s3", config=config)
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name and endpoint of a server of our own."""
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+    if missing_reason() is None:
+        cluster = Cluster(folder)
+        cluster.start()
+        yield "Ceph RADOS Gateway", cluster.endpoint
+        cluster.stop(kill=True)
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"moto (no Ceph here: {missing_reason()})", f"http://{host}:{port}"
+    server.stop()
+
+
+def read_clean(folder: Path) -> Clean:
+    """Make the dataset and read it undamaged."""
+    dataset = open_dataset(str(write_small_merged(folder)), cache=folder / "cache")
+    loader = open_loader(dataset)
+    rows = [read_epoch(loader, epoch).rows for epoch in range(BURST_EPOCHS)]
+    loader.close()
+    split = open_split(dataset, SPLIT)
+    samples = [RowReader(split).read_parts(row) for row in range(split.num_samples)]
+    contents = {key: tuple(parts[name] for name in FIELDS) for key, parts in samples}
+    urls = [str(dataset.store.local_path(split.shard_key(n))) for n in range(len(split.shards))]
+    undamaged = webdataset_cell([read_webdataset(urls, contents, HANDLERS[0])], contents)
+    if not (undamaged.whole and all(len(one) == len(contents) for one in rows)):
+        raise SystemExit("the undamaged dataset is not read whole")
+    return Clean(dataset, rows, contents)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown: a line per fault, then the sums of each loader."""
+    lines = [
+        "| | ours, `strict` | ours, `quarantine` | webdataset, default | `warn_and_continue` |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = " | ".join(cell.text for cell in row.cells)
+        lines.append(f"| **{row.name}**: {row.what} | {cells} |")
+    columns = list(zip(*(row.cells for row in rows), strict=True))
+    sums: dict[str, Callable[[Cell], bool]] = {
+        "detected, healed or harmless": lambda cell: cell.told or cell.whole,
+        "every sample given out, as packed": lambda cell: cell.whole,
+        "ended without a word, samples lost, altered or doubled": lambda cell: (
+            not cell.told and not cell.whole
+        ),
+    }
+    for name, counts in sums.items():
+        cells = " | ".join(f"**{sum(map(counts, column))} of {len(rows)}**" for column in columns)
+        lines.append(f"| **{name}** | {cells} |")
+    return lines
+
+
+def page(damaged: list[Row], faults: list[Row], server: str) -> str:
+    """The whole page."""
+    return "\n".join(
+        [
+            "# Damaged shards and S3 faults",
+            "",
+            f"Measured {datetime.date.today()} by `python -m benchmarks.damage` (Ceph is used "
+            f"where it is installed). Here: {server}; webdataset {wds.__version__}.",
+            "",
+            *NOTES,
+            "",
+            "## At rest, on a local disk",
+            "",
+            *table(damaged),
+            "",
+            "## Between the loader and S3",
+            "",
+            *table(faults),
+            "",
+            "## All together",
+            "",
+            *table([*damaged, *faults])[:2],
+            *table([*damaged, *faults])[-3:],
+            "",
+        ]
+    )
+
+
+NOTES = (
+    "One of 4 shards is damaged, or met by a fault; an epoch has 72 samples. "
+    '"n of 72" is what was given out, everything in it compared with what was packed.',
+)
+
+
+def main() -> None:
+    """Everything, then the page."""
+    logging.getLogger("vlal_dist").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clean = read_clean(folder / "small")
+        damaged = [at_rest(clean, kind, folder / kind) for kind in KINDS]
+        with s3_server(folder / "server") as (server, endpoint):
+            os.environ["AWS_ENDPOINT_URL"] = endpoint
+            client = s3_client()
+            client.create_bucket(Bucket="damage")
+            bucket = Bucket(server, endpoint, "s3://damage/small", client)
+            upload(clean.dataset, bucket.url)
+            faults = [over_s3(clean, bucket, f, folder / f.name) for f in S3_FAULTS]
+    text = page(damaged, faults, server)
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
