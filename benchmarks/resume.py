@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -43,7 +44,6 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
         root, mix={}, subset=None, repeat_threshold=repeat_threshold, cache=cache, split="train"
     )
     times.append(time.monotonic())
-    before = _peak_mb()
     maker = BatchMaker(
         Reader(mixture.corpus),
         feasible=mixture.dataset.feasible,
@@ -62,8 +62,8 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
     times.append(time.monotonic())
     assert step.samples == BATCH and step.position == start + BATCH
     assert len(step.micro_batches[0]) == BATCH
-    found = dict(zip(PARTS, (b - a for a, b in zip(times, times[1:], strict=False)), strict=True))
-    found |= {"total": times[-1] - started, "peak": _peak_mb(), "before_order": before}
+    found = dict(zip(PARTS, (b - a for a, b in pairwise(times)), strict=True))
+    found |= {"total": times[-1] - started, "peak": _peak_mb()}
     found["mapped"] = _mapped_mb()
     found["lanes"], found["blocks"] = loader.lanes, len(mixture.corpus.samples)
     steps.close()
@@ -212,20 +212,20 @@ TEXT = """\
 
     python benchmarks/resume.py
 
-From process start to the first batch of 64 (224 pixels) of one rank, at a third of epoch 3. Seconds:
-imports (Python, torch, pyarrow, ours), open (manifest, vocabulary, index, blocks), order (epochs 0
-and 3 laid out), first batch (five steps looked up, 64 samples read, verified, decoded). Peak is the
-process's largest resident set; mapped is what of it are pages of index and blocks: shared by the
-ranks of a node, and given back when memory is short. The index takes 56 bytes a row. What a run does
-besides (model, checkpoint, DeepSpeed) does not depend on the rows.
+From process start to the first batch of 64 (224 pixels) of one rank, at a third of epoch 3.
+Seconds: imports (Python, torch, pyarrow, ours), open (manifest, vocabulary, index, blocks), order
+(epochs 0 and 3 laid out), first batch (five steps looked up, 64 samples read, verified, decoded).
+Peak is the process's largest resident set; mapped is what of it are pages of index and blocks:
+shared by the ranks of a node, and given back when memory is short. The index takes 56 bytes a row.
+What a run does besides (model, checkpoint, DeepSpeed) does not depend on the rows.
 
 The index is made up, of {small} crops of 2 kB that every row points to; reads and checks are real.
 "First open" is the very first start on a node: index and blocks are hashed once (a local root) or
-copied and hashed (a bucket, here a Ceph gateway on the same machine).
+copied and hashed on the way (a bucket, here a Ceph gateway on the same machine).
 
 {local}
-With `data.repeat_threshold` every row has a rate of its own, which is worked out from all labels and
-laid out row by row at every start: time and memory grow with the rows, by design.
+With `data.repeat_threshold` every row has a rate of its own, which is worked out from all labels
+and laid out row by row at every start: time and memory grow with the rows, by design.
 
 {repeats}"""
 

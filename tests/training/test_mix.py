@@ -1,0 +1,104 @@
+"""Two datasets trained on together, a subset, repeats: the books of the epochs equal the plan."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.scored import write_scores
+from tests.small import run, write_small_vaw
+from tests.training.test_runs import arguments, finish, lines, start
+from vlal_dist.data.corpus import Corpus
+from vlal_dist.data.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.plan import Plan
+from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.training.sources import open_sources
+
+pytestmark = pytest.mark.deepspeed
+
+IMAGES = {"train": 8, "val": 4, "test": 4}
+
+
+@pytest.fixture(scope="module")
+def second(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged dataset of 24 other crops with the vocabulary and feasible sets of `small`."""
+    folder = tmp_path_factory.mktemp("mix") / "second"
+    config = write_small_vaw(folder, seed=7, images=IMAGES)
+    assert run("clean", config, "--like", str(small / "merged")) == 0
+    assert run("pack", config, "--pack.name", "second") == 0
+    write_scores(folder)
+    assert run("merge", config) == 0
+    return folder / "merged"
+
+
+def train(small: Path, out: Path, *more: str, code: int = 0) -> str:
+    return finish(start([sys.executable, *arguments(small, out, *more)], {}), code=code)
+
+
+def ledgers(out: Path) -> dict[int, dict[str, int]]:
+    """Epoch -> its ledger after its last step."""
+    return {line["epoch"]: line["ledger"] for line in lines(out) if line["kind"] == "train"}
+
+
+def test_a_mix_trains_what_its_plan_says_and_is_bound_to_it(
+    small: Path, second: Path, tmp_path: Path
+) -> None:
+    mix = {str(small / "merged"): 0.5, str(second): 2}
+    wanted = ["--data.mix", json.dumps(mix), "--data.epoch_end", "exact", "--training.seed", "5"]
+    output = train(small, tmp_path / "run", *wanted)
+    assert output.count("ledger equals the plan") == 2
+    opened = [open_dataset(root, cache=tmp_path / "cache") for root in mix]
+    corpus = Corpus([open_split(one, "train") for one in opened])
+    plan = Plan(corpus, seed=5, passes=(0.5, 2.0))
+    found = ledgers(tmp_path / "run")
+    assert found == {epoch: plan.ledger(epoch).to_json() for epoch in (0, 1)}
+    assert found[0]["count"] + found[1]["count"] == 72 + 2 * 2 * 24
+    changed = ["--data.mix", json.dumps({**mix, str(second): 1}), *wanted[2:]]
+    output = train(small, tmp_path / "run", *changed, code=65)
+    assert "mix is" in output and "the checkpoint has" in output
+
+
+def test_a_subset_with_repeats(small: Path, tmp_path: Path) -> None:
+    dataset = open_dataset(str(small / "merged"), cache=tmp_path / "cache")
+    keys = read_labels(dataset, "train")["key"].to_pylist()[:40]
+    (tmp_path / "keys.txt").write_text("\n".join(keys) + "\n")
+    options = ["--data.subset", str(tmp_path / "keys.txt"), "--data.repeat_threshold", "0.5"]
+    train(small, tmp_path / "run", *options, "--data.epoch_end", "exact")
+    counts = [one["count"] for one in ledgers(tmp_path / "run").values()]
+    assert (
+        len(counts) == 2 and min(counts) > 40
+    )  # every key at least once, the rare ones more often
+    state = json.loads(next((tmp_path / "run/checkpoints").glob("*/state.json")).read_text())
+    assert state["binding"]["repeat_threshold"] == 0.5 and len(state["binding"]["subset"]) == 64
+
+
+def test_datasets_that_do_not_belong_together_are_refused(
+    small: Path, second: Path, tmp_path: Path
+) -> None:
+    def opened(mix: dict[str, float], subset: str | None = None) -> None:
+        open_sources(
+            str(small / "merged"),
+            mix=mix,
+            subset=subset,
+            repeat_threshold=0.0,
+            scores_url=None,
+            temperature=None,
+            cache=tmp_path / "cache",
+            train_split="train",
+            validation_split="val",
+            needs_likelihood=True,
+        )
+
+    shutil.copytree(second, tmp_path / "copy")
+    with pytest.raises(DataError, match=r"give each its own pack\.name"):
+        opened({str(second): 1, str(tmp_path / "copy"): 1})
+    config = write_small_vaw(tmp_path / "other", seed=9, images=IMAGES)
+    for stage in ("clean", "pack"):
+        assert run(stage, config) == 0
+    with pytest.raises(DataError, match="clean it again with --like"):
+        opened({str(tmp_path / "other/dataset"): 1})
+    (tmp_path / "none.txt").write_text("nobody\n")
+    with pytest.raises(ConfigError, match="1 of 1 keys are of no sample"):
+        opened({}, subset=str(tmp_path / "none.txt"))
