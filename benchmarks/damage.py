@@ -9,7 +9,6 @@ of a sample, the same handler in each stage; from S3 through `pipe:curl` on pres
 """
 
 import datetime
-import json
 import logging
 import os
 import tempfile
@@ -199,9 +198,14 @@ def our_cell(given: list[Given], expected: list[dict[int, tuple[int, str]]], rep
     refetched = sum(int(one.numbers["refetched"]) for one in given)
     if got < planned:
         return Cell(f"{text}, {planned - got} quarantined", True, False)
-    text += f", {repeats} reads repeated" if repeats else ""
-    text += f", {refetched} sample read again: crc32" if refetched else ""
+    text += f", {counted(repeats, 'read')} repeated" if repeats else ""
+    text += f", {counted(refetched, 'sample')} read again: crc32" if refetched else ""
     return Cell(text, False, True)
+
+
+def counted(number: int, what: str) -> str:
+    """1 read, 2 reads."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def why(error: Exception) -> str:
@@ -223,7 +227,14 @@ def refused(dataset: Dataset) -> Cell | None:
 
 @dataclass
 class Tally:
-    """What one epoch of webdataset gave: samples by key, altered ones, errors, warnings."""
+    """One epoch of webdataset.
+
+    Attributes:
+        found: how often each sample came as it was packed.
+        altered: samples that came otherwise.
+        error: what ended it.
+        warned: warnings.
+    """
 
     found: Counter[str] = field(default_factory=Counter)
     altered: int = 0
@@ -236,6 +247,7 @@ def read_webdataset(urls: Sequence[str], expected: Contents, handler: Any) -> Ta
     tally = Tally()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of files that it leaves open
         samples = (
             wds.WebDataset(list(urls), shardshuffle=False, handler=handler)
             .map(keep_bytes)
@@ -244,8 +256,9 @@ def read_webdataset(urls: Sequence[str], expected: Contents, handler: Any) -> Ta
         )
         try:
             for key, contents, *_ in samples:
-                tally.found[key] += 1
-                tally.altered += contents != expected[key]
+                same = contents == expected[key]
+                tally.found[key] += same
+                tally.altered += not same
         except Exception as error:
             tally.error = type(error).__name__
     tally.warned = len(warned)
@@ -259,17 +272,17 @@ def keep_bytes(sample: dict[str, Any]) -> dict[str, Any]:
 
 def webdataset_cell(epochs: list[Tally], expected: Contents) -> Cell:
     """What webdataset made of it."""
-    given = sum(one.found.total() for one in epochs)
+    given = sum(len(+one.found) for one in epochs)
     planned = len(expected) * len(epochs)
     altered = sum(one.altered for one in epochs)
-    doubled = sum(times - 1 for one in epochs for times in one.found.values())
+    doubled = sum(times - 1 for one in epochs for times in (+one.found).values())
     warned = sum(one.warned for one in epochs)
     text = [f"{given} of {planned}"]
     text += [f"{altered} altered"] if altered else []
     text += [f"{doubled} twice"] if doubled else []
     for name, times in Counter(one.error for one in epochs if one.error).items():
-        text.append(name if len(epochs) == 1 else f"{name} in {times} epochs")
-    text += [f"{warned} warning{'s' * (warned > 1)}"] if warned else []
+        text.append(name if len(epochs) == 1 else f"{name} in {counted(times, 'epoch')}")
+    text += [counted(warned, "warning")] if warned else []
     told = bool(warned or any(one.error for one in epochs))
     whole = given == planned and not altered and not doubled
     text += [] if told or whole else ["**silent**"]
@@ -402,7 +415,7 @@ def read_clean(folder: Path) -> Clean:
     contents = {key: tuple(parts[name] for name in FIELDS) for key, parts in samples}
     urls = [str(dataset.store.local_path(split.shard_key(n))) for n in range(len(split.shards))]
     undamaged = webdataset_cell([read_webdataset(urls, contents, HANDLERS[0])], contents)
-    if not (undamaged.whole and all(len(one) == len(contents) for one in rows)):
+    if undamaged.told or not (undamaged.whole and all(len(one) == len(contents) for one in rows)):
         raise SystemExit("the undamaged dataset is not read whole")
     return Clean(dataset, rows, contents)
 
@@ -459,8 +472,20 @@ def page(damaged: list[Row], faults: list[Row], server: str) -> str:
 
 
 NOTES = (
-    "One of 4 shards is damaged, or met by a fault; an epoch has 72 samples. "
-    '"n of 72" is what was given out, everything in it compared with what was packed.',
+    'One of 4 shards of 18 samples is damaged, or met by a fault. "n of 72" is how many samples of '
+    "an epoch were given out with the bytes that were packed; then come those that were altered or "
+    "given twice, and what was said about it.",
+    "",
+    "- Ours: the trainer's look at the sizes of all shards at the start, then the loader. `strict` "
+    "stops before the step that holds a damaged sample. `quarantine` is the loader's result: for a "
+    "shard that is damaged while the run goes on. The trainer refuses a missing shard, or one of "
+    "another size, at the start in both modes.",
+    '- webdataset: `WebDataset`, `decode("pil")`, `to_tuple("jpg", "json", "likelihood.npy")`, with '
+    "the same handler in each stage; from S3 through `pipe:curl -s -f -L` on presigned URLs. It "
+    "takes names from the tar, so two swapped samples and garbage after the end do it no harm. How "
+    "many samples come before an error over S3 varies by a shard with timing.",
+    "- Detected: an error or a warning. Healed or harmless: every sample came once, as packed. With "
+    "`warn_and_continue` a detected fault still ends as a shorter epoch.",
 )
 
 

@@ -11,7 +11,6 @@ docs/benchmarks/resume.md. Leave the folder for the next time, or delete it.
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -72,7 +71,9 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # ru_maxrss would not do: a child starts with its parent's.
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
+    return int(line.split()[1]) / 1024
 
 
 def _mapped_mb() -> float:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from vlal_dist.config.config import Config
-from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.in_order import evaluation_batches
 from vlal_dist.data.reader import Reader
 from vlal_dist.evaluation.predict import predict, predict_clip, predict_constant
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions, save_predictions

@@ -1,6 +1,7 @@
 """The decode function keeps to Pillow within one level, and takes no half file."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 from vlal_dist.data.batch import Batch, on_device
 from vlal_dist.data.decode import decode_into
+from vlal_dist.data.device_decode import decode_on
 from vlal_dist.errors import DataError
 
 
@@ -101,3 +103,27 @@ def test_bytes_become_mirrored_floats(normalize: bool) -> None:
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def test_a_device_decodes_close_to_the_cpu() -> None:
+    jpgs = [photo(60, 80, seed=n) for n in range(3)]
+    found = decode_on(jpgs, side=64, device=torch.device("cpu"))
+    for jpg, one in zip(jpgs, found, strict=True):
+        out = np.zeros((64, 64, 3), np.uint8)
+        decode_into(jpg, out)
+        assert np.abs(one.permute(1, 2, 0).numpy() - out).max() <= 1.01
+    with pytest.raises(DataError, match="cannot be decoded on cpu"):
+        decode_on([jpgs[0][:100]], side=64, device=torch.device("cpu"))
+    later = batch_of(torch.zeros((0, 3, 64, 64), dtype=torch.uint8), [], normalize=False)
+    later = replace(later, flip=torch.tensor([True, False, False]), jpgs=jpgs)
+    moved = on_device(later, torch.device("cpu"))
+    assert torch.equal(moved.image[1:], found[1:] * (1 / 255)) and moved.jpgs is None
+    assert torch.equal(moved.image[0], (found[0] * (1 / 255)).flip(-1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (nvJPEG)")
+def test_a_gpu_decodes_close_to_the_cpu() -> None:
+    jpgs = [photo(500, 375, seed=n) for n in range(3)]
+    on_gpu = decode_on(jpgs, side=224, device=torch.device("cuda")).cpu()
+    on_cpu = decode_on(jpgs, side=224, device=torch.device("cpu"))
+    assert (on_gpu - on_cpu).abs().mean() < 2

@@ -407,14 +407,27 @@ def test_the_loaders_read_every_image_once(packed: Dataset, data: st.DataObject)
         epoch_end=data.draw(st.sampled_from(["drop", "exact"])),
         passes=data.draw(st.sampled_from([1.0, 1.3])),
     )
-    uids = oracle.uids(Path(packed.url) / "train", name=packed.name)
     starts = draw_starts(data, lanes=lanes, first=first, sizes=(5, 30), least=1)
+    check_loaders(packed, order, starts)
+
+
+@pytest.mark.parametrize("epoch_end", ["drop", "exact"])
+def test_the_loaders_with_another_batch_at_each_resume(packed: Dataset, epoch_end: str) -> None:
+    order = replace(PLAIN, epoch_end=epoch_end, micro_batches=4)
+    starts = [Start(3, 14, 2), Start(8, 24, 2), Start(2, 9, 3), Start(5, 20)]
+    dealt = check_loaders(packed, order, starts)
+    # Of 72 samples: the second start ends the first epoch, and with `drop` begins the next.
+    second = {"drop": [24, 9, 9, 9, 20], "exact": [20, 9, 9, 9, 20, 20, 5]}
+    assert [step.samples for step in dealt] == [14, 14, 24, *second[epoch_end]]
+
+
+def check_loaders(packed: Dataset, order: Order, starts: Sequence[Start]) -> list[Dealt]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loader_module, "_STRETCH_ROWS", 8)
-        check_schedule(
+        patch.setattr(loader_module, "_STRETCH_ROWS", 8)  # a few steps are looked up at a time
+        return check_schedule(
             starts,
             deal=deal_by_loaders(packed, order),
             reference=fresh_stream(open_split(packed, "train"), order),
             order=order,
-            uids=uids,
+            uids=oracle.uids(Path(packed.url) / "train", name=packed.name),
         )

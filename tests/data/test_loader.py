@@ -12,9 +12,10 @@ from tests.conftest import S3Server
 from tests.scored import write_scores
 from tests.small import run, run_all, write_small_vaw
 from vlal_dist.data.batch import on_device
-from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.in_order import evaluation_batches
 from vlal_dist.data.likelihoods import tar_likelihoods
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.data.plan import Plan
@@ -84,6 +85,19 @@ def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:
         weight = np.exp(sample.log_likelihood.max() - sample.log_likelihood)
         assert np.allclose(batch.inverse_weight[place, feasible].numpy(), weight, rtol=1e-5)
     maker.close()
+
+
+def test_what_a_device_will_decode_travels_as_it_is(merged: Dataset) -> None:
+    ready, later = make(merged), make(merged)
+    later.decode_later = True
+    rows, zeros = np.arange(5), np.zeros(5, np.int64)
+    batches = [one.make(rows, zeros, np.ones(5, np.bool_)) for one in (ready, later)]
+    assert batches[1].image.shape == (0, 3, 64, 64) and len(batches[1].jpgs or []) == 5
+    images = [on_device(batch, torch.device("cpu")).image for batch in batches]
+    assert (images[0] - images[1]).abs().max() <= 1.01 / 255
+    assert torch.equal(batches[0].label, batches[1].label)
+    for one in (ready, later):
+        one.close()
 
 
 def test_every_layout_sees_the_same_samples_and_pixels(merged: Dataset) -> None:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.evaluation.tiny_dataset import SAMPLES, VOCABULARY, make_instances
-from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_split
+from vlal_dist.data.in_order import evaluation_batches
 from vlal_dist.data.reader import Reader
 from vlal_dist.data.scores import ShardScores, encode_scores, score_key, write_scores_manifest
 from vlal_dist.errors import DataError

@@ -22,6 +22,9 @@ class DataSection(Section):
         False, description="subtract ImageNet mean, divide by std (authors: off)"
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (authors)")
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu", description="where crops are decoded for training; gpu: nvJPEG, close but not equal"
+    )
     threads: int = Field(2, ge=1, description="decoding threads per rank")
     prefetch_steps: int = Field(4, ge=1, description="batches prepared ahead, per rank (steps)")
     window_blocks: int = Field(3, ge=1, description="shuffle window of a lane (blocks; design 4)")

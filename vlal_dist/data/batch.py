@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from vlal_dist.data.device_decode import decode_on
 from vlal_dist.data.images import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -27,6 +28,8 @@ class Batch:
         inverse_weight: float32 [B, A], (max likelihood) / likelihood; 0 where it cannot be drawn;
             None where the samples have no likelihood.
         feasible: bool [B, A], Omega_o.
+        jpgs: the JPEG of each row where the device decodes (`image` then has no row before
+            `on_device`); None: decoded already.
         normalize: whether `on_device` applies ImageNet's mean and standard deviation.
     """
 
@@ -40,6 +43,7 @@ class Batch:
     row_weight: Tensor
     inverse_weight: Tensor | None
     feasible: Tensor
+    jpgs: list[bytes] | None = None
     normalize: bool = False
 
     def __len__(self) -> int:
@@ -61,9 +65,12 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         batch = replace(batch, **moved)  # type: ignore[arg-type]
     if batch.image.is_floating_point():
         return batch
-    image = batch.image.to(torch.float32, memory_format=torch.contiguous_format) * (1 / 255)
+    pixels = batch.image
+    if batch.jpgs is not None:
+        pixels = decode_on(batch.jpgs, side=batch.image.shape[-1], device=device)
+    image = pixels.to(torch.float32, memory_format=torch.contiguous_format) * (1 / 255)
     image[batch.flip] = image[batch.flip].flip(-1)
     if batch.normalize:
         mean, std = (image.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         image = image.sub_(mean).div_(std)
-    return replace(batch, image=image)
+    return replace(batch, image=image, jpgs=None)

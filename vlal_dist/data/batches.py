@@ -8,8 +8,6 @@ Legend: B rows of a batch, A attributes, S image side.
 
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,8 +35,6 @@ _LARGEST_PIECE = 64
 """Rows that a thread takes at a time."""
 _LARGEST_MASK = 64 << 20
 """Bytes of a table of feasible sets that is worth keeping dense."""
-_EVALUATION_AHEAD = 2
-"""Batches of an evaluation made ahead."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,7 @@ class BatchMaker:
         read_likelihoods: where log-likelihoods come from; None: not needed.
         leave_out_damaged: damaged rows are left out and told of, instead of raised.
         pinned: page-locked image memory, for a GPU.
+        decode_later: hand on JPEGs, which `on_device` decodes.
     """
 
     def __init__(
@@ -101,10 +98,12 @@ class BatchMaker:
         read_likelihoods: ReadLikelihoods | None = None,
         leave_out_damaged: bool = False,
         pinned: bool = False,
+        decode_later: bool = False,
     ) -> None:
         self.reader, self.feasible, self.num_attributes = reader, feasible, num_attributes
         self.image_size, self.normalize, self.threads = image_size, normalize, threads
         self.read_likelihoods, self.leave_out_damaged = read_likelihoods, leave_out_damaged
+        self.decode_later = decode_later
         small = feasible.num_objects * num_attributes <= _LARGEST_MASK
         self._mask = feasible.mask(num_attributes) if small else None
         self.counts = StageCounts()
@@ -169,7 +168,7 @@ class _Job:
         self.left = 0
         self.data: list[Data] = [b""] * len(at.rows)
         self.damage: dict[int, Damage] = {}
-        self.image, self.tensor = maker._buffers.take(len(at.rows))
+        self.image, self.tensor = maker._buffers.take(0 if maker.decode_later else len(at.rows))
         self._lock = threading.Lock()
 
     def work(self, low: int, high: int) -> None:
@@ -207,6 +206,8 @@ class _Job:
                 self._leave_out(place, data)
                 continue
             self.data[place] = data
+            if maker.decode_later:
+                continue
             start, stop = self.at.jpg[place]
             try:
                 decode_into(memoryview(data)[start:stop], self.image[place])
@@ -229,7 +230,9 @@ class _Job:
         kept = np.ones(len(at.rows), dtype=np.bool_)
         kept[list(self.damage)] = False
         places = np.flatnonzero(kept)
-        image = self.tensor if kept.all() else self.tensor[torch.from_numpy(kept)]
+        whole = kept.all() or maker.decode_later
+        image = self.tensor if whole else self.tensor[torch.from_numpy(kept)]
+        jpgs = [bytes(one) for one in self._parts(at.jpg, places)] if maker.decode_later else None
         rows = at.rows[kept]
         column = maker.reader.corpus.column
         object_id = column("object_id", rows).astype(np.int64)
@@ -247,6 +250,7 @@ class _Job:
             row_weight=torch.ones(len(rows), dtype=torch.float32),
             inverse_weight=None if weight is None else torch.from_numpy(weight),
             feasible=torch.from_numpy(feasible),
+            jpgs=jpgs or None,
             normalize=maker.normalize,
         )
         return Made(batch, kept, list(self.damage.values()))
@@ -272,29 +276,3 @@ class _Job:
         weight = np.zeros((len(rows), maker.num_attributes), dtype=np.float32)
         weight[np.repeat(np.arange(len(rows)), np.diff(indptr)), ids] = drawing_weights(ragged)
         return weight
-
-
-def evaluation_batches(maker: BatchMaker, rows: I64, *, batch_size: int) -> Iterator[Batch]:
-    """Batches of the given ascending rows in order, without augmentation, made ahead."""
-    pending: deque[tuple[int, Future[Made]]] = deque()
-    try:
-        for start in range(0, len(rows), batch_size):
-            piece = rows[start : start + batch_size]
-            maker.reader.want(piece, maker.reader.blocks(piece))
-            zeros = np.zeros(len(piece), dtype=np.int64)
-            future = maker.start(maker.reader.locate(piece), zeros, zeros.astype(np.bool_))
-            pending.append((int(piece[0]), future))
-            if len(pending) > _EVALUATION_AHEAD:
-                yield _next(maker, pending)
-        while pending:
-            yield _next(maker, pending)
-    finally:
-        for _, future in pending:
-            future.cancel()
-        maker.reader.forget()
-
-
-def _next(maker: BatchMaker, pending: "deque[tuple[int, Future[Made]]]") -> Batch:
-    first_row, future = pending.popleft()
-    maker.reader.retire(first_row)
-    return future.result().batch

@@ -8,6 +8,7 @@ from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.data.plan import Plan
 from vlal_dist.data.reader import Reader
+from vlal_dist.errors import ConfigError
 from vlal_dist.training.checkpoint import Checkpoint
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.settings import RunSettings
@@ -20,6 +21,8 @@ def make_batches(
     settings: RunSettings, sources: Sources, ranks: Ranks, *, train: bool
 ) -> BatchMaker:
     """What makes the batches of the training corpus, or of the validation split."""
+    if settings.decode == "gpu" and ranks.device.type != "cuda":
+        raise ConfigError(f"data.decode gpu: this rank runs on {ranks.device}; set data.decode cpu")
     corpus = sources.corpus if train else Corpus([sources.validation])
     return BatchMaker(
         Reader(corpus, cache=_block_cache(settings, corpus)),
@@ -31,6 +34,7 @@ def make_batches(
         read_likelihoods=sources.read_likelihoods if train else None,
         leave_out_damaged=train and settings.damage == "quarantine",
         pinned=ranks.device.type == "cuda",
+        decode_later=train and settings.decode == "gpu",
     )
 
 

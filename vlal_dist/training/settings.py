@@ -32,6 +32,7 @@ class RunSettings:
     image_size: int
     normalize: bool
     flip: float
+    decode: Literal["cpu", "gpu"]
     decode_threads: int
     prefetch_steps: int
     window_blocks: int

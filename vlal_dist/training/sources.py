@@ -10,8 +10,9 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from vlal_dist.data.batches import BatchMaker, evaluation_batches
+from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.dataset import Dataset, Split, open_split
+from vlal_dist.data.in_order import evaluation_batches
 from vlal_dist.data.likelihoods import (
     ReadLikelihoods,
     ScoreLikelihoods,
