@@ -420,72 +420,53 @@ def read_clean(folder: Path) -> Clean:
     return Clean(dataset, rows, contents)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown: a line per fault, then the sums of each loader."""
+def page(damaged: list[Row], faults: list[Row], server: str) -> str:
+    """The whole page: a line per fault, then the sums of each loader."""
     lines = [
+        "# Damaged shards and S3 faults",
+        "",
+        f"Measured {datetime.date.today()} by `python -m benchmarks.damage` (Ceph is used where it "
+        f"is installed, else moto). Here: {server}; webdataset {wds.__version__}.",
+        "",
+        *NOTES,
+        "",
         "| | ours, `strict` | ours, `quarantine` | webdataset, default | `warn_and_continue` |",
         "|---|---|---|---|---|",
     ]
-    for row in rows:
-        cells = " | ".join(cell.text for cell in row.cells)
-        lines.append(f"| **{row.name}**: {row.what} | {cells} |")
-    columns = list(zip(*(row.cells for row in rows), strict=True))
-    sums: dict[str, Callable[[Cell], bool]] = {
-        "detected, healed or harmless": lambda cell: cell.told or cell.whole,
-        "every sample given out, as packed": lambda cell: cell.whole,
-        "ended without a word, samples lost, altered or doubled": lambda cell: (
-            not cell.told and not cell.whole
-        ),
-    }
-    for name, counts in sums.items():
+    for title, rows in (("At rest, on a local disk", damaged), ("Between loader and S3", faults)):
+        lines.append(f"| *{title}* | | | | |")
+        for row in rows:
+            cells = " | ".join(cell.text for cell in row.cells)
+            lines.append(f"| **{row.name}**: {row.what} | {cells} |")
+    rows = [*damaged, *faults]
+    lines.append("| *All together* | | | | |")
+    for name, counts in SUMS.items():
+        columns = zip(*(row.cells for row in rows), strict=True)
         cells = " | ".join(f"**{sum(map(counts, column))} of {len(rows)}**" for column in columns)
         lines.append(f"| **{name}** | {cells} |")
-    return lines
+    return "\n".join([*lines, ""])
 
 
-def page(damaged: list[Row], faults: list[Row], server: str) -> str:
-    """The whole page."""
-    return "\n".join(
-        [
-            "# Damaged shards and S3 faults",
-            "",
-            f"Measured {datetime.date.today()} by `python -m benchmarks.damage` (Ceph is used "
-            f"where it is installed). Here: {server}; webdataset {wds.__version__}.",
-            "",
-            *NOTES,
-            "",
-            "## At rest, on a local disk",
-            "",
-            *table(damaged),
-            "",
-            "## Between the loader and S3",
-            "",
-            *table(faults),
-            "",
-            "## All together",
-            "",
-            *table([*damaged, *faults])[:2],
-            *table([*damaged, *faults])[-3:],
-            "",
-        ]
-    )
-
-
+SUMS: dict[str, Callable[[Cell], bool]] = {
+    "detected, healed or harmless": lambda cell: cell.told or cell.whole,
+    "every sample given out, as packed": lambda cell: cell.whole,
+    "samples lost, altered or doubled without a word": lambda cell: not cell.told | cell.whole,
+}
 NOTES = (
-    'One of 4 shards of 18 samples is damaged, or met by a fault. "n of 72" is how many samples of '
-    "an epoch were given out with the bytes that were packed; then come those that were altered or "
-    "given twice, and what was said about it.",
+    'One of 4 shards of 18 samples is damaged, or met by a fault. "n of 72" is how many samples '
+    "of an epoch were given out with the bytes that were packed; then come those that were altered "
+    "or given twice, and what was said about it.",
     "",
     "- Ours: the trainer's look at the sizes of all shards at the start, then the loader. `strict` "
-    "stops before the step that holds a damaged sample. `quarantine` is the loader's result: for a "
-    "shard that is damaged while the run goes on. The trainer refuses a missing shard, or one of "
+    "stops before the step that holds a damaged sample. `quarantine` is the loader's result: for "
+    "a shard that is damaged while the run goes on. The trainer refuses a missing shard, or one of "
     "another size, at the start in both modes.",
-    '- webdataset: `WebDataset`, `decode("pil")`, `to_tuple("jpg", "json", "likelihood.npy")`, with '
-    "the same handler in each stage; from S3 through `pipe:curl -s -f -L` on presigned URLs. It "
-    "takes names from the tar, so two swapped samples and garbage after the end do it no harm. How "
-    "many samples come before an error over S3 varies by a shard with timing.",
-    "- Detected: an error or a warning. Healed or harmless: every sample came once, as packed. With "
-    "`warn_and_continue` a detected fault still ends as a shorter epoch.",
+    '- webdataset: `WebDataset`, `decode("pil")`, `to_tuple("jpg", "json", "likelihood.npy")`, '
+    "with the same handler in each stage; from S3 through `pipe:curl -s -f -L` on presigned URLs. "
+    "It takes names from the tar, so two swapped samples and garbage after the end do it no harm. "
+    "How many samples come before an error over S3 varies with timing.",
+    "- Detected: an error or a warning. Healed or harmless: every sample came once, as packed. "
+    "With `warn_and_continue` a detected fault still ends as a shorter epoch.",
 )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from vlal_dist.errors import DataError
 
@@ -27,6 +26,9 @@ def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tens
     Raises:
         DataError: one of them is no whole JPEG.
     """
+    # Only where it is used: importing torchvision takes longer than a resume to its first batch.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
     files = [torch.frombuffer(bytearray(jpg), dtype=torch.uint8) for jpg in jpgs]
     try:
         images = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)

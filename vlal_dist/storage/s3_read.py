@@ -14,7 +14,8 @@ from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import ReplacedError, StorageError
 from vlal_dist.storage.checks import short_read
-from vlal_dist.storage.s3_client import TRIES, OutageError, S3Client
+from vlal_dist.storage.s3_client import TRIES, S3Client
+from vlal_dist.storage.s3_errors import OutageError
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,12 @@ class S3Reader:
             arguments["Range"] = f"bytes={start}-{last}"
         if read.etag is not None:
             arguments["IfMatch"] = read.etag
-        reply = self._client.call(
+        reply = None
+        if read.ranged and read.etag is not None and "Range" in arguments:
+            reply = self._client.get_range(
+                read.name, read.key, extent=arguments["Range"], etag=read.etag
+            )
+        reply = reply or self._client.call(
             "get_object", read.key, passing=(412, 416), once=True, **arguments
         )
         if reply.get("status") == 412:
