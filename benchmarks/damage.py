@@ -425,8 +425,8 @@ def page(damaged: list[Row], faults: list[Row], server: str) -> str:
     lines = [
         "# Damaged shards and S3 faults",
         "",
-        f"Measured {datetime.date.today()} by `python -m benchmarks.damage` (Ceph is used where it "
-        f"is installed, else moto). Here: {server}; webdataset {wds.__version__}.",
+        f"Measured {datetime.date.today()} by `python -m benchmarks.damage`, about five minutes "
+        f"(Ceph where it is installed, else moto). Here: {server}; webdataset {wds.__version__}.",
         "",
         *NOTES,
         "",

@@ -62,7 +62,7 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
     assert step.samples == BATCH and step.position == start + BATCH
     assert len(step.micro_batches[0]) == BATCH
     found = dict(zip(PARTS, (b - a for a, b in pairwise(times)), strict=True))
-    found |= {"total": times[-1] - started, "peak": _peak_mb()}
+    found |= {"total": times[-1] - started, "cpu": time.process_time(), "peak": _peak_mb()}
     found["mapped"] = _mapped_mb()
     found["lanes"], found["blocks"] = loader.lanes, len(mixture.corpus.samples)
     steps.close()
@@ -195,16 +195,17 @@ def repeat_lines(folder: Path, sizes: list[int], times: int) -> list[str]:
 def line(name: str, found: Result, first: float | None) -> str:
     """A line of a table."""
     cells = [f"{int(found['blocks']):,}", f"{int(found['lanes'])}"]
-    cells += [f"{found[part]:.2f}" for part in (*PARTS, "total")]
+    cells += [f"{found[part]:.2f}" for part in (*PARTS, "total", "cpu")]
     cells += [f"{found['peak']:.0f}", f"{found['mapped']:.1f}"]
     cells.append("" if first is None else f"{first:.2f}")
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
 HEAD = """\
-| rows | blocks | lanes | imports | open | order | first batch | total | peak MB | mapped MB | \
-first open |
-|---|---|---|---|---|---|---|---|---|---|---|
+| rows | blocks | lanes | imports | open | order | first batch | total | CPU s | peak MB \
+| mapped MB \
+| first open |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 TEXT = """\
 # Resume to the first batch
@@ -216,6 +217,8 @@ TEXT = """\
 From process start to the first batch of 64 (224 pixels) of one rank, at a third of epoch 3.
 Seconds: imports (Python, torch, pyarrow, ours), open (manifest, vocabulary, index, blocks), order
 (epochs 0 and 3 laid out), first batch (five steps looked up, 64 samples read, verified, decoded).
+CPU is what the process used in all; the rest of the total is waiting, also for other work on the
+machine (load {load:.1f} of 2 cores), which the imports feel most.
 Peak is the process's largest resident set; mapped is what of it are pages of index and blocks:
 shared by the ranks of a node, and given back when memory is short. The index takes 56 bytes a row.
 What a run does besides (model, checkpoint, DeepSpeed) does not depend on the rows.
@@ -259,6 +262,7 @@ def main() -> None:
         date=time.strftime("%Y-%m-%d"),
         times=given.repeats,
         small=72,
+        load=os.getloadavg()[1],
         local=HEAD + "\n".join(local) + "\n",
         repeats=HEAD.replace("first open", "") + "\n".join(repeats) + "\n",
     )

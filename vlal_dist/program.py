@@ -6,6 +6,7 @@ line and an exit code (design 9), prints the closing summary, and writes `result
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,10 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     except KeyboardInterrupt:
         sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
         return Stopped.exit_code
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has seen enough; Python must not flush into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         # A full disk or a forbidden folder outside of any store, such as the temporary one.
         sys.stderr.write(f"{program.name}: error: {error}; check disk space and permissions\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from tests.data import oracle
 from tests.data.oracle import Visit
-from tests.data.test_exactness import open_written, visits_at
+from tests.data.test_exactness import open_written, visits_at, visits_of
 from tests.scored import write_scores
 from tests.small import run_all, write_small_vaw
 from vlal_dist.data.batch import Batch
@@ -271,25 +272,26 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def make_loader(
-    dataset: Dataset, *, rank: int = 0, world_size: int = 1, **options: Any
+    dataset: Dataset,
+    passes: dict[str, float],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    factor: npt.NDArray[np.float64] | None = None,
+    **options: Any,
 ) -> TrainLoader:
-    """A loader of all samples at 1.3 passes per epoch, or as `factor` says."""
+    """A loader of splits that are taken for a mix; likelihoods are read where it is train alone."""
+    corpus = Corpus([open_split(dataset, name) for name in passes])
     maker = BatchMaker(
-        Reader(Corpus([open_split(dataset, "train")])),
+        Reader(corpus),
         feasible=dataset.feasible,
         num_attributes=len(dataset.vocabulary.attributes),
         image_size=64,
         normalize=False,
         threads=1,
-        read_likelihoods=tar_likelihoods,
+        read_likelihoods=tar_likelihoods if list(passes) == ["train"] else None,
     )
-    factor = options.pop("factor", None)
-    plan = Plan(
-        maker.reader.corpus,
-        seed=SEED,
-        passes=(1.3 if factor is None else 1.0,),
-        factor=factor,
-    )
+    plan = Plan(corpus, seed=SEED, passes=tuple(passes.values()), factor=factor)
     settings: dict[str, Any] = {"batch_size": 16, "accumulation": 1, "epoch_end": "exact"}
     return TrainLoader(
         maker, plan, rank=rank, world_size=world_size, seed=SEED, **(settings | options)
@@ -311,7 +313,8 @@ def test_planned_and_seen_positives_are_equal_attribute_by_attribute(merged: Dat
     factor = [max([1.0, *(math.sqrt(threshold / share[a]) for a in one)]) for one in lists]
     uids = oracle.uids(Path(merged.url) / "train", name=merged.name)
     by_uid = dict(zip(uids, lists, strict=True))
-    loader = make_loader(merged, factor=repeat_factors([positive], kept, threshold=threshold))
+    found = repeat_factors([positive], kept, threshold=threshold)
+    loader = make_loader(merged, {"train": 1.0}, factor=found)
     whole = Counter[int]()
     for epoch in range(3):
         held = oracle.planned(uids, factor, seed=SEED, epoch=epoch)
@@ -328,7 +331,7 @@ Content = tuple[bytes, bool, bytes]
 """Image bytes, flip, ignore set."""
 
 
-def contents(batch: Batch) -> dict[tuple[int, int], Content]:
+def contents(batch: Batch) -> dict[Visit, Content]:
     """What training makes of each (uid, visit) of a batch."""
     assert batch.inverse_weight is not None
     ignored = sample_ignore_set(
@@ -340,22 +343,24 @@ def contents(batch: Batch) -> dict[tuple[int, int], Content]:
         seed=SEED,
     )
     return {
-        (int(batch.uid[n]), int(batch.visit[n])): (
+        visit: (
             batch.image[n].contiguous().numpy().tobytes(),
             bool(batch.flip[n]),
             ignored[n].numpy().tobytes(),
         )
-        for n in range(len(batch))
+        for n, visit in enumerate(visits_of(batch))
     }
 
 
 def test_a_visit_has_the_same_bits_in_every_layout(merged: Dataset) -> None:
     """Ranks, batch size, lanes, micro-batches, threads ahead and a resume: none of them counts."""
 
-    def seen(world_size: int, *, start: int = 0, **options: Any) -> dict[tuple[int, int], Content]:
-        found: dict[tuple[int, int], Content] = {}
+    def seen(world_size: int, *, start: int = 0, **options: Any) -> dict[Visit, Content]:
+        found: dict[Visit, Content] = {}
         for rank in range(world_size):
-            loader = make_loader(merged, rank=rank, world_size=world_size, **options)
+            loader = make_loader(
+                merged, {"train": 1.3}, rank=rank, world_size=world_size, **options
+            )
             for batch in batches(loader, 1, start):
                 found |= contents(batch)
             loader.close()
@@ -377,6 +382,24 @@ def test_a_visit_has_the_same_bits_in_every_layout(merged: Dataset) -> None:
     assert all(first[0] == second[0] for first, second in twice)  # the decoded crop is the sample's
     assert 0 < sum(first[1] != second[1] for first, second in twice) < len(twice)
     assert sum(first[2] != second[2] for first, second in twice) > 0
+
+
+def test_a_mix_reads_what_its_datasets_alone_read(merged: Dataset) -> None:
+    """The same pixels and the same flip for a (sample, visit), whatever it is mixed with."""
+
+    def seen(**passes: float) -> dict[Visit, tuple[bytes, bool]]:
+        loader = make_loader(merged, passes)
+        found = {
+            visit: (batch.image[n].contiguous().numpy().tobytes(), bool(batch.flip[n]))
+            for batch in batches(loader, 0)
+            for n, visit in enumerate(visits_of(batch))
+        }
+        loader.close()
+        return found
+
+    train, test, mixed = seen(train=1.0), seen(test=2.0), seen(train=0.5, test=2.0)
+    assert test.items() <= mixed.items() <= (train | test).items()
+    assert 24 < len(mixed.keys() & train.keys()) < 48
 
 
 GOLDEN_ROWS_AND_VISITS = [

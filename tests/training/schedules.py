@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,14 +78,13 @@ class Record:
 def train(small: Path, run: Path, schedule: Schedule) -> Record:
     """Carry a schedule out."""
     record = Record([], [], [])
-    for number, cut in enumerate(schedule.cuts):
+    for cut in schedule.cuts:
         process = launch(small, run, schedule, cut.world_size)
         stop(process, run, cut, after=newest_checkpoint(run) + cut.steps)
         record.books += read_books(run)
         record.resumed_at.append(newest_checkpoint(run))
     output = finish(launch(small, run, schedule, schedule.last_world_size))
-    for step in record.resumed_at[-1:]:
-        assert (f"step {step}, epoch" in output) == (step > 0), output
+    assert all(f"step {step}, epoch" in output for step in record.resumed_at[-1:] if step)
     record.books += read_books(run)
     record.lines = whole_lines(run)
     return record
@@ -123,12 +123,12 @@ def stop(process: subprocess.Popen[str], run: Path, cut: Cut, *, after: int) -> 
         end(process)
 
 
-def wait_until(process: subprocess.Popen[str], reached: Any) -> None:
+def wait_until(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not reached():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the step was not reached"
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 def rank_process(group: int, rank: int) -> int:

@@ -26,7 +26,7 @@ def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tens
     Raises:
         DataError: one of them is no whole JPEG.
     """
-    # Only where it is used: importing torchvision takes longer than a resume to its first batch.
+    # Imported where it is used: torchvision takes as long to import as torch does.
     from torchvision.io import ImageReadMode, decode_jpeg
 
     files = [torch.frombuffer(bytearray(jpg), dtype=torch.uint8) for jpg in jpgs]
