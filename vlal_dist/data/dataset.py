@@ -7,6 +7,7 @@ not at every start: `cache/verified` notes which files were found right.
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, fetch, open_store
 from vlal_dist.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SPLIT_FILES = ("shards.parquet", "index.arrow", "blocks.arrow", "labels.parquet")
@@ -215,8 +218,12 @@ def _write_note(note: Path, stat: list[str | int]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check_shard_sizes(split: Split) -> None:
+def check_shard_sizes(split: Split, *, may_be_damaged: bool = False) -> None:
     """Tell a missing or truncated shard before work begins, not in the middle of an epoch.
+
+    Args:
+        split: the opened split.
+        may_be_damaged: warn of another size, because damaged samples will be left out.
 
     Raises:
         DataError: a shard is absent, or has another size.
@@ -231,10 +238,13 @@ def check_shard_sizes(split: Split) -> None:
                 f"{split.store.url}/{key} is missing; restore it, or pack again"
             ) from None
         if found != shard.bytes:
-            raise DataError(
+            problem = (
                 f"{split.store.url}/{key}: {found} bytes where {shard.bytes} are expected; the "
                 "shard was altered or cut: restore it, or pack again"
             )
+            if not may_be_damaged:
+                raise DataError(problem)
+            logger.warning("%s; its damaged samples will be left out", problem)
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         list(pool.map(check, range(len(split.shards))))

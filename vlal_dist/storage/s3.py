@@ -71,8 +71,7 @@ class S3Store:
 
     def size(self, key: str) -> int:
         """See `Store.size`."""
-        name = self._name(key)
-        return int(self._client.call("head_object", key, Key=name)["ContentLength"])
+        return self._reader.size(self._name(key), key)
 
     def exists(self, key: str) -> bool:
         """See `Store.exists`."""

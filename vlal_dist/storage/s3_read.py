@@ -6,8 +6,9 @@ All repetition of reads happens here, in one loop; the client below sends each r
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
@@ -18,6 +19,8 @@ from vlal_dist.storage.s3_client import TRIES, S3Client
 from vlal_dist.storage.s3_errors import OutageError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 OUTAGE_S = 60.0
 """Seconds after a read's first failure at which it gives up (and not before `TRIES` tries)."""
@@ -74,19 +77,34 @@ class S3Reader:
         ranged = offset > 0 or length is not None
         etag = self._versions.get(name) if ranged else None
         read = _Read(name, key, offset, length, ranged, etag)
+        # A store that never answered is rather misnamed than away: that is to be said soon.
+        self._patiently(lambda: self._advanced(read), always=ranged)
+        return b"".join(read.parts)
+
+    def size(self, name: str, key: str) -> int:
+        """See `Store.size`; as patient as a read."""
+        head = self._patiently(
+            lambda: self._client.call("head_object", key, once=True, Key=name), always=False
+        )
+        return int(head["ContentLength"])
+
+    def _patiently(self, attempt: Callable[[], T], *, always: bool) -> T:
+        """Repeat an attempt while the store is out of reach or busy.
+
+        Args:
+            attempt: raises OutageError where another one may succeed.
+            always: wait for a store that has never answered this process, too.
+
+        Raises:
+            StorageError: `OUTAGE_S` after the first failure it still fails.
+        """
         tries, failing_since = 0, 0.0
         while True:
             try:
-                if self._advance(read):
-                    return b"".join(read.parts)
-                problem = StorageError(
-                    f"{self._url}: {key!r}: the body broke off at byte {offset + read.got}: check "
-                    "the network and the store, then repeat the command"
-                )
+                return attempt()
             except OutageError as error:
                 problem = error
-            # A store that never answered is rather misnamed than away: that is to be said soon.
-            patient = ranged or self._client.answered
+            patient = always or self._client.answered
             tries += 1
             failing_since = failing_since or time.monotonic()
             failing_s = time.monotonic() - failing_since
@@ -97,6 +115,13 @@ class S3Reader:
                 ) from problem
             logger.warning("%s; try %d follows", problem, tries + 1)
             self._client.pause(tries)
+
+    def _advanced(self, read: _Read) -> None:
+        if not self._advance(read):
+            raise OutageError(
+                f"{self._url}: {read.key!r}: the body broke off at byte {read.offset + read.got}: "
+                "check the network and the store, then repeat the command"
+            )
 
     def forget(self, name: str) -> None:
         """Expect another version from now on: this process itself wrote or removed the object."""

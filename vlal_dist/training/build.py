@@ -68,8 +68,9 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
 
 def _begin(settings: RunSettings, sources: Sources, store: Store, resume: str) -> None:
     """What rank 0 does before the first step: look at the shards, prepare the run root."""
-    for split in (*sources.corpus.splits, sources.validation):
-        check_shard_sizes(split)
+    for split in sources.corpus.splits:
+        check_shard_sizes(split, may_be_damaged=settings.damage == "quarantine")
+    check_shard_sizes(sources.validation)
     if resume == "none":
         begin_anew(store)
     store.replace("config.yaml", settings.config_text.encode())
