@@ -459,7 +459,8 @@ NOTES = (
     "",
     "- Ours: the trainer's look at the sizes of all shards at the start, then the loader. `strict` "
     "stops before the step that holds a damaged sample. `quarantine` is the loader's result; the "
-    "trainer warns of a shard of another size at the start, and refuses a missing one in both modes.",
+    "trainer warns of a shard of another size at the start, and refuses a missing one in both "
+    "modes.",
     '- webdataset: `WebDataset`, `decode("pil")`, `to_tuple("jpg", "json", "likelihood.npy")`, '
     "with the same handler in each stage; from S3 through `pipe:curl -s -f -L` on presigned URLs. "
     "It takes names from the tar, so two swapped samples and garbage after the end do it no harm. "

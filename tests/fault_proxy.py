@@ -29,8 +29,8 @@ class Fault:
     Attributes:
         kind: `reset` (TCP RST), `truncate` (orderly close), `stall` (silence, then close), `flip`
             (one bit), all at body byte `at`; `short` (a reply that ends there, and states that
-            as its length); `busy` (503 SlowDown, not forwarded); `latency` (a wait before
-            forwarding); `lost` (forwarded, then closed without an answer); `away` (this and all
+            as its length); `busy` (503 SlowDown, not forwarded); `refuse` (403, likewise);
+            `latency` (a wait before forwarding); `lost` (forwarded, then closed without an answer); `away` (this and all
             requests within `seconds` are closed without an answer).
         match: regular expression searched in `METHOD /path?query`.
         times: how many requests it hits.
@@ -40,7 +40,9 @@ class Fault:
         then: called once the fault has been done, before the client can see it.
     """
 
-    kind: Literal["reset", "truncate", "stall", "flip", "short", "busy", "latency", "lost", "away"]
+    kind: Literal[
+        "reset", "truncate", "stall", "flip", "short", "busy", "refuse", "latency", "lost", "away"
+    ]
     match: str = "^GET "
     times: int = 1
     chance: float = 1.0
@@ -123,7 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if fault is not None and fault.kind == "busy":
-            return self._send_busy()
+            return self._send_error(503, "SlowDown")
+        if fault is not None and fault.kind == "refuse":
+            return self._send_error(403, "AccessDenied")
         if fault is not None and fault.kind == "latency":
             time.sleep(fault.seconds)
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
@@ -139,9 +143,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
 
-    def _send_busy(self) -> None:
-        text = b"<Error><Code>SlowDown</Code><Message>injected</Message></Error>"
-        self.send_response_only(503)
+    def _send_error(self, status: int, code: str) -> None:
+        text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
+        self.send_response_only(status)
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else text)

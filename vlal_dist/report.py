@@ -22,9 +22,9 @@ from vlal_dist.evaluation.examples import Example, build_example, choose_rows, t
 from vlal_dist.evaluation.page import Page, Row, render_page, result_columns, result_row
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
 from vlal_dist.evaluation.results import decode_attributes, result_folder
-from vlal_dist.evaluation.truth import read_file, read_truth
+from vlal_dist.evaluation.truth import read_truth
 from vlal_dist.program import Counts, Program, run_program
-from vlal_dist.storage.store import Store, open_store
+from vlal_dist.storage.store import Store, open_store, read_url
 
 PURPOSE = """
 Write RUN/report.html: run card, result row as in Table 1 with class counts, training curves, the
@@ -171,7 +171,7 @@ def _rows(config: Config, store: Store, main: dict[str, Any]) -> list[Row]:
 
 def _read_compared(url: str) -> object:
     try:
-        return json.loads(read_file(url))
+        return json.loads(read_url(url))
     except (NotFoundError, ValueError) as error:
         raise DataError(
             f"evaluation.compare: {url} cannot be read ({error}); name result.json files that "

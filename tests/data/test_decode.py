@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlal_dist.data.batch import Batch, on_device
+from vlal_dist.data.batch import Batch, decoded, on_device
 from vlal_dist.data.decode import decode_into
 from vlal_dist.data.device_decode import decode_on
 from vlal_dist.errors import DataError
@@ -116,9 +116,13 @@ def test_a_device_decodes_close_to_the_cpu() -> None:
         decode_on([jpgs[0][:100]], side=64, device=torch.device("cpu"))
     later = batch_of(torch.zeros((0, 3, 64, 64), dtype=torch.uint8), [], normalize=False)
     later = replace(later, flip=torch.tensor([True, False, False]), jpgs=jpgs)
-    moved = on_device(later, torch.device("cpu"))
-    assert torch.equal(moved.image[1:], found[1:] * (1 / 255)) and moved.jpgs is None
-    assert torch.equal(moved.image[0], (found[0] * (1 / 255)).flip(-1))
+    cpu = torch.device("cpu")
+    ready = decoded(later, cpu)
+    assert ready.jpgs is None and torch.equal(ready.image, found.round().to(torch.uint8))
+    assert torch.equal(on_device(ready, cpu).image[0], (ready.image[0] * (1 / 255)).flip(-1))
+    broken = replace(later, uid=torch.arange(3), jpgs=[*jpgs[:2], b"no image"])
+    with pytest.raises(DataError, match="uid 0000000000000002"):
+        decoded(broken, cpu)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU (nvJPEG)")

@@ -280,8 +280,11 @@ class TestCache:
     def test_two_ranks_share_a_cache_that_is_too_small(
         self, url: str, proxy: FaultProxy, tmp_path: Path, clean: Rows
     ) -> None:
-        """Evictions, flipped bits and two processes at once; none waits for the other for ever."""
-        proxy.faults = [Fault("flip", SHARDS, times=10**6, at=1000, chance=0.2)]
+        """Evictions, flipped bits and two processes at once; none waits for the other for ever.
+
+        Byte 5000 lies in parts, not in single samples: what is read once more arrives whole.
+        """
+        proxy.faults = [Fault("flip", SHARDS, times=10**6, at=5000, chance=0.2)]
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
             ranks = [pool.submit(read_as_rank, rank, url, tmp_path) for rank in range(2)]
             epochs = zip(*(rank.result(timeout=120) for rank in ranks), strict=True)

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import S3Server
 from tests.scored import write_scores
 from tests.small import run, run_all, write_small_vaw
-from vlal_dist.data.batch import on_device
+from vlal_dist.data.batch import decoded, on_device
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
@@ -93,7 +93,8 @@ def test_what_a_device_will_decode_travels_as_it_is(merged: Dataset) -> None:
     rows, zeros = np.arange(5), np.zeros(5, np.int64)
     batches = [one.make(rows, zeros, np.ones(5, np.bool_)) for one in (ready, later)]
     assert batches[1].image.shape == (0, 3, 64, 64) and len(batches[1].jpgs or []) == 5
-    images = [on_device(batch, torch.device("cpu")).image for batch in batches]
+    cpu = torch.device("cpu")
+    images = [on_device(decoded(batch, cpu), cpu).image for batch in batches]
     assert (images[0] - images[1]).abs().max() <= 1.01 / 255
     assert torch.equal(batches[0].label, batches[1].label)
     for one in (ready, later):

@@ -9,7 +9,8 @@ import pytest
 from tests.evaluation.tiny_dataset import VOCABULARY, make_instances
 from vlal_dist.data.dataset import Dataset
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.evaluation.truth import join_truth, read_file, read_truth
+from vlal_dist.evaluation.truth import join_truth, read_truth
+from vlal_dist.storage.store import read_url
 
 
 def table(rows: list[tuple[str, list[str]]]) -> pa.Table:
@@ -65,4 +66,4 @@ def test_a_plain_file_name_is_read_from_here(
 ) -> None:
     (tmp_path / "x.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
-    assert read_file("x.json") == read_file(f"file://{tmp_path}/x.json") == b"{}"
+    assert read_url("x.json") == read_url(f"file://{tmp_path}/x.json") == b"{}"

@@ -9,6 +9,7 @@ import random
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -484,3 +485,47 @@ def test_a_store_that_ignores_if_match_is_found_out(
     for offset, length in ((0, 1), (9, 1)):
         with pytest.raises(ReplacedError):
             root.read("shard.tar", offset=offset, length=length)
+
+
+class TestSignedReads:
+    """From its second range on, an object is read by a URL that was signed once."""
+
+    def test_a_thread_whose_first_request_is_signed_meets_an_outage(
+        self, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("vlal_dist.storage.s3_read.OUTAGE_S", 0.0)
+        url, found = moto_s3.url(), []
+        with (
+            FaultProxy(moto_s3.endpoint) as proxy,
+            moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint, AWS_SESSION_TOKEN="token7"),
+        ):
+            store = S3Store(url)
+            store.create("shard", bytes(range(100)))
+            assert store.read("shard", offset=0, length=9) == bytes(range(9))
+            proxy.faults = [Fault("lost", times=99)]
+
+            def read() -> None:
+                try:
+                    store.read("shard", offset=9, length=9)
+                except StorageError as error:
+                    found.append("".join(traceback.format_exception(error)))
+
+            thread = threading.Thread(target=read)
+            thread.start()
+            thread.join()
+        (shown,) = found
+        assert "no answer from the store" in shown
+        assert "token7" not in shown and "Signature" not in shown
+
+    def test_where_signed_urls_are_refused_it_goes_the_long_way(self, moto_s3: S3Server) -> None:
+        with (
+            FaultProxy(moto_s3.endpoint) as proxy,
+            moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
+        ):
+            store = S3Store(moto_s3.url())
+            store.create("shard", bytes(range(100)))
+            proxy.faults = [Fault("refuse", match="X-Amz-Signature", times=99)]
+            data = [store.read("shard", offset=n, length=1)[0] for n in range(10)]
+        assert data == list(range(10))
+        signed = [seen for seen in proxy.log if "X-Amz-Signature" in seen.line]
+        assert len(signed) == 1

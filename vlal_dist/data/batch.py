@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vlal_dist.data.device_decode import decode_on
 from vlal_dist.data.images import IMAGENET_MEAN, IMAGENET_STD
+from vlal_dist.errors import DataError
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Batch:
             None where the samples have no likelihood.
         feasible: bool [B, A], Omega_o.
         jpgs: the JPEG of each row where the device decodes (`image` then has no row before
-            `on_device`); None: decoded already.
+            `decoded`); None: decoded already.
         normalize: whether `on_device` applies ImageNet's mean and standard deviation.
     """
 
@@ -54,6 +55,27 @@ class Batch:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
+def decoded(batch: Batch, device: torch.device) -> Batch:
+    """The batch with the JPEGs that it may carry decoded by the device.
+
+    Raises:
+        DataError: one of them is no whole JPEG; names its uid.
+    """
+    if batch.jpgs is None:
+        return batch
+    side = batch.image.shape[-1]
+    try:
+        image = decode_on(batch.jpgs, side=side, device=device)
+    except DataError:
+        for uid, jpg in zip(batch.uid.tolist(), batch.jpgs, strict=True):
+            try:
+                decode_on([jpg], side=side, device=device)
+            except DataError as error:
+                raise DataError(f"sample uid {uid % 2**64:016x}: {error}; pack again") from None
+        raise
+    return replace(batch, image=image.round().clamp(0, 255).to(torch.uint8), jpgs=None)
+
+
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, its images as float32 in [0, 1] (or ImageNet-normalised), mirrored.
 
@@ -65,12 +87,9 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         batch = replace(batch, **moved)  # type: ignore[arg-type]
     if batch.image.is_floating_point():
         return batch
-    pixels = batch.image
-    if batch.jpgs is not None:
-        pixels = decode_on(batch.jpgs, side=batch.image.shape[-1], device=device)
-    image = pixels.to(torch.float32, memory_format=torch.contiguous_format) * (1 / 255)
+    image = batch.image.to(torch.float32, memory_format=torch.contiguous_format) * (1 / 255)
     image[batch.flip] = image[batch.flip].flip(-1)
     if batch.normalize:
         mean, std = (image.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         image = image.sub_(mean).div_(std)
-    return replace(batch, image=image, jpgs=None)
+    return replace(batch, image=image)

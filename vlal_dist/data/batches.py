@@ -192,6 +192,9 @@ class _Job:
             started = time.perf_counter()
             made = self._assemble()
             self.maker.count(label_s=time.perf_counter() - started)
+        except (DataError, LookupError, TypeError, ValueError) as error:
+            self.future.set_exception(self._at_fault() or error)
+            return
         except BaseException as error:
             self.future.set_exception(error)
             return
@@ -258,6 +261,19 @@ class _Job:
     def _parts(self, where: list[tuple[int, int]], places: I64) -> list[Data]:
         data = self.data
         return [data[n][where[n][0] : where[n][1]] for n in places.tolist()]
+
+    def _at_fault(self) -> DamagedError | None:
+        """The first sample whose json or likelihood cannot be read by itself."""
+        maker, at = self.maker, self.at
+        for place in np.flatnonzero([len(one) > 0 for one in self.data]).tolist():
+            one = np.array([place])
+            try:
+                label_rows(parse_json(self._parts(at.json, one)), maker.num_attributes)
+                if maker.read_likelihoods is not None:
+                    maker.read_likelihoods(at.rows[one], self._parts(at.likelihood, one))
+            except (DataError, LookupError, TypeError, ValueError) as error:
+                return DamagedError(maker.reader.damage(at, place, str(error)))
+        return None
 
     def _weights(self, rows: I64, object_id: I64, places: I64) -> npt.NDArray[np.float32]:
         """Inverse weights of the draw: float32 [B, A]; 0 where it cannot be drawn."""

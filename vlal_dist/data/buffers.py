@@ -26,8 +26,8 @@ class ImageBuffers:
     def take(self, count: int) -> tuple[npt.NDArray[np.uint8], Tensor]:
         """Memory for `count` images: the same as an array to write and a tensor to hand on."""
         if self._pinned:
-            tensor = torch.empty((count, self._side, self._side, 3), dtype=torch.uint8)
-            tensor = tensor.pin_memory()
+            shape = (count, self._side, self._side, 3)
+            tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
             return tensor.numpy(), tensor
         with self._lock:
             fitting = (n for n, buffer in enumerate(self._free) if len(buffer) >= count)

@@ -18,8 +18,7 @@ Pixels = npt.NDArray[np.uint8]
 def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
     """Decode a JPEG, squash it to S x S (bilinear, antialiased) and write it into `out`.
 
-    Most of the time is spent without the interpreter's lock. torch's thread count decides over the
-    threads of the resize; callers with threads of their own set it to 1.
+    Most of the time is spent without the interpreter's lock.
 
     Args:
         jpg: a whole file, RGB or grey.

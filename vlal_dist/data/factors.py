@@ -23,17 +23,20 @@ def subset_factors(keys: Sequence[pa.ChunkedArray], wanted: Sequence[str]) -> np
         ConfigError: a key on the list that no split holds, or an empty list.
     """
     listed = pa.array(sorted(set(wanted)), pa.string())
-    unknown = listed
-    for one in keys:
-        unknown = unknown.filter(pc.invert(pc.is_in(unknown, value_set=one.combine_chunks())))
+    # The list is looked for in the keys and not the other way round: it is short, they are many.
+    held = [pc.is_in(one, value_set=listed) for one in keys]
+    found = pa.chunked_array(
+        [c for one, here in zip(keys, held, strict=True) for c in one.filter(here).chunks],
+        pa.string(),
+    )
+    unknown = listed.filter(pc.invert(pc.is_in(listed, value_set=found.combine_chunks())))
     if len(unknown) or not len(listed):
         named = ", ".join(unknown.slice(0, _NAMED).to_pylist())
         raise ConfigError(
             f"data.subset: {len(unknown)} of {len(listed)} keys are of no sample of the training "
             f"split ({named or 'the list is empty'}); list keys as labels.parquet has them"
         )
-    held = [pc.is_in(one, value_set=listed).to_numpy() for one in keys]
-    return np.concatenate(held).astype(np.bool_)
+    return np.concatenate([here.to_numpy() for here in held]).astype(np.bool_)
 
 
 def repeat_factors(

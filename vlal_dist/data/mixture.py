@@ -14,8 +14,9 @@ import numpy.typing as npt
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split, read_labels
 from vlal_dist.data.factors import repeat_factors, subset_factors
+from vlal_dist.data.plan import ONE, fixed_rate
 from vlal_dist.errors import DataError
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import read_url
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Mixture:
     factor: npt.NDArray[np.float64] | None
     mix: str
     subset: str
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are trained on at all."""
+        return len(self.corpus) if self.factor is None else int(np.count_nonzero(self.factor))
 
 
 def open_mixture(
@@ -68,7 +74,10 @@ def open_mixture(
     check_mix(dataset, trained)
     corpus = Corpus([open_split(one, split) for one in trained])
     factor, digest = _factors(trained, split, subset=subset, threshold=repeat_threshold)
-    named = [f"{one.digest[:16]} x {p:g}" for one, p in zip(trained, mix.values(), strict=False)]
+    named = [
+        f"{one.digest[:16]} x {fixed_rate(p)}/{ONE}"
+        for one, p in zip(trained, mix.values(), strict=False)
+    ]
     return Mixture(
         dataset=dataset,
         trained=trained,
@@ -113,10 +122,9 @@ def _factors(
     tables = [read_labels(one, split, columns=columns) for one in trained]
     kept, digest = np.ones(sum(len(table) for table in tables), dtype=np.bool_), ""
     if subset is not None:
-        root, _, name = subset.rpartition("/")
-        text = open_store(root or ".").read(name)
-        kept = subset_factors([table["key"] for table in tables], text.decode().split())
-        digest = hashlib.sha256("\n".join(sorted(set(text.decode().split()))).encode()).hexdigest()
+        wanted = sorted(set(read_url(subset).decode().split()))
+        kept = subset_factors([table["key"] for table in tables], wanted)
+        digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     if threshold == 0:
         return kept.astype(np.float64), digest
     repeats = repeat_factors([table["positive"] for table in tables], kept, threshold=threshold)

@@ -163,8 +163,9 @@ class Plan:
             copies.append(np.full(len(used), copy, dtype=np.int64))
             sizes.append(held[used])
             listed.append(rows)
-        if not blocks:
-            raise ConfigError(f"epoch {epoch} of this mix holds no sample; raise the passes")
+        if not blocks:  # a few samples at a small fraction of a pass
+            none = np.zeros(0, dtype=np.int64)
+            return EpochRows(none, none, none, none, none)
         block, copy_of, samples = (np.concatenate(one) for one in (blocks, copies, sizes))
         number = block + copy_of * len(self.corpus.first_row)
         first_place = np.cumsum(samples) - samples

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from vlal_dist.data.keyed import I64, ORDER_IN_WINDOW, ORDER_OF_BLOCKS, keyed_hash
 from vlal_dist.data.plan import EpochRows, Plan
@@ -24,6 +25,8 @@ BLOCKS_PER_LANE = 3
 LANES_PER_RANK = 8
 _PIECE = 1 << 14
 """Positions whose order is worked out at a time: the cost of a lane is shared by its visits."""
+_PIECES = 64
+"""Pieces kept: enough for what a rank of many fetches ahead."""
 
 
 def choose_lanes(*, num_blocks: int, world_size: int) -> int:
@@ -100,7 +103,7 @@ class Stream:
         self.plan, self.lanes, self._window_blocks, self._seed = plan, lanes, window_blocks, seed
         self._line = lru_cache(maxsize=2)(self._lay_line)
         self._permutation = lru_cache(maxsize=4 * lanes + 16)(self._permute_window)
-        self._piece = lru_cache(maxsize=8)(self._order_piece)
+        self._piece = lru_cache(maxsize=_PIECES)(self._open_piece)
         self._rounds = max(1, _PIECE // lanes)
 
     def length(self, epoch: int) -> int:
@@ -144,19 +147,28 @@ class Stream:
         found = np.empty_like(positions)
         for number in np.unique(piece).tolist():
             here = piece == number
-            table = self._piece(epoch, number)
-            found[here] = table[rounds[here] - number * self._rounds, positions[here] % self.lanes]
+            table, filled = self._piece(epoch, number)
+            lane = positions[here] % self.lanes
+            self._fill(epoch, number, table, filled, np.unique(lane[~filled[lane]]))
+            found[here] = table[rounds[here] - number * self._rounds, lane]
         return found
 
-    def _order_piece(self, epoch: int, number: int) -> I64:
-        """Line places of consecutive rounds of all lanes: int64 [rounds, lanes]; -1 past an end."""
+    def _open_piece(self, epoch: int, number: int) -> tuple[I64, npt.NDArray[np.bool_]]:
+        """Line places of consecutive rounds: int64 [rounds, lanes], and which lanes are filled in.
+
+        A rank asks for its own lanes only; the others are never worked out.
+        """
+        return np.empty((self._rounds, self.lanes), np.int64), np.zeros(self.lanes, np.bool_)
+
+    def _fill(
+        self, epoch: int, number: int, table: I64, filled: npt.NDArray[np.bool_], lanes: I64
+    ) -> None:
+        """Work out some lanes of a piece."""
         line = self._line(epoch)
-        table = np.full((self._rounds, self.lanes), -1, dtype=np.int64)
         start = number * self._rounds
-        lanes = np.arange(self.lanes)
-        begins, ends = (bounds.tolist() for bounds in self._lane_bounds(line, lanes))
-        for lane, first in enumerate(self._first_window(line, lanes).tolist()):
-            begin, end = begins[lane], ends[lane]
+        begins, ends = self._lane_bounds(line, lanes)
+        columns = (a.tolist() for a in (lanes, self._first_window(line, lanes), begins, ends))
+        for lane, first, begin, end in zip(*columns, strict=True):
             place, stop = start, min(start + self._rounds, end - begin)
             while place < stop:
                 window = 0 if place < first else 1 + (place - first) // line.window
@@ -165,7 +177,7 @@ class Stream:
                 order = self._permutation(epoch, lane, window)[place - opened : closed - opened]
                 table[place - start : closed - start, lane] = begin + opened + order
                 place = closed
-        return table
+        filled[lanes] = True
 
     def _lane_bounds(self, line: _Line, lane: I64) -> tuple[I64, I64]:
         """Where on the line lanes begin and end; the longer lanes come first."""
@@ -192,8 +204,8 @@ class Stream:
         key = keyed_hash(held.number.astype(np.uint64), self._seed, ORDER_OF_BLOCKS, epoch)
         order = np.argsort(key, kind="stable")
         ends = np.cumsum(held.samples[order])
-        length = int(ends[-1])
-        mean_block = max(1, round(length / len(order)))
+        length = int(ends[-1]) if len(ends) else 0
+        mean_block = max(1, round(length / max(1, len(order))))
         window = max(1, self._window_blocks * mean_block)
         return _Line(epoch, held, order, ends - held.samples[order], length, window)
 

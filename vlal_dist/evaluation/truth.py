@@ -15,7 +15,7 @@ import pyarrow.parquet
 
 from vlal_dist.data.dataset import Dataset, read_labels
 from vlal_dist.errors import DataError
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import read_url
 from vlal_dist.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,6 @@ def read_truth(url: str, dataset: Dataset, split: str) -> Truth:
     """
     instance_id = read_labels(dataset, split)["instance_id"].combine_chunks()
     return join_truth(_read_table(url), instance_id, vocabulary=dataset.vocabulary, where=url)
-
-
-def read_file(url: str) -> bytes:
-    """The bytes of one file, by path or `s3://bucket/key`."""
-    folder, slash, name = url.rpartition("/")
-    return open_store(folder or (slash or ".")).read(name)
 
 
 def join_truth(
@@ -92,7 +86,7 @@ def join_truth(
 
 def _read_table(url: str) -> pa.Table:
     try:
-        table = pa.parquet.read_table(pa.BufferReader(read_file(url)))
+        table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
     except pa.ArrowInvalid as error:
         raise DataError(f"truth {url} is no Parquet file: {error}") from None
     for name, kind in (("instance_id", pa.string()), ("positive", pa.list_(pa.string()))):

@@ -63,7 +63,7 @@ class _Process:
     core: Any = field(default_factory=botocore.session.get_session)
     session: Any = None
     clients: dict[bool, Any] = field(default_factory=dict)
-    signed: dict[str, tuple[str, float]] = field(default_factory=dict)
+    signed: dict[str, tuple[str | None, float]] = field(default_factory=dict)
     answered: bool = False
     counts: Counts = field(default_factory=Counts)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -176,17 +176,23 @@ class S3Client:
         Raises:
             OutageError: the store was out of reach or busy.
         """
-        process = self._process()
-        client = self._connected(process, True)
-        headers = {"Range": extent, "If-Match": etag}
-        url = self._signed(process, client, name)
-        request = AWSRequest("GET", url, headers=headers, stream_output=True)
-        self.add(requests=1)
+        process, problem = self._process(), None
+        process.sent.requests = 1
         try:
+            client = self._connected(process, True)
+            url = self._signed(process, client, name)
+            if url is None:
+                return None
+            headers = {"Range": extent, "If-Match": etag}
+            request = AWSRequest("GET", url, headers=headers, stream_output=True)
+            self.add(requests=1)
             # The session holds the connections, timeouts, proxies and certificates of the client.
             reply = client._endpoint.http_session.send(request.prepare())
         except (BotoCoreError, ValueError) as error:
-            raise self._unreachable(error, process) from error
+            problem = self._unreachable(error, process)
+        if problem is not None:
+            # Raised out here: the error above holds the signed URL, which no traceback may show.
+            raise problem
         process.answered = True
         status = reply.status_code
         if status != 206:
@@ -196,6 +202,8 @@ class S3Client:
                     f"{self._url}: {key!r}: GetObject was refused ({status}): the store is busy; "
                     "repeat the command later"
                 )
+            # Expired credentials, or a policy against signed URLs: the long way for a while.
+            process.signed[name] = (None, time.monotonic() + _SIGNED_S / 2)
             return None
         return {
             "Body": reply.raw,
@@ -224,9 +232,9 @@ class S3Client:
                 process.clients[once] = self._connect(process, once)
             return process.clients[once]
 
-    def _signed(self, process: _Process, client: Any, name: str) -> str:
-        """A URL to read the object with; it holds a signature and is never shown."""
-        url, until = process.signed.get(name, ("", 0.0))
+    def _signed(self, process: _Process, client: Any, name: str) -> str | None:
+        """A URL to read the object with, never shown; None while signed URLs are refused."""
+        url, until = process.signed.get(name, (None, 0.0))
         if time.monotonic() >= until:
             url = client.generate_presigned_url(
                 "get_object", {"Bucket": self._bucket, "Key": name}, ExpiresIn=_SIGNED_S

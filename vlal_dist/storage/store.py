@@ -3,10 +3,12 @@
 Nothing here retries forever and nothing edits data in place; counts are returned, not published.
 """
 
+import fcntl
 import hashlib
 import os
 import re
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
@@ -108,6 +110,16 @@ def open_store(url: str) -> Store:
     return LocalStore(Path(url).expanduser())
 
 
+def read_url(url: str) -> bytes:
+    """The content of a single file: a path, or a URL as `open_store` takes it.
+
+    Raises:
+        ConfigError, NotFoundError, StorageError: as `open_store` and `Store.read`.
+    """
+    root, slash, name = url.rpartition("/")
+    return open_store(root or (slash or ".")).read(name)
+
+
 def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
     """Return a local file with the object's bytes, downloading a remote one once.
 
@@ -136,8 +148,14 @@ def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
     if target.is_file():
         return target
     temporary = cache / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
-    with translated_errors(target):
+    with translated_errors(target), ExitStack() as stack:
         cache.mkdir(parents=True, exist_ok=True)
+        # One process of the node downloads, the others wait; the lock ends with its process.
+        folder = os.open(cache, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, folder)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if target.is_file():
+            return target
         try:
             got = _download(store, key, temporary)
             if got != sha256:

@@ -23,6 +23,10 @@ def make_batches(
     """What makes the batches of the training corpus, or of the validation split."""
     if settings.decode == "gpu" and ranks.device.type != "cuda":
         raise ConfigError(f"data.decode gpu: this rank runs on {ranks.device}; set data.decode cpu")
+    if settings.decode == "gpu" and settings.damage == "quarantine":
+        raise ConfigError(
+            "data.decode gpu finds damage too late for data.damage quarantine: set cpu"
+        )
     corpus = sources.corpus if train else Corpus([sources.validation])
     return BatchMaker(
         Reader(corpus, cache=_block_cache(settings, corpus)),

@@ -87,7 +87,7 @@ def _build(
 ) -> Run:
     """Everything that `train` uses; what must be closed is left on the stack."""
     metrics = open_metrics(stack, settings, local_rank=ranks.local_rank)
-    loader = make_loader(settings, sources, found, ranks)
+    loader = ranks.together(lambda: make_loader(settings, sources, found, ranks))
     stack.callback(loader.close)
     schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
     state = restore(
@@ -98,7 +98,7 @@ def _build(
         batch=_batch(settings, ranks),
         store=store,
     )
-    validation = make_batches(settings, sources, ranks, train=False)
+    validation = ranks.together(lambda: make_batches(settings, sources, ranks, train=False))
     stack.callback(validation.close)
     return Run(
         ranks=ranks,
@@ -115,7 +115,7 @@ def _build(
         account=Account(
             ranks,
             state,
-            num_samples=len(sources.corpus),
+            num_samples=sources.num_samples,
             max_quarantined=settings.max_quarantined,
         ),
         validate=make_validation(

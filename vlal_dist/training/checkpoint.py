@@ -113,7 +113,7 @@ def save_checkpoint(
     Raises:
         StorageError: it could not be written; older ones are untouched.
     """
-    prefix = f"{FOLDER}/{state.step:08d}"
+    prefix = _free_prefix(store, state.step)
     weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     files = {
         MODEL: safetensors.torch.save(weights),
@@ -126,6 +126,19 @@ def save_checkpoint(
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     store.replace(f"{prefix}/{COMPLETE}", (json.dumps(digests, indent=2) + "\n").encode())
     _prune(store, prefix, keep)
+    return prefix
+
+
+def _free_prefix(store: Store, step: int) -> str:
+    """A folder without a mark: what is whole is never written over.
+
+    A second save at one step (after its validation, or when nothing was trained since) gets a
+    suffix, and sorts behind the first.
+    """
+    prefix, number = f"{FOLDER}/{step:08d}", 0
+    while store.exists(f"{prefix}/{COMPLETE}"):
+        number += 1
+        prefix = f"{FOLDER}/{step:08d}-{number}"
     return prefix
 
 

@@ -56,12 +56,13 @@ class Ranks:
         Raises:
             VlalError: this rank's own error, or one of the worst exit code among the others'.
         """
-        failure: VlalError | None = None
+        failure: Exception | None = None
         try:
             done = work()
-        except VlalError as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             failure = error
-        worst = torch.tensor([failure.exit_code if failure else 0])
+        own = failure.exit_code if isinstance(failure, VlalError) else int(failure is not None)
+        worst = torch.tensor([own])
         if self.control is not None:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.control)
         if failure is not None:

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
+import torch
+
+from vlal_dist.data.batch import decoded
 from vlal_dist.data.loader import Step
 from vlal_dist.errors import Stopped, VlalError
 from vlal_dist.training.parts import Run
@@ -38,8 +41,9 @@ def train(run: Run) -> None:
             run.account.check_epoch(run.loader, state.consumed)
         mean_ap = _validate(run)
         if finished:
-            # A run cut by max_steps has not reached the end that the schedule waits for.
-            if run.schedule.observe(mean_ap):
+            # A run cut by max_steps has not reached the end that the schedule waits for; an epoch
+            # shorter than a batch (a small mix) has taught nothing.
+            if state.consumed and run.schedule.observe(mean_ap):
                 logger.info("plateau: rates cut to %s", run.schedule.rates_at(_done(run)))
             state.begin_epoch(state.epoch + 1)
         if (
@@ -73,6 +77,10 @@ def _train_epoch(run: Run) -> bool:
                     progress.label = epoch_label(run, loss)
             if progress is not None:
                 progress.advance(step.samples)
+            every = run.settings.checkpoint_steps
+            if every and run.state.step % every == 0 and not last:
+                _save_state(run)
+                run.metrics.state("training")
             if _enough(run):
                 return last
     return True
@@ -105,10 +113,6 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
     )
     if stopping:
         _leave(run)
-    every = run.settings.checkpoint_steps
-    if every and state.step % every == 0:
-        _save_state(run)
-        run.metrics.state("training")
 
 
 def _leave(run: Run) -> None:
@@ -177,8 +181,9 @@ def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
 def _done(run: Run) -> float:
     """Share of the run that is done, by samples: it does not jump when a resume changes B."""
     state, settings = run.state, run.settings
-    whole = run.loader.end_of_epoch(state.epoch, 0)
-    share = (state.epoch + state.consumed / whole) / settings.epochs
+    share = (
+        state.epoch + state.consumed / max(1, run.loader.stream.length(state.epoch))
+    ) / settings.epochs
     return max(share, state.step / settings.max_steps) if settings.max_steps else share
 
 
@@ -193,7 +198,15 @@ def _timed(run: Run, steps: Iterator[Step]) -> Iterator[tuple[Step, float, float
     """
     while True:
         started = time.monotonic()
-        step = run.ranks.together(lambda: next(steps, None))
+        step = run.ranks.together(lambda: _next(steps, run.ranks.device))
         if step is None:
             return
         yield step, time.monotonic() - started, started
+
+
+def _next(steps: Iterator[Step], device: torch.device) -> Step | None:
+    """The next step; what the device decodes is decoded before anybody relies on this rank."""
+    step = next(steps, None)
+    if step is not None:
+        step.micro_batches = [decoded(batch, device) for batch in step.micro_batches]
+    return step

@@ -24,7 +24,7 @@ from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.predict import predict
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions
 from vlal_dist.method.metrics import Evaluation, evaluate_scores
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import open_store, read_url
 from vlal_dist.training.ranks import Ranks
 
 
@@ -144,9 +144,8 @@ def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
         ConfigError: no such file.
         DataError: other attributes, or no such column.
     """
-    root, _, name = url.rpartition("/")
     try:
-        table = pyarrow.parquet.read_table(pa.BufferReader(open_store(root or ".").read(name)))
+        table = pyarrow.parquet.read_table(pa.BufferReader(read_url(url)))
         listed, mean_score = (table[column] for column in ("attribute", "mean_score"))
     except NotFoundError:
         raise ConfigError(
@@ -173,7 +172,7 @@ def make_validation(
     top_k: int,
     threshold: float,
 ) -> Callable[[], Evaluation]:
-    """A function that scores the validation split in float32: rank r takes rows r, r + W, ...
+    """A function that scores the validation split in float32: each rank takes neighbouring rows
 
     All ranks must call it, and all get the same evaluation.
 
@@ -186,7 +185,8 @@ def make_validation(
         top_k, threshold: as `evaluate_scores` takes them.
     """
     num_samples = len(maker.reader.corpus)
-    rows = np.arange(ranks.rank, num_samples, ranks.world_size, dtype=np.int64)
+    # Neighbours, so that no block of a remote split is read by two ranks.
+    rows = np.array_split(np.arange(num_samples, dtype=np.int64), ranks.world_size)[ranks.rank]
 
     def validate() -> Evaluation:
         def predict_own() -> Predictions:
