@@ -30,8 +30,8 @@ class Fault:
         kind: `reset` (TCP RST), `truncate` (orderly close), `stall` (silence, then close), `flip`
             (one bit), all at body byte `at`; `short` (a reply that ends there, and states that
             as its length); `busy` (503 SlowDown, not forwarded); `refuse` (403, likewise);
-            `latency` (a wait before forwarding); `lost` (forwarded, then closed without an answer); `away` (this and all
-            requests within `seconds` are closed without an answer).
+            `latency` (a wait before forwarding); `lost` (forwarded, then closed without an
+            answer); `away` (this and all requests within `seconds` are closed without one).
         match: regular expression searched in `METHOD /path?query`.
         times: how many requests it hits.
         chance: share of the matching requests that it hits, drawn from a fixed seed.
