@@ -315,8 +315,8 @@ def main() -> None:
     with s3_copies(arguments.data, kinds) as (roots, cluster):
         bench = Bench(
             folder=arguments.data,
-            seconds=1.5 if arguments.quick else 4.0,
-            warmup=0.5 if arguments.quick else 1.0,
+            seconds=1.5 if arguments.quick else 3.0,
+            warmup=0.5 if arguments.quick else 0.7,
             s3_roots=roots,
             server_pids=cluster.pids if cluster else [],
         )
