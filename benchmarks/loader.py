@@ -297,6 +297,23 @@ def table(results: dict[str, list[Figures]], numbers: dict[str, float | None]) -
     return "\n".join(lines) + "\n"
 
 
+def write(
+    planned: Sequence[Entry],
+    results: dict[str, list[Figures]],
+    json_path: Path | None,
+    markdown_path: Path | None,
+) -> str:
+    """The results so far, in the files that are wanted and as text."""
+    ordered = {entry.label: results[entry.label] for entry in planned}
+    numbers = summarise(ordered)
+    text = table(ordered, numbers)
+    if markdown_path:
+        markdown_path.write_text(text)
+    if json_path:
+        json_path.write_text(json.dumps(numbers, indent=2) + "\n")
+    return text
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -324,18 +341,10 @@ def main() -> None:
         for number in range(rounds):
             for entry in planned if number % 2 == 0 else planned[::-1]:
                 results[entry.label].append(bench.run(entry))
-                print(
-                    f"round {number + 1}: {entry.label} {results[entry.label][-1].per_s:,.0f}/s",
-                    file=sys.stderr,
-                )
-    ordered = {entry.label: results[entry.label] for entry in planned}
-    numbers = summarise(ordered)
-    text = table(ordered, numbers)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(numbers, indent=2) + "\n")
+                rate = results[entry.label][-1].per_s
+                print(f"round {number + 1}: {entry.label} {rate:,.0f}/s", file=sys.stderr)
+            write(planned, results, arguments.json, arguments.markdown)  # a round is not lost
+    print(write(planned, results, arguments.json, arguments.markdown))
 
 
 if __name__ == "__main__":

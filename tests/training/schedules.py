@@ -31,7 +31,7 @@ class Cut:
         how: `kill`: SIGKILL to all its processes once a step is logged; `kill in save`: once the
             folder of a checkpoint appears; `term`: SIGTERM to one rank, which makes all of them
             save and leave with 75.
-        steps: steps of this start until then.
+        steps: how many steps further than any start before.
     """
 
     world_size: int
@@ -64,8 +64,8 @@ class Record:
     """What a schedule left behind.
 
     Attributes:
-        books: (step, epoch, ledger) of each log line and of each whole checkpoint, those that a
-            restart took back included.
+        books: (step, epoch, ledger) of each log line and of each whole checkpoint that any start
+            wrote, those that a restart took back included.
         resumed_at: for each start but the first, the step of the checkpoint that it found.
         lines: of `metrics.jsonl` in the end.
     """
@@ -77,15 +77,16 @@ class Record:
 
 def train(small: Path, run: Path, schedule: Schedule) -> Record:
     """Carry a schedule out."""
-    record = Record([], [], [])
+    record, began = Record([], [], []), 0
     for cut in schedule.cuts:
-        process = launch(small, run, schedule, cut.world_size)
-        stop(process, run, cut, after=newest_checkpoint(run) + cut.steps)
-        record.books += read_books(run)
-        record.resumed_at.append(newest_checkpoint(run))
+        after = furthest(run) + cut.steps
+        stop(launch(small, run, schedule, cut.world_size), run, cut, after=after)
+        record.books += read_books(run, after=began)
+        began = last_checkpoint(run, "COMPLETE")
+        record.resumed_at.append(began)
     output = finish(launch(small, run, schedule, schedule.last_world_size))
-    assert all(f"step {step}, epoch" in output for step in record.resumed_at[-1:] if step)
-    record.books += read_books(run)
+    assert not began or f"step {began}, epoch" in output
+    record.books += read_books(run, after=began)
     record.lines = whole_lines(run)
     return record
 
@@ -110,11 +111,9 @@ def launch(small: Path, run: Path, schedule: Schedule, ranks: int) -> subprocess
 
 def stop(process: subprocess.Popen[str], run: Path, cut: Cut, *, after: int) -> None:
     """Wait for a step, and end the start as its cut says."""
+    reached = last_checkpoint if cut.how == "kill in save" else last_logged
     try:
-        if cut.how == "kill in save":
-            wait_until(process, lambda: any_checkpoint_from(run, after))
-        else:
-            wait_until(process, lambda: last_logged(run) >= after)
+        wait_until(process, lambda: reached(run) >= after)
         if cut.how != "term":
             return
         os.kill(rank_process(process.pid, cut.world_size - 1), signal.SIGTERM)
@@ -156,18 +155,19 @@ def last_logged(run: Path) -> int:
     return max((line["step"] for line in whole_lines(run)), default=0)
 
 
-def newest_checkpoint(run: Path) -> int:
-    """Step of the checkpoint that the next start finds; 0: none."""
-    marks = run.glob("checkpoints/*/COMPLETE")
-    return max((int(mark.parent.name) for mark in marks), default=0)
+def last_checkpoint(run: Path, file: str = "") -> int:
+    """Step of the newest checkpoint, whole or not, or of the newest that has a file; 0: none."""
+    names = [path.relative_to(run).parts[1] for path in run.glob(f"checkpoints/*/{file}")]
+    return max((int(name.partition("-")[0]) for name in names), default=0)
 
 
-def any_checkpoint_from(run: Path, step: int) -> bool:
-    return any(int(folder.name) >= step for folder in run.glob("checkpoints/*"))
+def furthest(run: Path) -> int:
+    """The step that any start so far left a trace of, taken back or not."""
+    return max(last_logged(run), last_checkpoint(run))
 
 
-def read_books(run: Path) -> list[tuple[int, int, dict[str, int]]]:
-    """Step, epoch and running ledger of each log line and of each whole checkpoint in an epoch."""
+def read_books(run: Path, *, after: int) -> list[tuple[int, int, dict[str, int]]]:
+    """Step, epoch and running ledger of what was written of later steps: lines and checkpoints."""
     books = [
         (line["step"], line["epoch"], line["ledger"])
         for line in whole_lines(run)
@@ -175,6 +175,6 @@ def read_books(run: Path) -> list[tuple[int, int, dict[str, int]]]:
     ]
     for mark in run.glob("checkpoints/*/COMPLETE"):
         state = json.loads((mark.parent / "state.json").read_text())
-        if state["consumed"]:
+        if state["consumed"]:  # else it stands before its epoch's first step
             books.append((state["step"], state["epoch"], state["ledger"]))
-    return books
+    return [book for book in books if book[0] > after]

@@ -73,8 +73,12 @@ def check(
         if expected[step] != (epoch, ledger)
     ]
     assert not wrong, f"{len(wrong)} of {len(record.books)}: {wrong[:3]}"
-    last = {x["step"] for x in record.lines if x["kind"] == "train"}
-    assert max(last) == max(expected)
+    lines = [x for x in record.lines if x["kind"] == "train"]
+    steps = [x["step"] for x in lines]
+    assert all(expected[x["step"]] == (x["epoch"], x["ledger"]) for x in lines)
+    assert steps == sorted(set(steps)) and steps[-1] == max(expected)
+    # A step that a signal stopped is in its checkpoint, and has no line.
+    assert set(expected) - set(steps) <= set(record.resumed_at)
     print(
         f"starts {1 + len(schedule.cuts)}, resumed at {record.resumed_at}, ledgers compared "
         f"{len(record.books)}, of steps {len({step for step, _, _ in record.books})}"
