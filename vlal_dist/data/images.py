@@ -1,4 +1,4 @@
-"""Pixels: decode, crop, resize, flip. Pillow only; no torch.
+"""Pixels for tools and scoring: decode, crop, encode. Pillow only; no torch.
 
 A file is decoded whole or not at all: truncated files raise, and the header is checked against a
 pixel limit before any pixel is decoded.
@@ -9,7 +9,6 @@ import math
 import struct
 import warnings
 import zlib
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,22 +130,3 @@ def decode_rgb(jpg: bytes) -> Pixels:
         return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"a crop cannot be decoded: {error}") from None
-
-
-def resize_square(pixels: Pixels, side: int) -> Pixels:
-    """Squash to side x side, bilinear with antialiasing (torchvision's `Resize` on PIL images)."""
-    if pixels.shape[:2] == (side, side):
-        return pixels
-    image = Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image)
-
-
-def to_planes(pixels: Pixels, *, flip: bool, normalize: bool, out: npt.NDArray[Any]) -> None:
-    """Write float32 [3, H, W] in [0, 1] (or ImageNet-normalised) into `out`."""
-    if flip:
-        pixels = pixels[:, ::-1]
-    np.multiply(pixels.transpose(2, 0, 1), np.float32(1 / 255), out=out, dtype=np.float32)
-    if normalize:
-        for channel in range(3):
-            out[channel] -= np.float32(IMAGENET_MEAN[channel])
-            out[channel] /= np.float32(IMAGENET_STD[channel])

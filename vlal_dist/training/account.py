@@ -33,7 +33,6 @@ class Account:
         self._ranks, self._state = ranks, state
         self._allowed = int(max_quarantined * num_samples)
         self._max_quarantined = max_quarantined
-        logger.debug("up to %d of %d samples may be quarantined", self._allowed, num_samples)
         self._trained, self._left_out = Ledger(), Ledger()
         self.quarantined = {int(uid, 16) for uid in state.quarantined}
 
