@@ -27,7 +27,8 @@ from vlal_dist.data.labels import (
     parse_json,
 )
 from vlal_dist.data.likelihoods import ReadLikelihoods
-from vlal_dist.data.reader import Damage, DamagedError, Located, Reader
+from vlal_dist.data.located import Located
+from vlal_dist.data.reader import Damage, DamagedError, Reader
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets
 
@@ -204,6 +205,7 @@ class _Job:
         maker, begun = self.maker, time.perf_counter()
         found = maker.reader.read(self.at, low, high)
         read = time.perf_counter()
+        image, jpg = self.image, self.at.jpg
         for place, data in enumerate(found, low):
             if isinstance(data, Damage):
                 self._leave_out(place, data)
@@ -211,9 +213,9 @@ class _Job:
             self.data[place] = data
             if maker.decode_later:
                 continue
-            start, stop = self.at.jpg[place]
+            start, stop = jpg[place]
             try:
-                decode_into(memoryview(data)[start:stop], self.image[place])
+                decode_into(memoryview(data)[start:stop], image[place])
             except DataError as error:
                 self._leave_out(place, maker.reader.damage(self.at, place, str(error)))
         maker.count(
@@ -229,66 +231,65 @@ class _Job:
         self.damage[place] = damage
 
     def _assemble(self) -> Made:
-        maker, at = self.maker, self.at
+        maker, at, data, image = self.maker, self.at, self.data, self.tensor
+        visit, flip = self.visit, self.flip
         kept = np.ones(len(at.rows), dtype=np.bool_)
-        kept[list(self.damage)] = False
-        places = np.flatnonzero(kept)
-        whole = kept.all() or maker.decode_later
-        image = self.tensor if whole else self.tensor[torch.from_numpy(kept)]
-        jpgs = [bytes(one) for one in self._parts(at.jpg, places)] if maker.decode_later else None
-        rows = at.rows[kept]
-        column = maker.reader.corpus.column
-        object_id = column("object_id", rows).astype(np.int64)
-        label = label_rows(parse_json(self._parts(at.json, places)), maker.num_attributes)
-        feasible = maker.feasible_rows(object_id)
-        weight = self._weights(rows, object_id, places) if maker.read_likelihoods else None
+        if self.damage:
+            kept[list(self.damage)] = False
+            places = np.flatnonzero(kept)
+            at, data = at.only(places), [data[n] for n in places]
+            visit, flip = visit[kept], flip[kept]
+            image = image if maker.decode_later else image[torch.from_numpy(kept)]
         batch = Batch(
             image=image.permute(0, 3, 1, 2),
-            flip=torch.from_numpy(self.flip[kept]),
-            object_id=torch.from_numpy(object_id),
-            label=torch.from_numpy(label),
-            uid=torch.from_numpy(column("uid", rows).astype(np.uint64).view(np.int64)),
-            visit=torch.from_numpy(self.visit[kept].astype(np.int64)),
-            row=torch.from_numpy(rows.astype(np.int64)),
-            row_weight=torch.ones(len(rows), dtype=torch.float32),
-            inverse_weight=None if weight is None else torch.from_numpy(weight),
-            feasible=torch.from_numpy(feasible),
-            jpgs=jpgs or None,
+            flip=torch.from_numpy(flip),
+            object_id=torch.from_numpy(at.object_id),
+            label=torch.from_numpy(
+                label_rows(parse_json(_members(data, at.json)), maker.num_attributes)
+            ),
+            uid=torch.from_numpy(at.uid.view(np.int64)),
+            visit=torch.from_numpy(visit),
+            row=torch.from_numpy(at.rows),
+            row_weight=torch.ones(len(data), dtype=torch.float32),
+            inverse_weight=self._weights(at, data) if maker.read_likelihoods else None,
+            feasible=torch.from_numpy(maker.feasible_rows(at.object_id)),
+            jpgs=[bytes(one) for one in _members(data, at.jpg)] if maker.decode_later else None,
             normalize=maker.normalize,
         )
         return Made(batch, kept, list(self.damage.values()))
-
-    def _parts(self, where: list[tuple[int, int]], places: I64) -> list[Data]:
-        data = self.data
-        return [data[n][where[n][0] : where[n][1]] for n in places.tolist()]
 
     def _at_fault(self) -> DamagedError | None:
         """The first sample whose json or likelihood cannot be read by itself."""
         maker, at = self.maker, self.at
         for place in np.flatnonzero([len(one) > 0 for one in self.data]).tolist():
-            one = np.array([place])
+            one, data = at.between(place, place + 1), self.data[place : place + 1]
             try:
-                label_rows(parse_json(self._parts(at.json, one)), maker.num_attributes)
+                label_rows(parse_json(_members(data, one.json)), maker.num_attributes)
                 if maker.read_likelihoods is not None:
-                    maker.read_likelihoods(at.rows[one], self._parts(at.likelihood, one))
+                    maker.read_likelihoods(one.rows, _members(data, one.likelihood))
             except (DataError, LookupError, TypeError, ValueError) as error:
                 return DamagedError(maker.reader.damage(at, place, str(error)))
         return None
 
-    def _weights(self, rows: I64, object_id: I64, places: I64) -> npt.NDArray[np.float32]:
+    def _weights(self, at: Located, data: list[Data]) -> torch.Tensor:
         """Inverse weights of the draw: float32 [B, A]; 0 where it cannot be drawn."""
         maker = self.maker
         assert maker.read_likelihoods is not None
-        ragged = maker.read_likelihoods(rows, self._parts(self.at.likelihood, places))
-        indptr, ids = feasible_places(maker.feasible, object_id)
-        wrong = np.flatnonzero(np.diff(ragged[1]) != np.diff(indptr))
+        ragged = maker.read_likelihoods(at.rows, _members(data, at.likelihood))
+        indptr, ids = feasible_places(maker.feasible, at.object_id)
+        found, expected = np.diff(ragged[1]), np.diff(indptr)
+        wrong = np.flatnonzero(found != expected)
         if len(wrong):
-            row, n, k = (int(a[wrong[0]]) for a in (rows, np.diff(ragged[1]), np.diff(indptr)))
-            uid = int(self.maker.reader.corpus.column("uid", np.array([row]))[0])
             raise DataError(
-                f"sample uid {uid:016x}: likelihood over {n} attributes, its object has {k} "
-                "feasible ones; merge again with the present feasible sets"
+                f"sample uid {at.uid[wrong[0]]:016x}: likelihood over {found[wrong[0]]} "
+                f"attributes, its object has {expected[wrong[0]]} feasible ones; merge again with "
+                "the present feasible sets"
             )
-        weight = np.zeros((len(rows), maker.num_attributes), dtype=np.float32)
-        weight[np.repeat(np.arange(len(rows)), np.diff(indptr)), ids] = drawing_weights(ragged)
-        return weight
+        weight = np.zeros((len(data), maker.num_attributes), dtype=np.float32)
+        weight[np.repeat(np.arange(len(data)), expected), ids] = drawing_weights(ragged)
+        return torch.from_numpy(weight)
+
+
+def _members(data: list[Data], where: list[tuple[int, int]]) -> list[Data]:
+    """The same tar member of each sample."""
+    return [one[start:stop] for one, (start, stop) in zip(data, where, strict=True)]

@@ -12,9 +12,10 @@ from vlal_dist.data.batch import Batch
 from vlal_dist.data.batches import BatchMaker, Made
 from vlal_dist.data.keyed import FLIP, I64, U64, uniform
 from vlal_dist.data.ledger import Ledger
+from vlal_dist.data.located import Located
 from vlal_dist.data.parts import FETCHES
 from vlal_dist.data.plan import Plan
-from vlal_dist.data.reader import Damage, Located
+from vlal_dist.data.reader import Damage
 from vlal_dist.data.steps import (
     choose_micro_batches,
     epoch_samples,
@@ -25,7 +26,7 @@ from vlal_dist.data.stream import Stream, choose_lanes
 from vlal_dist.errors import ConfigError
 
 _LEDGER_PIECE = 1 << 20
-_STRETCH_ROWS = 1024
+_STRETCH_ROWS = 4096
 """Rows of a rank that are looked up at a time."""
 
 

@@ -52,6 +52,7 @@ class RemoteParts:
         self._cache = cache
         self._lock = threading.Lock()
         self._held: dict[Part, Future[bytes | None]] = {}
+        self._here: dict[Part, bytes] = {}
         self._until: list[tuple[int, Part]] = []
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
         self.fetches, self.fetched_bytes, self.fetch_s = 0, 0, 0.0
@@ -69,6 +70,12 @@ class RemoteParts:
                 heapq.heappush(self._until, (part[2], part))
             return future
 
+    def get(self, part: Part, shard: int) -> bytes | None:
+        """A part, waited for; see `ask`."""
+        # A part that has come is looked up without a lock; futures take two each time.
+        data = self._here.get(part)
+        return self.ask(part, shard).result() if data is None else data
+
     def range_of(self, part: Part) -> tuple[int, int]:
         """Offset and length of a part in its shard, bytes."""
         ends = np.array([part[0], part[1] - 1])
@@ -79,7 +86,9 @@ class RemoteParts:
         """Forget the parts that are of no use from a position on."""
         with self._lock:
             while self._until and self._until[0][0] <= position:
-                self._held.pop(heapq.heappop(self._until)[1], None)
+                part = heapq.heappop(self._until)[1]
+                self._held.pop(part, None)
+                self._here.pop(part, None)
 
     def forget(self) -> None:
         """Forget all parts, at the end of an epoch."""
@@ -87,6 +96,7 @@ class RemoteParts:
             for future in self._held.values():
                 future.cancel()
             self._held.clear()
+            self._here.clear()
             self._until.clear()
 
     def discard(self, part: Part, shard: int) -> None:
@@ -101,10 +111,17 @@ class RemoteParts:
 
     def _fetch(self, part: Part, shard: int) -> bytes | None:
         offset, length = self.range_of(part)
+        data = None
         if self._cache is not None:
-            held = self._cache.get(self._sha256[shard], offset, length)
-            if held is not None:
-                return held
+            data = self._cache.get(self._sha256[shard], offset, length)
+        if data is None:
+            data = self._fetch_range(shard, offset, length)
+        with self._lock:
+            if data is not None and part in self._held:  # it may be forgotten already
+                self._here[part] = data
+        return data
+
+    def _fetch_range(self, shard: int, offset: int, length: int) -> bytes | None:
         started = time.perf_counter()
         try:
             data = self._stores[shard].read(self._keys[shard], offset=offset, length=length)

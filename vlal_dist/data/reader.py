@@ -7,14 +7,15 @@ transport is never taken for damage.
 
 import os
 import threading
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from vlal_dist.data.block_cache import BlockCache
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.keyed import I64
+from vlal_dist.data.located import Located
 from vlal_dist.data.parts import Part, RemoteParts, as_tuples
 from vlal_dist.data.stream import Parts
 from vlal_dist.errors import DataError, StorageError, TruncatedError
@@ -52,34 +53,6 @@ class DamagedError(DataError):
             "checks all), pack again, or set data.damage quarantine"
         )
         self.damage = damage
-
-
-@dataclass(frozen=True)
-class Located:
-    """Where some rows lie, as lists: one entry per row.
-
-    Attributes:
-        rows: int64 [n], of the corpus.
-        shard: shard, counted through the corpus.
-        offset, length, crc32: of the tar range.
-        jpg, json, likelihood: (start, stop) of each part's contents within the range.
-        part, part_offset: the part that a remote row is read from, and its offset in the shard.
-    """
-
-    rows: I64
-    shard: list[int]
-    offset: list[int]
-    length: list[int]
-    crc32: list[int]
-    jpg: list[tuple[int, int]]
-    json: list[tuple[int, int]]
-    likelihood: list[tuple[int, int]]
-    part: list[Part]
-    part_offset: list[int]
-
-    def between(self, low: int, high: int) -> "Located":
-        """Rows low..high-1 of these."""
-        return Located(**{name: value[low:high] for name, value in vars(self).items()})
 
 
 class _File:
@@ -142,6 +115,8 @@ class Reader:
             part_offset = self.corpus.column("offset", parts.first).tolist()
         return Located(
             rows=rows,
+            uid=self.corpus.column("uid", rows),
+            object_id=self.corpus.column("object_id", rows).astype(np.int64),
             shard=self._shards(rows),
             offset=column["offset"].tolist(),
             length=column["length"].tolist(),
@@ -165,20 +140,20 @@ class Reader:
             ReplacedError: a shard was replaced since it was first read.
         """
         found: list[Data | Damage] = []
-        crc32, files, pread = zlib.crc32, self._files, os.pread
-        shards, lengths, expected = at.shard, at.length, at.crc32
-        for place in range(low, high):
-            file = files.get(shards[place])
+        files, pread, here = self._files, os.pread, slice(low, high)
+        ranges = zip(at.shard[here], at.offset[here], at.length[here], at.crc32[here], strict=True)
+        for place, (shard, offset, length, expected) in enumerate(ranges, low):
+            file = files.get(shard)
             data: Data | Damage | None
             try:
                 if file is not None:
-                    data = pread(file.descriptor, lengths[place], at.offset[place])
+                    data = pread(file.descriptor, length, offset)
                 else:
                     data = self._first_read(at, place)
-                if data is None or len(data) != lengths[place] or crc32(data) != expected[place]:
+                if data is None or len(data) != length or crc32(data) != expected:
                     data = self._again(at, place)
             except OSError as error:
-                raise self._unreadable(shards[place], error) from None
+                raise self._unreadable(shard, error) from None
             found.append(data)
         return found
 
@@ -191,7 +166,8 @@ class Reader:
         """Begin to fetch the parts of remote rows, in order, unless they are at hand already."""
         if self.remote is None:
             return
-        for shard, part in zip(self._shards(rows), as_tuples(parts), strict=True):
+        # Each part once: neighbours in a part are many, and asking takes a lock.
+        for part, shard in dict.fromkeys(zip(as_tuples(parts), self._shards(rows), strict=True)):
             if self._paths[shard] is None:
                 self.remote.ask(part, shard)
 
@@ -209,7 +185,7 @@ class Reader:
         """Say of a row what is wrong with it, and count it."""
         with self._lock:
             self.damaged += 1
-        uid = int(self.corpus.column("uid", at.rows[place : place + 1])[0])
+        uid = int(at.uid[place])
         store, key = self._stores[at.shard[place]], self._keys[at.shard[place]]
         return Damage(uid, f"{store.url}/{key}", check)
 
@@ -243,7 +219,7 @@ class Reader:
             file = self._open(shard, path)  # held: another thread may push it out meanwhile
             return os.pread(file.descriptor, at.length[place], at.offset[place])
         assert self.remote is not None
-        data = self.remote.ask(at.part[place], shard).result()
+        data = self.remote.get(at.part[place], shard)
         if data is None:
             return None
         start = at.offset[place] - at.part_offset[place]
@@ -284,7 +260,7 @@ class Reader:
             data = b""
         if len(data) != length:
             check = f"the shard ends before its {length} bytes at offset {offset} do"
-        elif (crc := zlib.crc32(data)) != at.crc32[place]:
+        elif (crc := crc32(data)) != at.crc32[place]:
             check = f"crc32 {crc:08x} where {at.crc32[place]:08x} is expected"
         else:
             return data

@@ -7,13 +7,13 @@ import io
 import json
 import os
 import threading
-import zlib
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from isal.isal_zlib import crc32
 
 from vlal_dist.data.dataset import Split
 from vlal_dist.data.shards import key_of
@@ -78,7 +78,7 @@ class RowReader:
         data = self._read(row, shard, offset, length)
         if len(data) != length:
             self._damaged(row, f"{len(data)} bytes where {length} are expected")
-        crc = zlib.crc32(data)
+        crc = crc32(data)
         if crc != int(index.crc32[row]):
             self._damaged(row, f"crc32 {crc:08x} where {int(index.crc32[row]):08x} is expected")
         return data
