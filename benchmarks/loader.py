@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.loader_data import CROPS, PHOTOS, Kind, make  # noqa: E402
+from benchmarks.loader_table import PEERS, Figures, write  # noqa: E402
 
-PEERS = {"webdataset": "webdataset", "litdata": "litdata", "streaming": "mosaicml"}
 PEER_PYTHON = ROOT / ".peers/bin/python"
 BATCH = 64
 
@@ -67,16 +66,6 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What one run gave: samples per second, and per CPU second; CPU seconds of the S3 server."""
-
-    per_s: float
-    per_cpu_s: float
-    seconds: float
-    server_cpu_s: float = 0.0
-
-
-@dataclass(frozen=True)
 class Bench:
     """Where the data is and how long to measure.
 
@@ -98,16 +87,13 @@ class Bench:
         if entry.name in PEERS:
             return self._peer(entry)
         commands = [self._own(entry, rank) for rank in range(entry.processes)]
-        before = cpu_of(self.server_pids)
         found = run_together(commands)
         per_s = sum(one["samples"] / one["seconds"] for one in found)
         cpu = sum(one["cpu_seconds"] for one in found)
         samples = sum(one["samples"] for one in found)
-        whole = max(one["seconds"] for one in found)
-        # The server works during start and warm-up too: its share is taken per sample delivered.
-        share = self.seconds / (self.seconds + self.warmup)
-        server = (cpu_of(self.server_pids) - before) * share if entry.s3 else 0.0
-        return Figures(per_s, samples / cpu, whole, server)
+        # Each rank saw the whole server, while it measured itself.
+        server = statistics.mean(one["server_cpu_seconds"] / one["seconds"] for one in found)
+        return Figures(per_s, samples / cpu, server)
 
     def _own(self, entry: Entry, rank: int) -> list[str]:
         root = str(self.folder / entry.kind.name / "dataset")
@@ -123,7 +109,8 @@ class Bench:
             "seconds": self.seconds,
         }
         options |= {"cores": 1} if entry.processes == 1 else {}
-        return command + [word for k, v in options.items() for word in (f"--{k}", str(v))]
+        command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
+        return command + (["--server-pids", *map(str, self.server_pids)] if entry.s3 else [])
 
     def _peer(self, entry: Entry) -> Figures:
         one = entry.processes == 1
@@ -140,7 +127,7 @@ class Bench:
         }
         command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
         (found,) = run_together([command])
-        return Figures(found["samples_per_s"], found["samples_per_cpu_s"], found["seconds"])
+        return Figures(found["samples_per_s"], found["samples_per_cpu_s"])
 
 
 def run_together(commands: Sequence[list[str]]) -> list[dict[str, Any]]:
@@ -159,15 +146,6 @@ def run_together(commands: Sequence[list[str]]) -> list[dict[str, Any]]:
             raise SystemExit(f"{' '.join(process.args)}\n{errors[-2000:]}")  # type: ignore[arg-type]
         found.append(json.loads(output.strip().splitlines()[-1]))
     return found
-
-
-def cpu_of(pids: Sequence[int]) -> float:
-    """CPU seconds of some processes so far."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
 
 
 def prepare(folder: Path, kinds: Sequence[Kind]) -> dict[str, str | None]:
@@ -239,81 +217,6 @@ def entries(
     return found
 
 
-def summarise(results: dict[str, list[Figures]]) -> dict[str, float | None]:
-    """Flat numbers: medians over rounds of ratios within a round, and of rates."""
-    numbers: dict[str, float | None] = {}
-    for photos in ("", "_photos"):
-        for one in ("", "_one_process"):
-            ours = results.get(f"ours{photos}{one}")
-            if not ours:
-                continue
-            others = {"ceiling": ("ceiling", "")}
-            others |= {named: (peer, "") for peer, named in PEERS.items()}
-            others |= {f"{n}_as_shipped": (p, "_as_shipped") for p, n in PEERS.items()}
-            for named, (peer, variant) in others.items():
-                if variant and one:
-                    continue
-                theirs = results.get(f"{peer}{variant}{photos}{one}")
-                numbers[f"ratio_to_{named}{photos}{one}"] = _ratio(ours, theirs)
-        s3, local = results.get(f"ours_s3{photos}"), results.get(f"ours{photos}")
-        if s3 and local:
-            numbers[f"ratio_s3_to_local{photos}"] = statistics.median(
-                _without_server(a) / b.per_s for a, b in zip(s3, local, strict=True)
-            )
-            numbers[f"ratio_s3_to_local_raw{photos}"] = _ratio(s3, local)
-    for label, found in results.items():
-        numbers[f"samples_per_s_{label}"] = statistics.median(f.per_s for f in found)
-        numbers[f"samples_per_cpu_s_{label}"] = statistics.median(f.per_cpu_s for f in found)
-    return numbers
-
-
-def _ratio(ours: list[Figures], theirs: list[Figures] | None) -> float | None:
-    if theirs is None:
-        return None
-    return statistics.median(a.per_s / b.per_s for a, b in zip(ours, theirs, strict=True))
-
-
-def _without_server(found: Figures) -> float:
-    """Samples per second if the two cores had been the loader's alone."""
-    return found.per_s * found.seconds / (found.seconds - found.server_cpu_s / 2)
-
-
-def table(results: dict[str, list[Figures]], numbers: dict[str, float | None]) -> str:
-    """Markdown: rates with their spread over rounds, then ratios."""
-    lines = ["| what | samples/s, median (least - most) | per CPU second | server CPU s |"]
-    lines.append("|---|---|---|---|")
-    for label, found in results.items():
-        rates = sorted(f.per_s for f in found)
-        cpu = statistics.median(f.per_cpu_s for f in found)
-        server = statistics.median(f.server_cpu_s for f in found)
-        lines.append(
-            f"| {label} | {statistics.median(rates):,.0f} ({rates[0]:,.0f} - {rates[-1]:,.0f}) "
-            f"| {cpu:,.0f} | {f'{server:.1f} of {found[0].seconds:.1f} s' if server else ''} |"
-        )
-    lines += ["", "| ratio | median over rounds |", "|---|---|"]
-    for name, value in numbers.items():
-        if name.startswith("ratio"):
-            lines.append(f"| {name} | {'null' if value is None else f'{value:.2f}'} |")
-    return "\n".join(lines) + "\n"
-
-
-def write(
-    planned: Sequence[Entry],
-    results: dict[str, list[Figures]],
-    json_path: Path | None,
-    markdown_path: Path | None,
-) -> str:
-    """The results so far, in the files that are wanted and as text."""
-    ordered = {entry.label: results[entry.label] for entry in planned}
-    numbers = summarise(ordered)
-    text = table(ordered, numbers)
-    if markdown_path:
-        markdown_path.write_text(text)
-    if json_path:
-        json_path.write_text(json.dumps(numbers, indent=2) + "\n")
-    return text
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -328,7 +231,6 @@ def main() -> None:
     for peer, reason in absent.items():
         if reason:
             print(f"{peer} is absent: {reason}", file=sys.stderr)
-    results: dict[str, list[Figures]] = defaultdict(list)
     with s3_copies(arguments.data, kinds) as (roots, cluster):
         bench = Bench(
             folder=arguments.data,
@@ -338,13 +240,14 @@ def main() -> None:
             server_pids=cluster.pids if cluster else [],
         )
         planned = entries(kinds, absent=absent, quick=arguments.quick, s3=bool(roots))
+        results: dict[str, list[Figures]] = {entry.label: [] for entry in planned}
         for number in range(rounds):
             for entry in planned if number % 2 == 0 else planned[::-1]:
                 results[entry.label].append(bench.run(entry))
                 rate = results[entry.label][-1].per_s
                 print(f"round {number + 1}: {entry.label} {rate:,.0f}/s", file=sys.stderr)
-            write(planned, results, arguments.json, arguments.markdown)  # a round is not lost
-    print(write(planned, results, arguments.json, arguments.markdown))
+            text = write(results, json_path=arguments.json, markdown_path=arguments.markdown)
+    print(text)
 
 
 if __name__ == "__main__":

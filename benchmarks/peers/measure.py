@@ -6,7 +6,7 @@ Our own loader is measured by the same functions.
 import os
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ class Measured:
         samples: delivered in it.
         seconds: wall time.
         cpu_seconds: of this process and all its descendants.
+        server_cpu_seconds: of the processes of a server that it read from.
         epochs: ends of an epoch that fell into it; their pauses are part of the wall time.
     """
 
@@ -27,15 +28,19 @@ class Measured:
     seconds: float
     cpu_seconds: float
     epochs: int
+    server_cpu_seconds: float = 0.0
 
 
-def measure(loader: Iterable[Any], *, warmup_s: float, seconds: float) -> Measured:
+def measure(
+    loader: Iterable[Any], *, warmup_s: float, seconds: float, server_pids: Sequence[int] = ()
+) -> Measured:
     """Take batches, epoch after epoch, and count those that arrive after the warm-up.
 
     The warm-up begins at the first batch, so that starting workers is never counted. Batches are
     pairs or tuples whose first member has the length of the batch.
     """
-    first = mark = cpu = None
+    first = mark = None
+    cpu = server = 0.0
     samples = epochs = 0
     while True:
         delivered = False
@@ -45,11 +50,12 @@ def measure(loader: Iterable[Any], *, warmup_s: float, seconds: float) -> Measur
             if mark is None:
                 # The batch that ends the warm-up was made in it.
                 if now - first >= warmup_s:
-                    mark, cpu = now, cpu_seconds()
+                    mark, cpu, server = now, cpu_seconds(), cpu_of(server_pids)
                 continue
             samples += len(batch[0])
             if now - mark >= seconds:
-                return Measured(samples, now - mark, cpu_seconds() - (cpu or 0.0), epochs)
+                used, served = cpu_seconds() - cpu, cpu_of(server_pids) - server
+                return Measured(samples, now - mark, used, epochs, served)
         if not delivered:
             raise SystemExit("the loader delivers nothing")
         epochs += mark is not None
@@ -84,6 +90,15 @@ def cpu_seconds() -> float:
         found = {pid for pid, above in parent.items() if above in mine} - mine
         mine |= found
     return sum(ticks.get(pid, 0) for pid in mine) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_of(pids: Sequence[int]) -> float:
+    """User and system time of some processes so far; 10 ms steps."""
+    total = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def warm_page_cache(folder: Path) -> int:

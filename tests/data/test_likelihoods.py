@@ -133,7 +133,8 @@ def test_batches_over_hundreds_of_shards_hold_the_bits_of_merge(
     order = np.random.default_rng(0).permutation(split.num_samples)
     for batch in (rows.tolist() for rows in np.array_split(order, 13)):
         assert rows_of(read, batch) == [expected[row] for row in batch]
-    assert len(os.listdir("/proc/self/fd")) == open_before
+    # Fewer: what earlier tests left to the garbage collector may be closed meanwhile.
+    assert len(os.listdir("/proc/self/fd")) <= open_before
     assert rows_of(read, []) == []
 
 
