@@ -10,7 +10,7 @@ PEERS := .peers
 
 help:
 	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
-	@echo "make test        the test suite"
+	@echo "make test        the test suite; all but the soak: make test PYTEST=\"-m 'not soak'\""
 	@echo "make check       ruff, mypy"
 	@echo "make fashion12k  six losses on real photos: FASHION12K=FOLDER make fashion12k (about an hour)"
 	@echo "make peers       other loaders to compare with, in their own environment ($(PEERS), 6 GB)"
@@ -38,7 +38,7 @@ demo: setup
 	$(RUN) python -m demo
 
 test: setup
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest $(PYTEST)
 
 check: setup
 	$(RUN) ruff check .

@@ -13,6 +13,7 @@ from vlal_dist.errors import VlalError
 
 
 @pytest.mark.ray_cluster
+@pytest.mark.long
 def test_it_starts_asks_for_its_token_and_stops() -> None:
     programs = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}

@@ -200,6 +200,7 @@ def listeners(pid: int) -> set[str]:
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
+@pytest.mark.long
 def test_submitted_as_a_job(
     dataset: Path,
     tiny: Model,

@@ -40,6 +40,7 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines(run) if line["kind"] == "train"]
 
 
+@pytest.mark.long
 def test_one_and_two_ranks_keep_the_same_list_and_a_resume_goes_by_it(
     small: Path, merged: Dataset, tmp_path: Path
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_run_leaves_what_the_next_stages_read(undisturbed: Path, small: Path) 
     assert (undisturbed / "config.yaml").exists()
 
 
+@pytest.mark.long
 def test_killed_after_an_epoch_and_repeated_it_ends_with_the_same_bits(
     undisturbed: Path, small: Path, tmp_path: Path
 ) -> None:

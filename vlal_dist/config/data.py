@@ -48,7 +48,10 @@ class DataSection(Section):
         description="a sample that fails its checksum twice: stop, or leave it out and count it",
     )
     max_quarantined: float = Field(
-        0.001, ge=0, le=1, description="share of the samples quarantined before the run stops"
+        0.001,
+        ge=0,
+        le=1,
+        description="share of the samples quarantined before the run stops; above 0, one at least",
     )
     cache_bytes: int = Field(
         0,

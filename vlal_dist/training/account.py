@@ -24,14 +24,14 @@ class Account:
         ranks: this process among its peers.
         state: the books: ledger, left_out, quarantined.
         num_samples: samples that are trained on, over all datasets.
-        max_quarantined: share of them that may be quarantined.
+        max_quarantined: share of them that may be quarantined; above 0 it allows one at least.
     """
 
     def __init__(
         self, ranks: Ranks, state: TrainState, *, num_samples: int, max_quarantined: float
     ) -> None:
         self._ranks, self._state = ranks, state
-        self._allowed = int(max_quarantined * num_samples)
+        self._allowed = max(int(max_quarantined * num_samples), int(max_quarantined > 0))
         self._max_quarantined = max_quarantined
         self._trained, self._left_out = Ledger(), Ledger()
         self.quarantined = {int(uid, 16) for uid in state.quarantined}
