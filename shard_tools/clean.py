@@ -145,8 +145,10 @@ def _check_settings(settings: CleanSection, *, like: Like | None) -> None:
     if settings.feasible_top_k > 0 and settings.object_vectors is None:
         raise ConfigError(
             f"clean.feasible_top_k is {settings.feasible_top_k}, which needs "
-            "clean.object_vectors: a safetensors file of CLIP text vectors (`--help`). score_clip "
-            "does not write it yet; make it with any CLIP, or set clean.feasible_top_k to 0"
+            "clean.object_vectors: CLIP text vectors of the object names. Run this command first "
+            "with --clean.feasible_top_k 0 and another --paths.instances NAMES, then `python -m "
+            "vlal_dist.score_clip --object-vectors FILE --paths.instances NAMES`, then this one "
+            "with --clean.object_vectors FILE"
         )
 
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
@@ -27,81 +27,85 @@ from vlal_dist.observability.progress import Progress
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.scoring.actors import ActorPool, on_running_ray, ray_session
 from vlal_dist.scoring.clip import load_clip
-from vlal_dist.scoring.identity import ScoreSettings, adopt_settings
-from vlal_dist.scoring.plan import Plan, Task, check_not_taken, make_plan
-from vlal_dist.scoring.quality import Quality, check_split
-from vlal_dist.scoring.score_shard import ShardResult
+from vlal_dist.scoring.identity import ScorerIdentity, ScoreSettings, warn_of_other_settings
+from vlal_dist.scoring.object_vectors import make_object_vectors
+from vlal_dist.scoring.plan import (
+    Plan,
+    check_not_taken,
+    forget_quarantined,
+    make_plan,
+    read_embeddings_manifest,
+)
+from vlal_dist.scoring.quality import QualityTotals, type_names
+from vlal_dist.scoring.run import LocalWorkers, Outcome, Workers, score_all
+from vlal_dist.scoring.run_settings import known_settings, new_settings
+from vlal_dist.scoring.summary import closing, planned
 from vlal_dist.scoring.worker import ScoringJob, ShardScorer, identify
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What the workers did: results of the pending shards, shards given out again, seconds."""
-
-    results: list[ShardResult]
-    retried: int
-    seconds: float
-
-
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
-    """Plan, score what is pending, read everything back, commit `scores.json`."""
+    """Plan, score what is pending, check what is there, commit `scores.json`."""
     scoring = config.scoring
+    if "object-vectors" in flags:
+        return make_object_vectors(
+            flags["object-vectors"],
+            instances=config.paths.instances,
+            model=scoring.model,
+            model_config_dir=scoring.model_config_dir,
+            weights=scoring.weights,
+        )
     running_ray = scoring.use_ray and on_running_ray()
     for key in ("dataset", "scores"):
         _refuse_relative_in_job(f"paths.{key}", getattr(config.paths, key))
     store = open_store(config.paths.scores)
     cache = Path(config.paths.cache).resolve()
     dataset = open_dataset(config.paths.dataset, cache=cache)
-    digest, own_temperature = _identify(scoring, dataset)
-    temperature = scoring.temperature or own_temperature
+    identity, own_temperature = _identify(scoring, dataset)
+    job = _job(
+        scoring,
+        dataset,
+        scores=store.url,
+        cache=cache,
+        identity=identity,
+        temperature=scoring.temperature or own_temperature,
+        device=_device(scoring.device, running_ray=running_ray),
+    )
     manifest = {
         "dataset_digest": dataset.digest,
-        "scorer_digest": digest,
+        "scorer_digest": identity.digest,
+        "embedder_digest": identity.embedder_digest,
         "feasible_digest": dataset.feasible.digest,
         "vocabulary_digest": dataset.vocabulary.digest,
-        "temperature": temperature,
+        "temperature": job.temperature,
     }
+    plan = make_plan(
+        dataset, store, scoring.splits, scoring.templates, scorer_digest=identity.digest
+    )
+    if "retry-quarantined" in flags:
+        plan = forget_quarantined(dataset, store, plan, header=manifest, cache=cache)
     finished = check_not_taken(store, manifest, scoring.splits)
-    plan = make_plan(dataset, store, scoring.splits, scoring.templates, scorer_digest=digest)
+    known = known_settings(store, job)
     if "plan" in flags:
-        return _planned(plan, digest)
-    wanted = ScoreSettings(
-        batch_size=scoring.batch_size,
-        threads=max(1, int(scoring.cpus_per_actor)),
-        precision=scoring.precision,
-        device=_device(scoring.device, running_ray=running_ray),
-        temperature=temperature,
-    )
-    settings = adopt_settings(store, wanted, scorer_digest=digest)
-    job = ScoringJob(
-        dataset=dataset.store.url,
-        cache=str(cache),
-        scores=store.url,
-        model=scoring.model,
-        model_config_dir=_absolute(scoring.model_config_dir),
-        weights=_absolute(scoring.weights),
-        templates=tuple(scoring.templates),
-        scorer_digest=digest,
-        settings=settings,
-        decode_threads=scoring.decode_threads,
-    )
-    outcome = _score(scoring, job, plan)
-    quality, splits = Quality(), {}
-    for split in scoring.splits:
-        samples = check_split(
-            dataset, split, store=store, header=manifest, temperature=temperature, quality=quality
-        )
-        splits[split] = {"samples": samples, "shards": len(open_split(dataset, split).shards)}
+        return planned(plan, job, known, actors=scoring.actors)
+    allowed = max(int(scoring.max_quarantined * plan.samples), int(scoring.max_quarantined > 0))
+    outcome = Outcome(QualityTotals(type_names(dataset.vocabulary)), allowed)
+    started = time.monotonic()
+    settings, retried = _score(scoring, job, plan, known, store=store, outcome=outcome)
     if not finished:
-        write_scores_manifest(store, {**manifest, "splits": splits, "settings": asdict(settings)})
-    return _counts(plan, outcome, settings, quality, digest)
+        splits = {
+            name: {"samples": count, "shards": len(open_split(dataset, name).shards)}
+            for name, count in outcome.samples.items()
+        }
+        found = {"splits": splits, "quarantined": outcome.quarantined, "settings": asdict(settings)}
+        write_scores_manifest(store, {**manifest, **found})
+    return closing(plan, outcome, settings, retried, time.monotonic() - started, identity.digest)
 
 
-def _identify(scoring: ScoringSection, dataset: Dataset) -> tuple[str, float]:
-    """Load the model on the CPU: scorer digest and the model's own temperature.
+def _identify(scoring: ScoringSection, dataset: Dataset) -> tuple[ScorerIdentity, float]:
+    """Load the model on the CPU: the scorer's identity and the model's own temperature.
 
     Doing it here, before Ray and before any output, means that absent weights cost two seconds.
     """
@@ -111,71 +115,114 @@ def _identify(scoring: ScoringSection, dataset: Dataset) -> tuple[str, float]:
         weights=scoring.weights,
         precision=scoring.precision,
         device="cpu",
-        batch_size=scoring.batch_size,
+        batch_size=1,
     )
     identity = identify(encoder, dataset, model=scoring.model, templates=tuple(scoring.templates))
-    return identity.digest, encoder.temperature
+    return identity, encoder.temperature
 
 
-def _score(scoring: ScoringSection, job: ScoringJob, plan: Plan) -> Outcome:
-    """Score the pending shards on Ray or in this process, showing progress."""
-    if not plan.pending:
-        return Outcome([], 0, 0.0)
-    if job.settings.device == "cpu":
+def _job(
+    scoring: ScoringSection,
+    dataset: Dataset,
+    *,
+    scores: str,
+    cache: Path,
+    identity: ScorerIdentity,
+    temperature: float,
+    device: str,
+) -> ScoringJob:
+    stored = None if scoring.embeddings is None else open_store(scoring.embeddings)
+    known = stored and read_embeddings_manifest(stored, embedder_digest=identity.embedder_digest)
+    return ScoringJob(
+        dataset=dataset.store.url,
+        cache=str(cache),
+        scores=scores,
+        model=scoring.model,
+        model_config_dir=_absolute(scoring.model_config_dir),
+        weights=_absolute(scoring.weights),
+        templates=tuple(scoring.templates),
+        scorer_digest=identity.digest,
+        precision=scoring.precision,
+        device=device,
+        compiled=scoring.compile,
+        threads=max(1, int(scoring.cpus_per_actor)),
+        temperature=temperature,
+        embeddings=None if stored is None else stored.url,
+        embeddings_manifest=json.dumps(known or {}),
+    )
+
+
+def _score(
+    scoring: ScoringSection,
+    job: ScoringJob,
+    plan: Plan,
+    known: ScoreSettings | None,
+    *,
+    store: Store,
+    outcome: Outcome,
+) -> tuple[ScoreSettings, int]:
+    """Score and check on Ray or in this process, showing progress.
+
+    Returns:
+        The settings that were used, and how many calls were given out again.
+    """
+    if job.device == "cpu" and plan.pending and job.embeddings is None:
         logger.warning("SCORING ON THE CPU: fine for small models and data, slow for others")
-    started = time.monotonic()
-    results: list[ShardResult] = []
     stop = threading.Event()
     with (
         _set_on_signal(stop),
-        Progress("score", total=sum(plan.pending.values()), unit="crops") as progress,
-    ):
-        place = _on_ray if scoring.use_ray else _in_this_process
-        retried = 0
-        for result, lost in place(scoring, job, list(plan.pending), stop):
-            retried = lost
-            results.append(result)
-            progress.advance(result.samples)
-            if not result.identical:
-                logger.warning(
-                    "shard %d of %s was scored twice with different last bits (unequal devices?); "
-                    "the first file stands",
-                    result.shard,
-                    result.split,
-                )
-    return Outcome(results, retried, time.monotonic() - started)
-
-
-def _on_ray(
-    scoring: ScoringSection, job: ScoringJob, tasks: list[Task], stop: threading.Event
-) -> Iterator[tuple[ShardResult, int]]:
-    actors = min(scoring.actors, len(tasks))
-    with (
-        ray_session(actors=actors, cpus_per_actor=scoring.cpus_per_actor),
+        _workers(scoring, job, plan, stop) as workers,
         _set_on_signal(stop),  # again: ray.init puts its own handlers in place of ours
+        Progress("score", total=plan.samples, unit="crops") as progress,
     ):
-        pool = ActorPool(
+        settings = known or new_settings(
+            job,
+            workers,
+            store,
+            first=next(iter(plan.pending), None),
+            batch_size=scoring.batch_size,
+            decode_threads=scoring.decode_threads,
+        )
+        asked: dict[str, object] = {
+            "batch_size": scoring.batch_size,
+            "decode_threads": scoring.decode_threads,
+            "threads": job.threads,
+            "device": job.device,
+            "compiled": job.compiled,
+        }
+        warn_of_other_settings(settings, asked, store.url)
+        score_all(
+            workers,
+            pending=list(plan.pending),
+            present=plan.present,
+            settings=settings,
+            outcome=outcome,
+            advance=progress.advance,
+        )
+        return settings, workers.retried
+
+
+@contextlib.contextmanager
+def _workers(
+    scoring: ScoringSection, job: ScoringJob, plan: Plan, stop: threading.Event
+) -> Iterator[Workers]:
+    if not scoring.use_ray or not plan.pending:
+        scorer = ShardScorer(job, stopped=stop.is_set)
+        try:
+            yield LocalWorkers(scorer)
+        finally:
+            scorer.close()
+        return
+    actors = min(scoring.actors, len(plan.pending))
+    with ray_session(actors=actors, cpus_per_actor=scoring.cpus_per_actor):
+        yield ActorPool(
             job,
             size=actors,
             cpus_per_actor=scoring.cpus_per_actor,
-            gpus_per_actor=scoring.gpus_per_actor if job.settings.device == "cuda" else 0.0,
+            gpus_per_actor=scoring.gpus_per_actor if job.device == "cuda" else 0.0,
             max_retries=scoring.max_retries,
             stopped=stop.is_set,
         )
-        list(pool.run([("prepare_text", ())]))  # one actor encodes the prompts, all read them
-        for result in pool.run([("score", task) for task in tasks]):
-            yield result, pool.retried
-
-
-def _in_this_process(
-    scoring: ScoringSection, job: ScoringJob, tasks: list[Task], stop: threading.Event
-) -> Iterator[tuple[ShardResult, int]]:
-    scorer = ShardScorer(job, stopped=stop.is_set)
-    try:
-        for split, shard in tasks:
-            yield scorer.score(split, shard), 0
-    finally:
-        scorer.close()
 
 
 @contextlib.contextmanager
@@ -227,38 +274,6 @@ def _absolute(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-def _planned(plan: Plan, digest: str) -> Counts:
-    return {
-        "shards_pending": len(plan.pending),
-        "shards_done": plan.done,
-        "samples_pending": sum(plan.pending.values()),
-        "samples": plan.samples,
-        "pairs": plan.pairs,
-        "prompts": plan.prompts,
-        "scorer_digest": digest,
-    }
-
-
-def _counts(
-    plan: Plan, outcome: Outcome, settings: ScoreSettings, quality: Quality, digest: str
-) -> Counts:
-    images = sum(result.samples for result in outcome.results if result.pairs)
-    return {
-        "shards_scored": sum(result.created for result in outcome.results),
-        "shards_skipped": plan.done + sum(not result.created for result in outcome.results),
-        "shards_retried": outcome.retried,
-        "images": images,
-        "samples": plan.samples,
-        "pairs": quality.pairs,
-        "prompts": plan.prompts,
-        "images_per_s": round(images / outcome.seconds, 1) if outcome.seconds else 0.0,
-        "device": settings.device,
-        "temperature": settings.temperature,
-        "quality": quality.summary(),
-        "scorer_digest": digest,
-    }
-
-
 PROGRAM = Program(
     name="score_clip",
     usage="python -m vlal_dist.score_clip",
@@ -268,7 +283,7 @@ PROGRAM = Program(
         "one on this machine. Repeat the command to continue."
     ),
     sections=("paths", "scoring"),
-    flags=("plan", "json"),
+    flags=("plan", "json", "retry-quarantined", "object-vectors"),
     output=lambda config: config.paths.scores,
     work=work,
 )

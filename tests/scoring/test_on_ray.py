@@ -90,7 +90,7 @@ def alive(pid: int) -> bool:
 def test_ray_with_a_killed_actor_equals_no_ray(
     many_shards: Path, tiny: Model, tmp_path: Path, environment: None
 ) -> None:
-    slowly = ["--scoring.batch_size", "1"]
+    slowly = ["--scoring.batch_size", "1", "--scoring.decode_threads", "2"]
     quiet = tmp_path / "quiet"
     assert run(PROGRAM, many_shards, *flags(tiny, quiet, *slowly)) == 0
     scores, log, told = tmp_path / "scores", tmp_path / "log", tmp_path / "told.json"
@@ -104,7 +104,7 @@ def test_ray_with_a_killed_actor_equals_no_ray(
         assert process.wait(WAIT_S) == 0, log.read_text()
     assert data_files(scores) == data_files(quiet)
     assert (scores / "scores.json").read_bytes() == (quiet / "scores.json").read_bytes()
-    assert counts(told)["shards_retried"] == 1
+    assert counts(told)["shards_retried"] in (1, 2)  # two are under way in each actor
     assert "an actor was lost at score train" in log.read_text()
     assert json.loads((scores / "scores.json").read_text())["splits"]["train"]["samples"] == 300
 
@@ -112,7 +112,7 @@ def test_ray_with_a_killed_actor_equals_no_ray(
 def test_a_signal_keeps_what_is_committed(
     many_shards: Path, tiny: Model, tmp_path: Path, environment: None
 ) -> None:
-    slowly = ["--scoring.batch_size", "1"]
+    slowly = ["--scoring.batch_size", "1", "--scoring.decode_threads", "2"]
     scores, log = tmp_path / "scores", tmp_path / "log"
     with started([sys.executable, *on_ray(many_shards, tiny, scores, *slowly)], log) as process:
         wait_until(lambda: list(scores.glob("train/*.safetensors")), log)

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import S3Server
@@ -16,7 +18,8 @@ from tests.small import run
 from vlal_dist.data.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.scores import read_scores_manifest, read_shard_scores
 from vlal_dist.method.likelihood import log_likelihood
-from vlal_dist.scoring.quality import auc
+from vlal_dist.scoring import embed
+from vlal_dist.scoring.warm_up import CANDIDATES
 from vlal_dist.storage.store import open_store
 
 PROGRAM = "vlal_dist.score_clip"
@@ -28,6 +31,9 @@ def flags(model: Model, scores: Path | str, *more: str) -> list[str]:
         *("--paths.scores", str(scores)),
         *("--scoring.use_ray", "false"),
         *("--scoring.device", "cpu"),
+        # Without the warm-up, which takes seconds; the test of it asks for it.
+        *([] if "--scoring.batch_size" in more else ["--scoring.batch_size", "8"]),
+        *([] if "--scoring.decode_threads" in more else ["--scoring.decode_threads", "2"]),
         *more,
     ]
 
@@ -165,18 +171,9 @@ def test_quality_is_that_of_the_annotations(dataset: Path, tiny: Model, tmp_path
             entropy.append(-(np.exp(logs) * logs).sum())
             row += 1
     assert quality["positives"] == sum(truth)
-    assert quality["auc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+    assert quality["auc"] == pytest.approx(roc_auc_score(truth, values), abs=1e-3)
     assert quality["entropy_nats"] == pytest.approx(np.mean(entropy), rel=1e-5)
     assert 0 < quality["entropy_nats"] <= quality["uniform_entropy_nats"] + 1e-6
-
-
-def test_auc_counts_ties_half_and_needs_both_kinds() -> None:
-    def floats(*values: float) -> np.ndarray:
-        return np.array(values, dtype=np.float32)
-
-    assert auc(floats(3, 2), floats(1)) == 1
-    assert auc(floats(1), floats(1, 1)) == 0.5
-    assert auc(floats(), floats(1)) is None
 
 
 def test_a_real_model_knows_what_it_sees(dataset: Path, fashion: Model, tmp_path: Path) -> None:
@@ -197,3 +194,82 @@ def test_through_s3(dataset: Path, tiny: Model, tmp_path: Path, moto_s3: S3Serve
     for key, content in data_files(local).items():
         assert store.read(key) == content
     assert store.exists("scores.json")
+
+
+def test_a_warm_up_chooses_once_for_all(dataset: Path, tiny: Model, tmp_path: Path) -> None:
+    root, told = tmp_path / "scores", tmp_path / "told.json"
+    chosen = ["--scoring.batch_size", "null", "--scoring.decode_threads", "null"]
+    call = flags(tiny, root, *chosen, "--json", str(told))
+    assert run(PROGRAM, dataset, *call) == 0
+    first = counts(told)
+    assert first["batch_size"] in CANDIDATES and first["decode_threads"] == 1
+    assert first["images_per_s_predicted_per_actor"] > 0
+    assert sum(first["shares"].values()) == pytest.approx(1, abs=0.01)
+    settings = next(root.glob("settings-*.json")).read_bytes()
+    sorted(root.glob("train/*.safetensors"))[0].unlink()
+    assert run(PROGRAM, dataset, *call, "--plan") == 0
+    assert counts(told)["estimated_s"] > 0
+    assert run(PROGRAM, dataset, *call) == 0
+    assert next(root.glob("settings-*.json")).read_bytes() == settings
+
+
+def test_rescored_equals_scored_and_opens_no_image(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    templates = [
+        "--scoring.templates",
+        '["a photo of {attribute} {object}", "{object}: {attribute}"]',
+    ]
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "one")) == 0
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "two", *templates)) == 0
+    told = tmp_path / "told.json"
+    again = [*templates, "--scoring.embeddings", str(tmp_path / "one"), "--json", str(told)]
+    shards = sorted((dataset.parent / "dataset").glob("train/shards/*.tar"))
+    hidden = [path.rename(path.with_suffix(".hidden")) for path in shards]
+    try:
+        assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "again", *again)) == 0
+    finally:
+        for path in hidden:
+            path.rename(path.with_suffix(".tar"))
+    assert counts(told)["images"] == 0 and counts(told)["shards_scored"] == len(shards)
+    assert data_files(tmp_path / "again") == data_files(tmp_path / "two")
+    other = make_tiny_model(tmp_path / "other", seed=9)
+    capsys.readouterr()
+    assert run(PROGRAM, dataset, *flags(other, tmp_path / "no", *again)) == 64
+    assert len(re.findall("[0-9a-f]{64}", capsys.readouterr().err)) == 2
+
+
+def test_unusable_crops_are_listed_and_can_be_tried_again(
+    dataset: Path,
+    tiny: Model,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quiet, root, told = tmp_path / "quiet", tmp_path / "scores", tmp_path / "told.json"
+    call = flags(tiny, root, "--json", str(told))
+    assert run(PROGRAM, dataset, *flags(tiny, quiet)) == 0
+    cut, seen = embed.box_crop, []
+
+    def cut_but_one(pixels: np.ndarray, box: tuple[float, ...]) -> Image.Image:
+        seen.append(box)
+        if len(seen) == 5:
+            raise OSError("this decoder knows no such photo")
+        return cut(pixels, box)
+
+    monkeypatch.setattr(embed, "box_crop", cut_but_one)
+    assert run(PROGRAM, dataset, *call, "--scoring.max_quarantined", "0") == 65
+    assert "1 crops cannot be used" in capsys.readouterr().err
+    seen.clear()
+    shutil.rmtree(root)
+    assert run(PROGRAM, dataset, *call) == 0
+    ((uid, why),) = counts(told)["quarantined"]["train"].items()
+    assert why == "this decoder knows no such photo"
+    listed = json.loads((root / "scores.json").read_text())["quarantined"]
+    assert listed == {"train": {uid: why}}
+    # Said again by a run that finds the files, and scored by one that is asked to.
+    assert run(PROGRAM, dataset, *call) == 0
+    assert counts(told)["quarantined"] == listed
+    assert run(PROGRAM, dataset, *call, "--retry-quarantined") == 0
+    assert (counts(told)["shards_scored"], counts(told)["quarantined"]) == (1, {})
+    assert data_files(root) == data_files(quiet)

@@ -1,7 +1,9 @@
 """One shard: the same bytes each time, done once, equal to a plain open_clip loop, errors named."""
 
 import hashlib
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,19 +19,16 @@ from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
 from vlal_dist.data.images import decode_rgb
 from vlal_dist.data.index import Index, encode_index
 from vlal_dist.data.rows import RowReader
-from vlal_dist.data.scores import decode_scores, encode_scores, score_key
+from vlal_dist.data.scores import decode_scores, encode_scores, quarantined_of, score_key
 from vlal_dist.errors import DataError, Stopped
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring.clip import ClipEncoder
+from vlal_dist.scoring.embed import box_crop, embed_crops, shard_rows
 from vlal_dist.scoring.identity import ScoreSettings
-from vlal_dist.scoring.score_shard import (
-    ShardResult,
-    box_crop,
-    feasible_similarities,
-    score_shard,
-    shard_rows,
-)
+from vlal_dist.scoring.score_shard import Committed, commit_scores, feasible_similarities
+from vlal_dist.scoring.seconds import Seconds
 from vlal_dist.scoring.text_bank import bank_key, commit_bank, encode_bank, ensure_bank, read_bank
+from vlal_dist.scoring.turns import Turns
 from vlal_dist.scoring.worker import ScoringJob, ShardScorer, identify, never
 from vlal_dist.storage.local import LocalStore
 from vlal_dist.storage.store import Store, open_store
@@ -51,7 +50,7 @@ def score(
     encoder: ClipEncoder,
     *,
     threads: int = 2,
-) -> ShardResult:
+) -> Committed:
     bank = ensure_bank(
         store,
         encoder,
@@ -61,11 +60,22 @@ def score(
         scorer_digest=SCORER,
         stopped=never,
     )
-    return score_shard(
+    seconds = Seconds()
+    with ThreadPoolExecutor(threads) as pool:
+        embedded = embed_crops(
+            RowReader(split),
+            shard_rows(split, shard),
+            encoder=encoder,
+            pool=pool,
+            turns=Turns(),
+            seconds=seconds,
+            stopped=never,
+        )
+    return commit_scores(
+        embedded,
         split,
         shard,
         store=store,
-        encoder=encoder,
         bank=bank,
         feasible=data.feasible,
         header={
@@ -74,7 +84,7 @@ def score(
             "vocabulary_digest": data.vocabulary.digest,
             "temperature": "0.01",
         },
-        decode_threads=threads,
+        seconds=seconds,
     )
 
 
@@ -93,11 +103,11 @@ def test_same_bytes_whatever_the_threads_and_done_once(
         store = open_store(str(tmp_path / str(threads)))
         result = score(data, split, 1, store, tiny.load(), threads=threads)
         assert result.created and result.identical
-        assert result.samples == split.shards[1].samples
+        assert len(result.scores.uid) == split.shards[1].samples
         files.append(score_file(store, split, 1))
     assert files[0] == files[1]
     again = score(data, split, 1, store, tiny.load())
-    assert again == ShardResult("train", 1, result.samples, pairs=0, created=False)
+    assert not again.created and again.identical
 
 
 def test_equals_a_plain_open_clip_loop(dataset: Path, fashion: Model, tmp_path: Path) -> None:
@@ -173,7 +183,7 @@ def test_the_first_file_stands(dataset: Path, tiny: Model, tmp_path: Path) -> No
     store, late = open_store(str(tmp_path)), LateStore(tmp_path)
     score(data, split, 0, store, tiny.load())
     twice = score(data, split, 0, late, tiny.load())
-    assert not twice.created and twice.identical and twice.pairs
+    assert not twice.created and twice.identical
     # A GPU whose last bits differ was first.
     first = decode_scores(score_file(store, split, 0), where="test")
     key = score_key("val", shard_sha256=split.shards[0].sha256, scorer_digest=SCORER)
@@ -217,15 +227,24 @@ def damaged_copy(config: Path, folder: Path, *, mend_crc: bool) -> tuple[Dataset
     return data, split, row
 
 
-def test_a_crop_that_cannot_be_decoded_is_named(dataset: Path, tiny: Model, tmp_path: Path) -> None:
+def test_a_crop_that_cannot_be_decoded_is_left_out_with_its_reason(
+    dataset: Path, tiny: Model, tmp_path: Path
+) -> None:
     data, split, row = damaged_copy(dataset, tmp_path / "data", mend_crc=True)
-    store = open_store(str(tmp_path / "scores"))
-    with pytest.raises(DataError, match="cannot be decoded") as error:
-        score(data, split, 0, store, tiny.load())
-    reader = RowReader(split)
-    assert reader.read(row).key in str(error.value)
-    assert split.shards[0].name in str(error.value)
-    assert store.list_keys("train/") == []
+    store, whole = (open_store(str(tmp_path / name)) for name in ("scores", "whole"))
+    scores = score(data, split, 0, store, tiny.load()).scores
+    place = row - shard_rows(split, 0).start
+    uid = int(split.index.uid[row])
+    assert list(quarantined_of(scores.header)) == [uid]
+    assert "cannot be decoded" in json.loads(scores.header["quarantined"])[f"{uid:016x}"]
+    here = slice(*scores.indptr[place : place + 2])
+    assert not scores.embedding[place].any() and not scores.similarity[here].any()
+    # All others are what they are without it.
+    source = opened(dataset)
+    expected = score(source, open_split(source, "train"), 0, whole, tiny.load()).scores
+    others = np.arange(len(scores.uid)) != place
+    np.testing.assert_allclose(scores.embedding[others], expected.embedding[others], atol=1e-6)
+    assert decode_scores(score_file(store, split, 0), where="test").header == scores.header
 
 
 def test_an_altered_shard_is_named(dataset: Path, tiny: Model, tmp_path: Path) -> None:
@@ -273,9 +292,15 @@ def job_for(config: Path, model: Model, scores: Path) -> ScoringJob:
         weights=str(model.weights),
         templates=tuple(TEMPLATES),
         scorer_digest=identity.digest,
-        settings=ScoreSettings(8, 1, "fp32", "cpu", 0.01),
-        decode_threads=1,
+        precision="fp32",
+        device="cpu",
+        compiled=False,
+        threads=1,
+        temperature=0.01,
     )
+
+
+SETTINGS = ScoreSettings(8, 1, 1, "fp32", "cpu", False, 0.01)
 
 
 def test_a_worker_with_other_weights_refuses(dataset: Path, tiny: Model, tmp_path: Path) -> None:
@@ -288,10 +313,32 @@ def test_a_worker_with_other_weights_refuses(dataset: Path, tiny: Model, tmp_pat
 def test_stopping_commits_nothing(dataset: Path, tiny: Model, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     scorer = ShardScorer(job_for(dataset, tiny, tmp_path))
-    scorer.prepare_text()
+    scorer.prepare_text(SETTINGS)
     scorer.stopped = lambda: True
     with pytest.raises(Stopped):
-        scorer.score("train", 0)
+        scorer.score("train", 0, SETTINGS)
     scorer.close()
     assert torch.get_num_threads() == threads
     assert open_store(str(tmp_path)).list_keys("train/") == []
+
+
+def test_two_shards_under_way_and_one_done_already(
+    dataset: Path, tiny: Model, tmp_path: Path
+) -> None:
+    job = job_for(dataset, tiny, tmp_path / "together")
+    alone = ShardScorer(replace(job, scores=str(tmp_path / "alone")))
+    for shard in range(3):
+        alone.score("train", shard, SETTINGS)
+    alone.close()
+    scorer = ShardScorer(job)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda shard: scorer.score("train", shard, SETTINGS), range(3)))
+    assert all(one.created and one.images == one.samples and one.quality.pairs for one in found)
+    again = scorer.score("train", 1, SETTINGS)
+    assert not again.created and again.images == 0
+    np.testing.assert_array_equal(again.quality.similarity, found[1].quality.similarity)
+    scorer.close()
+    keys = open_store(job.scores).list_keys("train/")
+    assert len(keys) == 3
+    for key in keys:
+        assert open_store(job.scores).read(key) == open_store(str(tmp_path / "alone")).read(key)

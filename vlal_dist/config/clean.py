@@ -58,9 +58,9 @@ class CleanSection(Section):
     )
     object_vectors: str | None = Field(
         None,
-        description="safetensors with `object_vectors` float32 [O, D], CLIP text vectors of the "
-        "object names in id order, and vocabulary_digest in its header (path; needed when "
-        "feasible_top_k > 0)",
+        description="written by `score_clip --object-vectors`: safetensors with `object_vectors` "
+        "float32 [O, D], CLIP text vectors of the object names in id order, and vocabulary_digest "
+        "in its header (path; needed when feasible_top_k > 0)",
     )
     expected: dict[str, dict[str, int]] = Field(
         default_factory=dict,

@@ -16,7 +16,7 @@ from vlal_dist.errors import ConfigError, UsageError
 
 DEFAULT_CONFIG = "configs/vaw.yaml"
 
-SWITCHES = ("plan",)
+SWITCHES = ("plan", "retry-quarantined")
 FLAGS: dict[str, str] = {
     "plan": "say what would be done, and stop",
     "resume": "auto | PATH | none: continue from a checkpoint",
@@ -24,6 +24,9 @@ FLAGS: dict[str, str] = {
     "order": "epoch=E,step=S,steps=K,ranks=W,rank=R,first=F, each optional: print what these steps "
     "train on (first: ranks of the run's first start)",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
+    "retry-quarantined": "score the shards again that list unusable crops",
+    "object-vectors": "FILE: write CLIP text vectors of the object names of paths.instances there, "
+    "for clean.object_vectors, and stop",
 }
 
 

@@ -32,8 +32,27 @@ class ScoringSection(Section):
     splits: list[str] = Field(
         default_factory=lambda: ["train"], description="splits scored (the loss needs train only)"
     )
-    batch_size: int = Field(64, ge=1, description="crops per encoder call (samples)")
-    decode_threads: int = Field(2, ge=1, description="decoding threads per actor")
+    batch_size: int | None = Field(
+        None, ge=1, description="crops per encoder call (samples); absent: a short warm-up chooses"
+    )
+    decode_threads: int | None = Field(
+        None, ge=1, description="decoding threads per actor; absent: a short warm-up chooses"
+    )
+    compile: bool = Field(
+        False, description="run the encoders through torch.compile (needs a compiler on each node)"
+    )
+    embeddings: str | None = Field(
+        None,
+        description="finished score root whose stored embeddings are taken instead of images: for "
+        "other templates, temperature or feasible sets (path or URL)",
+    )
+    max_quarantined: float = Field(
+        0.001,
+        ge=0,
+        le=1,
+        description="share of the crops that may be unusable before the run stops; above 0, one at "
+        "least",
+    )
     actors: int = Field(1, ge=1, description="Ray actors")
     gpus_per_actor: float = Field(1.0, ge=0, description="GPUs each actor asks for, device cuda")
     cpus_per_actor: float = Field(0.5, gt=0, description="CPUs each actor asks for")

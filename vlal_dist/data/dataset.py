@@ -10,10 +10,12 @@ import json
 import logging
 import os
 import uuid
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +270,27 @@ def read_labels(dataset: Dataset, split: str, *, columns: Sequence[str] | None =
     )
     chosen = None if columns is None else list(columns)
     return pyarrow.parquet.read_table(pa.BufferReader(data), columns=chosen)
+
+
+def read_label_rows(
+    dataset: Dataset, split_name: str, start: int, stop: int, columns: Sequence[str]
+) -> pa.Table:
+    """Rows `start` up to `stop` of a split's `labels.parquet`; reads their row groups alone.
+
+    The file is hashed once per node, like an index; a remote one is copied to the cache once.
+
+    Raises:
+        DataError: no such rows, or a file that differs from its digest.
+    """
+    with pyarrow.parquet.ParquetFile(_verified(dataset, f"{split_name}/labels.parquet")) as file:
+        groups = range(file.num_row_groups)
+        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
+        if not 0 <= start <= stop <= file.metadata.num_rows:
+            raise DataError(
+                f"{dataset.url}: {split_name}/labels.parquet has {file.metadata.num_rows} rows, "
+                f"not those from {start} to {stop}; run shard_tools verify, and pack again"
+            )
+        first, last = bisect_right(ends, start), bisect_left(ends, stop)
+        wanted = list(groups[first : last + 1])
+        table = file.read_row_groups(wanted, columns=list(columns), use_threads=False)
+    return table.slice(start - ends[first - 1] if first else start, stop - start)

@@ -44,10 +44,12 @@ class MappedScores:
     Attributes:
         indptr: int64 [n + 1], where each row's similarities lie.
         similarity: float32 [S], as in `ShardScores`.
+        header: of the file, as in `ShardScores`.
     """
 
     indptr: I64
     similarity: Float32
+    header: dict[str, str]
 
     def row(self, place: int) -> Float32:
         """The similarities of the shard's sample `place`."""
@@ -129,7 +131,7 @@ def _map(
             f"{where}: {len(arrays['uid'])} samples that are not the {len(uid)} of shard "
             f"{shard_sha256[:16]}, in its order; delete that score file and score again"
         )
-    return MappedScores(indptr, similarity)
+    return MappedScores(indptr, similarity, layout.header)
 
 
 def _read_layout(head: bytes, size: int, where: str) -> _Layout:

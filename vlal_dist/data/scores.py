@@ -27,8 +27,9 @@ class ShardScores:
         indptr: int64 [n + 1], where each row's similarities lie.
         similarity: float32 [S], cosine of the crop with the prompt of each feasible attribute of
             its object, ascending attribute id.
-        header: `shard_sha256`, `scorer_digest`, `feasible_digest`, `vocabulary_digest` (hex) and
-            `temperature` (decimal text).
+        header: `shard_sha256`, `scorer_digest`, `feasible_digest`, `vocabulary_digest` (hex),
+            `temperature` (decimal text) and, where a crop could not be used, `quarantined` (JSON,
+            uid in hex -> reason; see `quarantined_of`).
     """
 
     uid: npt.NDArray[np.uint64]
@@ -84,6 +85,12 @@ def decode_scores(data: bytes, *, where: str) -> ShardScores:
         raise damaged_scores(where, "its arrays do not fit together")
     check_header(header, where)
     return scores
+
+
+def quarantined_of(header: Mapping[str, str]) -> dict[int, str]:
+    """uid -> why its crop could not be scored; its similarities are all 0, its embedding too."""
+    found: dict[str, str] = json.loads(header.get("quarantined", "{}"))
+    return {int(uid, 16): why for uid, why in found.items()}
 
 
 def read_shard_scores(

@@ -1,10 +1,11 @@
 """Where Ray places, retries and counts the scoring of shards. The only importer of ray.
 
-Shards are handed out one at a time to actors that are ready, so a pending actor (no free GPU yet:
-the demand that autoscalers see) holds no work. A lost actor is replaced, and its shard goes first
-in the queue again, at most `max_retries` times. Nothing else is needed: a score file is committed
-create-only under a name made of digests, so a shard scored twice is one file. Only job
-descriptions and counts pass through Ray; crops, scores and credentials never do.
+Shards are handed out to actors that are ready, two at a time (one is fetched and decoded while the
+other is encoded), so a pending actor (no free GPU yet: the demand that autoscalers see) holds no
+work. A lost actor is replaced, and its shards go first in the queue again, at most `max_retries`
+times. Nothing else is needed: a score file is committed create-only under a name made of digests,
+so a shard scored twice is one file. Only job descriptions, counts and the similarities of annotated
+pairs pass through Ray; crops, scores and credentials never do.
 """
 
 import contextlib
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vlal_dist.errors import ConfigError, Stopped, StorageError, VlalError
-from vlal_dist.scoring.score_shard import ShardResult
+from vlal_dist.scoring.identity import ScoreSettings
+from vlal_dist.scoring.result import ShardResult
+from vlal_dist.scoring.warm_up import WarmUp
 from vlal_dist.scoring.worker import ScoringJob, ShardScorer
 
 logger = logging.getLogger(__name__)
@@ -36,7 +39,11 @@ OBJECT_STORE_BYTES = 100_000_000
 POLL_S = 0.5
 """How often the driver looks whether it was asked to stop."""
 
+UNDER_WAY = 2
+"""Shards that an actor works on at a time."""
+
 OPEN: Call = ("open", ())
+ANSWER: Call = ("answer", ())
 
 
 class ScoringActor:
@@ -51,15 +58,30 @@ class ScoringActor:
         self.scorer = ShardScorer(self.job)
         return os.getpid()
 
-    def prepare_text(self) -> int:
-        """See `ShardScorer.prepare_text`."""
-        assert self.scorer is not None
-        return self.scorer.prepare_text()
+    def answer(self) -> None:
+        """Show that it lives."""
 
-    def score(self, split: str, shard: int) -> ShardResult:
+    def warm_up(
+        self, split: str, shard: int, batch_size: int | None, decode_threads: int | None
+    ) -> WarmUp:
+        """See `ShardScorer.warm_up`."""
+        return self._opened().warm_up(split, shard, batch_size, decode_threads)
+
+    def prepare_text(self, settings: ScoreSettings) -> int:
+        """See `ShardScorer.prepare_text`."""
+        return self._opened().prepare_text(settings)
+
+    def score(self, split: str, shard: int, settings: ScoreSettings) -> ShardResult:
         """See `ShardScorer.score`."""
+        return self._opened().score(split, shard, settings)
+
+    def check(self, split: str, shard: int) -> ShardResult:
+        """See `ShardScorer.check`."""
+        return self._opened().check(split, shard)
+
+    def _opened(self) -> ShardScorer:
         assert self.scorer is not None
-        return self.scorer.score(split, shard)
+        return self.scorer
 
 
 def on_running_ray() -> bool:
@@ -149,11 +171,16 @@ class ActorPool:
         self._ray = ray
         # max_restarts 0: the driver replaces a lost actor itself, which bounds attempts per shard
         # and leaves Ray no queue of its own.
-        self._actor_class = ray.remote(
-            num_cpus=cpus_per_actor, num_gpus=gpus_per_actor, max_restarts=0, max_task_retries=0
-        )(ScoringActor)
+        options: Any = {
+            "num_cpus": cpus_per_actor,
+            "num_gpus": gpus_per_actor,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": UNDER_WAY,
+        }
+        self._actor_class: Any = ray.remote(**options)(ScoringActor)
         self._job, self._max_retries, self._stopped = job, max_retries, stopped
-        self._idle: list[Any] = []
+        self._idle: deque[Any] = deque()  # an actor stands here once for each shard it can take
         self._busy: dict[Any, tuple[Any, Call]] = {}
         self._lost: Counter[Call] = Counter()
         self.retried = 0
@@ -171,21 +198,22 @@ class ActorPool:
         queue, left = deque(calls), len(calls)
         while left:
             while queue and self._idle:
-                self._submit(self._idle.pop(), queue.popleft())
+                # The one that has waited longest: a second shard only where all have a first.
+                self._submit(self._idle.popleft(), queue.popleft())
             for actor, call, reference in self._ready():
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
                     raise _cause(error) from None
                 except self._ray.exceptions.RayError as error:
-                    self._replace(actor, call, error)
-                    if call != OPEN:
-                        queue.appendleft(call)
+                    queue.extendleft(self._replace(actor, call, error))
                     continue
-                self._idle.append(actor)
                 if call == OPEN:
                     logger.info("an actor is ready, process %d", result)
-                else:
+                    self._idle.extend([actor] * UNDER_WAY)
+                    continue
+                self._idle.append(actor)
+                if call != ANSWER:
                     left -= 1
                     yield result
 
@@ -202,20 +230,40 @@ class ActorPool:
         method, arguments = call
         self._busy[getattr(actor, method).remote(*arguments)] = (actor, call)
 
-    def _replace(self, actor: Any, call: Call, error: Exception) -> None:
-        """Put a new actor in the place of a lost one, which is ended if it still lives."""
-        self._lost[call] += 1
-        reason = " ".join(str(error).split())[:300]
-        if self._lost[call] > self._max_retries:
-            raise VlalError(
-                f"{_name(call)}: its actor was lost {self._lost[call]} times (last: {reason}); "
-                "correct the cause (often memory: fewer actors on a node, or a smaller "
-                "scoring.batch_size in a new paths.scores) and run the same command again"
-            )
-        self.retried += call != OPEN
-        logger.warning("an actor was lost at %s, a new one takes over: %s", _name(call), reason)
+    def _replace(self, actor: Any, call: Call, error: Exception) -> list[Call]:
+        """Put a new actor in the place of a lost one, which is ended if it still lives.
+
+        Returns:
+            What it was working on, to be given out again.
+        """
+        lost = [call]
+        for reference, (other, others_call) in list(self._busy.items()):
+            if other == actor:
+                del self._busy[reference]
+                lost.append(others_call)
         self._ray.kill(actor)
         self._start()
+        # Others of its node may be lost with it. Idle ones are asked, not tried out with shards, of
+        # which each may be lost a few times only.
+        self._idle = deque(one for one in self._idle if one != actor)
+        while self._idle:
+            self._submit(self._idle.popleft(), ANSWER)
+        self._count_loss(lost, " ".join(str(error).split())[:300])
+        return [one for one in lost if one not in (OPEN, ANSWER)]
+
+    def _count_loss(self, lost: Sequence[Call], reason: str) -> None:
+        for call in lost:
+            if call == ANSWER:
+                continue
+            self._lost[call] += 1
+            if self._lost[call] > self._max_retries:
+                raise VlalError(
+                    f"{_name(call)}: its actor was lost {self._lost[call]} times (last: {reason}); "
+                    "correct the cause (often memory: fewer actors on a node, or a smaller "
+                    "scoring.batch_size in a new paths.scores) and run the same command again"
+                )
+            self.retried += call != OPEN
+            logger.warning("an actor was lost at %s, a new one takes over: %s", _name(call), reason)
 
     def _warn_if_unplaceable(self, size: int, gpus_per_actor: float) -> None:
         resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
@@ -238,4 +286,4 @@ def _cause(error: Any) -> BaseException:
 
 def _name(call: Call) -> str:
     method, arguments = call
-    return " ".join([method, *map(str, arguments)])
+    return " ".join([method, *map(str, arguments[:2])])

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 
 from vlal_dist.errors import ConfigError
+from vlal_dist.scoring.seconds import Seconds
 
 Embedding = npt.NDArray[np.float32]
 
@@ -37,7 +39,8 @@ class ClipEncoder:
         precision: arithmetic inside the encoders: fp32, bf16 or fp16. Weights, normalisation and
             results are float32.
         device: cpu or cuda.
-        batch_size: crops or prompts per call.
+        batch_size: crops or prompts per call; may be set once the best is known.
+        compiled: run the encoders through torch.compile.
     """
 
     def __init__(
@@ -50,12 +53,21 @@ class ClipEncoder:
         precision: str,
         device: str,
         batch_size: int,
+        compiled: bool = False,
     ) -> None:
         self.weights_digest = state_digest(model.state_dict())
         self.preprocessing_digest = hashlib.sha256(
             json.dumps(preprocessing, sort_keys=True).encode()
         ).hexdigest()
-        self.model = model.to(device).eval().requires_grad_(False)
+        # Convolutions over pixels side by side; the same for a transformer, which has one.
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        self.model.requires_grad_(False)
+        wrap = torch.compile if compiled else _as_it_is
+        self._encode_image, self._encode_text = (
+            wrap(self.model.encode_image),
+            wrap(self.model.encode_text),
+        )
+        self._staging: torch.Tensor | None = None
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.precision, self.device, self.batch_size = precision, device, batch_size
 
@@ -69,36 +81,55 @@ class ClipEncoder:
         pixels: torch.Tensor = self.preprocess(crop)
         return pixels
 
-    def encode_prepared(self, pixels: Sequence[torch.Tensor]) -> Embedding:
-        """Unit-length float32 [n, D] of n preprocessed crops."""
-        return self._encode(self.model.encode_image, list(pixels))
+    def encode_batch(self, pixels: Sequence[torch.Tensor], *, seconds: Seconds) -> Embedding:
+        """Unit-length float32 [n, D] of n <= `batch_size` preprocessed crops, in one call.
+
+        Not safe in several threads at once: the crops are gathered in memory that is used again.
+        """
+        started = time.perf_counter()
+        batch = self._gather(pixels)
+        copied = time.perf_counter()
+        vectors: Embedding = self._unit_vectors(self._encode_image, batch)[: len(pixels)]
+        seconds.copy += copied - started
+        seconds.encode += time.perf_counter() - copied
+        return vectors
 
     def encode_images(self, crops: Sequence[Image.Image]) -> Embedding:
         """Unit-length float32 [n, D] of n RGB crops (uint8 PIL images of any size)."""
-        return self.encode_prepared([self.prepare(crop) for crop in crops])
+        pixels, batches = [self.prepare(crop) for crop in crops], []
+        for start in range(0, len(pixels), self.batch_size):
+            some = pixels[start : start + self.batch_size]
+            batches.append(self.encode_batch(some, seconds=Seconds()))
+        return _joined(batches)
 
     def encode_texts(self, texts: Sequence[str]) -> Embedding:
         """Unit-length float32 [n, D] of n texts; longer ones than the context are cut."""
-        return self._encode(self.model.encode_text, list(self.tokenizer(list(texts))))
+        tokens, batches = self.tokenizer(list(texts)), []
+        for start in range(0, len(tokens), self.batch_size):
+            some = tokens[start : start + self.batch_size]
+            padded = torch.zeros(self.batch_size, *some.shape[1:], dtype=some.dtype)
+            padded[: len(some)] = some
+            vectors = self._unit_vectors(self._encode_text, padded.to(self.device))
+            batches.append(vectors[: len(some)])
+        return _joined(batches)
 
-    def _encode(self, encode: Any, rows: list[torch.Tensor]) -> Embedding:
-        batches = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            batches.append(self._encode_batch(encode, batch)[: len(batch)])
-        if not batches:
-            raise ValueError("nothing to encode: give at least one crop or text")
-        return np.concatenate(batches)
+    def _gather(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The crops as one batch on the device, missing rows zero."""
+        shape = (self.batch_size, *pixels[0].shape)
+        if self._staging is None or self._staging.shape != shape:
+            # Page-locked, so that the copy to a GPU is not made twice.
+            self._staging = torch.zeros(shape, pin_memory=self.device == "cuda")
+        torch.stack(list(pixels), out=self._staging[: len(pixels)])
+        self._staging[len(pixels) :] = 0
+        staged = self._staging.to(self.device, non_blocking=True)
+        return staged.contiguous(memory_format=torch.channels_last)
 
-    def _encode_batch(self, encode: Any, batch: list[torch.Tensor]) -> Embedding:
-        padding = [torch.zeros_like(batch[0])] * (self.batch_size - len(batch))
-        stacked = torch.stack(batch + padding).to(self.device)
+    def _unit_vectors(self, encode: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
         with torch.inference_mode(), self._arithmetic():
-            vectors = encode(stacked)
+            vectors = encode(batch)
         vectors = vectors.float()
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        result: Embedding = vectors.cpu().numpy()
-        return result
+        return vectors.cpu().numpy()
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
@@ -121,6 +152,7 @@ def load_clip(
     precision: str,
     device: str,
     batch_size: int,
+    compiled: bool = False,
 ) -> ClipEncoder:
     """Load a model by open_clip name with local weights; needs no network for local files.
 
@@ -131,6 +163,7 @@ def load_clip(
         precision: fp32, bf16 or fp16.
         device: cpu or cuda.
         batch_size: crops or prompts per encoder call.
+        compiled: run the encoders through torch.compile.
 
     Raises:
         ConfigError: unknown model, absent weights, weights of another model.
@@ -165,6 +198,7 @@ def load_clip(
         precision=precision,
         device=device,
         batch_size=batch_size,
+        compiled=compiled,
     )
 
 
@@ -220,6 +254,16 @@ def state_digest(state: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _joined(batches: list[Embedding]) -> Embedding:
+    if not batches:
+        raise ValueError("nothing to encode: give at least one crop or text")
+    return np.concatenate(batches)
+
+
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
 
 
 @contextlib.contextmanager

@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from vlal_dist.data.dataset import Dataset, open_split
-from vlal_dist.data.scores import score_key
-from vlal_dist.errors import ConflictError, NotFoundError
+from vlal_dist.data.score_files import open_scores
+from vlal_dist.data.scores import quarantined_of, score_key
+from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
+from vlal_dist.scoring.embed import shard_rows
 from vlal_dist.scoring.prompts import build_prompts
 from vlal_dist.storage.store import Store
 
@@ -20,14 +24,16 @@ class Plan:
 
     Attributes:
         pending: shards without a score file, in order, with their samples.
-        done: number of shards that have one.
+        present: shards that have one, in order.
+        pending_bytes: size of the tars without.
         samples: samples of all shards.
         pairs: feasible (object, attribute) pairs.
         prompts: different prompts.
     """
 
     pending: dict[Task, int]
-    done: int
+    present: list[Task]
+    pending_bytes: int
     samples: int
     pairs: int
     prompts: int
@@ -49,18 +55,20 @@ def make_plan(
     """
     prompts = build_prompts(dataset.vocabulary, dataset.feasible, templates=templates)
     pending: dict[Task, int] = {}
-    done = samples = 0
+    present: list[Task] = []
+    samples = pending_bytes = 0
     for name in splits:
-        present = set(store.list_keys(f"{name}/"))
+        keys = set(store.list_keys(f"{name}/"))
         split = open_split(dataset, name)
         samples += split.num_samples
         for position, shard in enumerate(split.shards):
             key = score_key(name, shard_sha256=shard.sha256, scorer_digest=scorer_digest)
-            if key in present:
-                done += 1
+            if key in keys:
+                present.append((name, position))
             else:
                 pending[name, position] = shard.samples
-    return Plan(pending, done, samples, len(prompts.position), len(prompts.text))
+                pending_bytes += shard.bytes
+    return Plan(pending, present, pending_bytes, samples, len(prompts.position), len(prompts.text))
 
 
 def check_not_taken(store: Store, wanted: Mapping[str, object], splits: Sequence[str]) -> bool:
@@ -92,3 +100,71 @@ def check_not_taken(store: Store, wanted: Mapping[str, object], splits: Sequence
             "score all splits in one command"
         )
     return True
+
+
+def read_embeddings_manifest(store: Store, *, embedder_digest: str) -> dict[str, Any]:
+    """`scores.json` of the root whose embeddings are to be used again.
+
+    Args:
+        store: that score root.
+        embedder_digest: of this run's model, preprocessing and precision.
+
+    Raises:
+        DataError: it is not finished.
+        ConfigError: its embeddings are another model's.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(store.read("scores.json"))
+    except NotFoundError:
+        raise DataError(
+            f"scoring.embeddings {store.url} holds no scores.json: score_clip has not finished "
+            "there; run it again, or correct the path"
+        ) from None
+    found = manifest.get("embedder_digest")
+    if found != embedder_digest:
+        raise ConfigError(
+            f"scoring.embeddings {store.url} has embedder_digest {found}, this run has "
+            f"{embedder_digest}: another model, weights, preprocessing or precision; give those it "
+            "was scored with, or score the images again"
+        )
+    return manifest
+
+
+def forget_quarantined(
+    dataset: Dataset, store: Store, plan: Plan, *, header: Mapping[str, Any], cache: Path
+) -> Plan:
+    """Delete the score files that list unusable crops, and `scores.json` if there is one.
+
+    Args:
+        dataset: the opened dataset.
+        store: score root.
+        plan: what is present.
+        header: expected digests.
+        cache: local folder for copies of remote score files.
+
+    Returns:
+        The plan with their shards pending again.
+
+    Raises:
+        DataError: a score file is damaged.
+    """
+    doomed: dict[str, Task] = {}
+    digest = str(header["scorer_digest"])
+    for name, position in plan.present:
+        split = open_split(dataset, name)
+        rows, sha256 = shard_rows(split, position), split.shards[position].sha256
+        uid = split.index.uid[rows.start : rows.stop]
+        scores = open_scores(
+            store, name, shard_sha256=sha256, uid=uid, manifest=header, cache=cache
+        )
+        if quarantined_of(scores.header):
+            doomed[score_key(name, shard_sha256=sha256, scorer_digest=digest)] = (name, position)
+    for key in ["scores.json", *doomed] if doomed else []:
+        store.delete(key)
+    shards = {task: open_split(dataset, task[0]).shards[task[1]] for task in doomed.values()}
+    return replace(
+        plan,
+        pending=plan.pending | {task: shard.samples for task, shard in shards.items()},
+        present=[task for task in plan.present if task not in shards],
+        pending_bytes=plan.pending_bytes + sum(shard.bytes for shard in shards.values()),
+    )

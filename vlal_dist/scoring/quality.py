@@ -1,161 +1,288 @@
-"""Are the scores whole, and are they any good? One pass over the score files of a split.
+"""Are the scores of a shard whole, and any good? Measured by workers, summed by the driver.
 
-Whole: every shard has a file whose uids are the shard's, so every sample is covered exactly once.
-Good: similarities should rank what annotators saw above what they did not see. An AUC near 0.5
-means a wrong model, wrong preprocessing or wrong prompts, and shows at once.
+Whole: a committed file holds exactly its shard's samples, and a similarity for each attribute that
+is feasible for them. Good: similarities should rank what annotators saw above what they did not
+see. An AUC near 0.5 means a wrong model, wrong preprocessing or wrong prompts, and shows at once;
+so does that of one attribute type whose prompts make no sense.
+
+Legend: n samples of the shard, S its similarities, K its annotated feasible pairs, A attributes,
+T attribute types.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vlal_dist.data.dataset import Dataset, open_split, read_labels
-from vlal_dist.data.scores import read_shard_scores
+from vlal_dist.data.dataset import Dataset, Split, read_label_rows
+from vlal_dist.data.score_files import open_scores
+from vlal_dist.data.scores import quarantined_of, score_key
 from vlal_dist.errors import DataError
-from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.method.likelihood import log_likelihood
-from vlal_dist.scoring.score_shard import shard_rows
+from vlal_dist.scoring.embed import shard_rows
 from vlal_dist.storage.store import Store
+from vlal_dist.vocabulary import Vocabulary
 
+BINS = 1 << 16
+"""Equal bins of cosine in [-1, 1]; one is 3.1e-5 wide."""
+
+Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 
-@dataclass
-class Quality:
-    """Pooled over what was added.
+@dataclass(frozen=True, eq=False)
+class ShardQuality:
+    """What one shard's likelihoods are like; plain numpy and numbers, which travel through Ray.
 
     Attributes:
-        positive, negative: similarities of annotated pairs that are feasible.
+        similarity: float32 [K], cosines of the annotated pairs that are feasible.
+        positive: bool [K], whether the pair is annotated present (else absent).
+        kind: uint8 [K], place of the attribute's type in `type_names(vocabulary)`.
         entropy: sum over crops of the entropy of Eq. (2), nats.
         uniform: sum over crops of log |Omega_o|, the entropy of knowing nothing, nats.
         crops: crops with a feasible attribute.
-        pairs: similarities.
+        pairs: S.
     """
 
-    positive: list[Floats] = field(default_factory=list)
-    negative: list[Floats] = field(default_factory=list)
-    entropy: float = 0.0
-    uniform: float = 0.0
-    crops: int = 0
-    pairs: int = 0
-
-    def summary(self) -> dict[str, object]:
-        """`auc` (None without both kinds), `entropy_nats`, `uniform_entropy_nats`."""
-        positive, negative = _joined(self.positive), _joined(self.negative)
-        return {
-            "auc": auc(positive, negative),
-            "positives": len(positive),
-            "negatives": len(negative),
-            "entropy_nats": self.entropy / self.crops if self.crops else None,
-            "uniform_entropy_nats": self.uniform / self.crops if self.crops else None,
-        }
+    similarity: Floats
+    positive: Bools
+    kind: npt.NDArray[np.uint8]
+    entropy: float
+    uniform: float
+    crops: int
+    pairs: int
 
 
-def auc(positive: Floats, negative: Floats) -> float | None:
-    """Chance that a positive scores above a negative, ties half; None if either is empty."""
-    if not len(positive) or not len(negative):
-        return None
-    values, rank = np.unique(np.concatenate([positive, negative]), return_inverse=True)
-    ups = np.bincount(rank[: len(positive)], minlength=len(values)).astype(np.float64)
-    downs = np.bincount(rank[len(positive) :], minlength=len(values)).astype(np.float64)
-    below = np.cumsum(downs) - downs
-    return float((ups * (below + downs / 2)).sum() / (len(positive) * len(negative)))
+def type_names(vocabulary: Vocabulary) -> tuple[str, ...]:
+    """Names of the attribute types, sorted: what `ShardQuality.kind` counts."""
+    return tuple(sorted(set(vocabulary.attribute_type)))
 
 
-def check_split(
+def measure_shard(
     dataset: Dataset,
-    split_name: str,
+    split: Split,
+    shard: int,
     *,
-    store: Store,
-    header: Mapping[str, Any],
+    indptr: Ints,
+    similarity: Floats,
     temperature: float,
-    quality: Quality,
-) -> int:
-    """Read back every score file of a split, check it, and add to `quality`.
+) -> ShardQuality:
+    """The quality of scores in hand.
 
     Args:
         dataset: the opened dataset.
-        split_name: which split.
-        store: score root.
-        header: expected `scorer_digest`, `feasible_digest`, `vocabulary_digest`.
+        split: the opened split.
+        shard: position of the shard in it.
+        indptr: int64 [n + 1], where each row's similarities lie.
+        similarity: float32 [S], attributes ascending within a row.
         temperature: tau of Eq. (2), for the entropy.
-        quality: added to.
-
-    Returns:
-        Samples covered, which is the number of samples of the split.
 
     Raises:
-        DataError: a file is absent, damaged, or does not hold exactly its shard's samples.
+        DataError: rows that do not fit together, a similarity that is not finite, labels that
+            differ from their digest, or more than 256 attribute types.
+        ConfigError: tau is not positive and finite.
+        StorageError: the labels cannot be read.
     """
-    split, labels = open_split(dataset, split_name), read_labels(dataset, split_name)
-    covered = 0
-    for shard, entry in enumerate(split.shards):
-        rows = shard_rows(split, shard)
-        scores = read_shard_scores(store, split_name, shard_sha256=entry.sha256, manifest=header)
-        object_id = np.asarray(split.index.object_id[rows.start : rows.stop], dtype=np.int64)
-        sizes = np.diff(dataset.feasible.indptr)[object_id]
-        if not (
-            np.array_equal(scores.uid, split.index.uid[rows.start : rows.stop])
-            and np.array_equal(np.diff(scores.indptr), sizes)
-        ):
-            raise DataError(
-                f"{store.url}: the scores of {split_name}/{entry.name} do not cover exactly its "
-                f"{entry.samples} samples; delete that file and score again"
-            )
-        covered += len(scores.uid)
-        _add_entropy(quality, scores.similarity, scores.indptr, temperature=temperature)
-        part = labels.slice(rows.start, len(rows))
-        for column, into in (("positive", quality.positive), ("negative", quality.negative)):
-            lists = part.column(column).combine_chunks()
-            where = _positions(
-                dataset.feasible,
-                scores.indptr,
-                object_id,
-                row=np.repeat(np.arange(len(rows)), lists.value_lengths().to_numpy()),
-                attribute=lists.flatten().to_numpy(),
-                num_attributes=len(dataset.vocabulary.attributes),
-            )
-            into.append(scores.similarity[where])
-    return covered
-
-
-def _add_entropy(
-    quality: Quality, similarity: Floats, indptr: npt.NDArray[np.int64], *, temperature: float
-) -> None:
     logs = log_likelihood(similarity, indptr, temperature=temperature).astype(np.float64)
     sizes = np.diff(indptr)
-    quality.entropy -= float((np.exp(logs) * logs).sum())
-    quality.uniform += float(np.log(sizes[sizes > 0]).sum())
-    quality.crops += int((sizes > 0).sum())
-    quality.pairs += len(similarity)
+    sizes = sizes[sizes > 0]
+    row, attribute, positive = _annotated(dataset, split, shard)
+    object_id = _object_ids(split, shard)[row]
+    there, place = _feasible(dataset, object_id, attribute)
+    return ShardQuality(
+        similarity=similarity[indptr[row[there]] + place],
+        positive=positive[there],
+        kind=_kinds(dataset.vocabulary)[attribute[there]],
+        entropy=-float((np.exp(logs) * logs).sum()),
+        uniform=float(np.log(sizes).sum()),
+        crops=len(sizes),
+        pairs=len(similarity),
+    )
 
 
-def _positions(
-    feasible: FeasibleSets,
-    indptr: npt.NDArray[np.int64],
-    object_id: npt.NDArray[np.int64],
+def check_shard(
+    dataset: Dataset,
+    split: Split,
+    shard: int,
     *,
-    row: npt.NDArray[np.int64],
-    attribute: npt.NDArray[np.integer[Any]],
-    num_attributes: int,
-) -> npt.NDArray[np.int64]:
-    """Where the similarities of annotated (row, attribute) pairs lie; infeasible ones are left out.
+    store: Store,
+    manifest: Mapping[str, Any],
+    temperature: float,
+    cache: Path,
+) -> tuple[ShardQuality, dict[int, str]]:
+    """Read back the committed score file of a shard, check it, and measure it.
+
+    Args:
+        dataset: the opened dataset.
+        split: the opened split.
+        shard: position of the shard in it.
+        store: score root.
+        manifest: expected `scorer_digest`, `feasible_digest`, `vocabulary_digest`.
+        temperature: tau of Eq. (2), for the entropy.
+        cache: local folder for copies of remote score files, which lack the embeddings.
+
+    Returns:
+        Its quality, and the quarantined crops: uid -> why.
+
+    Raises:
+        DataError: the file is absent, damaged, bound to other digests, or does not hold exactly
+            its shard's samples and their feasible attributes; and as `measure_shard`.
+        StorageError: it cannot be read or copied.
+    """
+    entry, rows = split.shards[shard], shard_rows(split, shard)
+    scores = open_scores(
+        store,
+        split.name,
+        shard_sha256=entry.sha256,
+        uid=split.index.uid[rows.start : rows.stop],
+        manifest=manifest,
+        cache=cache,
+    )
+    sizes = np.diff(dataset.feasible.indptr)[_object_ids(split, shard)]
+    if not np.array_equal(np.diff(scores.indptr), sizes):
+        key = score_key(
+            split.name, shard_sha256=entry.sha256, scorer_digest=str(manifest["scorer_digest"])
+        )
+        raise DataError(
+            f"{store.url}/{key}: the scores of {split.name}/{entry.name} do not cover exactly the "
+            f"feasible attributes of its {entry.samples} samples; delete that file and score again"
+        )
+    quality = measure_shard(
+        dataset,
+        split,
+        shard,
+        indptr=scores.indptr,
+        similarity=scores.similarity,
+        temperature=temperature,
+    )
+    return quality, quarantined_of(scores.header)
+
+
+class QualityTotals:
+    """The quality of all shards added so far, at the memory of T x 2 histograms (1 MB each type).
+
+    Whatever the order of the shards, the summary is the same to the last bit. Similarities are
+    counted in `BINS` equal bins of [-1, 1]; those in one bin count as equal, so an AUC differs from
+    the exact one by at most half the share of (positive, negative) pairs that fall into one bin.
+
+    Args:
+        type_names: the vocabulary's attribute types; order and repetition do not matter.
+
+    Attributes:
+        pairs: similarities of all shards.
+    """
+
+    def __init__(self, type_names: Sequence[str]) -> None:
+        self._types = tuple(sorted(set(type_names)))
+        self._counts: Ints = np.zeros((len(self._types), 2, BINS), dtype=np.int64)
+        # Exact sums (of bounded size): shards come in any order, and floats would tell which.
+        self._entropy = self._uniform = Fraction(0)
+        self._crops = 0
+        self.pairs = 0
+
+    def add(self, shard: ShardQuality) -> None:
+        """Count one shard in; the caller sees to it that none is added twice."""
+        # float64: float32 would round cosines near a bin's edge into the next bin.
+        scaled = (shard.similarity.astype(np.float64) + 1) * (BINS / 2)
+        place = np.clip(scaled, 0, BINS - 1).astype(np.int64)  # rounding may leave [-1, 1]
+        place += BINS * (2 * shard.kind.astype(np.int64) + shard.positive)
+        np.add.at(self._counts.reshape(-1), place, 1)
+        self._entropy += Fraction(shard.entropy)
+        self._uniform += Fraction(shard.uniform)
+        self._crops += shard.crops
+        self.pairs += shard.pairs
+
+    def summary(self) -> dict[str, object]:
+        """All as plain values, for JSON.
+
+        Returns:
+            `auc` (None without both kinds), `positives`, `negatives` over all types;
+            `entropy_nats`, `uniform_entropy_nats`, means over the crops with a feasible attribute
+            (None without one); `auc_by_type`, type name -> the first three.
+        """
+        crops = self._crops
+        return {
+            **_ranking(self._counts.sum(axis=0)),
+            "entropy_nats": float(self._entropy / crops) if crops else None,
+            "uniform_entropy_nats": float(self._uniform / crops) if crops else None,
+            "auc_by_type": {
+                name: _ranking(counts)
+                for name, counts in zip(self._types, self._counts, strict=True)
+            },
+        }
+
+
+def auc(positive: Ints, negative: Ints) -> float | None:
+    """Chance that a positive lies in a higher bin than a negative, equal bins half.
+
+    Args:
+        positive, negative: int64, same shape [bins]; how many lie in each bin, ascending.
+
+    Returns:
+        Between 0 and 1; None if either has none.
+    """
+    ups, downs = positive.astype(np.float64), negative.astype(np.float64)
+    if not ups.any() or not downs.any():
+        return None
+    below = np.cumsum(downs) - downs
+    return float((ups * (below + downs / 2)).sum() / (ups.sum() * downs.sum()))
+
+
+def _ranking(counts: Ints) -> dict[str, float | int | None]:
+    """The AUC of one histogram [2, BINS] of negatives and positives, and their numbers."""
+    negative, positive = counts
+    return {
+        "auc": auc(positive, negative),
+        "positives": int(positive.sum()),
+        "negatives": int(negative.sum()),
+    }
+
+
+def _kinds(vocabulary: Vocabulary) -> npt.NDArray[np.uint8]:
+    """uint8 [A]: place of each attribute's type in `type_names`."""
+    places = {name: place for place, name in enumerate(type_names(vocabulary))}
+    if len(places) > 256:
+        raise DataError(
+            f"vocabulary: {len(places)} attribute types, a uint8 tells 256 apart; give the "
+            "attributes coarser types and run clean again"
+        )
+    return np.array([places[name] for name in vocabulary.attribute_type], dtype=np.uint8)
+
+
+def _object_ids(split: Split, shard: int) -> Ints:
+    """int64 [n]."""
+    rows = shard_rows(split, shard)
+    return np.asarray(split.index.object_id[rows.start : rows.stop], dtype=np.int64)
+
+
+def _annotated(dataset: Dataset, split: Split, shard: int) -> tuple[Ints, Ints, Bools]:
+    """Row within the shard, attribute, and whether it is present, of every annotated pair."""
+    rows = shard_rows(split, shard)
+    columns = ("positive", "negative")
+    table = read_label_rows(dataset, split.name, rows.start, rows.stop, columns)
+    lists = [table.column(name).combine_chunks() for name in columns]
+    lengths = np.stack([one.value_lengths().to_numpy() for one in lists])
+    row = np.concatenate([np.repeat(np.arange(len(rows)), sizes) for sizes in lengths])
+    attribute = np.concatenate([one.flatten().to_numpy() for one in lists]).astype(np.int64)
+    positive = np.repeat(np.array([True, False]), lengths.sum(axis=1))
+    return row, attribute, positive
+
+
+def _feasible(dataset: Dataset, object_id: Ints, attribute: Ints) -> tuple[Bools, Ints]:
+    """Which (object, attribute) pairs are feasible, and the places of those within their sets.
 
     (Validation and test annotations need not be feasible: the sets come from train.)
     """
-    objects = np.repeat(np.arange(feasible.num_objects), np.diff(feasible.indptr))
-    pair = objects * num_attributes + feasible.indices  # ascending, by construction of the sets
-    wanted = object_id[row] * num_attributes + attribute.astype(np.int64)
+    sets, num_attributes = dataset.feasible, len(dataset.vocabulary.attributes)
+    objects = np.repeat(np.arange(sets.num_objects), np.diff(sets.indptr))
+    pair = objects * num_attributes + sets.indices  # ascending, by construction of the sets
+    wanted = object_id * num_attributes + attribute
     found = np.searchsorted(pair, wanted)
     there = found < len(pair)
     there[there] = pair[found[there]] == wanted[there]
-    row, found = row[there], found[there]
-    where: npt.NDArray[np.int64] = indptr[row] + found - feasible.indptr[object_id[row]]
-    return where
-
-
-def _joined(parts: list[Floats]) -> Floats:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
+    return there, found[there] - sets.indptr[object_id[there]]

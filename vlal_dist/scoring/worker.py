@@ -1,24 +1,35 @@
 """Everything one scoring process holds open: dataset, model, text bank. Knows nothing of Ray.
 
-`ScoringJob` is plain data that travels to the workers; `ShardScorer` is what each makes of it.
+`ScoringJob` is plain data that travels to the workers; `ShardScorer` is what each makes of it. Its
+`score` may be called by two threads at once: then one shard is read, decoded and written while the
+other is encoded.
 """
 
-import logging
+import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.rows import RowReader
+from vlal_dist.data.scores import quarantined_of, score_key
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
+from vlal_dist.scoring.embed import embed_crops, shard_rows, stored_embeddings
 from vlal_dist.scoring.identity import ScorerIdentity, ScoreSettings
-from vlal_dist.scoring.score_shard import ShardResult, score_shard
+from vlal_dist.scoring.quality import check_shard, measure_shard
+from vlal_dist.scoring.result import ShardResult
+from vlal_dist.scoring.score_shard import commit_scores
+from vlal_dist.scoring.seconds import Seconds
 from vlal_dist.scoring.text_bank import TextBank, ensure_bank
+from vlal_dist.scoring.turns import Turns
+from vlal_dist.scoring.warm_up import WarmUp, warm_up
 from vlal_dist.storage.store import open_store
-
-logger = logging.getLogger(__name__)
 
 
 def never() -> bool:
@@ -39,8 +50,9 @@ class ScoringJob:
         weights: weights file or tag.
         templates: prompt templates.
         scorer_digest: what the driver computed; each worker must find the same.
-        settings: how to compute.
-        decode_threads: decoding threads per worker.
+        precision, device, compiled, threads, temperature: see `ScoreSettings`.
+        embeddings: score root whose embeddings are taken instead of images; None: none.
+        embeddings_manifest: its `scores.json`, as text.
     """
 
     dataset: str
@@ -51,8 +63,13 @@ class ScoringJob:
     weights: str | None
     templates: tuple[str, ...]
     scorer_digest: str
-    settings: ScoreSettings
-    decode_threads: int
+    precision: str
+    device: str
+    compiled: bool
+    threads: int
+    temperature: float
+    embeddings: str | None = None
+    embeddings_manifest: str = "{}"
 
 
 class ShardScorer:
@@ -69,21 +86,22 @@ class ShardScorer:
 
     def __init__(self, job: ScoringJob, *, stopped: Callable[[], bool] = never) -> None:
         self.job, self.stopped = job, stopped
-        if job.settings.device == "cuda" and not torch.cuda.is_available():
+        if job.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 "these scores are computed on cuda and this node has no usable GPU; run where "
                 "there is one, or score with scoring.device cpu into a new paths.scores"
             )
         self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(job.settings.threads)
+        torch.set_num_threads(job.threads)
         self.dataset = open_dataset(job.dataset, cache=Path(job.cache))
         self.encoder = load_clip(
             model=job.model,
             model_config_dir=job.model_config_dir,
             weights=job.weights,
-            precision=job.settings.precision,
-            device=job.settings.device,
-            batch_size=job.settings.batch_size,
+            precision=job.precision,
+            device=job.device,
+            batch_size=1,
+            compiled=job.compiled,
         )
         found = identify(self.encoder, self.dataset, model=job.model, templates=job.templates)
         if found.digest != job.scorer_digest:
@@ -93,49 +111,147 @@ class ShardScorer:
                 "of them the same files"
             )
         self.store = open_store(job.scores)
-        self._splits: dict[str, Split] = {}
+        self._header = {
+            "scorer_digest": job.scorer_digest,
+            "feasible_digest": self.dataset.feasible.digest,
+            "vocabulary_digest": self.dataset.vocabulary.digest,
+            "temperature": repr(job.temperature),
+        }
+        self._stored = None if job.embeddings is None else open_store(job.embeddings)
+        self._manifest: dict[str, Any] = json.loads(job.embeddings_manifest)
+        self._splits: dict[str, tuple[Split, RowReader]] = {}
         self._bank: TextBank | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._turns = Turns()
+        self._lock = threading.Lock()
 
-    def prepare_text(self) -> int:
-        """Make sure that the text bank is committed, and hold it; returns its pairs."""
-        if self._bank is None:
-            self._bank = ensure_bank(
-                self.store,
-                self.encoder,
-                self.dataset.vocabulary,
-                self.dataset.feasible,
-                templates=self.job.templates,
-                scorer_digest=self.job.scorer_digest,
-                stopped=self.stopped,
-            )
-        return len(self._bank)
-
-    def score(self, split: str, shard: int) -> ShardResult:
-        """Score one shard; see `score_shard`."""
-        if split not in self._splits:
-            self._splits[split] = open_split(self.dataset, split)
-        self.prepare_text()
-        assert self._bank is not None
-        return score_shard(
-            self._splits[split],
-            shard,
-            store=self.store,
-            encoder=self.encoder,
-            bank=self._bank,
-            feasible=self.dataset.feasible,
-            header={
-                "scorer_digest": self.job.scorer_digest,
-                "feasible_digest": self.dataset.feasible.digest,
-                "vocabulary_digest": self.dataset.vocabulary.digest,
-                "temperature": repr(self.job.settings.temperature),
-            },
-            decode_threads=self.job.decode_threads,
-            stopped=self.stopped,
+    def warm_up(
+        self, split: str, shard: int, batch_size: int | None, decode_threads: int | None
+    ) -> WarmUp:
+        """Measure on the crops of one shard; see `warm_up.warm_up`."""
+        opened, reader = self._open(split)
+        return warm_up(
+            self.encoder,
+            reader,
+            shard_rows(opened, shard),
+            cpus=float(self.job.threads),
+            batch_size=batch_size,
+            decode_threads=decode_threads,
         )
 
+    def prepare_text(self, settings: ScoreSettings) -> int:
+        """Make sure that the text bank is committed, and hold it; returns its pairs."""
+        return len(self._prepared(settings))
+
+    def score(self, split: str, shard: int, settings: ScoreSettings) -> ShardResult:
+        """Score one shard and commit its score file, unless it is there.
+
+        Raises:
+            DataError: the shard was altered, or no crop of it can be used.
+            StorageError: dataset or score root cannot be used.
+            Stopped: `stopped()` became true; nothing is committed.
+        """
+        opened, reader = self._open(split)
+        sha256 = opened.shards[shard].sha256
+        key = score_key(split, shard_sha256=sha256, scorer_digest=self.job.scorer_digest)
+        if self.store.exists(key):
+            return self.check(split, shard)
+        bank, rows, seconds = self._prepared(settings), shard_rows(opened, shard), Seconds()
+        if self._stored is not None:
+            embedded = stored_embeddings(
+                self._stored, opened, shard, rows=rows, manifest=self._manifest
+            )
+        else:
+            assert self._pool is not None
+            embedded = embed_crops(
+                reader,
+                rows,
+                encoder=self.encoder,
+                pool=self._pool,
+                turns=self._turns,
+                seconds=seconds,
+                stopped=self.stopped,
+            )
+        committed = commit_scores(
+            embedded,
+            opened,
+            shard,
+            store=self.store,
+            bank=bank,
+            feasible=self.dataset.feasible,
+            header=self._header,
+            seconds=seconds,
+        )
+        scores = committed.scores
+        return ShardResult(
+            split,
+            shard,
+            samples=len(rows),
+            images=0 if self._stored is not None else len(rows) - len(embedded.poison),
+            created=committed.created,
+            identical=committed.identical,
+            quality=measure_shard(
+                self.dataset,
+                opened,
+                shard,
+                indptr=scores.indptr,
+                similarity=scores.similarity,
+                temperature=self.job.temperature,
+            ),
+            quarantined=quarantined_of(scores.header),
+            seconds=seconds,
+        )
+
+    def check(self, split: str, shard: int) -> ShardResult:
+        """Read back a score file that was there already, and measure its quality.
+
+        Raises:
+            DataError: absent, damaged, or not of this shard's samples.
+        """
+        opened, _ = self._open(split)
+        quality, quarantined = check_shard(
+            self.dataset,
+            opened,
+            shard,
+            store=self.store,
+            manifest=self._header,
+            temperature=self.job.temperature,
+            cache=Path(self.job.cache),
+        )
+        samples = opened.shards[shard].samples
+        return ShardResult(split, shard, samples, 0, False, True, quality, quarantined, Seconds())
+
     def close(self) -> None:
-        """Give the process back its torch threads."""
+        """End the threads, and give the process back those of torch."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._threads_before)
+
+    def _open(self, split: str) -> tuple[Split, RowReader]:
+        with self._lock:
+            if split not in self._splits:
+                opened = open_split(self.dataset, split)
+                self._splits[split] = opened, RowReader(opened)
+            return self._splits[split]
+
+    def _prepared(self, settings: ScoreSettings) -> TextBank:
+        """The text bank, with everything set as all workers have it; once."""
+        with self._lock:
+            if self._bank is None:
+                self.encoder.batch_size = settings.batch_size
+                self._pool = ThreadPoolExecutor(
+                    settings.decode_threads, thread_name_prefix="decode"
+                )
+                self._bank = ensure_bank(
+                    self.store,
+                    self.encoder,
+                    self.dataset.vocabulary,
+                    self.dataset.feasible,
+                    templates=self.job.templates,
+                    scorer_digest=self.job.scorer_digest,
+                    stopped=self.stopped,
+                )
+            return self._bank
 
 
 def identify(
