@@ -38,7 +38,7 @@ from vlal_dist.scoring.plan import (
 )
 from vlal_dist.scoring.quality import QualityTotals, type_names
 from vlal_dist.scoring.run import LocalWorkers, Outcome, Workers, score_all
-from vlal_dist.scoring.run_settings import known_settings, new_settings
+from vlal_dist.scoring.run_settings import known_settings, new_settings, stored_settings_of
 from vlal_dist.scoring.summary import closing, planned
 from vlal_dist.scoring.worker import ScoringJob, ShardScorer, identify
 from vlal_dist.storage.store import Store, open_store
@@ -84,12 +84,12 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     plan = make_plan(
         dataset, store, scoring.splits, scoring.templates, scorer_digest=identity.digest
     )
-    if "retry-quarantined" in flags:
+    if "retry-quarantined" in flags and "plan" not in flags:
         plan = forget_quarantined(dataset, store, plan, header=manifest, cache=cache)
     finished = check_not_taken(store, manifest, scoring.splits)
-    known = known_settings(store, job)
     if "plan" in flags:
-        return planned(plan, job, known, actors=scoring.actors)
+        return planned(plan, job, stored_settings_of(store, job), actors=scoring.actors)
+    known = known_settings(store, job)
     allowed = max(int(scoring.max_quarantined * plan.samples), int(scoring.max_quarantined > 0))
     outcome = Outcome(QualityTotals(type_names(dataset.vocabulary)), allowed)
     started = time.monotonic()

@@ -227,6 +227,8 @@ def test_rescored_equals_scored_and_opens_no_image(
     shards = sorted((dataset.parent / "dataset").glob("train/shards/*.tar"))
     hidden = [path.rename(path.with_suffix(".hidden")) for path in shards]
     try:
+        assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "again", *again), "--plan") == 0
+        assert not list((tmp_path / "again").glob("settings-*"))
         assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "again", *again)) == 0
     finally:
         for path in hidden:
@@ -270,6 +272,8 @@ def test_unusable_crops_are_listed_and_can_be_tried_again(
     # Said again by a run that finds the files, and scored by one that is asked to.
     assert run(PROGRAM, dataset, *call) == 0
     assert counts(told)["quarantined"] == listed
+    assert run(PROGRAM, dataset, *call, "--retry-quarantined", "--plan") == 0
+    assert counts(told)["shards_pending"] == 0 and (root / "scores.json").exists()
     assert run(PROGRAM, dataset, *call, "--retry-quarantined") == 0
     assert (counts(told)["shards_scored"], counts(told)["quarantined"]) == (1, {})
     assert data_files(root) == data_files(quiet)

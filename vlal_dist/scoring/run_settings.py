@@ -13,11 +13,18 @@ from vlal_dist.storage.store import Store
 logger = logging.getLogger(__name__)
 
 
-def known_settings(store: Store, job: ScoringJob) -> ScoreSettings | None:
-    """Those of the first run under this root; or of the root whose embeddings are used again."""
-    stored = stored_settings(
+def stored_settings_of(store: Store, job: ScoringJob) -> ScoreSettings | None:
+    """Those of the first run under this root; errors as `stored_settings`."""
+    return stored_settings(
         store, scorer_digest=job.scorer_digest, temperature=job.temperature, device=job.device
     )
+
+
+def known_settings(store: Store, job: ScoringJob) -> ScoreSettings | None:
+    """Those of the first run under this root; or of the root whose embeddings are used again, which
+    are then stored here.
+    """
+    stored = stored_settings_of(store, job)
     if stored is None and job.embeddings is not None:
         values = json.loads(job.embeddings_manifest)["settings"]
         stored = replace(ScoreSettings(**values), temperature=job.temperature)
