@@ -50,6 +50,8 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Plan, score what is pending, check what is there, commit `scores.json`."""
     scoring = config.scoring
     if "object-vectors" in flags:
+        _refuse_relative_in_job("--object-vectors", flags["object-vectors"])
+        _refuse_relative_in_job("paths.instances", config.paths.instances)
         return make_object_vectors(
             flags["object-vectors"],
             instances=config.paths.instances,
