@@ -57,6 +57,26 @@ def test_lower_precision_stays_near(tiny: Model, precision: str) -> None:
     assert rough.weights_digest == exact.weights_digest
 
 
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own use
+def test_compiled_stays_near(tiny: Model) -> None:
+    exact = tiny.load()
+    quick = load_clip(
+        model=tiny.name,
+        model_config_dir=str(tiny.folder),
+        weights=str(tiny.weights),
+        precision="fp32",
+        device="cpu",
+        batch_size=8,
+        compiled=True,
+    )
+    assert quick.weights_digest == exact.weights_digest
+    np.testing.assert_allclose(
+        quick.encode_images(crops(5)), exact.encode_images(crops(5)), atol=1e-5
+    )
+    np.testing.assert_allclose(quick.encode_texts(TEXTS), exact.encode_texts(TEXTS), atol=1e-5)
+
+
 def test_digest_of_weights_sees_name_type_shape_and_value() -> None:
     state = {"a": torch.arange(4.0), "b": torch.tensor(1.5)}
     others = [

@@ -148,8 +148,11 @@ def test_relative_roots_are_refused_in_a_copy(
     config = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
     monkeypatch.chdir(dataset.parent)
-    assert run(PROGRAM, dataset, *flags(tiny, "relative")) == 64
-    assert "temporary copy" in capsys.readouterr().err
+    vectors = ["--object-vectors", "vectors.safetensors"]
+    for call in (flags(tiny, "relative"), flags(tiny, dataset.parent / "s", *vectors)):
+        assert run(PROGRAM, dataset, *call) == 64
+        assert "temporary copy" in capsys.readouterr().err
+    assert not Path("vectors.safetensors").exists()
 
 
 def altered_copy(source: Path, target: Path) -> tuple[Path, str]:

@@ -241,6 +241,35 @@ def test_rescored_equals_scored_and_opens_no_image(
     assert len(re.findall("[0-9a-f]{64}", capsys.readouterr().err)) == 2
 
 
+def test_embeddings_of_a_gpu_are_rescored_without_one_and_again(
+    dataset: Path, tiny: Model, tmp_path: Path
+) -> None:
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "one")) == 0
+    listed = tmp_path / "one" / "scores.json"
+    manifest = json.loads(listed.read_text())
+    manifest["settings"]["device"] = "cuda"
+    listed.chmod(0o644)
+    listed.write_text(json.dumps(manifest))
+    again = flags(tiny, tmp_path / "again", "--scoring.embeddings", str(tmp_path / "one"))
+    assert run(PROGRAM, dataset, *again) == 0
+    sorted((tmp_path / "again").glob("train/*.safetensors"))[0].unlink()
+    (tmp_path / "again" / "scores.json").unlink()
+    assert run(PROGRAM, dataset, *again) == 0
+    assert data_files(tmp_path / "again") == data_files(tmp_path / "one")
+
+
+def test_embeddings_of_an_unfinished_or_older_root_are_refused(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = flags(tiny, tmp_path / "again", "--scoring.embeddings", str(tmp_path / "one"))
+    assert run(PROGRAM, dataset, *again) == 65
+    assert "has not finished there" in capsys.readouterr().err
+    (tmp_path / "one").mkdir(exist_ok=True)
+    (tmp_path / "one" / "scores.json").write_text('{"format": 0}')
+    assert run(PROGRAM, dataset, *again) == 65
+    assert "scores format 0, expected 1" in capsys.readouterr().err
+
+
 def test_unusable_crops_are_listed_and_can_be_tried_again(
     dataset: Path,
     tiny: Model,

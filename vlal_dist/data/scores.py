@@ -154,6 +154,24 @@ def absent_scores(where: str, split: str) -> DataError:
     return DataError(f"{where}: no scores of this shard; run score_clip for split {split}")
 
 
+def finished_manifest(store: Store) -> dict[str, Any]:
+    """`scores.json` of a finished score root.
+
+    Raises:
+        DataError: scoring has not finished there, or in another format.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(store.read("scores.json"))
+    except NotFoundError:
+        raise DataError(
+            f"{store.url} holds no scores.json: score_clip has not finished there; run it again, "
+            "or correct the path"
+        ) from None
+    if manifest.get("format") != FORMAT:
+        raise DataError(f"{store.url}: scores format {manifest.get('format')}, expected {FORMAT}")
+    return manifest
+
+
 def read_scores_manifest(
     store: Store, *, feasible_digest: str, vocabulary_digest: str
 ) -> dict[str, Any]:
@@ -162,15 +180,7 @@ def read_scores_manifest(
     Raises:
         DataError: scoring has not finished, or was done with other feasible sets or vocabulary.
     """
-    try:
-        manifest: dict[str, Any] = json.loads(store.read("scores.json"))
-    except NotFoundError:
-        raise DataError(
-            f"{store.url} holds no scores.json: score_clip has not finished there; run it again, "
-            "or correct paths.scores"
-        ) from None
-    if manifest.get("format") != FORMAT:
-        raise DataError(f"{store.url}: scores format {manifest.get('format')}, expected {FORMAT}")
+    manifest = finished_manifest(store)
     for name, expected in (
         ("feasible_digest", feasible_digest),
         ("vocabulary_digest", vocabulary_digest),

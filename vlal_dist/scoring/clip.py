@@ -62,11 +62,10 @@ class ClipEncoder:
         # Convolutions over pixels side by side; the same for a transformer, which has one.
         self.model = model.to(device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(False)
-        wrap = torch.compile if compiled else _as_it_is
-        self._encode_image, self._encode_text = (
-            wrap(self.model.encode_image),
-            wrap(self.model.encode_text),
-        )
+        self._encode_image, self._encode_text = self.model.encode_image, self.model.encode_text
+        if compiled:
+            self._encode_image = torch.compile(self._encode_image)
+            self._encode_text = torch.compile(self._encode_text)
         self._staging: torch.Tensor | None = None
         self.tokenizer, self.preprocess = tokenizer, preprocess
         self.precision, self.device, self.batch_size = precision, device, batch_size
@@ -260,10 +259,6 @@ def _joined(batches: list[Embedding]) -> Embedding:
     if not batches:
         raise ValueError("nothing to encode: give at least one crop or text")
     return np.concatenate(batches)
-
-
-def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 @contextlib.contextmanager

@@ -160,9 +160,9 @@ def stored_embeddings(
             f"{store.url}: the embeddings of {split.name}/{split.shards[shard].name} are of other "
             "samples; score its images again"
         )
-    place = {int(one): number for number, one in enumerate(scores.uid.tolist())}
-    poison = {place[one]: why for one, why in quarantined_of(scores.header).items()}
-    return Embedded(scores.embedding, poison)
+    quarantined = quarantined_of(scores.header)
+    places = {one: place for place, one in enumerate(uid.tolist()) if one in quarantined}
+    return Embedded(scores.embedding, {places[one]: why for one, why in quarantined.items()})
 
 
 def _ahead(

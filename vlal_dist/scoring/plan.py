@@ -8,8 +8,8 @@ from typing import Any
 
 from vlal_dist.data.dataset import Dataset, open_split
 from vlal_dist.data.score_files import open_scores
-from vlal_dist.data.scores import quarantined_of, score_key
-from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
+from vlal_dist.data.scores import finished_manifest, quarantined_of, score_key
+from vlal_dist.errors import ConfigError, ConflictError, NotFoundError
 from vlal_dist.scoring.embed import shard_rows
 from vlal_dist.scoring.prompts import build_prompts
 from vlal_dist.storage.store import Store
@@ -113,13 +113,7 @@ def read_embeddings_manifest(store: Store, *, embedder_digest: str) -> dict[str,
         DataError: it is not finished.
         ConfigError: its embeddings are another model's.
     """
-    try:
-        manifest: dict[str, Any] = json.loads(store.read("scores.json"))
-    except NotFoundError:
-        raise DataError(
-            f"scoring.embeddings {store.url} holds no scores.json: score_clip has not finished "
-            "there; run it again, or correct the path"
-        ) from None
+    manifest = finished_manifest(store)
     found = manifest.get("embedder_digest")
     if found != embedder_digest:
         raise ConfigError(

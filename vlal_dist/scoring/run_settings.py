@@ -21,13 +21,19 @@ def stored_settings_of(store: Store, job: ScoringJob) -> ScoreSettings | None:
 
 
 def known_settings(store: Store, job: ScoringJob) -> ScoreSettings | None:
-    """Those of the first run under this root; or of the root whose embeddings are used again, which
-    are then stored here.
+    """Those of the first run under this root; or, for a re-scoring, those of the root whose
+    embeddings are used, with this run's device: only prompts are encoded. They are stored here.
     """
     stored = stored_settings_of(store, job)
     if stored is None and job.embeddings is not None:
         values = json.loads(job.embeddings_manifest)["settings"]
-        stored = replace(ScoreSettings(**values), temperature=job.temperature)
+        stored = replace(
+            ScoreSettings(**values),
+            temperature=job.temperature,
+            threads=job.threads,
+            device=job.device,
+            compiled=job.compiled,
+        )
         stored = store_settings(store, stored, scorer_digest=job.scorer_digest)
     return stored
 

@@ -9,7 +9,7 @@ class Seconds:
 
     Attributes:
         fetch, decode: reading crops from the store; JPEG to the encoder's input.
-        copy, encode: to the device and back; the encoder, waiting for its end.
+        copy, encode: gathering a batch and sending it off; the encoder, until its vectors are here.
         write: similarities, and the commit of the file.
     """
 

@@ -177,7 +177,7 @@ class S3Client:
         Raises:
             OutageError: the store was out of reach or busy.
         """
-        process, problem = self._process(), None
+        process = self._process()
         process.sent.requests = 1
         try:
             client = self._connected(process, True)
@@ -191,10 +191,8 @@ class S3Client:
             target = url[url.index("/", url.index("://") + 3) :]
             reply = connections.get(target, {"Range": extent, "If-Match": etag})
         except (BotoCoreError, ValueError) as error:
-            problem = self._unreachable(error, process)
-        if problem is not None:
-            # Raised out here: no traceback may show the signed URL.
-            raise problem
+            # Without its cause: no traceback may show the signed URL.
+            raise self._unreachable(error, process) from None
         process.answered = True
         status = reply.status
         if status != 206:
