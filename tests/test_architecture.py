@@ -60,8 +60,8 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {"errors", "config", "storage", "observability", "vocabulary", "method", "data"},
 }  # fmt: skip
 
-OWNERS: dict[str, str] = {
-    "ray": "vlal_dist/scoring/actors.py",
+OWNERS: dict[str, str | tuple[str, ...]] = {
+    "ray": ("vlal_dist/scoring/actors.py", "vlal_dist/scoring/ray_session.py"),
     "open_clip": "vlal_dist/scoring/clip.py",
     "deepspeed": "vlal_dist/training/engine.py",
     "boto3": "vlal_dist/storage/",

@@ -6,7 +6,6 @@ The same command continues after any interruption: shards whose score file exist
 import contextlib
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -25,7 +24,7 @@ from vlal_dist.data.scores import write_scores_manifest
 from vlal_dist.errors import ConfigError
 from vlal_dist.observability.progress import Progress
 from vlal_dist.program import Counts, Program, run_program
-from vlal_dist.scoring.actors import ActorPool, on_running_ray, ray_session
+from vlal_dist.scoring.actors import ActorPool
 from vlal_dist.scoring.clip import load_clip
 from vlal_dist.scoring.identity import ScorerIdentity, ScoreSettings, warn_of_other_settings
 from vlal_dist.scoring.object_vectors import make_object_vectors
@@ -37,6 +36,11 @@ from vlal_dist.scoring.plan import (
     read_embeddings_manifest,
 )
 from vlal_dist.scoring.quality import QualityTotals, type_names
+from vlal_dist.scoring.ray_session import (
+    on_running_ray,
+    ray_session,
+    refuse_relative_in_job,
+)
 from vlal_dist.scoring.run import LocalWorkers, Outcome, Workers, score_all
 from vlal_dist.scoring.run_settings import known_settings, new_settings, stored_settings_of
 from vlal_dist.scoring.summary import closing, planned
@@ -50,8 +54,8 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Plan, score what is pending, check what is there, commit `scores.json`."""
     scoring = config.scoring
     if "object-vectors" in flags:
-        _refuse_relative_in_job("--object-vectors", flags["object-vectors"])
-        _refuse_relative_in_job("paths.instances", config.paths.instances)
+        refuse_relative_in_job("--object-vectors", flags["object-vectors"])
+        refuse_relative_in_job("paths.instances", config.paths.instances)
         return make_object_vectors(
             flags["object-vectors"],
             instances=config.paths.instances,
@@ -61,7 +65,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         )
     running_ray = scoring.use_ray and on_running_ray()
     for key in ("dataset", "scores"):
-        _refuse_relative_in_job(f"paths.{key}", getattr(config.paths, key))
+        refuse_relative_in_job(f"paths.{key}", getattr(config.paths, key))
     store = open_store(config.paths.scores)
     cache = Path(config.paths.cache).resolve()
     dataset = open_dataset(config.paths.dataset, cache=cache)
@@ -258,17 +262,6 @@ def _device(wanted: str, *, running_ray: bool) -> str:
     if wanted == "auto":
         return "cuda" if running_ray or here else "cpu"
     return wanted
-
-
-def _refuse_relative_in_job(name: str, path: str) -> None:
-    """A job with a working directory runs in a copy of it, where outputs would be lost."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    in_copy = bool((job.get("runtime_env") or {}).get("working_dir"))
-    if in_copy and "://" not in path and not Path(path).is_absolute():
-        raise ConfigError(
-            f"{name} {path} is relative, and this Ray job runs in a temporary copy of the "
-            "submitted working directory; give an absolute path that all nodes see, or s3://"
-        )
 
 
 def _absolute(path: str | None) -> str | None:

@@ -34,7 +34,7 @@ from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, check_shard_sizes, open_dataset, open_split
 from vlal_dist.data.reader import DamagedError
 from vlal_dist.errors import DataError, NotFoundError, ReplacedError, StorageError
-from vlal_dist.storage import s3_client, s3_read
+from vlal_dist.storage import s3_client, s3_patience
 
 SHARDS = f"^GET .*/{SPLIT}/shards/"
 Rows = dict[int, tuple[int, str]]
@@ -223,7 +223,7 @@ def test_damage_at_rest_is_what_it_is_on_a_local_disk(
 def test_a_store_that_is_gone_is_not_damage(
     ceph_s3: S3Server, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_read, "OUTAGE_S", 0.0)
+    monkeypatch.setattr(s3_patience, "OUTAGE_S", 0.0)
     monkeypatch.setattr(s3_client, "_FIRST_PAUSE_S", 0.01)
     with FaultProxy(ceph_s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)

@@ -1,9 +1,14 @@
 """A small packed dataset and a tiny open_clip model with random weights, made once a session."""
 
 import json
+import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -13,7 +18,7 @@ import torch
 from tests.small import run_all, write_small_vaw
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
 
-TINY = {
+TINY: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {
         "image_size": 32,
@@ -62,10 +67,11 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def make_tiny_model(folder: Path, *, seed: int) -> Model:
+def make_tiny_model(folder: Path, *, seed: int, image_size: int = 32) -> Model:
     """Random weights from a seed; the process's random state is left alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tiny.json").write_text(json.dumps(TINY))
+    vision = TINY["vision_cfg"] | {"image_size": image_size}
+    (folder / "tiny.json").write_text(json.dumps(TINY | {"vision_cfg": vision}))
     open_clip.add_model_config(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -93,3 +99,26 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = write_small_vaw(tmp_path_factory.mktemp("scoring"))
     run_all(config, ["clean", "pack"])
     yield config
+
+
+@pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config of a dataset with enough small shards to be interrupted in the middle."""
+    config = write_small_vaw(tmp_path_factory.mktemp("many"), images={"train": 100})
+    config.write_text(config.read_text().replace("shard_bytes: 60000", "shard_bytes: 30000"))
+    run_all(config, ["clean", "pack"])
+    return config
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No running Ray, nothing from or into the home, a short folder for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="vlr"))
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    shutil.rmtree(folder, ignore_errors=True)

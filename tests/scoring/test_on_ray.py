@@ -6,85 +6,29 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.scoring.conftest import Model
+from tests.scoring.on_ray import (
+    ROOT,
+    WAIT_S,
+    actor_pids,
+    alive,
+    on_ray,
+    python,
+    started,
+    wait_until,
+)
 from tests.scoring.test_score_clip import PROGRAM, counts, data_files, flags
-from tests.small import run, run_all, write_small_vaw
+from tests.small import run
 from vlal_dist.errors import ConfigError
-from vlal_dist.scoring.actors import on_running_ray
+from vlal_dist.scoring.ray_session import on_running_ray
 
-ROOT = Path(__file__).parents[2]
 HEAD = ROOT / "clusters" / "ray" / "start-local-head.sh"
-WAIT_S = 120
 
 pytestmark = pytest.mark.ray_cluster
-
-
-@pytest.fixture(scope="module")
-def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Config of a dataset with enough small shards to be interrupted in the middle."""
-    config = write_small_vaw(tmp_path_factory.mktemp("many"), images={"train": 100})
-    config.write_text(config.read_text().replace("shard_bytes: 60000", "shard_bytes: 30000"))
-    run_all(config, ["clean", "pack"])
-    return config
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No running Ray, nothing from or into the home, a short folder for sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="vlr"))
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def on_ray(config: Path, model: Model, scores: Path, *more: str) -> list[str]:
-    """Command line of the program with Ray."""
-    arguments = flags(model, scores, "--scoring.use_ray", "true", *more)
-    return ["-m", PROGRAM, "--config", str(config), *arguments]
-
-
-@contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in the repository's root with its output in `log`; ended by its own pid."""
-    with log.open("wb") as sink:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT)
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait(WAIT_S)
-
-
-def wait_until(what: Callable[[], object], log: Path) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not what():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-
-
-def actor_pid(log: Path) -> int | None:
-    words = log.read_text().split("an actor is ready, process ")
-    return int(words[1].split()[0]) if len(words) > 1 else None
-
-
-def alive(pid: int) -> bool:
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 def test_ray_with_a_killed_actor_equals_no_ray(
@@ -95,10 +39,9 @@ def test_ray_with_a_killed_actor_equals_no_ray(
     assert run(PROGRAM, many_shards, *flags(tiny, quiet, *slowly)) == 0
     scores, log, told = tmp_path / "scores", tmp_path / "log", tmp_path / "told.json"
     call = on_ray(many_shards, tiny, scores, *slowly, "--scoring.actors", "2", "--json", str(told))
-    with started([sys.executable, *call], log) as process:
+    with started(python(*call), log) as process:
         wait_until(lambda: list(scores.glob("train/*.safetensors")), log)
-        pid = actor_pid(log)
-        assert pid is not None
+        pid = actor_pids(log)[0]
         os.kill(pid, signal.SIGKILL)
         assert listeners(process.pid) <= LOOPBACK
         assert process.wait(WAIT_S) == 0, log.read_text()
@@ -114,10 +57,9 @@ def test_a_signal_keeps_what_is_committed(
 ) -> None:
     slowly = ["--scoring.batch_size", "1", "--scoring.decode_threads", "2"]
     scores, log = tmp_path / "scores", tmp_path / "log"
-    with started([sys.executable, *on_ray(many_shards, tiny, scores, *slowly)], log) as process:
+    with started(python(*on_ray(many_shards, tiny, scores, *slowly)), log) as process:
         wait_until(lambda: list(scores.glob("train/*.safetensors")), log)
-        pid = actor_pid(log)
-        assert pid is not None
+        pid = actor_pids(log)[0]
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 75, log.read_text()
     wait_until(lambda: not alive(pid), log)
@@ -203,6 +145,20 @@ def listeners(pid: int) -> set[str]:
 LOOPBACK = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
 
 
+def submitted(command: list[str], log: Path) -> subprocess.CompletedProcess[str]:
+    """`ray job submit`, repeated while the head that has just started cannot take jobs yet."""
+    done: list[subprocess.CompletedProcess[str]] = []
+
+    def taken() -> bool:
+        done.append(
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+        )
+        return "No available agent" not in done[-1].stderr
+
+    wait_until(taken, log)
+    return done[-1]
+
+
 @pytest.mark.long
 def test_submitted_as_a_job(
     dataset: Path,
@@ -229,18 +185,14 @@ def test_submitted_as_a_job(
         # Room for one of the three actors: those that wait for a place hold no shards.
         crowded = ["--scoring.actors", "3", "--scoring.cpus_per_actor", "1"]
         called = on_ray(dataset, tiny, tmp_path / "scores", *crowded)
-        done = subprocess.run(
-            [*submit, "python", *called], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
-        )
+        done = submitted([*submit, "python", *called], log)
         assert done.returncode == 0, done.stdout + done.stderr + log.read_text()
         assert "score_clip: done: shards_scored 4" in done.stdout
         assert listeners(process.pid) <= LOOPBACK
         # An error inside an actor keeps its code and its line, without Ray's traceback.
         altered, shard = altered_copy(dataset.parent / "dataset", tmp_path / "altered")
         refused = [*called, "--paths.dataset", str(altered), "--paths.scores", str(tmp_path / "s2")]
-        done = subprocess.run(
-            [*submit, "python", *refused], cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
-        )
+        done = submitted([*submit, "python", *refused], log)
         assert done.returncode == 1  # Ray's answer to any failure
         result = json.loads((tmp_path / "s2" / "score_clip.result.json").read_text())
         assert result["code"] == 65 and "crc32" in result["reason"] and shard in result["reason"]

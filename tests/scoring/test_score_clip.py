@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
@@ -18,7 +19,7 @@ from tests.small import run
 from vlal_dist.data.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.scores import read_scores_manifest, read_shard_scores
 from vlal_dist.method.likelihood import log_likelihood
-from vlal_dist.scoring import embed
+from vlal_dist.scoring import embed, score_shard
 from vlal_dist.scoring.warm_up import CANDIDATES
 from vlal_dist.storage.store import open_store
 
@@ -239,6 +240,26 @@ def test_rescored_equals_scored_and_opens_no_image(
     capsys.readouterr()
     assert run(PROGRAM, dataset, *flags(other, tmp_path / "no", *again)) == 64
     assert len(re.findall("[0-9a-f]{64}", capsys.readouterr().err)) == 2
+
+
+def test_every_thread_that_computes_has_the_threads_of_the_settings(
+    dataset: Path, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP keeps the number by thread; another one gives other last bits."""
+    found: set[int] = set()
+    similarities = score_shard.feasible_similarities
+
+    def observed(*arguments: Any, **more: Any) -> Any:
+        for pool in threadpoolctl.threadpool_info():
+            if pool["user_api"] == "openmp" and "torch" in pool["filepath"]:
+                found.add(pool["num_threads"])
+        return similarities(*arguments, **more)
+
+    monkeypatch.setattr(score_shard, "feasible_similarities", observed)
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "one")) == 0
+    again = ("--scoring.embeddings", str(tmp_path / "one"))
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "again", *again)) == 0
+    assert found == {1}
 
 
 def test_embeddings_of_a_gpu_are_rescored_without_one_and_again(

@@ -8,10 +8,17 @@ import pytest
 
 from tests.conftest import S3Server
 from tests.fault_proxy import FaultProxy
+from vlal_dist.storage import s3_client
 from vlal_dist.storage.s3 import S3Store
 
 MIB = 1 << 20
 DATA = os.urandom(6 * MIB + 12_345)
+
+
+@pytest.fixture(autouse=True)
+def _no_endpoint_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port of an earlier test's server may be met again."""
+    monkeypatch.setattr(s3_client, "_answered", set())
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tests.storage.conftest import DATA, MIB, name_of
 from vlal_dist.errors import ConflictError, DataError, StorageError
 from vlal_dist.storage import s3, s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import TRIES, Counts
+from vlal_dist.storage.s3_client import Counts
+from vlal_dist.storage.s3_patience import TRIES
 
 
 class TestRetries:
@@ -22,7 +24,7 @@ class TestRetries:
         self, root: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         proxy.faults = [Fault("busy", match="^HEAD ", times=99)]
-        monkeypatch.setattr("vlal_dist.storage.s3_read.OUTAGE_S", 0.0)
+        monkeypatch.setattr("vlal_dist.storage.s3_patience.OUTAGE_S", 0.0)
         with pytest.raises(StorageError, match=f"the store is busy.*given up after {TRIES} tries"):
             root.size("shard.tar")
         assert len(proxy.log) == TRIES
@@ -48,6 +50,20 @@ class TestRetries:
         puts = [seen for seen in proxy.log if seen.line.startswith("PUT")]
         assert [seen.headers["if-none-match"] for seen in puts] == ["*"] * 3
         assert all("content-md5" in seen.headers for seen in puts)
+
+    def test_writes_and_listings_outlast_an_outage(self, root: S3Store, proxy: FaultProxy) -> None:
+        """boto3's five tries would end within about two seconds."""
+        for use, kept in (
+            (lambda: root.create("commit", b"x"), ["commit", "shard.tar"]),
+            (lambda: root.replace("commit", b"y"), ["commit", "shard.tar"]),
+            (lambda: root.list_keys(), ["commit", "shard.tar"]),
+            (lambda: root.delete("commit"), ["shard.tar"]),
+        ):
+            proxy.faults = [Fault("away", match="", seconds=4.0)]
+            started = time.monotonic()
+            use()
+            assert time.monotonic() - started >= 3.0
+            assert root.list_keys() == kept
 
 
 class TestCommits:

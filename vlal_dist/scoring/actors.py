@@ -1,23 +1,22 @@
-"""Where Ray places, retries and counts the scoring of shards. The only importer of ray.
+"""Where Ray places, retries and counts the scoring of shards.
 
 Shards are handed out to actors that are ready, two at a time (one is fetched and decoded while the
 other is encoded), so a pending actor (no free GPU yet: the demand that autoscalers see) holds no
 work. A lost actor is replaced, and its shards go first in the queue again, at most `max_retries`
-times. Nothing else is needed: a score file is committed create-only under a name made of digests,
-so a shard scored twice is one file. Only job descriptions, counts and the similarities of annotated
-pairs pass through Ray; crops, scores and credentials never do.
+times. When all are given out, a shard that takes much longer than others is given out once more:
+its actor may hang without being lost. Nothing else is needed: a score file is committed create-only
+under a name made of digests, so a shard scored twice is one file. Only job descriptions, counts and
+the similarities of annotated pairs pass through Ray; crops, scores and credentials never do.
 """
 
-import contextlib
 import logging
-import math
 import os
-import secrets
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from vlal_dist.errors import ConfigError, Stopped, StorageError, VlalError
+from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.scoring.identity import ScoreSettings
 from vlal_dist.scoring.result import ShardResult
 from vlal_dist.scoring.warm_up import WarmUp
@@ -28,22 +27,27 @@ logger = logging.getLogger(__name__)
 Call = tuple[str, tuple[object, ...]]
 """A method of `ScoringActor` and its arguments."""
 
-LOCAL_ENVIRONMENT = {
-    # Despite its name: 0 keeps every listener of a Ray started here on 127.0.0.1 (ray 2.60).
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
-OBJECT_STORE_BYTES = 100_000_000
-"""Nothing large passes through it; Ray refuses less than 75 MB."""
-
 POLL_S = 0.5
 """How often the driver looks whether it was asked to stop."""
 
 UNDER_WAY = 2
 """Shards that an actor works on at a time."""
 
+LATE_S = 10.0
+LATE_TIMES = 3.0
+"""A shard under way for more than `LATE_S`, and this many times as long as any that was finished,
+is late: the backup tasks of MapReduce (Dean and Ghemawat 2004, section 3.6)."""
+
 OPEN: Call = ("open", ())
 ANSWER: Call = ("answer", ())
+
+
+class Given(NamedTuple):
+    """A call that an actor works on, since when (monotonic seconds)."""
+
+    actor: Any
+    call: Call
+    since: float
 
 
 class ScoringActor:
@@ -84,63 +88,6 @@ class ScoringActor:
         return self.scorer
 
 
-def on_running_ray() -> bool:
-    """Whether this process is to use a Ray that others started (`ray job submit`, RAY_ADDRESS).
-
-    Raises:
-        ConfigError: RAY_ADDRESS is the address of the Jobs API, which takes submissions only.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"RAY_ADDRESS={address} is the Jobs API; run `ray job submit --address {address} -- "
-            "python -m vlal_dist.score_clip ...`, or unset it to start a local Ray"
-        )
-    return address not in ("", "local")
-
-
-@contextlib.contextmanager
-def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
-    """Connect to the Ray we run on, else start one on this machine's loopback; leave it at the end.
-
-    Args:
-        actors: how many actors will be asked for.
-        cpus_per_actor: CPUs of each, which a Ray started here is given.
-
-    Raises:
-        StorageError: the running Ray does not answer or refuses us.
-    """
-    running = on_running_ray()
-    if not running:
-        # Read when ray is imported. The token is of this run alone and is in no file: other users
-        # of the machine reach its loopback too.
-        os.environ.update(LOCAL_ENVIRONMENT)
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    import ray
-
-    options: dict[str, Any] = {"logging_level": logging.WARNING}
-    if not running:
-        options |= {
-            "address": "local",
-            "num_cpus": math.ceil(actors * cpus_per_actor),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if running else "on this machine"
-        raise StorageError(
-            f"Ray {where} cannot be used: {' '.join(str(error).split())[:300]}; start it, or score "
-            "in this process with scoring.use_ray false"
-        ) from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 class ActorPool:
     """A fixed number of actors that work off calls; use inside `ray_session`.
 
@@ -153,7 +100,7 @@ class ActorPool:
         stopped: asked every `POLL_S`.
 
     Attributes:
-        retried: calls given out again after a lost actor.
+        retried: calls given out again, after a lost actor or because they were late.
     """
 
     def __init__(
@@ -181,7 +128,7 @@ class ActorPool:
         self._actor_class: Any = ray.remote(**options)(ScoringActor)
         self._job, self._max_retries, self._stopped = job, max_retries, stopped
         self._idle: deque[Any] = deque()  # an actor stands here once for each shard it can take
-        self._busy: dict[Any, tuple[Any, Call]] = {}
+        self._busy: dict[Any, Given] = {}
         self._lost: Counter[Call] = Counter()
         self.retried = 0
         self._warn_if_unplaceable(size, gpus_per_actor)
@@ -189,72 +136,104 @@ class ActorPool:
             self._start()
 
     def run(self, calls: Sequence[Call]) -> Iterator[Any]:
-        """Results of the calls as they finish, in any order.
+        """Results of the calls as they finish, in any order, one of each.
 
         Raises:
             VlalError: what a call raised; or a call whose actor was lost too often.
             Stopped: `stopped()` became true.
         """
-        queue, left = deque(calls), len(calls)
+        queue, left = deque(calls), set(calls)
+        longest: float | None = None
         while left:
             while queue and self._idle:
-                # The one that has waited longest: a second shard only where all have a first.
-                self._submit(self._idle.popleft(), queue.popleft())
-            for actor, call, reference in self._ready():
+                call = queue.popleft()
+                if call in left:  # else its late actor has answered meanwhile
+                    # The one that has waited longest: a second shard only where all have a first.
+                    self._submit(self._idle.popleft(), call)
+            for given, reference in self._ready():
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
-                    raise _cause(error) from None
+                    cause = _cause(error)
+                    if given.call != OPEN or not isinstance(cause, StorageError):
+                        raise cause from None
+                    # A node that has just come up may not reach the store yet.
+                    queue.extendleft(self._replace(given, cause, left))
+                    continue
                 except self._ray.exceptions.RayError as error:
-                    queue.extendleft(self._replace(actor, call, error))
+                    queue.extendleft(self._replace(given, error, left))
                     continue
-                if call == OPEN:
+                if given.call == OPEN:
                     logger.info("an actor is ready, process %d", result)
-                    self._idle.extend([actor] * UNDER_WAY)
+                    self._idle.extend([given.actor] * UNDER_WAY)
+                    self._lost[OPEN] = 0
                     continue
-                self._idle.append(actor)
-                if call != ANSWER:
-                    left -= 1
+                self._idle.append(given.actor)
+                if given.call in left:
+                    left.remove(given.call)
+                    longest = max(longest or 0.0, time.monotonic() - given.since)
                     yield result
+            if longest is not None and not queue:
+                queue.extend(self._late(left, max(LATE_S, LATE_TIMES * longest)))
 
-    def _ready(self) -> list[tuple[Any, Call, Any]]:
+    def _ready(self) -> list[tuple[Given, Any]]:
         if self._stopped():
             raise Stopped("stopped; committed shards are kept, the same command scores the rest")
         done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=POLL_S)
-        return [(*self._busy.pop(reference), reference) for reference in done]
+        return [(self._busy.pop(reference), reference) for reference in done]
 
     def _start(self) -> None:
         self._submit(self._actor_class.remote(self._job), OPEN)
 
     def _submit(self, actor: Any, call: Call) -> None:
         method, arguments = call
-        self._busy[getattr(actor, method).remote(*arguments)] = (actor, call)
+        reference = getattr(actor, method).remote(*arguments)
+        self._busy[reference] = Given(actor, call, time.monotonic())
 
-    def _replace(self, actor: Any, call: Call, error: Exception) -> list[Call]:
+    def _late(self, left: Collection[Call], allowed_s: float) -> list[Call]:
+        """Calls of `left` whose newest attempt has taken longer than it may, to be given out once
+        more: their actors may hang, or only be slow.
+        """
+        newest: dict[Call, float] = {}
+        for given in self._busy.values():
+            if given.call in left:
+                newest[given.call] = max(given.since, newest.get(given.call, 0.0))
+        now = time.monotonic()
+        late = [call for call, since in newest.items() if now - since > allowed_s]
+        for call in late:
+            logger.warning(
+                "%s has taken %.0f s and is given out again; the first answer counts",
+                _name(call),
+                now - newest[call],
+            )
+        self.retried += len(late)
+        return late
+
+    def _replace(self, lost: Given, error: Exception, left: Collection[Call]) -> list[Call]:
         """Put a new actor in the place of a lost one, which is ended if it still lives.
 
         Returns:
-            What it was working on, to be given out again.
+            What it was working on and is still `left`, to be given out again.
         """
-        lost = [call]
-        for reference, (other, others_call) in list(self._busy.items()):
-            if other == actor:
+        calls = [lost.call]
+        for reference, other in list(self._busy.items()):
+            if other.actor == lost.actor:
                 del self._busy[reference]
-                lost.append(others_call)
-        self._ray.kill(actor)
+                calls.append(other.call)
+        self._ray.kill(lost.actor)
         self._start()
         # Others of its node may be lost with it. Idle ones are asked, not tried out with shards, of
         # which each may be lost a few times only.
-        self._idle = deque(one for one in self._idle if one != actor)
+        self._idle = deque(one for one in self._idle if one != lost.actor)
         while self._idle:
             self._submit(self._idle.popleft(), ANSWER)
-        self._count_loss(lost, " ".join(str(error).split())[:300])
-        return [one for one in lost if one not in (OPEN, ANSWER)]
+        again = [call for call in calls if call in left]
+        reason = " ".join(str(error).split())[:300]
+        self._count_loss(again + [call for call in calls if call == OPEN], reason)
+        return again
 
     def _count_loss(self, lost: Sequence[Call], reason: str) -> None:
         for call in lost:
-            if call == ANSWER:
-                continue
             self._lost[call] += 1
             if self._lost[call] > self._max_retries:
                 raise VlalError(

@@ -104,14 +104,12 @@ class Outcome:
             )
 
     def _check_quarantined(self) -> None:
-        found = [
-            f"{uid}: {why}" for split in self.quarantined.values() for uid, why in split.items()
-        ]
-        if len(found) > self.allowed:
+        found = sum(map(len, self.quarantined.values()))
+        if found > self.allowed:
+            uid, why = next(one for some in self.quarantined.values() for one in some.items())
             raise DataError(
-                f"{len(found)} crops cannot be used, scoring.max_quarantined allows "
-                f"{self.allowed}; the first is uid {found[0]}. Correct the photos and pack again, "
-                "or raise it"
+                f"{found} crops cannot be used, scoring.max_quarantined allows {self.allowed}; "
+                f"the first is uid {uid}: {why}. Correct the photos and pack again, or raise it"
             )
 
 

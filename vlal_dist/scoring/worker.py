@@ -92,7 +92,7 @@ class ShardScorer:
                 "there is one, or score with scoring.device cpu into a new paths.scores"
             )
         self._threads_before = torch.get_num_threads()
-        torch.set_num_threads(job.threads)
+        self._set_threads()
         self.dataset = open_dataset(job.dataset, cache=Path(job.cache))
         self.encoder = load_clip(
             model=job.model,
@@ -129,6 +129,7 @@ class ShardScorer:
         self, split: str, shard: int, batch_size: int | None, decode_threads: int | None
     ) -> WarmUp:
         """Measure on the crops of one shard; see `warm_up.warm_up`."""
+        self._set_threads()
         opened, reader = self._open(split)
         return warm_up(
             self.encoder,
@@ -141,6 +142,7 @@ class ShardScorer:
 
     def prepare_text(self, settings: ScoreSettings) -> int:
         """Make sure that the text bank is committed, and hold it; returns its pairs."""
+        self._set_threads()
         return len(self._prepared(settings))
 
     def score(self, split: str, shard: int, settings: ScoreSettings) -> ShardResult:
@@ -151,6 +153,7 @@ class ShardScorer:
             StorageError: dataset or score root cannot be used.
             Stopped: `stopped()` became true; nothing is committed.
         """
+        self._set_threads()
         opened, reader = self._open(split)
         sha256 = opened.shards[shard].sha256
         key = score_key(split, shard_sha256=sha256, scorer_digest=self.job.scorer_digest)
@@ -226,6 +229,12 @@ class ShardScorer:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._threads_before)
+
+    def _set_threads(self) -> None:
+        """In every thread that computes: OpenMP keeps the number by thread, and another number
+        gives other last bits.
+        """
+        torch.set_num_threads(self.job.threads)
 
     def _open(self, split: str) -> tuple[Split, RowReader]:
         with self._lock:

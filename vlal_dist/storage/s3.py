@@ -1,7 +1,7 @@
-"""An S3 bucket as a root: reads that outlast outages, commits that never overwrite.
+"""An S3 bucket as a root: requests that outlast outages, commits that never overwrite.
 
-Reads are repeated in `s3_read`, every other request by boto3 until its headers arrive. Writes use
-single PUTs only, never multipart.
+Every request outlasts an outage of about a minute (`s3_patience`). Writes use single PUTs only,
+never multipart.
 """
 
 import base64
@@ -9,6 +9,7 @@ import hashlib
 import logging
 from collections.abc import Collection
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from vlal_dist.storage.checks import (
     digests_of,
     translated_errors,
 )
-from vlal_dist.storage.s3_client import TRIES, Counts, S3Client
+from vlal_dist.storage.s3_client import Counts, S3Client
+from vlal_dist.storage.s3_patience import TRIES, patiently
 from vlal_dist.storage.s3_read import S3Reader
 
 logger = logging.getLogger(__name__)
@@ -113,7 +115,7 @@ class S3Store:
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
         name = self._name(key)
-        self._client.call("delete_object", key, Key=name)
+        patiently(lambda: self._client.call("delete_object", key, Key=name), self._client)
         self._reader.forget(name)
 
     def list_keys(self, prefix: str = "") -> list[str]:
@@ -121,7 +123,9 @@ class S3Store:
         keys: list[str] = []
         page: dict[str, Any] = {"Prefix": self._prefix + check_prefix(prefix), "MaxKeys": LIST_PAGE}
         while True:
-            reply = self._client.call("list_objects_v2", prefix, **page)
+            reply = patiently(
+                partial(self._client.call, "list_objects_v2", prefix, **page), self._client
+            )
             names = [entry["Key"] for entry in reply.get("Contents", [])]
             keys += [name[len(self._prefix) :] for name in names if not name.endswith("/")]
             if not reply.get("IsTruncated"):
@@ -161,22 +165,26 @@ class S3Store:
         passing: Collection[int] = (),
         **conditions: Any,
     ) -> int:
-        """One PUT, its bytes checked by the server through Content-MD5; returns the status."""
-        with ExitStack() as stack:
-            body: Any = data
-            if isinstance(data, Path):
-                with translated_errors(data):
-                    body = stack.enter_context(data.open("rb"))
-            reply = self._client.call(
-                "put_object",
-                key,
-                passing=passing,
-                Key=name,
-                Body=body,
-                ContentMD5=base64.b64encode(digests.md5).decode(),
-                Metadata={"sha256": digests.sha256},
-                **conditions,
-            )
+        """A PUT, its bytes checked by the server through Content-MD5; returns the status."""
+
+        def put() -> Any:
+            with ExitStack() as stack:
+                body: Any = data
+                if isinstance(data, Path):
+                    with translated_errors(data):
+                        body = stack.enter_context(data.open("rb"))
+                return self._client.call(
+                    "put_object",
+                    key,
+                    passing=passing,
+                    Key=name,
+                    Body=body,
+                    ContentMD5=base64.b64encode(digests.md5).decode(),
+                    Metadata={"sha256": digests.sha256},
+                    **conditions,
+                )
+
+        reply = patiently(put, self._client)
         if "status" in reply:
             return int(reply["status"])
         self._client.add(bytes_out=digests.size_bytes)
@@ -185,7 +193,9 @@ class S3Store:
 
     def _existing_sha256(self, name: str, key: str) -> str | None:
         """Digest of the stored object, computed if another tool wrote it; None if it is gone."""
-        head = self._client.call("head_object", key, passing=(404,), Key=name)
+        head = patiently(
+            lambda: self._client.call("head_object", key, passing=(404,), Key=name), self._client
+        )
         if head.get("status") == 404:
             return None
         if recorded := head["Metadata"].get("sha256"):

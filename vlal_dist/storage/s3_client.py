@@ -25,8 +25,6 @@ from vlal_dist.errors import StorageError
 from vlal_dist.storage.s3_connections import Connections
 from vlal_dist.storage.s3_errors import OutageError, refused, unreachable
 
-TRIES = 5
-"""Times that a request, a body or a commit is tried before giving up; reads may try more often."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _CONNECT_TIMEOUT_S = 10.0
@@ -34,6 +32,8 @@ _ANSWER_TIMEOUT_S = 60.0
 """Longest silence but in reads: a store may hash and replicate 5 GiB before it answers a PUT."""
 _CONNECTIONS = 32
 _SIGNED_S = 3600
+_answered: set[str] = set()
+"""Endpoints that answered this process, whatever the bucket."""
 # Own generator: a retry must not move the random state that training depends on.
 _jitter = random.SystemRandom()
 
@@ -44,7 +44,7 @@ class Counts:
 
     Attributes:
         requests: HTTP requests sent, retries included.
-        retries: requests repeated: by boto3, to read on, or to commit again.
+        retries: requests repeated: after a failure, to read on, or to commit again.
         bytes_in: object bytes received.
         bytes_out: object bytes of accepted PUTs.
     """
@@ -65,7 +65,7 @@ class _Process:
     clients: dict[bool, Any] = field(default_factory=dict)
     signed: dict[str, tuple[str | None, float]] = field(default_factory=dict)
     connections: Connections | None = None
-    answered: bool = False
+    endpoint: str = ""
     counts: Counts = field(default_factory=Counts)
     lock: threading.Lock = field(default_factory=threading.Lock)
     sent: threading.local = field(default_factory=threading.local)
@@ -96,8 +96,8 @@ class S3Client:
 
     @property
     def answered(self) -> bool:
-        """Whether the store ever answered this process, be it with a refusal."""
-        return self._process().answered
+        """Whether the endpoint ever answered this process, be it with a refusal."""
+        return self._process().endpoint in _answered
 
     def add(
         self, *, requests: int = 0, retries: int = 0, bytes_in: int = 0, bytes_out: int = 0
@@ -119,16 +119,16 @@ class S3Client:
         key: str,
         *,
         passing: Collection[int] = (),
-        once: bool = False,
+        reading: bool = False,
         **arguments: Any,
     ) -> Any:
-        """Send one request, retried by boto3 until headers arrive, and return its reply.
+        """Send one request, once, and return its reply; `s3_patience` repeats it.
 
         Args:
             operation: name of the boto3 method.
             key: for messages.
             passing: HTTP statuses that are returned as `{"status": ...}` instead of raised.
-            once: never retried here, because the caller does that: a read.
+            reading: whether `read_timeout_s` bounds the silence of the server.
             arguments: of the method, without the bucket.
 
         Raises:
@@ -139,18 +139,17 @@ class S3Client:
         process = self._process()
         process.sent.requests = 0
         try:
-            client = self._connected(process, once)
+            client = self._connected(process, reading)
             reply = getattr(client, operation)(Bucket=self._bucket, **arguments)
-            process.answered = True
+            _answered.add(process.endpoint)
             return reply
         except ClientError as error:
-            process.answered = True
+            _answered.add(process.endpoint)
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status in passing:
                 return {"status": status}
-            tries = process.sent.requests
             raise refused(
-                error, url=self._url, bucket=self._bucket, key=key, status=status, tries=tries
+                error, url=self._url, bucket=self._bucket, key=key, status=status
             ) from error
         except (BotoCoreError, ValueError) as error:
             raise self._unreachable(error, process) from error
@@ -193,7 +192,7 @@ class S3Client:
         except (BotoCoreError, ValueError) as error:
             # Without its cause: no traceback may show the signed URL.
             raise self._unreachable(error, process) from None
-        process.answered = True
+        _answered.add(process.endpoint)
         status = reply.status
         if status != 206:
             reply.close()
@@ -226,11 +225,11 @@ class S3Client:
             self._state = state = _Process(os.getpid())
         return state
 
-    def _connected(self, process: _Process, once: bool) -> Any:
+    def _connected(self, process: _Process, reading: bool) -> Any:
         with process.lock:
-            if once not in process.clients:
-                process.clients[once] = self._connect(process, once)
-            return process.clients[once]
+            if reading not in process.clients:
+                process.clients[reading] = self._connect(process, reading)
+            return process.clients[reading]
 
     def _signed(self, process: _Process, client: Any, name: str) -> str | None:
         """A URL to read the object with, never shown; None while signed URLs are refused."""
@@ -254,7 +253,7 @@ class S3Client:
                 )
             return process.connections
 
-    def _connect(self, process: _Process, once: bool) -> Any:
+    def _connect(self, process: _Process, reading: bool) -> Any:
         """A client: safe to share by threads, as the session is not.
 
         Stores other than AWS rarely have a host name per bucket, so they are addressed by path
@@ -264,9 +263,9 @@ class S3Client:
             process.session = boto3.session.Session(botocore_session=process.core)
         session = process.session
         config = Config(
-            retries={"mode": "standard", "total_max_attempts": 1 if once else TRIES},
+            retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=_CONNECT_TIMEOUT_S,
-            read_timeout=self._read_timeout_s if once else _ANSWER_TIMEOUT_S,
+            read_timeout=self._read_timeout_s if reading else _ANSWER_TIMEOUT_S,
             max_pool_connections=_CONNECTIONS,
             signature_version="s3v4",
             # We send Content-MD5 and check our own digests; older stores reject the newer trailers.
@@ -274,23 +273,19 @@ class S3Client:
             response_checksum_validation="when_required",
         )
         client = session.client("s3", config=config)
-        host = urlsplit(client.meta.endpoint_url).hostname or ""
+        process.endpoint = client.meta.endpoint_url
+        host = urlsplit(process.endpoint).hostname or ""
         chosen = process.core.get_scoped_config().get("s3", {})
         by_path = Config(s3={"addressing_style": "path"})
         if ".amazonaws.com" not in host and "addressing_style" not in chosen:
             client = session.client("s3", config=config.merge(by_path))
 
         def count_request(**_: Any) -> None:
-            # Runs in the calling thread, once for each try of boto3.
+            # Runs in the calling thread; more than once where a store sends to another place.
             process.sent.requests += 1
 
         client.meta.events.register("before-send.s3", count_request)
         return client
 
     def _unreachable(self, error: Exception, process: _Process) -> StorageError:
-        return unreachable(
-            error,
-            url=self._url,
-            tries=process.sent.requests,
-            connected=bool(process.clients),
-        )
+        return unreachable(error, url=self._url, connected=bool(process.clients))

@@ -20,9 +20,7 @@ class OutageError(StorageError):
     """The store was out of reach or busy: the same request may succeed later."""
 
 
-def refused(
-    error: ClientError, *, url: str, bucket: str, key: str, status: int, tries: int
-) -> StorageError:
+def refused(error: ClientError, *, url: str, bucket: str, key: str, status: int) -> StorageError:
     """The error for an answer; its text may hold a key id, so only its code is used."""
     code = error.response["Error"]["Code"]
     what = f"{url}: {key!r}: {error.operation_name} was refused ({status} {code})"
@@ -40,14 +38,14 @@ def refused(
             f"{what}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or "
             "AWS_PROFILE, and that they may list, read and write this bucket"
         )
-    if status >= 500 or status == 429:
-        return OutageError(f"{what}{_in_tries(tries)}: the store is busy; repeat the command later")
+    if status >= 500 or status == 429 or code == "RequestTimeout":
+        return OutageError(f"{what}: the store is busy; repeat the command later")
     if code == "BadDigest":
         return StorageError(f"{what}: the bytes changed on the way; repeat the command")
     return StorageError(f"{what}: check the settings of the bucket, then repeat the command")
 
 
-def unreachable(error: Exception, *, url: str, tries: int, connected: bool) -> StorageError:
+def unreachable(error: Exception, *, url: str, connected: bool) -> StorageError:
     """The error for a request that got no answer, or could not be sent."""
     kind = type(error).__name__
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
@@ -57,14 +55,9 @@ def unreachable(error: Exception, *, url: str, tries: int, connected: bool) -> S
         )
     if isinstance(error, HTTPClientError | NoConnectionError) and connected:
         return OutageError(
-            f"{url}: no answer from the store{_in_tries(tries)} ({kind}): check AWS_ENDPOINT_URL "
-            "and the network"
+            f"{url}: no answer from the store ({kind}): check AWS_ENDPOINT_URL and the network"
         )
     return StorageError(
         f"{url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
         "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
     )
-
-
-def _in_tries(tries: int) -> str:
-    return f" in {tries} tries" if tries > 1 else ""

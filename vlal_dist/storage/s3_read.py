@@ -1,29 +1,21 @@
-"""Reading from S3: resumed mid-body, held to one version of the object, patient with an outage.
-
-All repetition of reads happens here, in one loop; the client below sends each request once.
-"""
+"""Reading from S3: resumed mid-body, held to one version of the object, patient with an outage."""
 
 import logging
 import re
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import ReplacedError, StorageError
 from vlal_dist.storage.checks import short_read
-from vlal_dist.storage.s3_client import TRIES, S3Client
+from vlal_dist.storage.s3_client import S3Client
 from vlal_dist.storage.s3_errors import OutageError
+from vlal_dist.storage.s3_patience import patiently
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-OUTAGE_S = 60.0
-"""Seconds after a read's first failure at which it gives up (and not before `TRIES` tries)."""
 _READ_BYTES = 1 << 20
 _BROKEN_BODY = (IncompleteReadError, HTTPClientError, HTTPError)
 
@@ -78,43 +70,15 @@ class S3Reader:
         etag = self._versions.get(name) if ranged else None
         read = _Read(name, key, offset, length, ranged, etag)
         # A store that never answered is rather misnamed than away: that is to be said soon.
-        self._patiently(lambda: self._advanced(read), always=ranged)
+        patiently(lambda: self._advanced(read), self._client, always=ranged)
         return b"".join(read.parts)
 
     def size(self, name: str, key: str) -> int:
         """See `Store.size`; as patient as a read."""
-        head = self._patiently(
-            lambda: self._client.call("head_object", key, once=True, Key=name), always=False
+        head = patiently(
+            lambda: self._client.call("head_object", key, reading=True, Key=name), self._client
         )
         return int(head["ContentLength"])
-
-    def _patiently(self, attempt: Callable[[], T], *, always: bool) -> T:
-        """Repeat an attempt while the store is out of reach or busy.
-
-        Args:
-            attempt: raises OutageError where another one may succeed.
-            always: wait for a store that has never answered this process, too.
-
-        Raises:
-            StorageError: `OUTAGE_S` after the first failure it still fails.
-        """
-        tries, failing_since = 0, 0.0
-        while True:
-            try:
-                return attempt()
-            except OutageError as error:
-                problem = error
-            patient = always or self._client.answered
-            tries += 1
-            failing_since = failing_since or time.monotonic()
-            failing_s = time.monotonic() - failing_since
-            if tries >= TRIES and not (patient and failing_s < OUTAGE_S):
-                raise StorageError(
-                    f"{problem}; given up after {tries} tries, {failing_s:.0f} s after the first "
-                    "failed"
-                ) from problem
-            logger.warning("%s; try %d follows", problem, tries + 1)
-            self._client.pause(tries)
 
     def _advanced(self, read: _Read) -> None:
         if not self._advance(read):
@@ -145,7 +109,7 @@ class S3Reader:
                 read.name, read.key, extent=arguments["Range"], etag=read.etag
             )
         reply = reply or self._client.call(
-            "get_object", read.key, passing=(412, 416), once=True, **arguments
+            "get_object", read.key, passing=(412, 416), reading=True, **arguments
         )
         if reply.get("status") == 412:
             raise self._replaced(read.key)
@@ -161,7 +125,7 @@ class S3Reader:
 
     def _is_at_end(self, read: _Read) -> bool:
         """True if the range, which no reply can have, is empty and inside the object."""
-        head = self._client.call("head_object", read.key, Key=read.name)
+        head = self._client.call("head_object", read.key, reading=True, Key=read.name)
         # Some stores look at the range before they look at the condition.
         if read.etag is not None and head.get("ETag") != read.etag:
             raise self._replaced(read.key)
