@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import S3Server
+from tests.fault_proxy import Fault, FaultProxy
 from tests.scoring.conftest import Model
 from tests.scoring.on_ray import (
     ROOT,
@@ -71,6 +73,46 @@ def test_a_signal_keeps_what_is_committed(
     assert run(PROGRAM, many_shards, *flags(tiny, scores, *slowly, "--json", str(told))) == 0
     assert counts(told)["shards_skipped"] == len(kept) - 1  # without the text bank
     assert kept < set(data_files(scores))
+
+
+@pytest.mark.long
+def test_an_actor_that_cannot_reach_the_store_yet_is_replaced(
+    dataset: Path, tiny: Model, tmp_path: Path, environment: None, moto_s3: S3Server
+) -> None:
+    """Driver and Ray are up when the store goes away: the actor is the first to ask it again."""
+    root, log = moto_s3.url(), tmp_path / "log"
+    assert run("pack", dataset, "--paths.dataset", root) == 0
+    with (
+        FaultProxy(moto_s3.endpoint) as proxy,
+        moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
+    ):
+        call = on_ray(dataset, tiny, tmp_path / "scores", "--paths.dataset", root)
+        with started(python(*call), log) as process:
+            wait_until(lambda: "SCORING ON THE CPU" in log.read_text(), log)
+            proxy.faults = [Fault("away", match="", seconds=5.0)]
+            assert process.wait(WAIT_S) == 0, log.read_text()
+    assert "an actor was lost at open, a new one takes over" in log.read_text()
+    assert "no answer from the store" in log.read_text()
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "plain")) == 0
+    assert data_files(tmp_path / "scores") == data_files(tmp_path / "plain")
+
+
+@pytest.mark.long
+def test_actors_share_a_gpu_and_the_one_without_a_place_is_not_waited_for(
+    tmp_path: Path, environment: None
+) -> None:
+    done = subprocess.run(
+        python("-m", "tests.scoring.pretend_gpus"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["answers"] == 40
+    assert [gpus for _, gpus in told["places"]] == ["0", "0"]
+    assert "3 actors ask for 1.5 GPUs, Ray has 1 at present" in done.stderr
 
 
 def test_the_jobs_address_is_no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
