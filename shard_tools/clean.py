@@ -284,7 +284,7 @@ PROGRAM = Program(
     ),
     sections=("clean", "paths"),
     flags=("like", "json"),
-    output=lambda config: config.paths.instances,
+    output=lambda config, flags: config.paths.instances,
     work=clean,
 )
 """`python -m shard_tools clean`."""

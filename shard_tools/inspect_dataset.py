@@ -80,6 +80,6 @@ PROGRAM = Program(
     "quarantined is printed too, and every epoch begins at its first sample.",
     sections=("paths", "data", "training"),
     flags=("order", "json"),
-    output=lambda config: config.paths.run,
+    output=lambda config, flags: config.paths.run,
     work=inspect,
 )

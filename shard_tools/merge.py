@@ -249,6 +249,6 @@ PROGRAM = Program(
     "interruption: finished shards are kept.",
     sections=("paths", "pack", "scoring"),
     flags=("json",),
-    output=lambda config: config.paths.merged,
+    output=lambda config, flags: config.paths.merged,
     work=merge,
 )

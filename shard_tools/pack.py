@@ -258,6 +258,6 @@ PROGRAM = Program(
     "command after an interruption: finished shards are kept.",
     sections=("paths", "pack"),
     flags=("json",),
-    output=lambda config: config.paths.dataset,
+    output=lambda config, flags: config.paths.dataset,
     work=pack,
 )

@@ -295,6 +295,6 @@ or reshard a packed one and score it again (as --paths.dataset). To verify, insp
 result, give its root as --paths.merged.""",
     sections=("paths", "pack"),
     flags=("json",),
-    output=lambda config: config.paths.resharded,
+    output=lambda config, flags: config.paths.resharded,
     work=reshard,
 )

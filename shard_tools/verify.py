@@ -148,6 +148,6 @@ PROGRAM = Program(
     "result beside the run.",
     sections=("paths",),
     flags=("json",),
-    output=lambda config: config.paths.run,
+    output=lambda config, flags: config.paths.run,
     work=verify,
 )

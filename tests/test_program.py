@@ -26,7 +26,7 @@ def outcome(folder: Path, work: object, *more: str) -> tuple[int, dict[str, obje
     return code, json.loads(path.read_text()) if path.exists() else {}
 
 
-def _output(config: Config) -> str:
+def _output(config: Config, flags: Mapping[str, str]) -> str:
     return config.paths.run
 
 

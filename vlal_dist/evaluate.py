@@ -124,7 +124,7 @@ PROGRAM = Program(
     purpose=PURPOSE,
     sections=("paths", "evaluation", "data"),
     flags=("json",),
-    output=lambda config: config.paths.run,
+    output=lambda config, flags: config.paths.run,
     work=work,
 )
 

@@ -36,7 +36,7 @@ class Program:
         purpose: one paragraph for `--help`.
         sections: config sections it reads.
         flags: flags without a dot that it takes.
-        output: the root it writes, where `result.json` and the resolved config go.
+        output: the root it writes, by config and flags: where `result.json` and the config go.
         work: the work itself; returns the closing counts.
     """
 
@@ -45,7 +45,7 @@ class Program:
     purpose: str
     sections: tuple[str, ...]
     flags: tuple[str, ...]
-    output: Callable[[Config], str]
+    output: Callable[[Config, Mapping[str, str]], str]
     work: Work
 
 
@@ -77,7 +77,7 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     except VlalError as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")
         if config is not None and not quiet:
-            _write_result(program, config, {"code": error.exit_code, "reason": str(error)})
+            _write_result(program, config, flags, {"code": error.exit_code, "reason": str(error)})
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
@@ -91,13 +91,13 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         sys.stderr.write(f"{program.name}: error: {error}; check disk space and permissions\n")
         if config is not None and not quiet:
             code = StorageError.exit_code
-            _write_result(program, config, {"code": code, "reason": str(error)})
+            _write_result(program, config, flags, {"code": code, "reason": str(error)})
         return StorageError.exit_code
     except Exception as error:
         logger.exception("%s: an error that should not happen; please report it", program.name)
         if config is not None and not quiet:
             reason = f"{type(error).__name__}: {error}"
-            _write_result(program, config, {"code": 1, "reason": reason})
+            _write_result(program, config, flags, {"code": 1, "reason": reason})
         return 1
     if quiet:
         return 0
@@ -106,7 +106,7 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     sys.stdout.write(f"{program.name}: done: {summary}\n")
     if "plan" not in flags:  # a plan did nothing, and must not replace the record of what was done
         result = {"code": 0, "reason": "done", "counts": counts}
-        _write_result(program, config, result, config_text=config_yaml(config))
+        _write_result(program, config, flags, result, config_text=config_yaml(config))
     return _write_counts(program, flags.get("json"), counts)
 
 
@@ -123,11 +123,16 @@ def _write_counts(program: Program, path: str | None, counts: Counts) -> int:
 
 
 def _write_result(
-    program: Program, config: Config, result: dict[str, object], *, config_text: str | None = None
+    program: Program,
+    config: Config,
+    flags: Mapping[str, str],
+    result: dict[str, object],
+    *,
+    config_text: str | None = None,
 ) -> None:
     """Leave `PROGRAM.result.json`, and the config of a success, beside the output, if it can be."""
     try:
-        store = open_store(program.output(config))
+        store = open_store(program.output(config, flags))
         text = json.dumps(result, indent=2) + "\n"
         store.replace(f"{program.name}.result.json", text.encode())
         if config_text is not None:

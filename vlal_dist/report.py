@@ -271,7 +271,7 @@ PROGRAM = Program(
     purpose=PURPOSE,
     sections=("paths", "evaluation", "training"),
     flags=("json",),
-    output=lambda config: config.paths.run,
+    output=lambda config, flags: config.paths.run,
     work=work,
 )
 

@@ -279,7 +279,9 @@ PROGRAM = Program(
     ),
     sections=("paths", "scoring"),
     flags=("plan", "json", "retry-quarantined", "object-vectors"),
-    output=lambda config: config.paths.scores,
+    output=lambda config, flags: (
+        config.paths.instances if "object-vectors" in flags else config.paths.scores
+    ),
     work=work,
 )
 

@@ -93,7 +93,7 @@ PROGRAM = Program(
     purpose=PURPOSE,
     sections=("paths", "data", "method", "model", "training", "evaluation", "observability"),
     flags=("resume", "json"),
-    output=lambda config: config.paths.run,
+    output=lambda config, flags: config.paths.run,
     work=work,
 )
 

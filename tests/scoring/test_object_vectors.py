@@ -149,6 +149,15 @@ def test_another_model_or_vocabulary_is_refused(
     assert f"is of vocabulary {digest}" in capsys.readouterr().err
 
 
+def test_the_program_reports_beside_the_names(cleaned: Path, tiny: Model, tmp_path: Path) -> None:
+    """Not in the score root, where the report of a scoring may lie."""
+    words = ["--object-vectors", str(tmp_path / "objects.safetensors"), *tiny.flags()]
+    words += ["--paths.instances", str(tmp_path / "names"), "--paths.scores", str(tmp_path / "s")]
+    assert run("vlal_dist.score_clip", cleaned, *words) == 0
+    assert json.loads((tmp_path / "names/score_clip.result.json").read_text())["code"] == 0
+    assert not (tmp_path / "s").exists()
+
+
 def test_clean_says_how_to_get_them(cleaned: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert clean(cleaned) == 64
     assert "score_clip --object-vectors" in capsys.readouterr().err
