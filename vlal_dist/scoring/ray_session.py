@@ -16,6 +16,8 @@ LOCAL_ENVIRONMENT = {
     # Despite its name: 0 keeps every listener of a Ray started here on 127.0.0.1 (ray 2.60).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Events of every call, for a dashboard that is not there: 3 kB a shard in Ray's control store.
+    "RAY_task_events_report_interval_ms": "0",
 }
 OBJECT_STORE_BYTES = 100_000_000
 """Nothing large passes through it; Ray refuses less than 75 MB."""
