@@ -5,8 +5,9 @@ VENV := .venv
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 READY := $(VENV)/.ready
 PEERS := .peers
+CLIP_RETRIEVAL := .clip-retrieval
 
-.PHONY: help setup demo test check fashion12k peers
+.PHONY: help setup demo test check fashion12k peers clip-retrieval
 
 help:
 	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
@@ -14,6 +15,7 @@ help:
 	@echo "make check       ruff, mypy"
 	@echo "make fashion12k  six losses on real photos: FASHION12K=FOLDER make fashion12k (about an hour)"
 	@echo "make peers       other loaders to compare with, in their own environment ($(PEERS), 6 GB)"
+	@echo "make clip-retrieval  that peer of scoring, likewise ($(CLIP_RETRIEVAL), 6 GB)"
 	@echo "make setup       the virtual environment alone"
 
 setup: $(READY)
@@ -55,4 +57,13 @@ $(PEERS)/.ready: benchmarks/peers/constraints.txt benchmarks/peers/install.py
 	@echo "installing the peers into $(PEERS) (a few minutes)"
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python benchmarks/peers/install.py
+	@touch $@
+
+# Only for benchmarks/score.py. setuptools: it imports pkg_resources, which later ones lack.
+clip-retrieval: $(CLIP_RETRIEVAL)/.ready
+
+$(CLIP_RETRIEVAL)/.ready: benchmarks/peers/clip_retrieval_constraints.txt
+	@echo "installing clip-retrieval into $(CLIP_RETRIEVAL) (a few minutes)"
+	test -x $(CLIP_RETRIEVAL)/bin/python || $(PYTHON) -m venv $(CLIP_RETRIEVAL)
+	$(CLIP_RETRIEVAL)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers/clip_retrieval_constraints.txt torch torchvision "setuptools<81" clip-retrieval
 	@touch $@

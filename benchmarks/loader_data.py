@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +45,23 @@ class Kind:
     shard_bytes: int
 
 
+Annotate = Callable[[np.random.Generator, Kind], list[dict[str, object]]]
+"""From a kind of data to its records, as VAW's files have them."""
+
 # Crops enough that an epoch outlasts a measurement, as every real one does.
 CROPS = Kind("crops", 72_000, 60, 80, 6.0, 85, 64, 24_000_000)
 PHOTOS = Kind("photos", 2_400, 500, 375, 14.0, 90, 224, 20_000_000)
 
 
-def make(folder: Path, kind: Kind, *, seed: int = 0) -> Path:
-    """Write, clean and pack one kind of data, unless it is there; returns the dataset root."""
+def make(folder: Path, kind: Kind, *, seed: int = 0, annotate: Annotate | None = None) -> Path:
+    """Write, clean and pack one kind of data, unless it is there; returns the dataset root.
+
+    Args:
+        folder: of all data.
+        kind: what to make.
+        seed: of pixels and annotations.
+        annotate: gives the records; absent: each photo is one crop, labels have VAW's density.
+    """
     root = folder / kind.name / "dataset"
     if (root / "dataset.json").exists():
         return root
@@ -60,7 +71,7 @@ def make(folder: Path, kind: Kind, *, seed: int = 0) -> Path:
     with zipfile.ZipFile(source / "images.zip", "w", zipfile.ZIP_STORED) as file:
         for number in range(kind.count):
             file.writestr(f"{number}.jpg", _photo(rng, kind))
-    (source / "train.json").write_text(json.dumps(_records(rng, kind)))
+    (source / "train.json").write_text(json.dumps((annotate or _records)(rng, kind)))
     config = {
         "paths": {"instances": str(folder / kind.name / "instances"), "dataset": str(root)},
         "clean": {
@@ -100,7 +111,7 @@ def _records(rng: np.random.Generator, kind: Kind) -> list[dict[str, object]]:
     # Frequencies fall as 1 / rank, as VAW's do; each attribute is met at least once.
     share = 1 / np.arange(1, ATTRIBUTES + 1)
     share /= share.sum()
-    records = []
+    records: list[dict[str, object]] = []
     for number in range(kind.count):
         drawn = rng.choice(ATTRIBUTES, size=8, replace=False, p=share)
         positive = drawn[: 1 + rng.poisson(0.8)].tolist()
