@@ -358,7 +358,8 @@ def s3_faults(rng: random.Random) -> list[Fault]:
         Fault("reset", times=20, chance=0.3, at=rng.randrange(20_000)),
         Fault("truncate", times=20, chance=0.3, at=rng.randrange(20_000)),
         Fault("stall", times=3, chance=0.2, at=rng.randrange(20_000), seconds=1.0),
-        Fault("flip", times=10, chance=0.2, at=rng.randrange(20_000)),
+        # Once: an object that arrives altered twice counts as damaged.
+        Fault("flip", times=1, chance=0.1, at=rng.randrange(2_000)),
         Fault("lost", match="^PUT ", times=20, chance=0.4),
         Fault("latency", match="", times=20, chance=0.2, seconds=0.2),
         Fault("away", match="", times=1, chance=0.05, seconds=rng.uniform(0.5, 3)),

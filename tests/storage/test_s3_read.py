@@ -91,16 +91,30 @@ class TestBrokenBodies:
         with pytest.raises(NotFoundError, match=r"shard\.tar"):
             root.read("shard.tar")
 
-    def test_a_flipped_bit_is_left_to_the_callers_checksum(
+    def test_a_flipped_bit_is_fetched_once_more(
         self, root: S3Store, proxy: FaultProxy, tmp_path: Path
     ) -> None:
-        """S3 has no check of a read's bytes that all stores offer: `fetch` and the index do it."""
-        proxy.faults = [Fault("flip", at=5000)]
+        """S3 has no check of a read's bytes that all stores offer: we have digests of our own."""
         digest = hashlib.sha256(DATA).hexdigest()
+        proxy.faults = [Fault("flip", at=5000, times=2)]
         with pytest.raises(DataError, match=f"expected {digest}"):
             fetch(root, "shard.tar", cache=tmp_path, sha256=digest)
         assert list(tmp_path.iterdir()) == []
+        proxy.faults = [Fault("flip", at=5000)]
         assert fetch(root, "shard.tar", cache=tmp_path, sha256=digest).read_bytes() == DATA
+
+    def test_a_whole_object_is_held_to_the_digest_it_was_written_with(
+        self, root: S3Store, proxy: FaultProxy, behind: Any
+    ) -> None:
+        proxy.faults = [Fault("flip", at=5000)]
+        assert root.read("shard.tar") == DATA
+        proxy.faults = [Fault("short", at=1000)]  # a cut that the reply does not own up to
+        assert root.read("shard.tar") == DATA
+        proxy.faults = [Fault("flip", at=5000, times=2)]
+        with pytest.raises(DataError, match=r"shard\.tar' has sha256 .* recorded when it was"):
+            root.read("shard.tar")
+        behind.put_object(**name_of(root, "foreign"), Body=b"of another tool")
+        assert root.read("foreign") == b"of another tool"
 
 
 class ProxyAt(FaultProxy):

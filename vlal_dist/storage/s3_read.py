@@ -1,14 +1,16 @@
 """Reading from S3: resumed mid-body, held to one version of the object, patient with an outage."""
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
 
-from vlal_dist.errors import ReplacedError, StorageError
+from vlal_dist.errors import DataError, ReplacedError, StorageError
 from vlal_dist.storage.checks import short_read
 from vlal_dist.storage.s3_client import S3Client
 from vlal_dist.storage.s3_errors import OutageError
@@ -29,6 +31,7 @@ class _Read:
         offset, length: the range; the length of an open end is known from the first reply on.
         ranged: whether a range was asked for, so that the object's version is remembered.
         etag: the version that every reply must be of; None before the first.
+        sha256: digest of the whole object as `S3Store` recorded it; None of other tools' objects.
         parts, got: what came, and its length.
     """
 
@@ -38,6 +41,7 @@ class _Read:
     length: int | None
     ranged: bool
     etag: str | None
+    sha256: str | None = None
     parts: list[bytes] = field(default_factory=list)
     got: int = 0
 
@@ -68,10 +72,19 @@ class S3Reader:
         """
         ranged = offset > 0 or length is not None
         etag = self._versions.get(name) if ranged else None
-        read = _Read(name, key, offset, length, ranged, etag)
-        # A store that never answered is rather misnamed than away: that is to be said soon.
-        patiently(lambda: self._advanced(read), self._client, always=ranged)
-        return b"".join(read.parts)
+        for _ in range(2):  # what arrives altered is asked for once more
+            read = _Read(name, key, offset, length, ranged, etag)
+            # A store that never answered is rather misnamed than away: that is to be said soon.
+            patiently(partial(self._advanced, read), self._client, always=ranged)
+            data = b"".join(read.parts)
+            found = read.sha256 and hashlib.sha256(data).hexdigest()
+            if found == read.sha256:
+                return data
+            logger.warning("%s: %r arrived altered (sha256 %s)", self._url, key, found)
+        raise DataError(
+            f"{self._url}: {key!r} has sha256 {found}, {read.sha256} was recorded when it was "
+            "written; the object was damaged: restore it"
+        )
 
     def size(self, name: str, key: str) -> int:
         """See `Store.size`; as patient as a read."""
@@ -115,6 +128,8 @@ class S3Reader:
             raise self._replaced(read.key)
         if reply.get("status") == 416:
             return self._is_at_end(read)
+        if not read.ranged:
+            read.sha256 = reply.get("Metadata", {}).get("sha256")
         try:
             self._check_version(read, reply)
             self._check_extent(read, reply, start, arguments.get("Range"))

@@ -32,9 +32,9 @@ class Store(Protocol):
     def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
         """Return `length` bytes from `offset` on (None: all that follow).
 
-        A remote read outlasts an outage of the store of about a minute, then gives up. Stored data
-        is never edited in place, so an object must stay the one that this process first read a
-        range of; what is read whole (a status file) may change from one read to the next.
+        A remote request outlasts an outage of the store of about a minute, then gives up. Stored
+        data is never edited in place, so an object must stay the one that this process first read
+        a range of; what is read whole (a status file) may change from one read to the next.
 
         Raises:
             NotFoundError: no such object.
@@ -158,6 +158,9 @@ def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
             return target
         try:
             got = _download(store, key, temporary)
+            if got != sha256:  # altered on the way, or for good
+                temporary.unlink()
+                got = _download(store, key, temporary)
             if got != sha256:
                 raise DataError(
                     f"{store.url}: {key!r} has sha256 {got}, expected {sha256}; the object was "
