@@ -63,7 +63,7 @@ class RowReader:
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
 
     def read_range(self, row: int) -> bytes:
-        """The sample's tar range, checked by length and crc32.
+        """The sample's tar range, checked by length and crc32; what fails is fetched once more.
 
         Raises:
             DataError: the bytes are not those that were packed; names shard, sample and check.
@@ -76,11 +76,11 @@ class RowReader:
             int(index.length[row]),
         )
         data = self._read(row, shard, offset, length)
-        if len(data) != length:
-            self._damaged(row, f"{len(data)} bytes where {length} are expected")
-        crc = crc32(data)
-        if crc != int(index.crc32[row]):
-            self._damaged(row, f"crc32 {crc:08x} where {int(index.crc32[row]):08x} is expected")
+        if self._fault(row, data):  # perhaps altered on the way: once more
+            self._forget_block(row)
+            data = self._read(row, shard, offset, length)
+        if fault := self._fault(row, data):
+            self._damaged(row, fault)
         return data
 
     def read_parts(self, row: int) -> tuple[str, dict[str, bytes]]:
@@ -139,6 +139,19 @@ class RowReader:
                 os.close(descriptor)
         except OSError as error:
             raise StorageError(f"shard {path}: {error.strerror}; restore it") from None
+
+    def _fault(self, row: int, data: bytes) -> str:
+        """What is wrong with a sample's bytes; empty: nothing."""
+        expected, length = int(self.split.index.crc32[row]), int(self.split.index.length[row])
+        if len(data) != length:
+            return f"{len(data)} bytes where {length} are expected"
+        crc = crc32(data)
+        return "" if crc == expected else f"crc32 {crc:08x} where {expected:08x} is expected"
+
+    def _forget_block(self, row: int) -> None:
+        block = int(np.searchsorted(self.split.blocks.first_row, row, side="right")) - 1
+        with self._lock:
+            self._blocks.pop(block, None)
 
     def _block(self, block: int) -> bytes:
         """A remote block; one thread fetches it, the others wait for that one."""
