@@ -252,7 +252,15 @@ def test_loss_needs_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("gammas", "margin"), [((-1.0, 0, 0, 0), 0.0), (PAPER, 1.0), (PAPER, -0.1), (PAPER[:3], 0.0)]
+    ("gammas", "margin"),
+    [
+        ((-1.0, 0, 0, 0), 0.0),
+        ((1.0, math.nan, 4.0, 7.0), 0.0),
+        (PAPER, 1.0),
+        (PAPER, -0.1),
+        (PAPER, math.nan),
+        (PAPER[:3], 0.0),
+    ],
 )
 def test_settings_out_of_range_are_refused(gammas, margin):
     with pytest.raises(ConfigError, match="give 4 gammas"):
