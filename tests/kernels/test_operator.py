@@ -1,0 +1,314 @@
+"""The operator as torch sees it: autograd, compile, its registration, and what it refuses."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.kernels.cases import PAPER, SETTINGS, draw_of, drawn, labels, make, oracle, tensors
+from vlal_dist.errors import ConfigError
+from vlal_dist.kernels.backend import choose
+from vlal_dist.kernels.selective_loss import _NAMES, _operator, selective_loss
+
+FORMS = ("draw", "list", "mask", "ignore", "negatify")
+
+
+@pytest.fixture(params=["cpu", "reference"], autouse=True)
+def forced(request, monkeypatch):
+    """Every test here holds for the compiled backend and for the readable one."""
+    monkeypatch.setenv("VLAL_KERNEL", request.param)
+    choose.cache_clear()
+    yield request.param
+    choose.cache_clear()
+
+
+def call(case, logits, form="draw", *, sparse=False, **settings):
+    forms = {"draw": draw_of, "list": drawn, "mask": lambda one: one.ignored}
+    ignored = forms[form](case) if form in forms else form
+    return selective_loss(
+        logits,
+        label=labels(case) if sparse else case.label,
+        object_id=case.object_id,
+        feasible=case.feasible,
+        ignored=ignored,
+        row_weight=case.row_weight,
+        **{"gammas": PAPER, **settings},
+    )
+
+
+def slope_of(case, scale, **given):
+    leaf = case.logits.clone().requires_grad_()
+    losses = call(case, leaf, **given).per_row
+    losses.backward(scale.to(losses.dtype))
+    return leaf.grad
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_gives_what_the_oracle_gives(form, sparse):
+    case = make(annotated=0.2)._replace(row_weight=torch.linspace(0, 3, 9))
+    found = call(case, case.logits.clone().requires_grad_(), form, sparse=sparse)
+    losses, gradient, sums, counts = oracle(case, form)
+    torch.testing.assert_close(found.per_row.detach().double(), losses, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found.sums, sums, rtol=1e-5, atol=0)
+    assert torch.equal(found.counts, counts)
+    assert found.per_row.requires_grad and not found.sums.requires_grad
+    scale = torch.tensor([0.0, 1.0, -2.0, 0.5, 1e-3, 64.0, 1.0, 1e4, 7.0])
+    slope = slope_of(case, scale, form=form, sparse=sparse)
+    wanted = gradient * scale[:, None]
+    assert (slope.double() - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+@pytest.mark.parametrize("detach_focal", [False])
+def test_gradcheck(margin, detach_focal):
+    case = make(rows=3, attributes=19, objects=3, spread=2.0, annotated=0.3).to(torch.float64)
+    near = (case.logits.sigmoid() - margin).abs() < 1e-3
+    logits = torch.where(near, 1.0, case.logits).requires_grad_()
+    case = case._replace(row_weight=torch.tensor([1.0, 0.0, 2.5]))
+    assert torch.autograd.gradcheck(lambda z: call(case, z, margin=margin).per_row, logits)
+
+
+def test_a_plain_sum_and_a_scaled_one():
+    case = make()
+    leaf = case.logits.clone().requires_grad_()
+    call(case, leaf).per_row.sum().backward()
+    ones = slope_of(case, torch.ones(9))
+    assert torch.equal(leaf.grad, ones)
+    again = case.logits.clone().requires_grad_()
+    (call(case, again).per_row.sum() * 0.25).backward()
+    assert torch.equal(again.grad, ones * 0.25)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**20, 2.0**-10])
+def test_loss_scales_of_float16_training(scale):
+    """65536, with which loss scaling starts, is beyond float16; the scaled gradients are not."""
+    case = make(spread=1.0)
+    half = case.to(torch.float16)
+    half = half._replace(row_weight=torch.full((9,), 1e-3))
+    exact = oracle(half)[1] * scale
+    slope = slope_of(half, torch.full((9,), scale))
+    assert slope.dtype == torch.float16
+    fits = exact.abs() < 6e4
+    assert fits.float().mean() > 0.9
+    difference = (slope.double() - exact).abs()[fits]
+    assert (difference <= 2e-3 * exact.abs()[fits] + 2.0**-24 * max(scale, 2)).all()
+
+
+def test_retained_graph_gives_the_same_again():
+    case = make()
+    leaf = case.logits.clone().requires_grad_()
+    total = call(case, leaf).per_row.sum()
+    total.backward(retain_graph=True)
+    first = leaf.grad.clone()
+    total.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, first * 2)
+    leaf.grad.zero_()
+    total.backward(retain_graph=True)
+    assert torch.equal(leaf.grad, first)
+
+
+def test_a_returned_gradient_is_the_callers_own():
+    """Clipping it in place must not silently reach what a retained graph keeps."""
+    case = make()
+    leaf = case.logits.clone().requires_grad_()
+    total = call(case, leaf).per_row.sum()
+    (one,) = torch.autograd.grad(total, leaf, retain_graph=True)
+    first = one.clone()
+    one.mul_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, leaf)
+    total = call(case, leaf).per_row.sum()
+    assert torch.equal(torch.autograd.grad(total, leaf)[0], first)
+
+
+def test_an_empty_batch_goes_backward():
+    case = make(rows=0)
+    leaf = case.logits.clone().requires_grad_()
+    call(case, leaf).per_row.sum().backward()
+    assert leaf.grad.shape == (0, 131)
+
+
+def test_it_cannot_be_differentiated_twice():
+    case = make()
+    for function in (lambda z: call(case, z).per_row, lambda z: registered(case, z)[0]):
+        leaf = case.logits.clone().requires_grad_()
+        with pytest.raises(RuntimeError, match="twice"):
+            (slope,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+            slope.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradient(mode):
+    case = make()
+    expected = call(case, case.logits)
+    with mode():
+        found = call(case, case.logits.clone().requires_grad_())
+        assert not found.per_row.requires_grad
+    assert torch.equal(found.per_row, expected.per_row.detach())
+    assert torch.equal(found.counts, expected.counts)
+
+
+def test_layouts_of_the_logits():
+    case = make()
+    expected, slope = call(case, case.logits).per_row, slope_of(case, torch.ones(9))
+    wide = torch.full((9, 200), torch.nan)
+    wide[:, 20:151] = case.logits
+    for logits in (case.logits.t().contiguous().t(), wide[:, 20:151], wide.t()[20:151].t()):
+        leaf = logits.detach().requires_grad_()
+        found = call(case, leaf).per_row
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.autograd.grad(found.sum(), leaf)[0], slope)
+
+
+def registered(case, logits, mode="draw", **settings):
+    given = {**tensors(case, mode), "logits": logits}
+    chosen = {**SETTINGS, **settings}
+    return _operator(
+        *(given.get(name) for name in _NAMES),
+        mode,
+        chosen["num_ignore"],
+        chosen["over_unannotated"],
+        list(chosen["gammas"]),
+        chosen["margin"],
+        chosen["detach_focal"],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced", "transposed"])
+@pytest.mark.parametrize("mode", ["draw", "list"])
+def test_opcheck(mode, layout, dtype):
+    case = make(rows=4, attributes=33, annotated=0.2).to(dtype)
+    logits = {
+        "contiguous": case.logits,
+        "sliced": torch.cat([case.logits, case.logits], dim=1)[:, 5:38],
+        "transposed": case.logits.t().contiguous().t(),
+    }[layout]
+    given = {**tensors(case, mode), "logits": logits.detach().requires_grad_()}
+    arguments = (*(given.get(name) for name in _NAMES), mode, 7, False, list(PAPER), 0.05, False)
+    torch.library.opcheck(_operator, arguments)
+
+
+@pytest.mark.parametrize("form", ["draw", "ignore"])
+def test_compiled_is_eager(form):
+    torch._dynamo.reset()
+
+    def step(logits, case):
+        return call(case, logits * 2, form).per_row.mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (9, 5, 17):
+        case = make(rows=rows)
+        found, wanted = (case.logits.clone().requires_grad_() for _ in range(2))
+        losses = compiled(found, case), step(wanted, case)
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        assert torch.equal(found.grad, wanted.grad)
+    torch._dynamo.reset()
+
+
+WRONG = {
+    "logits": [torch.zeros(9), torch.zeros(9, 131, dtype=torch.int32)],
+    "label": [torch.zeros(9, 130, dtype=torch.int8), torch.zeros(9, 131)],
+    "object_id": [torch.zeros(8, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)],
+    "uid": [torch.zeros(9, 1, dtype=torch.int64), torch.zeros(9, dtype=torch.int32)],
+    "visit": [torch.zeros(10, dtype=torch.int64), torch.zeros(9)],
+    "seed": [torch.zeros(2, dtype=torch.int64), torch.tensor(3)],
+    "weight_indptr": [torch.zeros(9, dtype=torch.int64), torch.zeros(10, dtype=torch.int32)],
+    "inverse_weight": [torch.zeros(9, dtype=torch.float64)],
+    "row_weight": [torch.ones(8), torch.ones(9, dtype=torch.float64), torch.ones(9, 1)],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_misfits_are_named(name):
+    for wrong in WRONG[name]:
+        case = make()._replace(**{name: wrong})
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            call(case, case.logits)
+
+
+def test_misfits_of_lists_masks_and_sparse_labels_are_named():
+    case = make()
+    with pytest.raises(ValueError, match=r"^ignored: "):
+        call(case._replace(ignored=case.ignored[:, 1:]), case.logits, "mask")
+    for wrong in (drawn(case)[1:], drawn(case).long(), drawn(case)[0]):
+        with pytest.raises(ValueError, match=r"^drawn: "):
+            selective_loss(
+                case.logits,
+                label=case.label,
+                object_id=case.object_id,
+                feasible=case.feasible,
+                ignored=wrong,
+                gammas=PAPER,
+            )
+    for field in ("indptr", "code"):
+        sparse = labels(case)
+        sparse = sparse._replace(**{field: getattr(sparse, field).double()})
+        with pytest.raises(ValueError, match=f"^label_{field}: "):
+            selective_loss(
+                case.logits,
+                label=sparse,
+                object_id=case.object_id,
+                feasible=case.feasible,
+                ignored="ignore",
+                gammas=PAPER,
+            )
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("gammas", "margin"),
+    [
+        ((-1.0, 0, 0, 0), 0.0),
+        (PAPER[:3], 0.0),
+        *[(tuple(NAN if i == n else 1.0 for i in range(4)), 0.0) for n in range(4)],
+        *[(PAPER, margin) for margin in (1.0, -0.1, NAN)],
+    ],
+)
+def test_settings_out_of_range_are_refused(gammas, margin):
+    case = make()
+    with pytest.raises(ConfigError, match="give 4 gammas"):
+        call(case, case.logits, gammas=gammas, margin=margin)
+
+
+def test_negative_num_ignore_is_refused():
+    case = make()
+    with pytest.raises(ConfigError, match="num_ignore is -2"):
+        selective_loss(
+            case.logits,
+            label=case.label,
+            object_id=case.object_id,
+            feasible=case.feasible,
+            ignored=draw_of(case, -2),
+            gammas=PAPER,
+        )
+
+
+@pytest.mark.parametrize("name", ["mask", "draw", "list", "drop"])
+def test_another_treatment_is_refused(name):
+    case = make()
+    with pytest.raises(ConfigError, match="give ignore, negatify"):
+        selective_loss(
+            case.logits,
+            label=case.label,
+            object_id=case.object_id,
+            feasible=case.feasible,
+            ignored=name,
+            gammas=PAPER,
+        )
+
+
+def test_no_attributes(forced):
+    """In a process of its own: an empty tensor has no address."""
+    code = (
+        "from tests.kernels.test_operator import *; case = make(rows=3, attributes=0);"
+        "assert call(case, case.logits, 'ignore').per_row.tolist() == [0, 0, 0]"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0

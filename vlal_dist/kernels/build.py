@@ -1,0 +1,106 @@
+"""Compile the operator for this machine's processor, once, and keep it.
+
+Nothing is compiled at install: at first use, under a file lock, g++ (or $CXX) makes a library of
+plain C functions without any header of torch or Python, so that it outlives their versions.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from vlal_dist.errors import ConfigError
+
+SOURCES = Path(__file__).with_name("src")
+# No contraction: the draw's bits are single multiplications and additions, and equal sums on every
+# processor are worth more than the fused ones would save.
+FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "baseline": (),
+}
+"""Instruction set -> its flags, the widest first."""
+_NAMES = {"AVX512": "avx512", "AVX2": "avx2"}
+
+
+def instruction_set() -> str:
+    """The widest variant that this processor runs."""
+    return _NAMES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+
+
+def compiler() -> str:
+    """Path of the C++ compiler: $CXX, else g++ or clang++.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    wanted = os.environ.get("CXX")
+    for name in (wanted,) if wanted else ("g++", "clang++"):
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    if wanted:
+        raise ConfigError(f"CXX={wanted} is no program; name a C++ compiler, or unset it")
+    raise ConfigError("no C++ compiler: install g++, or set CXX")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: $XDG_CACHE_HOME/vlal-dist, else ~/.cache/vlal-dist."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "vlal-dist"
+
+
+def build(variant: str) -> Path:
+    """The library of a variant, compiled unless it is there.
+
+    Args:
+        variant: a name of `VARIANTS`.
+
+    Raises:
+        ConfigError: no compiler, or it failed, or the cache cannot be written.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    digest.update(repr((FLAGS, VARIANTS[variant])).encode())
+    folder = cache_folder()
+    target = folder / f"cpu-{variant}-{digest.hexdigest()[:16]}.so"
+    if target.exists():  # an image may bring it, without a compiler
+        return target
+    path = compiler()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one node start together
+            if not target.exists():
+                _compile(path, variant, target)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME") from None
+    return target
+
+
+def _compile(compiler_path: str, variant: str, target: Path) -> None:
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    command = [compiler_path, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(partial)], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise ConfigError(f"{compiler_path} cannot be started: {error.strerror}") from None
+    if done.returncode:
+        partial.unlink(missing_ok=True)
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        raise ConfigError(f"{compiler_path} failed: {(lines or ['no message'])[0][:300]}")
+    partial.replace(target)

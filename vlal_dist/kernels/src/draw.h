@@ -1,0 +1,101 @@
+// The key path of Fig. 3's draw: the bits of method/philox.py, by integer operations and single
+// IEEE multiplications and additions (compile without contraction). Shared by CPU and CUDA; uses no
+// header, so that NVRTC needs no include path.
+#ifndef VLAL_DRAW_H
+#define VLAL_DRAW_H
+
+typedef unsigned int vlal_u32;
+typedef unsigned long long vlal_u64;
+
+#define VLAL_M0 0xD2511F53u
+#define VLAL_M1 0xCD9E8D57u
+#define VLAL_W0 0x9E3779B9u
+#define VLAL_W1 0xBB67AE85u
+#define VLAL_SQRT_HALF 0.707106769084930419921875f
+#define VLAL_SQRT_HALF_BITS 0x3F3504F3
+#define VLAL_LN2_HIGH 0.693359375f
+#define VLAL_LN2_LOW -2.12194440e-4f
+// Orders after every key that can be drawn, infinite ones included.
+#define VLAL_NOT_DRAWN 0x7FFFFFFFu
+
+#ifdef __CUDACC_RTC__
+#define vlal_as_float(bits) __int_as_float(bits)
+#define vlal_as_int(value) __float_as_int(value)
+#else  // a union or memcpy would keep gcc from vectorising
+#define vlal_as_float(bits) __builtin_bit_cast(float, (int)(bits))
+#define vlal_as_int(value) __builtin_bit_cast(int, (float)(value))
+#endif
+
+// One of the ten rounds of Philox4x32; the caller unrolls them, else compilers do not vectorise.
+#define VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)      \
+  {                                                    \
+    const vlal_u64 p0 = (vlal_u64)VLAL_M0 * (c0);      \
+    const vlal_u64 p1 = (vlal_u64)VLAL_M1 * (c2);      \
+    (c0) = (vlal_u32)(p1 >> 32) ^ (c1) ^ (k0);         \
+    (c1) = (vlal_u32)p1;                               \
+    (c2) = (vlal_u32)(p0 >> 32) ^ (c3) ^ (k1);         \
+    (c3) = (vlal_u32)p0;                               \
+    (k0) += VLAL_W0;                                   \
+    (k1) += VLAL_W1;                                   \
+  }
+#define VLAL_PHILOX(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)    \
+  VLAL_PHILOX_ROUND(c0, c1, c2, c3, k0, k1)
+
+// (word + 1/2) / 2^32: both products are exact, the sum is rounded once.
+VLAL_INLINE float vlal_half_open(vlal_u32 word) {
+  const float high = (float)(int)(word >> 8) * 5.9604644775390625e-8f;
+  const float low = ((float)(int)(word & 0xFFu) + 0.5f) * 2.3283064365386962890625e-10f;
+  return high + low;
+}
+
+// log(1 + x) - x of sqrt(1/2) - 1 <= x < sqrt(2) - 1, Cephes logf, without n ln 2.
+VLAL_INLINE float vlal_log_polynomial(float x) {
+  float p = 7.0376836292e-2f;
+  p = p * x + -1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x + -1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x + -1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x + -2.4999993993e-1f;
+  p = p * x + 3.3333331174e-1f;
+  return p;
+}
+
+// -log(c) where c is close to 1 (`direct`) given as 1 + x, else by mantissa and exponent of `c`.
+VLAL_INLINE float vlal_minus_log(float c, float x_direct, int direct) {
+  const int bits = vlal_as_int(c);
+  const int exponent = (bits - VLAL_SQRT_HALF_BITS) >> 23;
+  const float mantissa = vlal_as_float(bits - (int)((vlal_u32)exponent << 23));
+  const float x = direct ? x_direct : mantissa - 1.0f;
+  const float n = direct ? 0.0f : (float)exponent;
+  const float z = x * x;
+  float y = vlal_log_polynomial(x) * x * z;
+  y = y + n * VLAL_LN2_LOW;
+  y = y - 0.5f * z;
+  return -((x + y) + n * VLAL_LN2_HIGH);
+}
+
+// The clock E of the race: -log(1 - U), rate 1.
+VLAL_INLINE float vlal_unit_exponential(vlal_u32 word) {
+  const float uniform = vlal_half_open(word);
+  return vlal_minus_log(vlal_half_open(~word), -uniform, (1.0f - uniform) >= VLAL_SQRT_HALF);
+}
+
+// Bits of a race key; VLAL_NOT_DRAWN for a weight that is not positive and finite.
+VLAL_INLINE vlal_u32 vlal_key_bits(vlal_u32 word, float inverse_weight) {
+  const int usable = inverse_weight > 0.0f && inverse_weight <= 3.402823466e+38f;
+  const float key = vlal_unit_exponential(word) * inverse_weight;
+  return usable ? (vlal_u32)vlal_as_int(key) : VLAL_NOT_DRAWN;
+}
+
+#endif
