@@ -14,16 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import S3Server
-from tests.scoring.conftest import make_tiny_model
-from tests.scoring.test_on_ray import (
-    HEAD,
-    ROOT,
-    WAIT_S,
-    environment,
-    free_ports,
-    started,
-    wait_until,
-)
+from tests.scoring.conftest import environment, make_tiny_model
+from tests.scoring.on_ray import ROOT, WAIT_S, started, wait_until
+from tests.scoring.test_on_ray import HEAD, free_ports
 from tests.small import write_small_vaw
 from vlal_dist.storage.store import open_store
 
