@@ -84,6 +84,13 @@ class Scene:
         """Wait until so many are committed."""
         wait_until(lambda: shards(self.scores) >= count or self.ended(), self.log)
 
+    def wait_for_moment(self, rng: random.Random, total: int) -> None:
+        """Wait until it is time to strike, and both actors work."""
+        after, pause = moment(rng, total)
+        self.wait_for_shards(after)
+        wait_until(lambda: len(actor_pids(self.log)) == 2, self.log)
+        time.sleep(pause)
+
     def wait_for_log(self, words: str) -> None:
         """Wait until the driver has said something."""
         wait_until(lambda: words in self.log.read_text() or self.ended(), self.log)
@@ -129,6 +136,13 @@ def moment(rng: random.Random, total: int) -> tuple[int, float]:
     return rng.randrange(total - 8), rng.random() / 4
 
 
+def assert_exact(found: dict[str, Any], scores: Path | str, quiet: Files) -> None:
+    """The files are those of the quiet run, and everything is counted once."""
+    assert files(scores) == quiet
+    assert found["samples"] == SAMPLES
+    assert found["shards_scored"] + found["shards_skipped"] == len(quiet) - 3
+
+
 @seeds
 def test_killed_actors(
     seed: int, quiet: Files, begin: Callable[..., Scene], tmp_path: Path
@@ -144,9 +158,8 @@ def test_killed_actors(
             os.kill(rng.choice(living), signal.SIGKILL)
             killed += 1
     found = scene.counts()
-    assert files(tmp_path / "scores") == quiet
-    assert found["samples"] == SAMPLES and found["shards_retried"] <= 2 * killed
-    assert found["shards_scored"] + found["shards_skipped"] == total
+    assert_exact(found, tmp_path / "scores", quiet)
+    assert found["shards_retried"] <= 2 * killed
     print(f"killed {killed}, shards given out again {found['shards_retried']}")
 
 
@@ -167,25 +180,15 @@ def test_killed_driver(
     there = shards(scores)
     scene = begin(scores)
     found = scene.counts()
-    assert files(scores) == quiet
-    assert found["samples"] == SAMPLES
-    assert found["shards_scored"] + found["shards_skipped"] == total
+    assert_exact(found, scores, quiet)
     assert found["shards_skipped"] >= there
     wait_until(lambda: not any(map(alive, orphans)), scene.log)
     print(f"shards there before the last run {there} of {total}")
 
 
-@dataclass
-class Nodes:
-    """A Ray of two nodes; the pid of the second one's raylet."""
-
-    second: int
-    process: subprocess.Popen[bytes]
-
-
 @contextmanager
-def two_nodes(log: Path, patch: pytest.MonkeyPatch) -> Iterator[Nodes]:
-    """Start them, and lead the driver there."""
+def two_nodes(log: Path, patch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A Ray of two nodes that the driver is led to; the pid of the second one's raylet."""
     for name, value in {
         **LOCAL_ENVIRONMENT,
         "RAY_AUTH_MODE": "token",
@@ -211,7 +214,7 @@ def two_nodes(log: Path, patch: pytest.MonkeyPatch) -> Iterator[Nodes]:
         assert line, log.read_text()
         told = json.loads(line)
         patch.setenv("RAY_ADDRESS", told["address"])
-        yield Nodes(told["second"], process)
+        yield told["second"]
     finally:
         process.stdin.close()
         process.stdout.close()
@@ -233,19 +236,14 @@ def test_lost_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rng, total, scores = random.Random(seed), len(quiet) - 3, tmp_path / "scores"
-    with two_nodes(tmp_path / "nodes", monkeypatch) as nodes:
+    with two_nodes(tmp_path / "nodes", monkeypatch) as second:
         scene = begin(scores)
-        after, pause = moment(rng, total)
-        scene.wait_for_shards(after)
-        wait_until(lambda: len(actor_pids(scene.log)) == 2, scene.log)
-        actor = actor_of(nodes.second, scene)
-        time.sleep(pause)
-        os.kill(nodes.second, signal.SIGKILL)
+        scene.wait_for_moment(rng, total)
+        actor = actor_of(second, scene)
+        os.kill(second, signal.SIGKILL)
         found = scene.counts()
         wait_until(lambda: not alive(actor), scene.log)
-    assert files(scores) == quiet
-    assert found["samples"] == SAMPLES
-    assert found["shards_scored"] + found["shards_skipped"] == total
+    assert_exact(found, scores, quiet)
     print(f"shards given out again {found['shards_retried']}")
 
 
@@ -272,15 +270,12 @@ def test_a_paused_node_comes_back_after_its_replacement(
     with (
         FaultProxy(moto_s3.endpoint) as proxy,
         moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
-        two_nodes(tmp_path / "nodes", monkeypatch) as nodes,
+        two_nodes(tmp_path / "nodes", monkeypatch) as second,
     ):
         scene = begin(scores)
-        after, pause = moment(rng, total)
-        scene.wait_for_shards(after)
-        wait_until(lambda: len(actor_pids(scene.log)) == 2, scene.log)
-        actor = actor_of(nodes.second, scene)
-        time.sleep(pause)
-        os.kill(nodes.second, signal.SIGSTOP)
+        scene.wait_for_moment(rng, total)
+        actor = actor_of(second, scene)
+        os.kill(second, signal.SIGSTOP)
         os.kill(actor, signal.SIGSTOP)
         try:
             found = scene.counts()
@@ -289,12 +284,10 @@ def test_a_paused_node_comes_back_after_its_replacement(
         finally:
             os.kill(actor, signal.SIGCONT)
         wait_until_quiet(actor, scene.log)
-        os.kill(nodes.second, signal.SIGCONT)
+        os.kill(second, signal.SIGCONT)
         wait_until(lambda: not alive(actor), scene.log)
         late = sum(puts(proxy).values()) - before
-    assert files(scores) == quiet
-    assert found["samples"] == SAMPLES
-    assert found["shards_scored"] + found["shards_skipped"] == total
+    assert_exact(found, scores, quiet)
     print(f"shards given out again {found['shards_retried']}, late commits {late}")
 
 
@@ -313,10 +306,7 @@ def test_a_paused_actor_is_not_waited_for(
         moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
     ):
         scene = begin(scores)
-        after, pause = moment(rng, total)
-        scene.wait_for_shards(after)
-        wait_until(lambda: len(actor_pids(scene.log)) == 2, scene.log)
-        time.sleep(pause)
+        scene.wait_for_moment(rng, total)
         actor = rng.choice(actor_pids(scene.log))
         os.kill(actor, signal.SIGSTOP)
         scene.wait_for_log("is given out again")
@@ -331,9 +321,7 @@ def test_a_paused_actor_is_not_waited_for(
         found = scene.counts()
         wait_until(lambda: not alive(actor), scene.log)
         twice = sum(count - 1 for count in puts(proxy).values())
-    assert files(scores) == quiet
-    assert found["samples"] == SAMPLES
-    assert found["shards_scored"] + found["shards_skipped"] == total
+    assert_exact(found, scores, quiet)
     print(f"shards given out again {found['shards_retried']}, commits in vain {twice}")
 
 
@@ -344,10 +332,9 @@ def test_two_drivers(seed: int, quiet: Files, begin: Callable[..., Scene], tmp_p
     time.sleep(rng.choice([0.0, rng.random() * 2]))
     both = [one, begin(scores)]
     found = [scene.counts() for scene in both]
-    assert files(scores) == quiet
-    assert [x["samples"] for x in found] == [SAMPLES, SAMPLES]
+    for told in found:
+        assert_exact(told, scores, quiet)
     assert sum(x["shards_scored"] for x in found) == total
-    assert all(x["shards_scored"] + x["shards_skipped"] == total for x in found)
     print(f"shards scored by each {[x['shards_scored'] for x in found]} of {total}")
 
 
@@ -371,7 +358,7 @@ def s3_faults(rng: random.Random) -> list[Fault]:
 def test_s3_faults(
     seed: int, quiet: Files, begin: Callable[..., Scene], many_shards: Path, ceph_s3: S3Server
 ) -> None:
-    rng, total = random.Random(seed), len(quiet) - 3
+    rng = random.Random(seed)
     dataset, scores = ceph_s3.url(), ceph_s3.url()
     assert run("pack", many_shards, "--paths.dataset", dataset) == 0
     with FaultProxy(ceph_s3.endpoint) as proxy:
@@ -384,8 +371,6 @@ def test_s3_faults(
                 assert starts < 6, scene.log.read_text()
             found = scene.counts()
         met = [seen.fault for seen in proxy.log if seen.fault]
-    assert files(scores) == quiet
-    assert found["samples"] == SAMPLES
-    assert found["shards_scored"] + found["shards_skipped"] == total
+    assert_exact(found, scores, quiet)
     assert met
     print(f"starts {starts}, {len(met)} of {len(proxy.log)} requests disturbed {sorted(set(met))}")

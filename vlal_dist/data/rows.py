@@ -127,7 +127,7 @@ class RowReader:
         key = self.split.shard_key(shard)
         path = self.split.store.local_path(key)
         if path is None:
-            block = int(np.searchsorted(self.split.blocks.first_row, row, side="right")) - 1
+            block = self._block_of(row)
             start = offset - int(self.split.blocks.offset[block])
             return self._block(block)[start : start + length]
         # Opened for each read: a split may have more shards than a process may have open files.
@@ -149,9 +149,11 @@ class RowReader:
         return "" if crc == expected else f"crc32 {crc:08x} where {expected:08x} is expected"
 
     def _forget_block(self, row: int) -> None:
-        block = int(np.searchsorted(self.split.blocks.first_row, row, side="right")) - 1
         with self._lock:
-            self._blocks.pop(block, None)
+            self._blocks.pop(self._block_of(row), None)
+
+    def _block_of(self, row: int) -> int:
+        return int(np.searchsorted(self.split.blocks.first_row, row, side="right")) - 1
 
     def _block(self, block: int) -> bytes:
         """A remote block; one thread fetches it, the others wait for that one."""

@@ -67,12 +67,9 @@ def selective_loss(
         tensors |= {"label_indptr": label.indptr, "label_code": label.code}
     else:
         tensors["label"] = label
-    mode = _add_ignored(tensors, ignored)
+    drawing = _add_ignored(tensors, ignored)
     check(tensors)
-    drawing = (0, False)
-    if isinstance(ignored, Draw):
-        drawing = (ignored.num_ignore, ignored.over_unannotated)
-    settings = (mode, *drawing, list(gammas), margin, detach_focal)
+    settings = (*drawing, list(gammas), margin, detach_focal)
     if torch.compiler.is_compiling():
         per_row, _, sums, counts = _operator(*(tensors.get(name) for name in _NAMES), *settings)
     else:
@@ -81,28 +78,32 @@ def selective_loss(
 
 
 def check_settings(gammas: tuple[float, ...], margin: float) -> None:
-    """Raises:
-    ConfigError: a gamma is negative, or the margin is outside of [0, 1).
+    """Refuse what the formulas do not allow.
+
+    Raises:
+        ConfigError: a gamma is negative, or the margin is outside of [0, 1).
     """
     if len(gammas) != 4 or not all(g >= 0 for g in gammas) or not 0 <= margin < 1:
         raise ConfigError(f"gammas {gammas}, margin {margin}: give 4 gammas >= 0, 0 <= margin < 1")
 
 
-def _add_ignored(tensors: dict[str, Tensor | None], ignored: Draw | Tensor | Treatment) -> str:
-    """Add what says which pairs are ignored; the name of the mode."""
+def _add_ignored(
+    tensors: dict[str, Tensor | None], ignored: Draw | Tensor | Treatment
+) -> tuple[str, int, bool]:
+    """Add what says which pairs are ignored; mode, num_ignore and over_unannotated."""
     if isinstance(ignored, Draw):
         if ignored.num_ignore < -1:
             raise ConfigError(f"num_ignore is {ignored.num_ignore}; give 0 or more, or -1 for all")
         names = ("weight_indptr", "inverse_weight", "uid", "visit", "seed")
         tensors |= {name: getattr(ignored, name) for name in names}
-        return "draw"
+        return "draw", ignored.num_ignore, ignored.over_unannotated
     if isinstance(ignored, str):
         if ignored not in ("ignore", "negatify"):
             raise ConfigError(f"ignored is {ignored!r}; give ignore, negatify, or tensors")
-        return ignored
+        return ignored, 0, False
     mode, name = ("mask", "ignored") if ignored.dtype == torch.bool else ("list", "drawn")
     tensors[name] = ignored
-    return mode
+    return mode, 0, False
 
 
 _TYPES = {

@@ -57,29 +57,28 @@ VLAL_INLINE float vlal_half_open(vlal_u32 word) {
   return high + low;
 }
 
-// log(1 + x) - x of sqrt(1/2) - 1 <= x < sqrt(2) - 1, Cephes logf, without n ln 2.
-VLAL_INLINE float vlal_log_polynomial(float x) {
-  float p = 7.0376836292e-2f;
-  p = p * x + -1.1514610310e-1f;
-  p = p * x + 1.1676998740e-1f;
-  p = p * x + -1.2420140846e-1f;
-  p = p * x + 1.4249322787e-1f;
-  p = p * x + -1.6668057665e-1f;
-  p = p * x + 2.0000714765e-1f;
-  p = p * x + -2.4999993993e-1f;
-  p = p * x + 3.3333331174e-1f;
-  return p;
+// P of log(1 + x) = x - x^2 / 2 + x^3 P(x), sqrt(1/2) - 1 <= x < sqrt(2) - 1 (Cephes logf);
+// MA(a, b, c) is a * b + c, contracted or not.
+#define VLAL_LOG_POLYNOMIAL(MA, x)                                                        \
+  MA(MA(MA(MA(MA(MA(MA(MA(7.0376836292e-2f, x, -1.1514610310e-1f), x, 1.1676998740e-1f), \
+                    x, -1.2420140846e-1f), x, 1.4249322787e-1f), x, -1.6668057665e-1f),   \
+           x, 2.0000714765e-1f), x, -2.4999993993e-1f), x, 3.3333331174e-1f)
+#define VLAL_PLAIN(a, b, c) ((a) * (b) + (c))
+
+// c = mantissa * 2^exponent with mantissa in [sqrt(1/2), sqrt(2)), of c > 0.
+VLAL_INLINE int vlal_exponent(float c) { return (vlal_as_int(c) - VLAL_SQRT_HALF_BITS) >> 23; }
+
+VLAL_INLINE float vlal_mantissa(float c, int exponent) {
+  return vlal_as_float(vlal_as_int(c) - (int)((vlal_u32)exponent << 23));
 }
 
 // -log(c) where c is close to 1 (`direct`) given as 1 + x, else by mantissa and exponent of `c`.
 VLAL_INLINE float vlal_minus_log(float c, float x_direct, int direct) {
-  const int bits = vlal_as_int(c);
-  const int exponent = (bits - VLAL_SQRT_HALF_BITS) >> 23;
-  const float mantissa = vlal_as_float(bits - (int)((vlal_u32)exponent << 23));
-  const float x = direct ? x_direct : mantissa - 1.0f;
+  const int exponent = vlal_exponent(c);
+  const float x = direct ? x_direct : vlal_mantissa(c, exponent) - 1.0f;
   const float n = direct ? 0.0f : (float)exponent;
   const float z = x * x;
-  float y = vlal_log_polynomial(x) * x * z;
+  float y = VLAL_LOG_POLYNOMIAL(VLAL_PLAIN, x) * x * z;
   y = y + n * VLAL_LN2_LOW;
   y = y - 0.5f * z;
   return -((x + y) + n * VLAL_LN2_HIGH);
