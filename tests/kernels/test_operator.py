@@ -173,6 +173,7 @@ def registered(case, logits, mode="draw", **settings):
         list(chosen["gammas"]),
         chosen["margin"],
         chosen["detach_focal"],
+        "auto",
     )
 
 
@@ -187,7 +188,16 @@ def test_opcheck(mode, layout, dtype):
         "transposed": case.logits.t().contiguous().t(),
     }[layout]
     given = {**tensors(case, mode), "logits": logits.detach().requires_grad_()}
-    arguments = (*(given.get(name) for name in _NAMES), mode, 7, False, list(PAPER), 0.05, False)
+    arguments = (
+        *(given.get(name) for name in _NAMES),
+        mode,
+        7,
+        False,
+        list(PAPER),
+        0.05,
+        False,
+        "auto",
+    )
     torch.library.opcheck(_operator, arguments)
 
 

@@ -18,6 +18,7 @@ from vlal_dist.kernels.inputs import Draw, FeasibleTable, Labels
 from vlal_dist.method.selective_loss import LossTerms
 
 Treatment = Literal["ignore", "negatify"]
+Kernel = Literal["auto", "reference"]
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -32,6 +33,7 @@ def selective_loss(
     margin: float = 0.0,
     detach_focal: bool = False,
     row_weight: Tensor | None = None,
+    kernel: Kernel = "auto",
 ) -> LossTerms:
     """Losses of all rows; their gradient is made in the same pass.
 
@@ -47,6 +49,7 @@ def selective_loss(
         margin: m in [0, 1).
         detach_focal: no gradient through the focusing weight.
         row_weight: float32 [B], or None for 1; a row of weight 0 has no loss, whatever its logits.
+        kernel: `reference` takes the readable one, `auto` the fastest (`backend.choose`).
 
     Returns:
         Losses [B] (float32, float64 of float64 logits), sums and counts of the terms.
@@ -69,7 +72,7 @@ def selective_loss(
         tensors["label"] = label
     drawing = _add_ignored(tensors, ignored)
     check(tensors)
-    settings = (*drawing, list(gammas), margin, detach_focal)
+    settings = (*drawing, list(gammas), margin, detach_focal, kernel)
     if torch.compiler.is_compiling():
         per_row, _, sums, counts = _operator(*(tensors.get(name) for name in _NAMES), *settings)
     else:
@@ -159,13 +162,14 @@ def check(tensors: dict[str, Tensor | None]) -> None:
 
 def _run(tensors: dict[str, Tensor | None], settings: tuple[Any, ...]) -> Outputs:
     """By the backend of the logits' device."""
-    mode, num_ignore, over_unannotated, gammas, margin, detach_focal = settings
+    mode, num_ignore, over_unannotated, gammas, margin, detach_focal, kernel = settings
     logits = tensors["logits"]
     assert logits is not None
     laid = {n: None if t is None else t.detach().contiguous() for n, t in tensors.items()}
     # Rows may lie apart, elements of a row may not.
     laid["logits"] = logits.detach() if logits.stride(1) == 1 else laid["logits"]
-    backend = cpu.run if choose(logits.device.type).name == "cpu" else reference.run
+    fused = kernel == "auto" and choose(logits.device.type).name == "cpu"
+    backend = cpu.run if fused else reference.run
     return backend(
         laid,
         mode=mode,
@@ -235,9 +239,10 @@ def _operator(
     gammas: list[float],
     margin: float,
     detach_focal: bool,
+    kernel: str,
 ) -> Outputs:
     here = locals()
-    settings = (mode, num_ignore, over_unannotated, gammas, margin, detach_focal)
+    settings = (mode, num_ignore, over_unannotated, gammas, margin, detach_focal, kernel)
     return _run({name: here[name] for name in _NAMES}, settings)
 
 
