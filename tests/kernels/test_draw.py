@@ -206,7 +206,7 @@ GOLDEN_DRAWN = [
     [1, 16, 20, 29, 34, 36],
     [1, 14, 22, 27, 36, 37],
 ]
-GOLDEN_GRADIENT = {"fma": "6d3ba0a93fef5671", "plain": "5db29d1be09f240e"}
+GOLDEN_GRADIENT = {"fma": "5f7f8f733a306596", "plain": "086b8b835ba491fc"}
 
 
 def golden_case() -> Case:

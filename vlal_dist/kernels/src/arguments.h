@@ -55,7 +55,7 @@ struct RowResult {
 // What a thread works in, kept from row to row.
 struct Scratch {
   std::vector<uint8_t> code;
-  std::vector<float> logits, gradient, gathered, gathered_gradient;
+  std::vector<float> logits, gradient;
   std::vector<int32_t> positives, taken;
   std::vector<uint32_t> words, word, keys;
 

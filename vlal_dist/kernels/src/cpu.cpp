@@ -13,11 +13,11 @@
 #include <cstring>
 #include <vector>
 
-#define VLAL_INLINE static inline __attribute__((always_inline))
+#define VLAL_INLINE inline __attribute__((always_inline))
 #include "arguments.h"
 #include "draw.h"
-#include "focal.h"
 #include "race.h"
+#include "row.h"
 
 namespace {
 
@@ -173,7 +173,7 @@ extern "C" void vlal_selective_loss(const Arguments* arguments) {
   bool integer = true;
   for (int t = 0; t < 4; ++t) {
     x.gamma[t] = (float)a.gamma[t];
-    x.bits[t] = (int)a.gamma[t];
+    x.bits[t] = (int32_t)a.gamma[t];
     integer = integer && a.gamma[t] == x.bits[t] && a.gamma[t] < 8;
   }
   const RowLoss loss = choose(a.margin > 0, a.detach, integer);
