@@ -5,6 +5,7 @@ Arguments are checked by `selective_loss.py`; here they are laid into the C stru
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -23,31 +24,15 @@ _POINTERS = (
     *("feasible_indptr", "feasible_index", "weight_indptr", "inverse_weight", "uid", "visit"),
     *("seed", "drawn", "ignored", "row_weight", "per_row", "sums", "counts", "drawn_out"),
 )
-
-
-class Arguments(ctypes.Structure):
-    """`struct Arguments` of cpu.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "attributes", "stride", "num_ignore", "drawn_per_row")
-        ),
-        ("gamma", ctypes.c_double * 4),
-        ("margin", ctypes.c_double),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("mode", "kind", "detach", "over_unannotated", "threads")
-        ),
-    )
+_LAYOUT = struct.Struct(f"@{len(_POINTERS)}P5q5d5i")
+"""`struct Arguments` of arguments.h; packed, as a ctypes structure takes three times as long."""
 
 
 @functools.cache
 def load(variant: str) -> Callable[[Any], None]:
     """The C function of a variant, compiled if need be."""
     function: Any = ctypes.CDLL(str(build(variant))).vlal_selective_loss
-    function.argtypes, function.restype = [ctypes.c_void_p], None
+    function.argtypes, function.restype = [ctypes.c_char_p], None
     return function  # type: ignore[no-any-return]
 
 
@@ -81,25 +66,26 @@ def run(
     counts = torch.empty(5, dtype=torch.int64)
     if logits.numel() == 0:  # an empty tensor has no address
         return per_row.zero_(), gradient, sums.zero_(), counts.zero_()
-    made = {"gradient": gradient, "per_row": per_row, "sums": sums, "counts": counts}
-    drawn = next(
-        (t for t in (tensors.get("drawn"), tensors.get("drawn_out")) if t is not None), None
-    )
+    given = {**tensors, "gradient": gradient, "per_row": per_row, "sums": sums, "counts": counts}
+    drawn = given.get("drawn")
+    if drawn is None:
+        drawn = given.get("drawn_out")
+    found = map(given.get, _POINTERS)
     most = torch.get_num_threads() if threads is None else threads
-    arguments = Arguments(
-        **{n: t.data_ptr() for n, t in {**tensors, **made}.items() if t is not None},
-        rows=rows,
-        attributes=attributes,
-        stride=logits.stride(0) if rows > 1 else attributes,
-        num_ignore=num_ignore,
-        drawn_per_row=0 if drawn is None else drawn.shape[1],
-        gamma=(ctypes.c_double * 4)(*gammas),
-        margin=margin,
-        mode=MODES[mode],
-        kind=KINDS[logits.dtype],
-        detach=detach_focal,
-        over_unannotated=over_unannotated,
-        threads=max(1, min(most, rows * attributes // WORTH_A_THREAD)),
+    arguments = _LAYOUT.pack(
+        *[0 if tensor is None else tensor.data_ptr() for tensor in found],
+        rows,
+        attributes,
+        logits.stride(0) if rows > 1 else attributes,
+        num_ignore,
+        0 if drawn is None else drawn.shape[1],
+        *gammas,
+        margin,
+        MODES[mode],
+        KINDS[logits.dtype],
+        detach_focal,
+        over_unannotated,
+        max(1, min(most, rows * attributes // WORTH_A_THREAD)),
     )
-    load(variant or instruction_set())(ctypes.byref(arguments))
+    load(variant or instruction_set())(arguments)
     return per_row, gradient, sums, counts

@@ -165,9 +165,9 @@ def _run(tensors: dict[str, Tensor | None], settings: tuple[Any, ...]) -> Output
     mode, num_ignore, over_unannotated, gammas, margin, detach_focal, kernel = settings
     logits = tensors["logits"]
     assert logits is not None
-    laid = {n: None if t is None else t.detach().contiguous() for n, t in tensors.items()}
-    # Rows may lie apart, elements of a row may not.
-    laid["logits"] = logits.detach() if logits.stride(1) == 1 else laid["logits"]
+    laid = {n: None if t is None else t.contiguous() for n, t in tensors.items()}
+    if logits.stride(1) == 1:  # rows may lie apart, elements of a row may not
+        laid["logits"] = logits
     fused = kernel == "auto" and choose(logits.device.type).name == "cpu"
     backend = cpu.run if fused else reference.run
     return backend(

@@ -66,46 +66,49 @@ void find_positives(const int8_t* label, int64_t size, std::vector<int32_t>& fou
 // Codes of all attributes of a row, its positives, and what counts as what.
 void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
   uint8_t* code = s.code.data();
-  std::memset(code, kInfeasible, a.attributes);
-  const int64_t object = a.object_id[row];
-  for (int64_t n = a.feasible_indptr[object]; n < a.feasible_indptr[object + 1]; ++n) {
-    code[a.feasible_index[n]] = kFeasible;
-  }
+  const int64_t size = a.attributes;
+  std::memset(code, kInfeasible, size);
+  // Bounds in locals: a byte stored through `code` could be anything of `a`.
+  const int64_t object = a.object_id[row], first = a.feasible_indptr[object];
+  const int64_t members = a.feasible_indptr[object + 1] - first;
+  const int32_t* feasible = a.feasible_index + first;
+  for (int64_t n = 0; n < members; ++n) code[feasible[n]] = kFeasible;
   s.positives.clear();
   if (a.label) {
-    const int8_t* label = a.label + row * a.attributes;
+    const int8_t* label = a.label + row * size;
 #pragma omp simd
-    for (int64_t i = 0; i < a.attributes; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
       const uint8_t unannotated = label[i] < 0 ? (uint8_t)kNegative : code[i];
       code[i] = label[i] > 0 ? (uint8_t)kPositive : unannotated;
     }
-    find_positives(label, a.attributes, s.positives);
+    find_positives(label, size, s.positives);
   } else {
-    for (int64_t n = a.label_indptr[row]; n < a.label_indptr[row + 1]; ++n) {
-      const int32_t attribute = a.label_code[n] >> 1;
-      code[attribute] = a.label_code[n] & 1 ? kPositive : kNegative;
-      if (a.label_code[n] & 1) s.positives.push_back(attribute);
+    const int32_t* annotated = a.label_code + a.label_indptr[row];
+    const int64_t number = a.label_indptr[row + 1] - a.label_indptr[row];
+    for (int64_t n = 0; n < number; ++n) {
+      code[annotated[n] >> 1] = annotated[n] & 1 ? kPositive : kNegative;
+      if (annotated[n] & 1) s.positives.push_back(annotated[n] >> 1);
     }
   }
   if (a.mode == kDraw) draw(a, row, s);
   if (a.mode == kList) {
     const int32_t* drawn = a.drawn + row * a.drawn_per_row;
-    for (int64_t n = 0; n < a.drawn_per_row; ++n) {
+    for (int64_t n = 0, width = a.drawn_per_row; n < width; ++n) {
       if (drawn[n] >= 0 && code[drawn[n]] >= kFeasible) code[drawn[n]] = kIgnored;
     }
   }
   if (a.mode == kIgnoreAll) {
-    for (int64_t i = 0; i < a.attributes; ++i) {
+    for (int64_t i = 0; i < size; ++i) {
       code[i] = code[i] >= kFeasible ? (uint8_t)kIgnored : code[i];
     }
   }
   if (a.mode == kMask) {
-    const uint8_t* ignored = a.ignored + row * a.attributes;
-    for (int64_t i = 0; i < a.attributes; ++i) {
+    const uint8_t* ignored = a.ignored + row * size;
+    for (int64_t i = 0; i < size; ++i) {
       code[i] = code[i] >= kFeasible && ignored[i] ? (uint8_t)kIgnored : code[i];
     }
   }
-  count_terms(code, a.attributes, result.counts);
+  count_terms(code, size, result.counts);
 }
 
 using RowLoss = void (*)(const float*, float*, const Arguments&, const Exponents&, float, Scratch&,

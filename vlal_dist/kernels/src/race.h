@@ -2,6 +2,7 @@
 #ifndef VLAL_RACE_H
 #define VLAL_RACE_H
 
+#include <algorithm>
 #include <cstring>
 
 #ifdef __AVX2__
@@ -121,29 +122,94 @@ void draw_keys(const Arguments& a, int64_t row, const int32_t* index, int32_t co
   for (int32_t n = 0; n < count; ++n) keys[n] = vlal_key_bits(word[n], weight[n]);
 }
 
+// How many keys are at most `bound`, of whole vectors of keys.
+VLAL_INLINE uint32_t count_at_most(const uint32_t* keys, int32_t padded, uint32_t bound) {
+  uint32_t found = 0;
+#if defined(__AVX512F__)
+  const __m512i limit = _mm512_set1_epi32((int)bound);
+  for (int32_t n = 0; n < padded; n += kLanes) {
+    found += __builtin_popcount(_mm512_cmple_epu32_mask(_mm512_loadu_si512(keys + n), limit));
+  }
+#else
+#pragma omp simd reduction(+ : found)
+  for (int32_t n = 0; n < padded; ++n) found += keys[n] <= bound;
+#endif
+  return found;
+}
+
+// Attributes whose key is at most `bound`, one after the other; how many. `taken` has room for
+// kLanes more.
+VLAL_INLINE uint32_t take(const uint32_t* keys, const int32_t* index, int32_t size,
+                          uint32_t bound, int32_t* taken) {
+  uint32_t number = 0;
+  int32_t n = 0;
+#if defined(__AVX512F__)
+  const __m512i limit = _mm512_set1_epi32((int)bound);
+  for (; n + kLanes <= size; n += kLanes) {
+    const __mmask16 small = _mm512_cmple_epu32_mask(_mm512_loadu_si512(keys + n), limit);
+    const __m512i ids = _mm512_loadu_si512(index + n);
+    _mm512_storeu_si512(taken + number, _mm512_maskz_compress_epi32(small, ids));
+    number += (uint32_t)__builtin_popcount(small);
+  }
+#endif
+  for (; n < size; ++n) {  // no branch: nobody could foretell it
+    taken[number] = index[n];
+    number += keys[n] <= bound;
+  }
+  return number;
+}
+
+// Attributes of the `wanted` smallest keys, ascending; equal keys go to the lower attribute.
+// `least` and `most` are the extremes of those that can be drawn, `usable` of them.
+uint32_t smallest(const uint32_t* keys, const int32_t* index, int32_t size, uint32_t wanted,
+                  uint32_t least, uint32_t most, uint32_t usable, int32_t* taken) {
+  const int32_t padded = (size + kLanes - 1) / kLanes * kLanes;
+  uint32_t threshold = most;
+  bool exact = wanted == usable;
+  while (!exact && least < most) {  // the wanted-th smallest, by halving the range of its bits
+    threshold = least + (most - least) / 2;
+    const uint32_t found = count_at_most(keys, padded, threshold);
+    exact = found == wanted;
+    if (found < wanted) {
+      least = threshold + 1;
+    } else {
+      most = threshold;
+    }
+  }
+  if (exact) return take(keys, index, size, threshold, taken);
+  // Several keys are the wanted-th.
+  uint32_t number = 0, ties = wanted - (most ? count_at_most(keys, padded, most - 1) : 0);
+  for (int32_t n = 0; n < size; ++n) {
+    const bool tie = keys[n] == most && ties > 0;
+    if (!(keys[n] < most || tie)) continue;
+    taken[number++] = index[n];
+    ties -= tie;
+  }
+  return number;
+}
+
 // Marks kIgnored what is drawn of row `row` (Fig. 3); codes are laid out.
 void draw(const Arguments& a, int64_t row, Scratch& s) {
   const int64_t object = a.object_id[row], first = a.feasible_indptr[object];
-  const int64_t count = a.feasible_indptr[object + 1] - first;
+  const int32_t size = (int32_t)(a.feasible_indptr[object + 1] - first);
   const int32_t* index = a.feasible_index + first;
   uint8_t* code = s.code.data();
-  int32_t* out = a.drawn_out ? a.drawn_out + row * a.drawn_per_row : nullptr;
   if (a.num_ignore < 0) {
-    for (int64_t n = 0; n < count; ++n) {
+    for (int32_t n = 0; n < size; ++n) {
       if (code[index[n]] == kFeasible) code[index[n]] = kIgnored;
     }
     return;
   }
-  if (a.num_ignore == 0 || count == 0) return;
-  s.keys.resize(count);
+  if (a.num_ignore == 0 || size == 0) return;
+  s.keys.resize(size + kLanes);
   uint32_t* keys = s.keys.data();
-  draw_keys(a, row, index, (int32_t)count, s);
+  draw_keys(a, row, index, size, s);
+  std::fill_n(keys + size, kLanes, VLAL_NOT_DRAWN);
   if (a.over_unannotated) {
-    for (int64_t n = 0; n < count; ++n) {
+    for (int32_t n = 0; n < size; ++n) {
       if (code[index[n]] != kFeasible) keys[n] = VLAL_NOT_DRAWN;
     }
   }
-  const int32_t size = (int32_t)count;
   uint32_t least = VLAL_NOT_DRAWN, most = 0, usable = 0;
 #pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : usable)
   for (int32_t n = 0; n < size; ++n) {
@@ -155,46 +221,15 @@ void draw(const Arguments& a, int64_t row, Scratch& s) {
   }
   const uint32_t wanted = (uint64_t)a.num_ignore < usable ? (uint32_t)a.num_ignore : usable;
   if (wanted == 0) return;
-  // The wanted-th smallest key, by halving the range of its bits.
-  uint32_t threshold = most;
-  bool exact = wanted == usable;
-  while (!exact && least < most) {
-    const uint32_t middle = least + (most - least) / 2;
-    uint32_t found = 0;
-#pragma omp simd reduction(+ : found)
-    for (int32_t n = 0; n < size; ++n) found += keys[n] <= middle;
-    exact = found == wanted;
-    threshold = middle;
-    if (found < wanted) {
-      least = middle + 1;
-    } else {
-      most = middle;
-    }
-  }
-  s.taken.resize(count);
+  s.taken.resize(size + kLanes);
   int32_t* taken = s.taken.data();
-  uint32_t number = 0;
-  if (exact) {
-    for (int32_t n = 0; n < size; ++n) {  // no branch: nobody could foretell it
-      taken[number] = index[n];
-      number += keys[n] <= threshold;
-    }
-  } else {  // several keys are the wanted-th: the lower attributes go first
-    threshold = most;
-    uint32_t below = 0;
-    for (int32_t n = 0; n < size; ++n) below += keys[n] < threshold;
-    uint32_t ties = wanted - below;
-    for (int32_t n = 0; n < size; ++n) {
-      const bool tie = keys[n] == threshold && ties > 0;
-      if (!(keys[n] < threshold || tie)) continue;
-      taken[number++] = index[n];
-      ties -= tie;
-    }
-  }
+  const uint32_t number = smallest(keys, index, size, wanted, least, most, usable, taken);
   for (uint32_t n = 0; n < number; ++n) {
     if (code[taken[n]] == kFeasible) code[taken[n]] = kIgnored;
   }
-  if (out) std::memcpy(out, taken, number * sizeof(int32_t));
+  if (a.drawn_out) {
+    std::memcpy(a.drawn_out + row * a.drawn_per_row, taken, number * sizeof(int32_t));
+  }
 }
 
 }  // namespace
