@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,37 +71,55 @@ def build(variant: str) -> Path:
     Raises:
         ConfigError: no compiler, or it failed, or the cache cannot be written.
     """
-    digest = hashlib.sha256()
+    name = f"cpu-{variant}-{digest_of(FLAGS, VARIANTS[variant])}.so"
+    return kept(name, lambda target: _compile(compiler(), variant, target))
+
+
+def digest_of(*settings: object) -> str:
+    """Of the sources and of whatever else decides what becomes of them."""
+    digest = hashlib.sha256(repr(settings).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
-    digest.update(repr((FLAGS, VARIANTS[variant])).encode())
+    return digest.hexdigest()[:16]
+
+
+def kept(name: str, make: Callable[[Path], None]) -> Path:
+    """The file of that name in the cache, made unless it is there.
+
+    Args:
+        name: tells apart whatever it can be made of.
+        make: writes the file to the path given.
+
+    Raises:
+        ConfigError: the cache cannot be written; and what `make` raises.
+    """
     folder = cache_folder()
-    target = folder / f"cpu-{variant}-{digest.hexdigest()[:16]}.so"
+    target = folder / name
     if target.exists():  # an image may bring it, without a compiler
         return target
-    path = compiler()
+    partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one node start together
             if not target.exists():
-                _compile(path, variant, target)
+                make(partial)
+                partial.replace(target)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME") from None
+    finally:
+        partial.unlink(missing_ok=True)
     return target
 
 
 def _compile(compiler_path: str, variant: str, target: Path) -> None:
-    partial = target.with_suffix(f".{os.getpid()}.partial")
     command = [compiler_path, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
     try:
         done = subprocess.run(
-            [*command, "-o", str(partial)], capture_output=True, text=True, check=False
+            [*command, "-o", str(target)], capture_output=True, text=True, check=False
         )
     except OSError as error:
         raise ConfigError(f"{compiler_path} cannot be started: {error.strerror}") from None
     if done.returncode:
-        partial.unlink(missing_ok=True)
         lines = [line for line in done.stderr.splitlines() if "error" in line]
         raise ConfigError(f"{compiler_path} failed: {(lines or ['no message'])[0][:300]}")
-    partial.replace(target)

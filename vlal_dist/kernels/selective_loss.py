@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cpu, reference
+from vlal_dist.kernels.arguments import KINDS
 from vlal_dist.kernels.backend import choose
 from vlal_dist.kernels.inputs import Draw, FeasibleTable, Labels
 from vlal_dist.method.selective_loss import LossTerms
@@ -136,7 +137,7 @@ def check(tensors: dict[str, Tensor | None]) -> None:
     """
     logits = tensors["logits"]
     assert logits is not None
-    if logits.dim() != 2 or logits.dtype not in cpu.KINDS:
+    if logits.dim() != 2 or logits.dtype not in KINDS:
         raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}, floating [B, A] is needed")
     rows, attributes = logits.shape
     shapes: dict[str, tuple[int, ...]] = {

@@ -14,8 +14,8 @@
 #include <vector>
 
 #define VLAL_INLINE inline __attribute__((always_inline))
-#include "arguments.h"
 #include "draw.h"
+#include "scratch.h"
 #include "race.h"
 #include "row.h"
 
@@ -133,7 +133,7 @@ uint16_t to_bfloat16(float value) {
 void one_row(const Arguments& a, int64_t row, const Exponents& x, RowLoss loss, Scratch& s,
              RowResult& result) {
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
-  const int64_t at = row * a.stride, to = row * a.attributes, size = a.attributes;
+  const int64_t at = row * a.stride, to = row * a.gradient_stride, size = a.attributes;
   if (weight == 0) {
     const size_t width = a.kind == kFloat64 ? 8 : a.kind == kFloat32 ? 4 : 2;
     std::memset((char*)a.gradient + to * width, 0, size * width);

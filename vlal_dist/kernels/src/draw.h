@@ -4,8 +4,7 @@
 #ifndef VLAL_DRAW_H
 #define VLAL_DRAW_H
 
-typedef unsigned int vlal_u32;
-typedef unsigned long long vlal_u64;
+#include "arguments.h"
 
 #define VLAL_M0 0xD2511F53u
 #define VLAL_M1 0xCD9E8D57u
@@ -18,7 +17,7 @@ typedef unsigned long long vlal_u64;
 // Orders after every key that can be drawn, infinite ones included.
 #define VLAL_NOT_DRAWN 0x7FFFFFFFu
 
-#ifdef __CUDACC_RTC__
+#ifdef __CUDACC__
 #define vlal_as_float(bits) __int_as_float(bits)
 #define vlal_as_int(value) __float_as_int(value)
 #else  // a union or memcpy would keep gcc from vectorising

@@ -9,8 +9,8 @@
 #include <immintrin.h>
 #endif
 
-#include "arguments.h"
 #include "draw.h"
+#include "scratch.h"
 
 namespace {
 

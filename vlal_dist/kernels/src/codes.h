@@ -1,0 +1,181 @@
+// What each attribute of a row counts as, and the draw of Fig. 3, by a team in shared memory.
+#ifndef VLAL_CODES_H
+#define VLAL_CODES_H
+
+#include "draw.h"
+
+// Codes of a row in shared memory, in whole vectors that lie as the logits do.
+struct Codes {
+  unsigned char* base;  // aligned; `bytes` of it, the first `shift` and what follows the row idle
+  unsigned char* code;  // of attribute 0
+  int shift, bytes;
+};
+
+VLAL_INLINE void clear_codes(const Codes& c, int size) {
+  EACH_LANE(lane)
+    const Words infeasible = {{0x03030303u, 0x03030303u, 0x03030303u, 0x03030303u}};
+    for (int n = lane; n < c.bytes / 16; n += kTeam) ((Words*)c.base)[n] = infeasible;
+  END_LANES
+  EACH_LANE(lane)
+    for (int n = lane; n < c.shift; n += kTeam) c.base[n] = kIgnored;
+    for (int n = c.shift + size + lane; n < c.bytes; n += kTeam) c.base[n] = kIgnored;
+  END_LANES
+}
+
+VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, const Codes& c, int size) {
+  if (a.label) {
+    const signed char* label = a.label + row * size;
+    const int lead = (int)((4 - (vlal_u64)label % 4) % 4);  // bytes before the first whole word
+    const int first = lead < size ? lead : size, words = (size - first) / 4;
+    EACH_LANE(lane)
+      for (int n = lane; n < words; n += kTeam) {
+        const vlal_u32 four = ((const vlal_u32*)(label + first))[n];
+        if (!four) continue;
+        for (int k = 0; k < 4; ++k) {
+          const signed char one = (signed char)(four >> 8 * k);
+          if (one) c.code[first + 4 * n + k] = one > 0 ? kPositive : kNegative;
+        }
+      }
+      for (int n = lane; n < size - 4 * words; n += kTeam) {
+        const int at = n < first ? n : 4 * words + n;
+        if (label[at]) c.code[at] = label[at] > 0 ? kPositive : kNegative;
+      }
+    END_LANES
+    return;
+  }
+  const vlal_i64 start = a.label_indptr[row];
+  const int annotated = (int)(a.label_indptr[row + 1] - start);
+  EACH_LANE(lane)
+    for (int n = lane; n < annotated; n += kTeam) {
+      const int pair = a.label_code[start + n];
+      c.code[pair >> 1] = pair & 1 ? kPositive : kNegative;
+    }
+  END_LANES
+}
+
+// The race keys of the row's feasible attributes, and whom they let be drawn.
+struct Race {
+  vlal_u32* keys;
+  const int* index;
+  int size;
+  vlal_u32 threshold, ties;  // drawn: below the threshold, and so many of those that equal it
+};
+
+VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, const Codes& c, Race& race) {
+  const float* weight = a.inverse_weight + a.weight_indptr[row];
+  const vlal_u64 uid = (vlal_u64)a.uid[row], seed = (vlal_u64)*a.seed;
+  const vlal_u32 visit = (vlal_u32)a.visit[row];
+  PerLane<vlal_u32> least, most, usable;
+  EACH_LANE(lane)
+    least[lane] = VLAL_NOT_DRAWN;
+    most[lane] = usable[lane] = 0;
+    for (int n = lane; n < race.size; n += kTeam) {
+      const vlal_u32 attribute = (vlal_u32)race.index[n];
+      vlal_u32 c0 = attribute >> 2, c1 = visit, c2 = (vlal_u32)uid, c3 = (vlal_u32)(uid >> 32);
+      vlal_u32 k0 = (vlal_u32)seed, k1 = (vlal_u32)(seed >> 32);
+      VLAL_PHILOX(c0, c1, c2, c3, k0, k1)
+      const vlal_u32 low = attribute & 1 ? c1 : c0, high = attribute & 1 ? c3 : c2;
+      vlal_u32 key = vlal_key_bits(attribute & 2 ? high : low, weight[n]);
+      if (a.over_unannotated && c.code[attribute] != kFeasible) key = VLAL_NOT_DRAWN;
+      race.keys[n] = key;
+      if (key == VLAL_NOT_DRAWN) continue;
+      least[lane] = key < least[lane] ? key : least[lane];
+      most[lane] = key > most[lane] ? key : most[lane];
+      usable[lane] += 1;
+    }
+  END_LANES
+  vlal_u32 low = team_reduce<Least>(least), high = team_reduce<Most>(most);
+  const vlal_u32 able = team_sum(usable);
+  const vlal_u32 wanted = (vlal_u64)a.num_ignore < able ? (vlal_u32)a.num_ignore : able;
+  race.threshold = race.ties = 0;
+  if (wanted == 0) return;
+  race.threshold = high + 1;
+  if (wanted == able) return;
+  // The wanted-th smallest key, by halving the range of its bits.
+  PerLane<vlal_u32> count;
+  while (low < high) {
+    const vlal_u32 middle = low + (high - low) / 2;
+    EACH_LANE(lane)
+      count[lane] = 0;
+      for (int n = lane; n < race.size; n += kTeam) count[lane] += race.keys[n] <= middle;
+    END_LANES
+    const vlal_u32 found = team_sum(count);
+    race.threshold = middle + 1;
+    if (found == wanted) return;
+    if (found < wanted) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  // Several keys are the wanted-th: the lower attributes go first.
+  EACH_LANE(lane)
+    count[lane] = 0;
+    for (int n = lane; n < race.size; n += kTeam) count[lane] += race.keys[n] < high;
+  END_LANES
+  race.threshold = high;
+  race.ties = wanted - team_sum(count);
+}
+
+VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, const Codes& c, vlal_u32* keys) {
+  const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
+  Race race = {keys, a.feasible_index + start, (int)(a.feasible_indptr[object + 1] - start), 0, 0};
+  if (a.num_ignore == 0 || race.size == 0) return;
+  if (a.num_ignore < 0) {
+    EACH_LANE(lane)
+      for (int n = lane; n < race.size; n += kTeam) {
+        if (c.code[race.index[n]] == kFeasible) c.code[race.index[n]] = kIgnored;
+      }
+    END_LANES
+    return;
+  }
+  run_race(a, row, c, race);
+  EACH_LANE(lane)
+    for (int n = lane; n < race.size; n += kTeam) {
+      if (keys[n] >= race.threshold) continue;
+      if (c.code[race.index[n]] == kFeasible) c.code[race.index[n]] = kIgnored;
+    }
+  END_LANES
+  if (race.ties == 0 && !a.drawn_out) return;
+  EACH_LANE(lane)
+    vlal_u32 ties = race.ties;
+    int listed = 0;
+    for (int n = 0; lane == 0 && n < race.size; ++n) {
+      const bool tie = ties > 0 && keys[n] == race.threshold;
+      if (!(keys[n] < race.threshold || tie)) continue;
+      ties -= tie;
+      if (tie && c.code[race.index[n]] == kFeasible) c.code[race.index[n]] = kIgnored;
+      if (a.drawn_out) a.drawn_out[row * a.drawn_per_row + listed++] = race.index[n];
+    }
+  END_LANES
+}
+
+VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, const Codes& c, vlal_u32* keys) {
+  const int size = (int)a.attributes;
+  clear_codes(c, size);
+  const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
+  const int members = (int)(a.feasible_indptr[object + 1] - start);
+  EACH_LANE(lane)
+    for (int n = lane; n < members; n += kTeam) c.code[a.feasible_index[start + n]] = kFeasible;
+  END_LANES
+  annotate(a, row, c, size);
+  if (VLAL_MODE == kDraw) draw(a, row, c, keys);
+  if (VLAL_MODE == kList) {
+    EACH_LANE(lane)
+      for (int n = lane; n < (int)a.drawn_per_row; n += kTeam) {
+        const int one = a.drawn[row * a.drawn_per_row + n];
+        if (one >= 0 && c.code[one] >= kFeasible) c.code[one] = kIgnored;
+      }
+    END_LANES
+  }
+  if (VLAL_MODE == kIgnoreAll || VLAL_MODE == kMask) {
+    EACH_LANE(lane)
+      for (int n = lane; n < size; n += kTeam) {
+        const bool ignored = VLAL_MODE == kIgnoreAll || a.ignored[row * size + n];
+        if (ignored && c.code[n] >= kFeasible) c.code[n] = kIgnored;
+      }
+    END_LANES
+  }
+}
+
+#endif

@@ -1,0 +1,132 @@
+// As many floats as the processor's registers hold, and what the loss does with them.
+//
+// Compilers' own vectors, so that one text serves every instruction set; only what they lack is
+// written by intrinsics. A row is worked on in chunks of kLanes, kParts vectors each: no sum depends
+// on the width.
+#ifndef VLAL_LANES_H
+#define VLAL_LANES_H
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "scratch.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+constexpr int kParts = kLanes / kWidth;
+
+typedef float Floats __attribute__((vector_size(4 * kWidth)));
+typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));
+
+VLAL_INLINE Floats load(const float* from) {
+  Floats v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+VLAL_INLINE void store(float* to, Floats v) { std::memcpy(to, &v, sizeof v); }
+
+// kWidth bytes, widened.
+VLAL_INLINE Ints widen(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
+  return Ints{from[0], from[1], from[2], from[3]};
+#endif
+}
+
+// a * b + c, rounded once where the processor can. In the loss, not in the draw, whose bits are
+// defined without.
+VLAL_INLINE Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Eight numbers by place.
+struct Table {
+  Ints value;
+
+  explicit Table(const int32_t (&eight)[8]) {
+    int32_t repeated[16];
+    for (int n = 0; n < 16; ++n) repeated[n] = eight[n % 8];
+    std::memcpy(&value, repeated, sizeof value);
+#if !defined(__AVX2__)
+    std::memcpy(&upper, eight + 4, sizeof upper);
+#endif
+  }
+
+  VLAL_INLINE Ints at(Ints place) const {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_permutexvar_epi32((__m512i)place, (__m512i)value);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_permutevar8x32_epi32((__m256i)value, (__m256i)place);
+#else
+    const Ints low = {value[place[0] & 3], value[place[1] & 3], value[place[2] & 3], value[place[3] & 3]};
+    const Ints high = {upper[place[0] & 3], upper[place[1] & 3], upper[place[2] & 3], upper[place[3] & 3]};
+    return place > 3 ? high : low;
+#endif
+  }
+
+#if !defined(__AVX2__)
+  Ints upper;
+#endif
+};
+
+VLAL_INLINE Floats broadcast(float value) { return value - Floats{}; }
+VLAL_INLINE Floats fused(Floats a, Floats b, float c) { return fused(a, b, broadcast(c)); }
+VLAL_INLINE Floats fused(Floats a, float b, Floats c) { return fused(a, broadcast(b), c); }
+VLAL_INLINE Floats fused(Floats a, float b, float c) { return fused(a, broadcast(b), broadcast(c)); }
+VLAL_INLINE Floats fused(float a, Floats b, float c) { return fused(b, a, c); }
+VLAL_INLINE Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
+// a where a bit of `bits` is set, else b.
+template <int BIT>
+VLAL_INLINE Floats select_bit(Ints bits, Floats a, Floats b) {
+#if defined(__AVX512F__)
+  const __mmask16 set = _mm512_test_epi32_mask((__m512i)bits, _mm512_set1_epi32(BIT));
+  return (Floats)_mm512_mask_blend_ps(set, (__m512)b, (__m512)a);
+#else
+  return (bits & BIT) != 0 ? a : b;
+#endif
+}
+VLAL_INLINE Ints bits_of(Floats v) { return (Ints)v; }
+VLAL_INLINE Floats float_of(Ints bits) { return (Floats)bits; }
+VLAL_INLINE Floats converted(Ints v) { return __builtin_convertvector(v, Floats); }
+VLAL_INLINE Floats reciprocal(Floats v) { return 1.0f / v; }
+
+// exp(-|x|) by Cephes expf; 0 below the smallest normal one; NaN stays NaN.
+VLAL_INLINE Floats exp_minus_abs(Floats x) {
+  const Floats d = float_of(bits_of(x) | (int32_t)0x80000000);
+  const Floats shifted = fused(d, 1.44269504088896341f, 12582912.0f);
+  const Floats n = shifted - 12582912.0f;
+  const Floats r = fused(n, -VLAL_LN2_LOW, fused(n, -VLAL_LN2_HIGH, d));
+  const Floats square = r * r;
+  const Floats high = fused(1.98756915e-4f, r, 1.3981999507e-3f);
+  const Floats middle = fused(8.3334519073e-3f, r, 4.1665795894e-2f);
+  const Floats low = fused(1.6666665459e-1f, r, 5.0000001201e-1f);
+  const Floats q = fused(fused(high, square, middle), square, low);
+  const Floats fraction = fused(q, square, r) + 1.0f;
+  const Floats power = float_of((bits_of(shifted) - (0x4B400000 - 127)) << 23);
+  return select(d < -87.33f, Floats{}, fraction * power);
+}
+
+}  // namespace
+
+#endif
