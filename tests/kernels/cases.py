@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tests.kernels import emulated
 from vlal_dist.kernels import cpu, reference
 from vlal_dist.kernels.build import VARIANTS, compiler, instruction_set
 from vlal_dist.kernels.inputs import Draw, FeasibleTable, Labels
@@ -46,12 +47,13 @@ def instruction_sets() -> list[str]:
     return names[names.index(instruction_set()) :] if compiler() else []
 
 
-FUSED = [
+ON_CPU = [
     Backend(f"cpu-{name}", "cpu", partial(cpu.run, variant=name)) for name in instruction_sets()
 ]
+FUSED = [*ON_CPU, Backend("cuda-emulated", "cpu", emulated.run)]
 """The compiled ones: the same draw bit for bit, and the attributes drawn in `drawn_out`."""
 EQUAL = [
-    [b for b in FUSED if ("-mfma" in VARIANTS[b.name.removeprefix("cpu-")]) == fma]
+    [b for b in ON_CPU if ("-mfma" in VARIANTS[b.name.removeprefix("cpu-")]) == fma]
     for fma in (True, False)
 ]
 """Groups of them whose losses and gradients too are equal bit for bit."""

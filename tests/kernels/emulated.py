@@ -8,7 +8,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-from vlal_dist.kernels import cuda, nvrtc
+import torch
+
+from vlal_dist.kernels import cuda, nvrtc, reference
 from vlal_dist.kernels.build import SOURCES, compiler, digest_of, kept
 
 FOLDER = Path(__file__).with_name("emulation")
@@ -33,7 +35,9 @@ def load(defines: tuple[str, ...], extra: tuple[str, ...] = ()):
 
 
 def run(tensors, *, largest=0, most_shared=232_448, **settings):
-    """As `cuda.run`, for tensors of the CPU."""
+    """As the operator runs a batch of a GPU, for tensors of the CPU."""
+    if tensors["logits"].dtype == torch.float64:  # as selective_loss.py decides
+        return reference.run(tensors, **settings)
     if tensors["logits"].numel() == 0:
         losses, gradient, sums, counts = cuda._outputs(tensors)
         return losses.zero_(), gradient, sums.zero_(), counts.zero_()

@@ -11,6 +11,7 @@ from tests.kernels.cases import (
     FUSED,
     GAMMAS,
     MODES,
+    ON_CPU,
     PAPER,
     SEEDS,
     Backend,
@@ -181,11 +182,11 @@ def test_threads_and_repeats_give_the_same_bits(backend, mode):
     assert case.logits.numel() >= 8 * cpu.WORTH_A_THREAD
     case = case._replace(row_weight=torch.linspace(0, 2, 701))
     first = run(backend, case, mode)
-    for threads in (1, 2, 8):
+    for threads in (1, 2, 8) if backend in ON_CPU else ():
         threaded = backend._replace(run=partial(backend.run, threads=threads))
         assert same_bits(run(threaded, case, mode), first)
     for _ in range(20 if mode == "draw" else 2):
-        assert same_bits(run(threaded, case, mode), first)
+        assert same_bits(run(backend, case, mode), first)
 
 
 @on_fused
@@ -244,6 +245,7 @@ def test_golden(backend):
     """Runs that were stored stay repeatable: change this only when that is meant to end."""
     out, digest = golden_outputs(backend)
     assert out == GOLDEN_DRAWN
-    assert digest == GOLDEN_GRADIENT["fma" if backend in EQUAL[0] else "plain"]
+    if backend in ON_CPU:  # the exponentials of other backends are their libraries'
+        assert digest == GOLDEN_GRADIENT["fma" if backend in EQUAL[0] else "plain"]
     by_oracle = oracle_mask(golden_case(), num_ignore=6)
     assert [row.nonzero()[:, 0].tolist() for row in by_oracle] == GOLDEN_DRAWN

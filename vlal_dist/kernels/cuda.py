@@ -52,8 +52,8 @@ def plan_launch(*, rows: int, attributes: int, drawable: int, most_shared: int) 
     """
     team = nvrtc.WARP if attributes <= _LONG_ROW else nvrtc.BLOCK
     teams = THREADS // team
-    codes, keys = (attributes + 8 + 15) // 16 * 16, (4 * drawable + 15) // 16 * 16
-    # A lane counts its vectors of four in bytes.
+    codes, keys = (attributes + 15) // 16 * 16, (4 * drawable + 15) // 16 * 16
+    # A lane counts the codes of four attributes at a time, in bytes.
     if teams * codes + _STATIC > most_shared or attributes > 255 * 4 * team:
         raise ConfigError(f"{attributes} attributes exceed this GPU's shared memory")
     keys_shared = teams * (codes + keys) + _STATIC <= most_shared

@@ -4,25 +4,17 @@
 
 #include "draw.h"
 
-// Codes of a row in shared memory, in whole vectors that lie as the logits do.
-struct Codes {
-  unsigned char* base;  // aligned; `bytes` of it, the first `shift` and what follows the row idle
-  unsigned char* code;  // of attribute 0
-  int shift, bytes;
-};
+// Bytes of shared memory that the codes of a row take: whole words, the last ones idle.
+VLAL_INLINE int code_bytes(int size) { return (size + 15) / 16 * 16; }
 
-VLAL_INLINE void clear_codes(const Codes& c, int size) {
+VLAL_INLINE void clear_codes(unsigned char* code, int size) {
   EACH_LANE(lane)
     const Words infeasible = {{0x03030303u, 0x03030303u, 0x03030303u, 0x03030303u}};
-    for (int n = lane; n < c.bytes / 16; n += kTeam) ((Words*)c.base)[n] = infeasible;
-  END_LANES
-  EACH_LANE(lane)
-    for (int n = lane; n < c.shift; n += kTeam) c.base[n] = kIgnored;
-    for (int n = c.shift + size + lane; n < c.bytes; n += kTeam) c.base[n] = kIgnored;
+    for (int n = lane; n < code_bytes(size) / 16; n += kTeam) ((Words*)code)[n] = infeasible;
   END_LANES
 }
 
-VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, const Codes& c, int size) {
+VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, unsigned char* code, int size) {
   if (a.label) {
     const signed char* label = a.label + row * size;
     const int lead = (int)((4 - (vlal_u64)label % 4) % 4);  // bytes before the first whole word
@@ -33,12 +25,12 @@ VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, const Codes& c, int 
         if (!four) continue;
         for (int k = 0; k < 4; ++k) {
           const signed char one = (signed char)(four >> 8 * k);
-          if (one) c.code[first + 4 * n + k] = one > 0 ? kPositive : kNegative;
+          if (one) code[first + 4 * n + k] = one > 0 ? kPositive : kNegative;
         }
       }
       for (int n = lane; n < size - 4 * words; n += kTeam) {
         const int at = n < first ? n : 4 * words + n;
-        if (label[at]) c.code[at] = label[at] > 0 ? kPositive : kNegative;
+        if (label[at]) code[at] = label[at] > 0 ? kPositive : kNegative;
       }
     END_LANES
     return;
@@ -48,7 +40,7 @@ VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, const Codes& c, int 
   EACH_LANE(lane)
     for (int n = lane; n < annotated; n += kTeam) {
       const int pair = a.label_code[start + n];
-      c.code[pair >> 1] = pair & 1 ? kPositive : kNegative;
+      code[pair >> 1] = pair & 1 ? kPositive : kNegative;
     }
   END_LANES
 }
@@ -61,7 +53,7 @@ struct Race {
   vlal_u32 threshold, ties;  // drawn: below the threshold, and so many of those that equal it
 };
 
-VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, const Codes& c, Race& race) {
+VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code, Race& race) {
   const float* weight = a.inverse_weight + a.weight_indptr[row];
   const vlal_u64 uid = (vlal_u64)a.uid[row], seed = (vlal_u64)*a.seed;
   const vlal_u32 visit = (vlal_u32)a.visit[row];
@@ -76,7 +68,7 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, const Codes& c, Race
       VLAL_PHILOX(c0, c1, c2, c3, k0, k1)
       const vlal_u32 low = attribute & 1 ? c1 : c0, high = attribute & 1 ? c3 : c2;
       vlal_u32 key = vlal_key_bits(attribute & 2 ? high : low, weight[n]);
-      if (a.over_unannotated && c.code[attribute] != kFeasible) key = VLAL_NOT_DRAWN;
+      if (a.over_unannotated && code[attribute] != kFeasible) key = VLAL_NOT_DRAWN;
       race.keys[n] = key;
       if (key == VLAL_NOT_DRAWN) continue;
       least[lane] = key < least[lane] ? key : least[lane];
@@ -117,23 +109,23 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, const Codes& c, Race
   race.ties = wanted - team_sum(count);
 }
 
-VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, const Codes& c, vlal_u32* keys) {
+VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys) {
   const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
   Race race = {keys, a.feasible_index + start, (int)(a.feasible_indptr[object + 1] - start), 0, 0};
   if (a.num_ignore == 0 || race.size == 0) return;
   if (a.num_ignore < 0) {
     EACH_LANE(lane)
       for (int n = lane; n < race.size; n += kTeam) {
-        if (c.code[race.index[n]] == kFeasible) c.code[race.index[n]] = kIgnored;
+        if (code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
       }
     END_LANES
     return;
   }
-  run_race(a, row, c, race);
+  run_race(a, row, code, race);
   EACH_LANE(lane)
     for (int n = lane; n < race.size; n += kTeam) {
       if (keys[n] >= race.threshold) continue;
-      if (c.code[race.index[n]] == kFeasible) c.code[race.index[n]] = kIgnored;
+      if (code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
     }
   END_LANES
   if (race.ties == 0 && !a.drawn_out) return;
@@ -144,27 +136,27 @@ VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, const Codes& c, vlal_u32
       const bool tie = ties > 0 && keys[n] == race.threshold;
       if (!(keys[n] < race.threshold || tie)) continue;
       ties -= tie;
-      if (tie && c.code[race.index[n]] == kFeasible) c.code[race.index[n]] = kIgnored;
+      if (tie && code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
       if (a.drawn_out) a.drawn_out[row * a.drawn_per_row + listed++] = race.index[n];
     }
   END_LANES
 }
 
-VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, const Codes& c, vlal_u32* keys) {
+VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys) {
   const int size = (int)a.attributes;
-  clear_codes(c, size);
+  clear_codes(code, size);
   const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
   const int members = (int)(a.feasible_indptr[object + 1] - start);
   EACH_LANE(lane)
-    for (int n = lane; n < members; n += kTeam) c.code[a.feasible_index[start + n]] = kFeasible;
+    for (int n = lane; n < members; n += kTeam) code[a.feasible_index[start + n]] = kFeasible;
   END_LANES
-  annotate(a, row, c, size);
-  if (VLAL_MODE == kDraw) draw(a, row, c, keys);
+  annotate(a, row, code, size);
+  if (VLAL_MODE == kDraw) draw(a, row, code, keys);
   if (VLAL_MODE == kList) {
     EACH_LANE(lane)
       for (int n = lane; n < (int)a.drawn_per_row; n += kTeam) {
         const int one = a.drawn[row * a.drawn_per_row + n];
-        if (one >= 0 && c.code[one] >= kFeasible) c.code[one] = kIgnored;
+        if (one >= 0 && code[one] >= kFeasible) code[one] = kIgnored;
       }
     END_LANES
   }
@@ -172,7 +164,7 @@ VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, const Codes& c, vlal_
     EACH_LANE(lane)
       for (int n = lane; n < size; n += kTeam) {
         const bool ignored = VLAL_MODE == kIgnoreAll || a.ignored[row * size + n];
-        if (ignored && c.code[n] >= kFeasible) c.code[n] = kIgnored;
+        if (ignored && code[n] >= kFeasible) code[n] = kIgnored;
       }
     END_LANES
   }
