@@ -156,8 +156,8 @@ def test_rows_may_lie_apart(backend, dtype):
 @pytest.mark.parametrize("attributes", [1, 7, 15, 16, 17, 63, 64, 65, 591, 16_319, 16_321, 33_000])
 def test_any_number_of_attributes(backend, attributes):
     case = make(rows=3, attributes=attributes, objects=3, annotated=0.2, density=0.5, seed=6)
-    assert_close(run(backend, case), oracle(case))
-    assert_close(run(backend, case, "mask"), oracle(case, "mask"))
+    assert_close(run(backend, case), oracle(case), norm=1e-5)  # one pair may be all there is
+    assert_close(run(backend, case, "mask"), oracle(case, "mask"), norm=1e-5)
 
 
 @on_backends

@@ -213,11 +213,7 @@ def _start(kernel: Any, blocks: int, shared: int, stream: int, *arguments: bytes
     held = [ctypes.create_string_buffer(one, len(one)) for one in arguments]
     addresses = (ctypes.c_void_p * len(held))(*(ctypes.addressof(one) for one in held))
     where = ctypes.addressof(addresses)
-    _done(
-        _driver().cuLaunchKernel(
-            kernel, blocks, 1, 1, THREADS, 1, 1, shared, stream, where, 0
-        )
-    )
+    _done(_driver().cuLaunchKernel(kernel, blocks, 1, 1, THREADS, 1, 1, shared, stream, where, 0))
 
 
 @functools.cache

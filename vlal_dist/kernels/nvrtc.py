@@ -69,18 +69,23 @@ def compiled(defines: tuple[str, ...], architecture: str) -> Path:
     return kept(name, lambda target: _write(target, compile_program(defines, architecture)[0]))
 
 
-def compile_program(defines: tuple[str, ...], architecture: str) -> tuple[bytes, str]:
+def compile_program(
+    defines: tuple[str, ...], architecture: str, *, source: bytes = b'#include "cuda.cu"'
+) -> tuple[bytes, str]:
     """The program's bytes, and what the assembler says of registers and spills.
+
+    Args:
+        defines, architecture: of `compiled`.
+        source: CUDA C++ that may include the sources by name.
 
     Raises:
         ConfigError: NVRTC is missing or fails.
     """
     nvrtc = _nvrtc()
-    headers = sorted(path for path in SOURCES.iterdir() if path.suffix == ".h")
-    source = (SOURCES / "cuda.cu").read_bytes()
+    headers = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cu"))
     status, program = nvrtc.nvrtcCreateProgram(
         source,
-        b"cuda.cu",
+        b"program.cu",
         len(headers),
         [path.read_bytes() for path in headers],
         [path.name.encode() for path in headers],

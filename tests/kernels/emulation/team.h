@@ -59,6 +59,7 @@ inline float float_of(int bits) { return __builtin_bit_cast(float, bits); }
 inline float converted(int v) { return (float)v; }
 inline float reciprocal(float v) { return 1.0f / v; }
 inline float exp2_of(float v) { return std::exp2f(v); }
+inline float log2_of(float v) { return std::log2f(v); }
 
 inline float from_bfloat16(unsigned short bits) { return float_of((int)bits << 16); }
 inline unsigned short to_bfloat16(float value) {

@@ -11,18 +11,36 @@
 
 constexpr int kAhead = 4;  // logits that a lane asks for before it works on the first
 
-// Loss of a lane's pairs, and the slope of this one.
-VLAL_INLINE float work(float z, int code, float weight, float (&sum)[4]) {
-  if (code == kPositive) {  // few are
-    const Focal<float> f = positive_pair(z);
-    sum[kPositive] += f.loss;
-    return f.slope * weight;
+// Slopes of COUNT pairs of a lane, kTeam apart from `start`; their losses join `sum`.
+template <int COUNT>
+VLAL_INLINE void work(const Element* logits, Element* gradient, const unsigned char* code,
+                      int start, float weight, float (&sum)[4]) {
+  float z[COUNT], slope[COUNT];
+  int is[COUNT];
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) z[k] = to_float(logits[start + k * kTeam]);
+  bool positive = false;
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    is[k] = code[start + k * kTeam];
+    const Focal<float> f = negative_pair(z[k], is[k]);
+    if (is[k] == kNegative) sum[kNegative] += f.loss;
+    if (is[k] == kFeasible) sum[kFeasible] += f.loss;
+    if (is[k] == kInfeasible) sum[kInfeasible] += f.loss;
+    slope[k] = is[k] == kIgnored ? 0.0f : f.slope * weight;
+    positive = positive || is[k] == kPositive;
   }
-  const Focal<float> f = negative_pair(z, code);
-  if (code == kNegative) sum[kNegative] += f.loss;
-  if (code == kFeasible) sum[kFeasible] += f.loss;
-  if (code == kInfeasible) sum[kInfeasible] += f.loss;
-  return code == kIgnored ? 0.0f : f.slope * weight;
+  if (positive) {  // few are
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      if (is[k] != kPositive) continue;
+      const Focal<float> f = positive_pair(z[k]);
+      sum[kPositive] += f.loss;
+      slope[k] = f.slope * weight;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) gradient[start + k * kTeam] = from_float(slope[k]);
 }
 
 // What becomes of a row: its loss by term, and what counts as what.
@@ -81,19 +99,11 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   PerLane<float> gathered[4];
   EACH_LANE(lane)
     float sum[4] = {};
-    for (int start = lane; start < size; start += kTeam * kAhead) {
-      float z[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int n = start + k * kTeam;
-        z[k] = n < size ? to_float(logits[n]) : 0.0f;
-      }
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int n = start + k * kTeam;
-        if (n < size) gradient[n] = from_float(work(z[k], code[n], weight, sum));
-      }
+    int n = lane;
+    for (; n + (kAhead - 1) * kTeam < size; n += kAhead * kTeam) {
+      work<kAhead>(logits, gradient, code, n, weight, sum);
     }
+    for (; n < size; n += kTeam) work<1>(logits, gradient, code, n, weight, sum);
     for (int t = 0; t < 4; ++t) gathered[t][lane] = sum[t];
   END_LANES
 #pragma unroll

@@ -92,6 +92,12 @@ VLAL_INLINE float exp2_of(float v) {
   return result;
 }
 
+VLAL_INLINE float log2_of(float v) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
+  return result;
+}
+
 VLAL_INLINE float from_bfloat16(unsigned short bits) { return __int_as_float((int)bits << 16); }
 VLAL_INLINE unsigned short to_bfloat16(float value) {
 #if __CUDA_ARCH__ >= 900
