@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -58,6 +59,19 @@ EQUAL = [
 ]
 """Groups of them whose losses and gradients too are equal bit for bit."""
 BACKENDS = [*FUSED, Backend("reference", "cpu", reference.run)]
+
+
+def parametrized(backends: list[Backend]) -> pytest.MarkDecorator:
+    """A test for each of them; those of the emulated programs are compiled one by one."""
+    slow = [pytest.mark.long]
+    params = [
+        pytest.param(b, id=b.name, marks=slow if b.name == "cuda-emulated" else [])
+        for b in backends
+    ]
+    return pytest.mark.parametrize("backend", params)
+
+
+on_backends, on_fused = parametrized(BACKENDS), parametrized(FUSED)
 
 
 class Case(NamedTuple):

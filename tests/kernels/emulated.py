@@ -1,4 +1,4 @@
-"""The CUDA programs on a processor: the same source, each phase of a block in a loop over its lanes.
+"""The CUDA programs on a processor: the same source, each phase in a loop over a team's lanes.
 
 Compiled by g++ for each setting, as NVRTC would; kept beside the CPU's libraries.
 """
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from vlal_dist.kernels import cuda, nvrtc, reference
+from vlal_dist.kernels import nvrtc, reference
 from vlal_dist.kernels.build import SOURCES, compiler, digest_of, kept
+from vlal_dist.kernels.launch import outputs_for, prepare, prepare_draw
 
 FOLDER = Path(__file__).with_name("emulation")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror")
@@ -39,9 +40,21 @@ def run(tensors, *, largest=0, most_shared=232_448, **settings):
     if tensors["logits"].dtype == torch.float64:  # as selective_loss.py decides
         return reference.run(tensors, **settings)
     if tensors["logits"].numel() == 0:
-        losses, gradient, sums, counts = cuda._outputs(tensors)
+        losses, gradient, sums, counts = outputs_for(tensors)
         return losses.zero_(), gradient, sums.zero_(), counts.zero_()
-    call = cuda.prepare(tensors, largest=largest, most_shared=most_shared, **settings)
+    call = prepare(tensors, largest=largest, most_shared=most_shared, **settings)
     load(call.settings.defines())(call.arguments, call.launch.blocks)
     load(nvrtc.TOTALS)(call.arguments, call.launch.blocks)
     return call.outputs
+
+
+def draw(tensors, attributes, num_ignore, over_unannotated, *, largest=0, most_shared=232_448):
+    """As `cuda.draw`."""
+    rows = len(tensors["object_id"])
+    drawn = torch.full((rows, min(num_ignore, attributes)), -1, dtype=torch.int32)
+    if drawn.numel() == 0:
+        return drawn
+    given = ({**tensors, "drawn_out": drawn}, attributes, num_ignore, over_unannotated)
+    settings, launch, arguments, _ = prepare_draw(*given, largest=largest, most_shared=most_shared)
+    load(settings.defines())(arguments, launch.blocks)
+    return drawn

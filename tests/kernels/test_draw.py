@@ -8,7 +8,6 @@ import torch
 
 from tests.kernels.cases import (
     EQUAL,
-    FUSED,
     GAMMAS,
     MODES,
     ON_CPU,
@@ -18,6 +17,7 @@ from tests.kernels.cases import (
     Case,
     indptr,
     make,
+    on_fused,
     oracle_mask,
     plain,
     run,
@@ -25,8 +25,6 @@ from tests.kernels.cases import (
 )
 from vlal_dist.kernels import cpu
 from vlal_dist.kernels.inputs import FeasibleTable
-
-on_fused = pytest.mark.parametrize("backend", FUSED, ids=[b.name for b in FUSED])
 
 
 def drawn_by(backend, case, *, num_ignore=7, over_unannotated=False):

@@ -5,11 +5,19 @@ import math
 import pytest
 import torch
 
-from tests.kernels.cases import BACKENDS, FUSED, GAMMAS, PAPER, Case, indptr, make, oracle, run
+from tests.kernels.cases import (
+    GAMMAS,
+    PAPER,
+    Case,
+    indptr,
+    make,
+    on_backends,
+    on_fused,
+    oracle,
+    run,
+)
 from vlal_dist.kernels.inputs import FeasibleTable
 
-on_backends = pytest.mark.parametrize("backend", BACKENDS, ids=[b.name for b in BACKENDS])
-on_fused = pytest.mark.parametrize("backend", FUSED, ids=[b.name for b in FUSED])
 TERMS = ("positive", "negative", "feasible", "infeasible", "ignored")
 
 

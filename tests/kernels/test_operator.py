@@ -9,7 +9,9 @@ import torch
 from tests.kernels.cases import PAPER, SETTINGS, draw_of, drawn, labels, make, oracle, tensors
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.selective_loss import _NAMES, _operator, selective_loss
+from vlal_dist.kernels.check import NAMES
+from vlal_dist.kernels.operator import compiled_loss
+from vlal_dist.kernels.selective_loss import selective_loss
 
 FORMS = ("draw", "list", "mask", "ignore", "negatify")
 
@@ -165,14 +167,15 @@ def test_layouts_of_the_logits():
 def registered(case, logits, mode="draw", **settings):
     given = {**tensors(case, mode), "logits": logits}
     chosen = {**SETTINGS, **settings}
-    return _operator(
-        *(given.get(name) for name in _NAMES),
+    return compiled_loss(
+        *(given.get(name) for name in NAMES),
         mode,
         chosen["num_ignore"],
         chosen["over_unannotated"],
         list(chosen["gammas"]),
         chosen["margin"],
         chosen["detach_focal"],
+        0,
         "auto",
     )
 
@@ -189,16 +192,17 @@ def test_opcheck(mode, layout, dtype):
     }[layout]
     given = {**tensors(case, mode), "logits": logits.detach().requires_grad_()}
     arguments = (
-        *(given.get(name) for name in _NAMES),
+        *(given.get(name) for name in NAMES),
         mode,
         7,
         False,
         list(PAPER),
         0.05,
         False,
+        0,
         "auto",
     )
-    torch.library.opcheck(_operator, arguments)
+    torch.library.opcheck(compiled_loss, arguments)
 
 
 @pytest.mark.parametrize("form", ["draw", "ignore"])
@@ -322,3 +326,51 @@ def test_no_attributes(forced):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_in_place_gives_the_same_in_the_logits_memory(scale, dtype):
+    case = make(annotated=0.3).to(dtype)
+    weight = torch.eye(131, dtype=dtype).requires_grad_()
+    expected = call(case, case.logits @ weight)
+    (wanted,) = torch.autograd.grad(expected.per_row.sum() * scale, weight)
+    logits = case.logits @ weight
+    found = call(case, logits, in_place=True)
+    assert torch.equal(found.per_row, expected.per_row)
+    slope = slope_of(case, torch.ones(9))
+    assert torch.equal(logits.detach(), slope), "the gradient lies where the logits were"
+    (gradient,) = torch.autograd.grad(found.per_row.sum() * scale, weight)
+    assert torch.equal(gradient, wanted)
+
+
+def test_in_place_of_rows_that_lie_apart():
+    case = make(annotated=0.3)
+    wide = torch.full((9, 200), 7.0)
+    wide[:, 20:151] = case.logits
+    expected = call(case, case.logits).per_row
+    assert torch.equal(call(case, wide[:, 20:151], in_place=True).per_row, expected)
+    assert torch.equal(wide[:, 20:151], slope_of(case, torch.ones(9)))
+    assert (wide[:, :20] == 7).all() and (wide[:, 151:] == 7).all()
+    columns = case.logits.t().contiguous().t()  # elements of a row lie apart: a copy is worked on
+    assert torch.equal(call(case, columns, in_place=True).per_row, expected)
+
+
+def test_in_place_is_refused_where_the_logits_are_needed():
+    case = make()
+    with pytest.raises(ValueError, match="leaf"):
+        call(case, case.logits.clone().requires_grad_(), in_place=True)
+    leaf = case.logits.clone().requires_grad_()
+    logits = torch.sigmoid(leaf)  # whose own gradient is made of its result
+    loss = call(case, logits, in_place=True).per_row.sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_scales_once():
+    case = make()
+    weight = torch.eye(131).requires_grad_()
+    loss = call(case, case.logits @ weight, in_place=True).per_row.sum() * 0.5
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

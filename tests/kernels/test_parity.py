@@ -4,20 +4,18 @@ import pytest
 import torch
 
 from tests.kernels.cases import (
-    BACKENDS,
-    FUSED,
     GAMMAS,
     MODES,
     PAPER,
     away_from,
     make,
+    on_backends,
+    on_fused,
     oracle,
     run,
     same_bits,
 )
 
-on_backends = pytest.mark.parametrize("backend", BACKENDS, ids=[b.name for b in BACKENDS])
-on_fused = pytest.mark.parametrize("backend", FUSED, ids=[b.name for b in FUSED])
 WEIGHTS = torch.tensor([1.0, 0.0, 2.5, 0.37, 1e-3, 1.0, 0.0, 8.0, 1.0])
 
 

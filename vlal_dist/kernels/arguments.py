@@ -21,6 +21,7 @@ _LAYOUT = struct.Struct(f"@{len(_POINTERS)}P7q5d5i4x")
 def pack(
     tensors: dict[str, Tensor | None],
     *,
+    attributes: int,
     mode: str,
     num_ignore: int,
     over_unannotated: bool,
@@ -34,32 +35,34 @@ def pack(
 
     Args:
         tensors: by their names in the structure, outputs included; contiguous, `logits` and
-            `gradient` along their rows. They must outlive the call.
+            `gradient` along their rows. They must outlive the call. Without `logits` there is
+            a draw and no loss.
+        attributes: A.
         mode: a name of `MODES`.
         num_ignore, over_unannotated, gammas, margin, detach_focal: of the operator.
         threads: on the CPU, at most so many.
         largest: on CUDA, the size of the greatest feasible set.
     """
-    logits, gradient = tensors["logits"], tensors["gradient"]
-    assert logits is not None and gradient is not None
+    logits, gradient, object_id = (tensors.get(n) for n in ("logits", "gradient", "object_id"))
+    assert object_id is not None
     drawn = tensors.get("drawn")
     if drawn is None:
         drawn = tensors.get("drawn_out")
     found = map(tensors.get, _POINTERS)
-    rows, attributes = logits.shape
+    rows = len(object_id)
+    apart = [attributes if t is None or rows < 2 else t.stride(0) for t in (logits, gradient)]
     return _LAYOUT.pack(
         *[0 if tensor is None else tensor.data_ptr() for tensor in found],
         rows,
         attributes,
-        logits.stride(0) if rows > 1 else attributes,
-        gradient.stride(0) if rows > 1 else attributes,
+        *apart,
         0 if drawn is None else drawn.shape[1],
         num_ignore,
         largest,
         *gammas,
         margin,
         MODES[mode],
-        KINDS[logits.dtype],
+        0 if logits is None else KINDS[logits.dtype],
         detach_focal,
         over_unannotated,
         threads,

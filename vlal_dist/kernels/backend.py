@@ -1,7 +1,7 @@
 """Which backend does the work, and why.
 
-The fastest that works is used: a missing compiler never breaks a run, it is said once.
-`VLAL_KERNEL` forces one of `BACKENDS`; then its absence is an error.
+The fastest that works is used: a missing compiler, NVRTC or driver never breaks a run, it is said
+once. `VLAL_KERNEL` forces one of `BACKENDS`; then its absence is an error.
 """
 
 import functools
@@ -9,14 +9,16 @@ import logging
 import os
 from typing import NamedTuple
 
+import torch
+
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels import cpu
+from vlal_dist.kernels import cpu, cuda, nvrtc
 from vlal_dist.kernels.build import instruction_set
 
 logger = logging.getLogger(__name__)
 
 VARIABLE = "VLAL_KERNEL"
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "cuda", "reference")
 
 
 class Chosen(NamedTuple):
@@ -41,15 +43,27 @@ def choose(device: str) -> Chosen:
         raise ConfigError(f"{VARIABLE}={forced} is none of {', '.join(BACKENDS)}; unset it")
     if forced == "reference":
         return Chosen("reference", f"{VARIABLE} says so")
-    if device != "cpu":
-        if forced:
-            raise ConfigError(f"{VARIABLE}={forced} does not work on {device}; unset it")
-        return Chosen("reference", f"there is no fused operator for {device} yet")
+    if forced not in ("", device):
+        raise ConfigError(f"{VARIABLE}={forced} does not work on {device}; unset it")
+    if device not in BACKENDS:
+        return Chosen("reference", f"there is no fused operator for {device}")
     try:
-        cpu.load(instruction_set())
+        return Chosen(device, _try_cpu() if device == "cpu" else _try_cuda())
     except (ConfigError, OSError) as error:
         if forced:
             raise ConfigError(f"{VARIABLE}={forced}: {error}") from None
         logger.warning("the selective loss runs by its readable reference: %s", error)
         return Chosen("reference", str(error))
-    return Chosen("cpu", f"compiled for {instruction_set()}")
+
+
+def _try_cpu() -> str:
+    cpu.load(instruction_set())
+    return f"compiled for {instruction_set()}"
+
+
+def _try_cuda() -> str:
+    if not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU")
+    cuda.load(None, torch.cuda.current_device())
+    major, minor = torch.cuda.get_device_capability()
+    return f"compiled for sm_{major}{minor} by NVRTC {nvrtc.version()}"

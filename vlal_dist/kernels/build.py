@@ -102,13 +102,14 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one node start together
-            if not target.exists():
-                make(partial)
-                partial.replace(target)
+            try:
+                if not target.exists():
+                    make(partial)
+                    partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

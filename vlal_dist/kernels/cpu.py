@@ -59,16 +59,61 @@ def run(
     counts = torch.empty(5, dtype=torch.int64)
     if logits.numel() == 0:  # an empty tensor has no address
         return per_row.zero_(), gradient, sums.zero_(), counts.zero_()
-    most = torch.get_num_threads() if threads is None else threads
     arguments = pack(
         {**tensors, "gradient": gradient, "per_row": per_row, "sums": sums, "counts": counts},
+        attributes=attributes,
         mode=mode,
         num_ignore=num_ignore,
         over_unannotated=over_unannotated,
         gammas=gammas,
         margin=margin,
         detach_focal=detach_focal,
-        threads=max(1, min(most, rows * attributes // WORTH_A_THREAD)),
+        threads=_threads(rows * attributes, threads),
     )
     load(variant or instruction_set())(arguments)
     return per_row, gradient, sums, counts
+
+
+def draw(
+    tensors: dict[str, Tensor | None],
+    attributes: int,
+    num_ignore: int,
+    over_unannotated: bool,
+    *,
+    threads: int | None = None,
+    variant: str | None = None,
+) -> Tensor:
+    """The attributes drawn, int32 [B, k]; see `selective_loss.draw_ignored`.
+
+    Args:
+        tensors: as `run`, without logits.
+        attributes: A.
+        num_ignore: k >= 0.
+        over_unannotated, threads, variant: as `run`.
+    """
+    object_id = tensors["object_id"]
+    assert object_id is not None
+    rows = len(object_id)
+    drawn = torch.full((rows, min(num_ignore, attributes)), -1, dtype=torch.int32)
+    if drawn.numel() == 0:
+        return drawn
+    unused = {"per_row": torch.empty(rows), "sums": torch.empty(5, dtype=torch.float64)}
+    unused["counts"] = torch.empty(5, dtype=torch.int64)
+    arguments = pack(
+        {**tensors, **unused, "drawn_out": drawn},
+        attributes=attributes,
+        mode="draw",
+        num_ignore=num_ignore,
+        over_unannotated=over_unannotated,
+        gammas=(0.0, 0.0, 0.0, 0.0),
+        margin=0.0,
+        detach_focal=False,
+        threads=_threads(rows * attributes, threads),
+    )
+    load(variant or instruction_set())(arguments)
+    return drawn
+
+
+def _threads(elements: int, most: int | None) -> int:
+    most = torch.get_num_threads() if most is None else most
+    return max(1, min(most, elements // WORTH_A_THREAD))

@@ -14,10 +14,13 @@ class FeasibleTable(NamedTuple):
     Attributes:
         indptr: int64 [O + 1].
         indices: int32 [S], attributes ascending within an object.
+        largest: attributes of the greatest set, which decides how much of a GPU's memory a draw
+            takes; 0: not known, all attributes are provided for.
     """
 
     indptr: Tensor
     indices: Tensor
+    largest: int = 0
 
 
 class Draw(NamedTuple):

@@ -6,6 +6,7 @@ few multiplications, and what a setting does not need is not there.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels.arguments import MODES
@@ -134,7 +135,7 @@ def _check(status: object) -> None:
         raise ConfigError(f"NVRTC fails: {status}")
 
 
-def _nvrtc():  # type: ignore[no-untyped-def]  # cuda.bindings has no types
+def _nvrtc() -> Any:
     """The bindings; imported here, as a build of torch without CUDA does not bring them.
 
     Raises:

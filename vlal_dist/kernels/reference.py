@@ -53,31 +53,14 @@ def run(
     detach_focal: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `cpu.run`."""
-    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    logits = given["logits"]
+    logits = tensors["logits"]
+    assert logits is not None
     rows, attributes = logits.shape
-    label = given.get("label")
-    if label is None:
-        code = given["label_code"]
-        sign = (code % 2 * 2 - 1).to(torch.int8)
-        label = dense_rows(given["label_indptr"], code // 2, attributes, sign)
-    feasible_indptr, feasible_index = feasible_rows(
-        given["feasible_indptr"], given["feasible_index"], given["object_id"]
-    )
-    feasible = dense_rows(feasible_indptr, feasible_index, attributes, None)
+    label, feasible = _label_and_feasible(tensors, attributes)
     ignored = torch.zeros_like(feasible)
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if mode == "draw":
-        weight = dense_rows(
-            given["weight_indptr"], feasible_index, attributes, given["inverse_weight"]
-        )
-        ignored = sample_ignore_set(
-            inverse_weight=weight,
-            drawable=feasible & (label == 0) if over_unannotated else feasible,
-            num_ignore=None if num_ignore < 0 else num_ignore,
-            uid=given["uid"],
-            visit=given["visit"],
-            seed=int(given["seed"][0]),
-        )
+        ignored = _drawn(tensors, label, feasible, num_ignore, over_unannotated)
     elif mode == "list":
         drawn = given["drawn"].to(torch.int64)
         wide = ignored.new_zeros(rows, attributes + 1)  # a place for -1
@@ -100,7 +83,48 @@ def run(
     if row_weight is not None:
         by_row = row_weight.to(slope.dtype)[:, None]
         slope = torch.where(by_row == 0, 0.0, slope * by_row)
-    return loss.per_row, slope.to(logits.dtype), loss.sums.to(torch.float64), loss.counts
+    gradient = slope.to(logits.dtype)
+    if "gradient" in given:
+        gradient = given["gradient"].detach().copy_(gradient)
+    return loss.per_row, gradient, loss.sums.to(torch.float64), loss.counts
+
+
+def draw(tensors: Tensors, attributes: int, num_ignore: int, over_unannotated: bool) -> Tensor:
+    """As `cpu.draw`."""
+    label, feasible = _label_and_feasible(tensors, attributes)
+    ignored = _drawn(tensors, label, feasible, num_ignore, over_unannotated)
+    places = torch.where(ignored, torch.arange(attributes, device=ignored.device), attributes)
+    first = places.sort(dim=1).values[:, :num_ignore]
+    return torch.where(first == attributes, -1, first).to(torch.int32)
+
+
+def _label_and_feasible(tensors: Tensors, attributes: int) -> tuple[Tensor, Tensor]:
+    """Labels int8 and Omega_o bool, both [B, A]."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    label = given.get("label")
+    if label is None:
+        code = given["label_code"]
+        sign = (code % 2 * 2 - 1).to(torch.int8)
+        label = dense_rows(given["label_indptr"], code // 2, attributes, sign)
+    feasible = feasible_rows(given["feasible_indptr"], given["feasible_index"], given["object_id"])
+    return label, dense_rows(*feasible, attributes, None)
+
+
+def _drawn(
+    tensors: Tensors, label: Tensor, feasible: Tensor, num_ignore: int, over_unannotated: bool
+) -> Tensor:
+    """Omega_Ignore, bool [B, A]."""
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    weight = torch.zeros(feasible.shape, device=feasible.device)
+    weight[feasible] = given["inverse_weight"]  # both go by row, then by attribute
+    return sample_ignore_set(
+        inverse_weight=weight,
+        drawable=feasible & (label == 0) if over_unannotated else feasible,
+        num_ignore=None if num_ignore < 0 else num_ignore,
+        uid=given["uid"],
+        visit=given["visit"],
+        seed=int(given["seed"][0]),
+    )
 
 
 def slopes(

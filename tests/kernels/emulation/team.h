@@ -49,6 +49,16 @@ T team_reduce(PerLane<T>& lanes) {
   return total;
 }
 
+inline vlal_u32 team_before(PerLane<vlal_u32>& lanes) {
+  vlal_u32 total = 0;
+  for (int lane = 0; lane < kTeam; ++lane) {
+    const vlal_u32 own = lanes[lane];
+    lanes[lane] = total;
+    total += own;
+  }
+  return total;
+}
+
 inline vlal_u32 team_sum(PerLane<vlal_u32>& lanes) { return team_reduce<Plus>(lanes); }
 
 inline float fused(float a, float b, float c) { return std::fmaf(a, b, c); }

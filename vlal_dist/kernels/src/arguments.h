@@ -13,8 +13,8 @@ enum Kind : int { kFloat32, kBfloat16, kFloat16, kFloat64 };
 // Packed field by field in arguments.py. Pointers may be null where the mode or the form of the
 // labels does not need them.
 struct Arguments {
-  const void* logits;               // [rows, attributes], rows `stride` elements apart
-  void* gradient;                   // [rows, attributes], rows `gradient_stride` elements apart
+  const void* logits;               // [rows, attributes], rows `stride` apart; null: draw alone
+  void* gradient;                   // [rows, attributes], rows `gradient_stride` apart
   const signed char* label;         // dense [rows, attributes], contiguous
   const vlal_i64* label_indptr;     // or CSR: [rows + 1], and
   const int* label_code;            // attribute * 2 + (1: present)

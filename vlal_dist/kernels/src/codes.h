@@ -122,24 +122,31 @@ VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, unsigned char* code, vla
     return;
   }
   run_race(a, row, code, race);
-  EACH_LANE(lane)
-    for (int n = lane; n < race.size; n += kTeam) {
-      if (keys[n] >= race.threshold) continue;
-      if (code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
-    }
-  END_LANES
-  if (race.ties == 0 && !a.drawn_out) return;
-  EACH_LANE(lane)
-    vlal_u32 ties = race.ties;
-    int listed = 0;
-    for (int n = 0; lane == 0 && n < race.size; ++n) {
-      const bool tie = ties > 0 && keys[n] == race.threshold;
-      if (!(keys[n] < race.threshold || tie)) continue;
-      ties -= tie;
-      if (tie && code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
-      if (a.drawn_out) a.drawn_out[row * a.drawn_per_row + listed++] = race.index[n];
-    }
-  END_LANES
+  // Lower attributes go first, in the list and among equal keys, so that places are counted.
+  PerLane<vlal_u32> drawn, tied;
+  vlal_u32 listed = 0, ties = 0;
+  for (int start = 0; start < race.size; start += kTeam) {
+    EACH_LANE(lane)
+      const int n = start + lane;
+      tied[lane] = n < race.size && keys[n] == race.threshold;
+    END_LANES
+    const vlal_u32 tied_here = race.ties ? team_before(tied) : 0;
+    EACH_LANE(lane)
+      const int n = start + lane;
+      const bool tie = n < race.size && keys[n] == race.threshold && ties + tied[lane] < race.ties;
+      drawn[lane] = tie || (n < race.size && keys[n] < race.threshold);
+      if (drawn[lane] && code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
+    END_LANES
+    ties += tied_here;
+    if (!a.drawn_out) continue;
+    PerLane<vlal_u32> place = drawn;
+    const vlal_u32 drawn_here = team_before(place);
+    EACH_LANE(lane)
+      int* list = a.drawn_out + row * a.drawn_per_row + listed;
+      if (drawn[lane]) list[place[lane]] = race.index[start + lane];
+    END_LANES
+    listed += drawn_here;
+  }
 }
 
 VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys) {

@@ -134,6 +134,10 @@ void one_row(const Arguments& a, int64_t row, const Exponents& x, RowLoss loss, 
              RowResult& result) {
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
   const int64_t at = row * a.stride, to = row * a.gradient_stride, size = a.attributes;
+  if (!a.logits) {
+    lay_out(a, row, s, result);
+    return;
+  }
   if (weight == 0) {
     const size_t width = a.kind == kFloat64 ? 8 : a.kind == kFloat32 ? 4 : 2;
     std::memset((char*)a.gradient + to * width, 0, size * width);

@@ -88,13 +88,14 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   const Element* logits = (const Element*)a.logits + row * a.stride;
   Element* gradient = (Element*)a.gradient + row * a.gradient_stride;
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
-  if (weight == 0) {
+  if (weight == 0 && a.logits) {
     EACH_LANE(lane)
       for (int n = lane; n < size; n += kTeam) gradient[n] = from_float(0.0f);
     END_LANES
     return result;
   }
   lay_out(a, row, code, keys);
+  if (!a.logits) return result;
   count_codes(code, size, result);
   PerLane<float> gathered[4];
   EACH_LANE(lane)
@@ -131,10 +132,11 @@ VLAL_INLINE void rows_block(const Arguments& a, vlal_i64 block, unsigned char* s
       if (lane == 0) {
         done[team] = sums;
         const float loss = sums.sum[0] + sums.sum[1] + sums.sum[2] + sums.sum[3];
-        if (row < a.rows) ((float*)a.per_row)[row] = loss;
+        if (row < a.rows && a.per_row) ((float*)a.per_row)[row] = loss;
       }
     END_LANES
   END_TEAMS
+  if (!a.partial) return;
   EACH_TEAM(team)
     EACH_LANE(lane)
       if (team == 0 && lane < 9) {

@@ -65,6 +65,32 @@ VLAL_INLINE T team_reduce(PerLane<T>& lanes) {
   return value;
 }
 
+// Each lane's number becomes the sum of those before it; the sum of all.
+VLAL_INLINE vlal_u32 team_before(PerLane<vlal_u32>& lanes) {
+  const vlal_u32 own = lanes.value;
+  const int lane = (int)threadIdx.x % 32;
+  vlal_u32 value = own;
+#pragma unroll
+  for (int away = 1; away < 32; away *= 2) {
+    const vlal_u32 other = __shfl_up_sync(0xFFFFFFFFu, value, away);
+    if (lane >= away) value += other;
+  }
+  vlal_u32 total = __shfl_sync(0xFFFFFFFFu, value, 31), before = 0;
+  if (kTeam != 32) {
+    __shared__ vlal_u32 warps[kThreads / 32];
+    if (lane == 31) warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    total = 0;
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      if (warp < (int)threadIdx.x / 32) before += warps[warp];
+      total += warps[warp];
+    }
+    __syncthreads();
+  }
+  lanes.value = before + value - own;
+  return total;
+}
+
 VLAL_INLINE vlal_u32 team_sum(PerLane<vlal_u32>& lanes) {
 #if __CUDA_ARCH__ >= 800
   if (kTeam == 32) return __reduce_add_sync(0xFFFFFFFFu, lanes.value);
