@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels import emulated
-from vlal_dist.kernels import cpu, reference
+from vlal_dist.kernels import cpu, cuda, reference
 from vlal_dist.kernels.build import VARIANTS, compiler, instruction_set
 from vlal_dist.kernels.inputs import Draw, FeasibleTable, Labels
 from vlal_dist.method.ignore_set import sample_ignore_set
@@ -48,6 +48,14 @@ def instruction_sets() -> list[str]:
     return names[names.index(instruction_set()) :] if compiler() else []
 
 
+def on_gpu(tensors: dict[str, Tensor | None], **settings) -> Outputs:
+    """As the operator runs a batch of a GPU."""
+    logits = tensors["logits"]
+    assert logits is not None
+    backend = reference if logits.dtype == torch.float64 else cuda
+    return backend.run(tensors, **settings)
+
+
 ON_CPU = [
     Backend(f"cpu-{name}", "cpu", partial(cpu.run, variant=name)) for name in instruction_sets()
 ]
@@ -58,6 +66,8 @@ EQUAL = [
     for fma in (True, False)
 ]
 """Groups of them whose losses and gradients too are equal bit for bit."""
+if torch.cuda.is_available():
+    FUSED.append(Backend("cuda", "cuda", on_gpu))
 BACKENDS = [*FUSED, Backend("reference", "cpu", reference.run)]
 
 
@@ -235,6 +245,8 @@ def run(
     given = {**tensors(case, mode, sparse=sparse), **(extra or {})}
     moved = {n: None if t is None else t.to(backend.device) for n, t in given.items()}
     outputs = backend.run(moved, mode=mode, **{**SETTINGS, **settings})
+    for name, tensor in (extra or {}).items():
+        tensor.copy_(moved[name])
     losses, gradient, sums, counts = (output.cpu() for output in outputs)
     return losses, gradient, sums, counts
 

@@ -49,7 +49,7 @@ def choose(device: str) -> Chosen:
         return Chosen("reference", f"there is no fused operator for {device}")
     try:
         return Chosen(device, _try_cpu() if device == "cpu" else _try_cuda())
-    except (ConfigError, OSError) as error:
+    except (ConfigError, OSError, RuntimeError) as error:  # torch and the driver raise the last
         if forced:
             raise ConfigError(f"{VARIABLE}={forced}: {error}") from None
         logger.warning("the selective loss runs by its readable reference: %s", error)
