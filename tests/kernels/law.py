@@ -1,6 +1,6 @@
 """Draws of the compiled operator in bulk, and the statistics that judge them.
 
-scipy is no dependency of ours, so the distribution function is torch's.
+scipy is no declared dependency, so the distribution function is torch's.
 """
 
 import numpy as np

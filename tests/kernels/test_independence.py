@@ -12,7 +12,7 @@ from tests.kernels.cases import FUSED
 from tests.kernels.law import HIGH, LOW, REFUSED, axis, chi_square_p, drawn_ids, indicators
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
-ROWS, SIZE, K, SEED = 200_000, 12, 4, 3
+ROWS, SIZE, K, SEED = 100_000, 12, 4, 3
 NEIGHBOURS = {
     "next visit": {"visit": 1},
     "visit after the next": {"visit": 2},

@@ -21,7 +21,9 @@ def forced(request, monkeypatch):
 
 
 def case_and_inputs() -> tuple[Case, Tensor]:
+    """A micro-batch of four; rows' weights do the averaging, so the scale comes undivided."""
     case = make(rows=ROWS, attributes=SIZE, annotated=0.2, seed=51)
+    case = case._replace(row_weight=torch.full((ROWS,), 1 / (4 * ROWS)))
     return case, torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(1))
 
 
@@ -42,15 +44,15 @@ def per_row(case: Case, logits: Tensor) -> Tensor:
         feasible=case.feasible,
         ignored=draw_of(case, NUM_IGNORE),
         gammas=PAPER,
-        margin=0.05,
+        row_weight=case.row_weight,
     )
     return terms.per_row
 
 
 def exact_gradients(case: Case, inputs: Tensor) -> list[Tensor]:
-    """Of the mean loss, in float64 throughout."""
+    """In float64 throughout."""
     model = layer().double()
-    per_row(case, model(inputs.double())).mean().backward()
+    per_row(case, model(inputs.double())).sum().backward()
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
@@ -70,13 +72,13 @@ def test_autocast(dtype):
         logits = model(inputs)
         logits.retain_grad()
         losses = per_row(case, logits)
-        losses.mean().backward()
+        losses.sum().backward()
     assert logits.dtype == dtype and losses.dtype == torch.float32
     assert_near(model, exact_gradients(case, inputs), dtype)
     # Autocast changes nothing within: the same bits without it, from the same logits.
     leaf = logits.detach().requires_grad_()
     alone = per_row(case, leaf)
-    alone.mean().backward()
+    alone.sum().backward()
     assert torch.equal(alone, losses) and leaf.grad is not None
     assert torch.equal(leaf.grad, logits.grad) and leaf.grad.dtype == dtype
     # And as close as float32 to what these logits give in float64.
@@ -88,7 +90,7 @@ def scaled_step(model, scaler, optimizer, case, inputs) -> Tensor:
     """As torch's manual has it; the loss."""
     optimizer.zero_grad()
     with torch.autocast("cpu", torch.float16):
-        loss = per_row(case, model(inputs)).mean()
+        loss = per_row(case, model(inputs)).sum()
     scaler.scale(loss).backward()
     return loss
 
@@ -114,13 +116,17 @@ def test_grad_scaler():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_grad_scaler_skips_what_is_not_finite(value):
+    """One attribute's bias, so that nothing but the operator's gradient can tell of it."""
     case, inputs = case_and_inputs()
     model = layer()
+    with torch.no_grad():
+        model.bias[5] = value
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
-    inputs = inputs / 8
-    inputs[3] = value
-    scaled_step(model, scaler, optimizer, case, inputs)
+    scaled_step(model, scaler, optimizer, case, inputs / 8)
+    slope = model.weight.grad
+    assert slope is not None
+    assert slope.isfinite().all(1).tolist() == [attribute != 5 for attribute in range(SIZE)]
     before = model.weight.detach().clone()
     scaler.step(optimizer)
     scaler.update()
