@@ -37,6 +37,18 @@ class Data:
     mask: Tensor
     drawn: Tensor
 
+    def to(self, device: str, dtype: torch.dtype) -> "Data":
+        """The same on a device, its logits of a type."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device)
+            elif isinstance(value, tuple):
+                parts = [v.to(device) if isinstance(v, Tensor) else v for v in value]
+                moved[name] = type(value)(*parts)
+        logits = self.logits.detach().to(device, dtype).requires_grad_()
+        return replace(self, **{**moved, "logits": logits})
+
 
 def make(rows: int, attributes: int) -> Data:
     """A made-up batch from a seed."""
@@ -72,7 +84,15 @@ def make(rows: int, attributes: int) -> Data:
     )
     logits = (torch.randn(rows, attributes) * 3 - 2).requires_grad_()
     data = Data(
-        logits, label, torch.from_numpy(object_id), table, draw, feasible, weight, label == 2, places
+        logits,
+        label,
+        torch.from_numpy(object_id),
+        table,
+        draw,
+        feasible,
+        weight,
+        label == 2,
+        places,
     )
     data.mask = races(data.weight)
     data.drawn = data.mask.nonzero()[:, 1].view(rows, K).to(torch.int32)
@@ -89,12 +109,12 @@ def races(weight: Tensor) -> Tensor:
 def choices(data: Data) -> Tensor:
     """The paper's Fig. 3 to the letter: one call of numpy for each row."""
     mask = np.zeros(data.weight.shape, dtype=bool)
-    weight, feasible = data.weight.numpy().astype(np.float64), data.feasible.numpy()
+    weight, feasible = data.weight.cpu().numpy().astype(np.float64), data.feasible.cpu().numpy()
     for row in range(len(mask)):
         members = np.flatnonzero(feasible[row])
         chance = weight[row, members]
         mask[row, np.random.choice(members, K, replace=False, p=chance / chance.sum())] = True
-    return torch.from_numpy(mask)
+    return torch.from_numpy(mask).to(data.weight.device)
 
 
 def authors_loss(z: Tensor, label: Tensor, feasible: Tensor, ignored: Tensor) -> Tensor:
@@ -125,12 +145,27 @@ def lean_loss(z: Tensor, label: Tensor, feasible: Tensor, ignored: Tensor) -> Te
     return torch.where(ignored & (label == 0), 0.0, weight * entropy).sum()
 
 
+def ours(data: Data, ignored: Draw | Tensor, logits: Tensor | None = None) -> Tensor:
+    """The fused operator's loss of the batch."""
+    return selective_loss(
+        data.logits if logits is None else logits,
+        label=data.label,
+        object_id=data.object_id,
+        feasible=data.table,
+        ignored=ignored,
+        gammas=GAMMAS,
+        margin=MARGIN,
+        detach_focal=True,
+    ).per_row.sum()
+
+
 def ways(data: Data, *, paper: bool) -> dict[str, Way]:
     """What is measured, by name; the paper's draw takes a minute at the largest shapes."""
 
     def drawn(z: Tensor, label: Tensor, feasible: Tensor, weight: Tensor) -> Tensor:
         return lean_loss(z, label, feasible, races(weight))
 
+    torch._dynamo.reset()
     compiled_draw, compiled_loss = torch.compile(drawn), torch.compile(lean_loss)
 
     def backward(loss: Callable[[], Tensor]) -> Way:
@@ -140,26 +175,15 @@ def ways(data: Data, *, paper: bool) -> dict[str, Way]:
 
         return run
 
-    def ours(ignored: Draw | Tensor) -> Tensor:
-        return selective_loss(
-            data.logits,
-            label=data.label,
-            object_id=data.object_id,
-            feasible=data.table,
-            ignored=ignored,
-            gammas=GAMMAS,
-            margin=MARGIN,
-            detach_focal=True,
-        ).per_row.sum()
-
     z, label, feasible, weight = data.logits, data.label, data.feasible, data.weight
     found = {
         "paper": backward(lambda: authors_loss(z, label, feasible, choices(data))),
+        "psl": backward(lambda: authors_loss(z, label, feasible, data.mask)),
         "eager": backward(lambda: lean_loss(z, label, feasible, races(weight))),
         "compile_draw": backward(lambda: compiled_draw(z, label, feasible, weight)),
         "compile_loss": backward(lambda: compiled_loss(z, label, feasible, data.mask)),
-        "ours": backward(lambda: ours(data.draw)),
-        "ours_loss": backward(lambda: ours(data.drawn)),
+        "ours": backward(lambda: ours(data, data.draw)),
+        "ours_loss": backward(lambda: ours(data, data.drawn)),
     }
     if not paper:
         del found["paper"]
