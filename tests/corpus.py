@@ -366,9 +366,14 @@ def all_rows(given: Sequence[Given]) -> dict[int, tuple[int, str]]:
 
 
 def _contents(batch: Batch) -> list[tuple[int, str]]:
-    """uid, and digest of every tensor's row."""
-    tensors = [tensor.contiguous().numpy() for tensor in batch.tensors().values()]
-    digests = [hashlib.sha256(b"".join(t[n].tobytes() for t in tensors)) for n in range(len(batch))]
+    """uid, and digest of every tensor's row, the row of the ragged weights included."""
+    named = {name: tensor.contiguous().numpy() for name, tensor in batch.tensors().items()}
+    indptr, weight = named.pop("weight_indptr", None), named.pop("inverse_weight", None)
+    rows = [[tensor[n] for tensor in named.values()] for n in range(len(batch))]
+    if indptr is not None and weight is not None:
+        for n, row in enumerate(rows):
+            row.append(weight[indptr[n] : indptr[n + 1]])
+    digests = [hashlib.sha256(b"".join(t.tobytes() for t in row)) for row in rows]
     uids = batch.uid.numpy().view("uint64").tolist()
     return [(uid, digest.hexdigest()) for uid, digest in zip(uids, digests, strict=True)]
 

@@ -78,8 +78,8 @@ def batch_of(image: torch.Tensor, flip: list[bool], *, normalize: bool) -> Batch
         visit=rows,
         row=rows,
         row_weight=torch.ones(len(image)),
+        weight_indptr=None,
         inverse_weight=None,
-        feasible=torch.ones((len(image), 1), dtype=torch.bool),
         normalize=normalize,
     )
 

@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 
 from vlal_dist.data.buffers import ImageBuffers
 from vlal_dist.data.labels import (
-    drawing_weights,
-    feasible_places,
     join_likelihoods,
     label_rows,
     parse_json,
 )
 from vlal_dist.data.likelihoods import rescaled_tar_likelihoods, tar_likelihoods
 from vlal_dist.errors import DataError
-from vlal_dist.method.feasible import FeasibleSets, feasible_sets
 
 WIDTH = 12
 ids = st.lists(st.integers(0, WIDTH - 1), max_size=WIDTH, unique=True)
@@ -45,24 +42,6 @@ def test_a_broken_json_is_told(text: bytes) -> None:
 def test_an_attribute_beyond_the_vocabulary_is_told() -> None:
     with pytest.raises(DataError, match="attribute 12 of 12"):
         label_rows([{"positive": [12], "negative": []}], WIDTH)
-
-
-def sets() -> FeasibleSets:
-    return feasible_sets(
-        object_id=np.array([0, 0, 2]),
-        positive_indptr=np.array([0, 2, 3, 5]),
-        positive=np.array([1, 4, 7, 0, 11]),
-        negative_indptr=np.array([0, 0, 1, 1]),
-        negative=np.array([9]),
-        num_objects=3,
-    )
-
-
-def test_feasible_places_are_the_sets() -> None:
-    feasible, objects = sets(), np.array([2, 0, 1, 0])
-    indptr, places = feasible_places(feasible, objects)
-    for n, one in enumerate(objects.tolist()):
-        assert places[indptr[n] : indptr[n + 1]].tolist() == feasible.of(one).tolist()
 
 
 def npy(values: np.ndarray, *, version: tuple[int, int] = (1, 0)) -> bytes:
@@ -99,7 +78,7 @@ def test_another_temperature_keeps_the_rows_normalised() -> None:
     values, indptr = read(np.arange(2), parts)
     assert np.exp(values[:3]).sum() == pytest.approx(1) and values[3] == pytest.approx(0)
     assert np.exp(values[0] - values[1]) == pytest.approx((0.5 / 0.3) ** 0.5, rel=1e-5)
-    assert drawing_weights((values, indptr)).min() == 1
+    assert indptr.tolist() == [0, 3, 4]
 
 
 def test_a_buffer_returns_when_its_last_tensor_is_gone() -> None:

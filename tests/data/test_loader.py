@@ -79,11 +79,26 @@ def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:
         sample = RowReader(maker.reader.corpus.splits[0]).read(int(row))
         assert torch.where(batch.label[place] == 1)[0].tolist() == sample.positive
         assert torch.where(batch.label[place] == -1)[0].tolist() == sample.negative
-        feasible = merged.feasible.of(sample.object_id)
-        assert torch.where(batch.feasible[place])[0].tolist() == feasible.tolist()
-        assert sample.log_likelihood is not None and batch.inverse_weight is not None
+        assert int(batch.object_id[place]) == sample.object_id
+        assert batch.weight_indptr is not None and batch.inverse_weight is not None
+        found = batch.inverse_weight[slice(*batch.weight_indptr[place : place + 2].tolist())]
+        assert sample.log_likelihood is not None
+        assert len(found) == len(merged.feasible.of(sample.object_id))
         weight = np.exp(sample.log_likelihood.max() - sample.log_likelihood)
-        assert np.allclose(batch.inverse_weight[place, feasible].numpy(), weight, rtol=1e-5)
+        assert np.allclose(found.numpy(), weight, rtol=1e-5)
+    maker.close()
+
+
+def test_a_likelihood_over_another_feasible_set_is_refused(merged: Dataset) -> None:
+    def longer(rows: Any, parts: Any) -> Any:
+        values, indptr = tar_likelihoods(rows, parts)
+        return np.append(values, np.float32(0)), indptr + (np.arange(len(indptr)) == len(rows))
+
+    maker = make(merged, likelihoods=longer)
+    rows, zeros = np.array([5, 0, 7]), np.zeros(3, np.int64)
+    uid = int(maker.reader.corpus.column("uid", rows)[2])
+    with pytest.raises(DataError, match=rf"{uid:016x}: likelihood over \d+ attr.*merge again"):
+        maker.make(rows, zeros, zeros.astype(np.bool_))
     maker.close()
 
 

@@ -4,6 +4,7 @@ Shapes: N rows of the epoch, A attributes, O objects, S image side.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from vlal_dist.data.batch import Batch
 from vlal_dist.data.loader import Step
 from vlal_dist.data.steps import plan_step
+from vlal_dist.kernels.inputs import FeasibleTable
 from vlal_dist.method.baselines import loss_settings
-from vlal_dist.training.objective import Objective
+from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.training.objective import Objective, feasible_table
 
 ROWS, ATTRIBUTES, OBJECTS, SIDE, LANES = 24, 7, 3, 8, 8
 BATCH = 12
@@ -51,19 +54,40 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
     ]
 
 
-def objective(loss: str) -> Objective:
-    return Objective(
+def feasible_sets() -> FeasibleSets:
+    """Omega_o of each object; one of them is empty."""
+    mask = np.random.default_rng(11).random((OBJECTS, ATTRIBUTES)) < 0.7
+    mask[1] = False
+    owner, attribute = np.nonzero(mask)
+    indptr = np.searchsorted(owner, np.arange(OBJECTS + 1))
+    count = np.ones(len(owner), np.int32)
+    return FeasibleSets(indptr, attribute.astype(np.int32), count, count)
+
+
+def table() -> FeasibleTable:
+    return feasible_table(
+        feasible_sets(),
+        num_objects=OBJECTS,
+        num_attributes=ATTRIBUTES,
+        device=torch.device("cpu"),
+    )
+
+
+def objective(loss: str, **changes: Any) -> Objective:
+    plain = Objective(
         loss=loss_settings(loss),
         margin=0.05,
         detach_focal=True,
         num_ignore=2,
         draw_over="feasible",
         seed=99,
+        kernel="auto",
         batch_size=BATCH,
         reference_batch=6,
         psl_prior=torch.linspace(0.2, 0.6, ATTRIBUTES),
         psl_top_k=1,
     )
+    return replace(plain, **changes)
 
 
 def rows(index: npt.NDArray[np.int64]) -> Batch:
@@ -71,10 +95,12 @@ def rows(index: npt.NDArray[np.int64]) -> Batch:
     rng = np.random.default_rng(7)
     image = rng.normal(size=(ROWS, 3, SIDE, SIDE)).astype(np.float32)
     label = rng.choice([-1, 0, 0, 0, 1], size=(ROWS, ATTRIBUTES)).astype(np.int8)
-    feasible = rng.random((ROWS, ATTRIBUTES)) < 0.7
-    weight = np.where(feasible, 1 + rng.exponential(size=feasible.shape), 0).astype(np.float32)
+    weight = (1 + rng.exponential(size=label.shape)).astype(np.float32)
+    weight[rng.random(label.shape) < 0.1] = np.inf  # cannot be drawn
     object_id = rng.integers(OBJECTS, size=ROWS)
     uid = rng.integers(2**63, size=ROWS)
+    sets = [feasible_sets().of(int(object_id[row])) for row in index]
+    ragged = [weight[row, ids] for row, ids in zip(index, sets, strict=True)]
     return Batch(
         image=torch.from_numpy(image[index]),
         flip=torch.zeros(len(index), dtype=torch.bool),
@@ -84,8 +110,8 @@ def rows(index: npt.NDArray[np.int64]) -> Batch:
         visit=torch.zeros(len(index), dtype=torch.int64),
         row=torch.from_numpy(index),
         row_weight=torch.ones(len(index)),
-        inverse_weight=torch.from_numpy(weight[index]),
-        feasible=torch.from_numpy(feasible[index]),
+        weight_indptr=torch.tensor([0, *map(len, sets)]).cumsum(0),
+        inverse_weight=torch.from_numpy(np.concatenate([weight[0, :0], *ragged])),
     )
 
 

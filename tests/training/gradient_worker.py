@@ -27,7 +27,11 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
         bf16=False,
     )
     train_step = TrainStep(
-        engine, ranks, objective=cases.objective(case["loss"]), micro_batches=count
+        engine,
+        ranks,
+        objective=cases.objective(case["loss"], kernel=case["kernel"]),
+        feasible=cases.table(),
+        micro_batches=count,
     )
     engine.module.train(case["batch_norm"] == "train")
     start, found = 0, {}

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.training import cases
 from tests.training.processes import run_ranks
+from vlal_dist.data.batch import Batch
 from vlal_dist.method.baselines import fixed_ignored
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.selective_loss import assign_terms, selective_loss
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.deepspeed
 
 def case(name: str, **changes: Any) -> dict[str, Any]:
     plain = {"zero": 0, "loss": "selective", "micro_batches": 1, "batch_norm": "eval"}
-    return {"name": name, "samples": SAMPLES, **plain, **changes}
+    return {"name": name, "samples": SAMPLES, "kernel": "auto", **plain, **changes}
 
 
 def cases_of(world_size: int) -> list[dict[str, Any]]:
@@ -38,6 +39,7 @@ def cases_of(world_size: int) -> list[dict[str, Any]]:
     ]
     # M does not divide by W, or W by M: micro-batches are recut.
     found.append(case(f"w{world_size}-recut", micro_batches=1 if world_size == 2 else 4))
+    found.append(case(f"w{world_size}-reference", micro_batches=world_size, kernel="reference"))
     found += [
         case(f"w{world_size}-{loss}", loss=loss, micro_batches=world_size)
         for loss in ("psl", "ce_ignoring")
@@ -58,6 +60,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Omega_o and the inverse weights of each row: bool and float32 [B, A]."""
+    sets = cases.feasible_sets()
+    feasible = torch.from_numpy(sets.mask(cases.ATTRIBUTES)[batch.object_id.numpy()])
+    weight = torch.zeros(feasible.shape)
+    assert batch.inverse_weight is not None
+    weight[feasible] = batch.inverse_weight  # ascending within a row, in both
+    return feasible, weight
+
+
 def reference(loss: str) -> dict[str, torch.Tensor]:
     """Gradients and weights by autograd and Adam written out, in float64, one row set a step."""
     model = cases.SmallClassifier().double().eval()
@@ -69,11 +81,11 @@ def reference(loss: str) -> dict[str, torch.Tensor]:
     for number, samples in enumerate(SAMPLES):
         batch = cases.in_float64(cases.rows(np.arange(start, start + samples)))
         start += samples
-        assert batch.inverse_weight is not None
+        feasible, weight = dense(batch)
         if loss == "selective":
             ignored = sample_ignore_set(
-                inverse_weight=batch.inverse_weight,
-                drawable=batch.feasible,
+                inverse_weight=weight,
+                drawable=feasible,
                 num_ignore=2,
                 uid=batch.uid,
                 visit=batch.visit,
@@ -84,7 +96,7 @@ def reference(loss: str) -> dict[str, torch.Tensor]:
         logits = model(batch.image, batch.object_id)
         per_row = selective_loss(
             logits,
-            assign_terms(batch.label, batch.feasible, ignored),
+            assign_terms(batch.label, feasible, ignored),
             gammas=goal.loss.gammas,
             margin=0.05,
             detach_focal=True,
@@ -114,7 +126,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_gradient_and_adam_equal_the_single_process_sum(results: Path, world_size: int) -> None:
-    expected = reference("selective")
+    expected, pairs = reference("selective"), []
     for one in cases_of(world_size):
         if one["loss"] != "selective" or one["batch_norm"] == "train" or "poison" in one:
             continue
@@ -124,6 +136,8 @@ def test_gradient_and_adam_equal_the_single_process_sum(results: Path, world_siz
             check(found, expected)
             assert found["rows"].item() == sum(SAMPLES)
             assert found["pairs"].sum().item() == sum(SAMPLES) * cases.ATTRIBUTES
+            pairs.append(found["pairs"])
+    assert all(torch.equal(one, pairs[0]) for one in pairs) and pairs[0].min() > 0
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

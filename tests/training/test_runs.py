@@ -95,6 +95,7 @@ def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed")
     output = finish(launch(small, run))
     assert "train: done: epochs 2, steps 8, ranks 2" in output
+    assert output.count("selective loss by backend") == 1  # of rank 0
     return run
 
 

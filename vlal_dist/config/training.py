@@ -31,6 +31,9 @@ class TrainingSection(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast on GPU, fp32 on CPU (design 8)"
     )
+    kernel: Literal["auto", "reference"] = Field(
+        "auto", description="selective loss: fastest backend that works, or the readable one"
+    )
     zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage (design 8)")
     threads: int = Field(0, ge=0, description="torch threads per rank, 0: cores / local ranks")
     checkpoint_epochs: int = Field(1, ge=1, description="epochs between checkpoints")

@@ -1,6 +1,6 @@
 """A batch, and its way to the device: bytes travel, pixels are made where they are used.
 
-Legend: B rows of a batch, A attributes, S image side.
+Legend: B rows of a batch, A attributes, S image side, F feasible pairs of the batch's rows.
 """
 
 from dataclasses import dataclass, replace
@@ -26,9 +26,10 @@ class Batch:
         visit: int64 [B], running count of the sample's planned visits.
         row: int64 [B], row of the corpus.
         row_weight: float32 [B]; 0 for a dummy row.
-        inverse_weight: float32 [B, A], (max likelihood) / likelihood; 0 where it cannot be drawn;
-            None where the samples have no likelihood.
-        feasible: bool [B, A], Omega_o.
+        weight_indptr: int64 [B + 1], rows of `inverse_weight`; None where the samples have no
+            likelihood.
+        inverse_weight: float32 [F], (max likelihood) / likelihood of each row's feasible set, in
+            the set's order; not finite where it cannot be drawn. None as above.
         jpgs: the JPEG of each row where the device decodes (`image` then has no row before
             `decoded`); None: decoded already.
         normalize: whether `on_device` applies ImageNet's mean and standard deviation.
@@ -42,8 +43,8 @@ class Batch:
     visit: Tensor
     row: Tensor
     row_weight: Tensor
+    weight_indptr: Tensor | None
     inverse_weight: Tensor | None
-    feasible: Tensor
     jpgs: list[bytes] | None = None
     normalize: bool = False
 

@@ -19,23 +19,16 @@ from vlal_dist.data.batch import Batch
 from vlal_dist.data.buffers import ImageBuffers
 from vlal_dist.data.decode import decode_into
 from vlal_dist.data.keyed import I64
-from vlal_dist.data.labels import (
-    Data,
-    drawing_weights,
-    feasible_places,
-    label_rows,
-    parse_json,
-)
+from vlal_dist.data.labels import Data, label_rows, parse_json
 from vlal_dist.data.likelihoods import ReadLikelihoods
 from vlal_dist.data.located import Located
 from vlal_dist.data.reader import Damage, DamagedError, Reader
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.method.likelihood import inverse_weights
 
 _LARGEST_PIECE = 64
 """Rows that a thread takes at a time."""
-_LARGEST_MASK = 64 << 20
-"""Bytes of a table of feasible sets that is worth keeping dense."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class StageCounts:
         samples, sample_bytes: samples read, and the bytes of their tar ranges.
         read_s: reading and checking, with the wait for parts that were not there yet.
         decode_s: decoding and resizing.
-        label_s: labels, feasible sets and likelihoods of whole batches.
+        label_s: labels and likelihoods of whole batches.
     """
 
     samples: int = 0
@@ -76,7 +69,7 @@ class BatchMaker:
 
     Args:
         reader: reads the rows.
-        feasible: Omega_o of every object.
+        feasible: Omega_o of every object; likelihoods must be as long.
         num_attributes: A.
         image_size: S, pixels.
         normalize: ImageNet mean and standard deviation.
@@ -101,12 +94,11 @@ class BatchMaker:
         pinned: bool = False,
         decode_later: bool = False,
     ) -> None:
-        self.reader, self.feasible, self.num_attributes = reader, feasible, num_attributes
+        self.reader, self.num_attributes = reader, num_attributes
+        self.set_size = np.diff(feasible.indptr)
         self.image_size, self.normalize, self.threads = image_size, normalize, threads
         self.read_likelihoods, self.leave_out_damaged = read_likelihoods, leave_out_damaged
         self.decode_later = decode_later
-        small = feasible.num_objects * num_attributes <= _LARGEST_MASK
-        self._mask = feasible.mask(num_attributes) if small else None
         self.counts = StageCounts()
         self._lock = threading.Lock()
         self._buffers = ImageBuffers(side=image_size, pinned=pinned)
@@ -136,15 +128,6 @@ class BatchMaker:
     def make(self, rows: I64, visit: I64, flip: npt.NDArray[np.bool_]) -> Batch:
         """A batch of the given rows, waited for; errors as `start`."""
         return self.start(self.reader.locate(rows), visit, flip).result().batch
-
-    def feasible_rows(self, object_id: I64) -> npt.NDArray[np.bool_]:
-        """Omega_o of many samples: bool [B, A]."""
-        if self._mask is not None:
-            return self._mask[object_id]
-        indptr, ids = feasible_places(self.feasible, object_id)
-        rows = np.zeros((len(object_id), self.num_attributes), dtype=np.bool_)
-        rows[np.repeat(np.arange(len(object_id)), np.diff(indptr)), ids] = True
-        return rows
 
     def count(self, **amounts: float) -> None:
         """Add to the counts."""
@@ -240,6 +223,7 @@ class _Job:
             at, data = at.only(places), [data[n] for n in places]
             visit, flip = visit[kept], flip[kept]
             image = image if maker.decode_later else image[torch.from_numpy(kept)]
+        weights = self._weights(at, data) if maker.read_likelihoods else (None, None)
         batch = Batch(
             image=image.permute(0, 3, 1, 2),
             flip=torch.from_numpy(flip),
@@ -251,8 +235,8 @@ class _Job:
             visit=torch.from_numpy(visit),
             row=torch.from_numpy(at.rows),
             row_weight=torch.ones(len(data), dtype=torch.float32),
-            inverse_weight=self._weights(at, data) if maker.read_likelihoods else None,
-            feasible=torch.from_numpy(maker.feasible_rows(at.object_id)),
+            weight_indptr=weights[0],
+            inverse_weight=weights[1],
             jpgs=[bytes(one) for one in _members(data, at.jpg)] if maker.decode_later else None,
             normalize=maker.normalize,
         )
@@ -271,13 +255,12 @@ class _Job:
                 return DamagedError(maker.reader.damage(at, place, str(error)))
         return None
 
-    def _weights(self, at: Located, data: list[Data]) -> torch.Tensor:
-        """Inverse weights of the draw: float32 [B, A]; 0 where it cannot be drawn."""
+    def _weights(self, at: Located, data: list[Data]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inverse weights of the draw, ragged: int64 [B + 1], float32 [F]."""
         maker = self.maker
         assert maker.read_likelihoods is not None
-        ragged = maker.read_likelihoods(at.rows, _members(data, at.likelihood))
-        indptr, ids = feasible_places(maker.feasible, at.object_id)
-        found, expected = np.diff(ragged[1]), np.diff(indptr)
+        values, indptr = maker.read_likelihoods(at.rows, _members(data, at.likelihood))
+        found, expected = np.diff(indptr), maker.set_size[at.object_id]
         wrong = np.flatnonzero(found != expected)
         if len(wrong):
             raise DataError(
@@ -285,9 +268,7 @@ class _Job:
                 f"attributes, its object has {expected[wrong[0]]} feasible ones; merge again with "
                 "the present feasible sets"
             )
-        weight = np.zeros((len(data), maker.num_attributes), dtype=np.float32)
-        weight[np.repeat(np.arange(len(data)), expected), ids] = drawing_weights(ragged)
-        return torch.from_numpy(weight)
+        return torch.from_numpy(indptr), torch.from_numpy(inverse_weights(values, indptr))
 
 
 def _members(data: list[Data], where: list[tuple[int, int]]) -> list[Data]:

@@ -1,4 +1,4 @@
-"""From the parts of many samples to the arrays of a batch: labels, feasible sets, likelihoods.
+"""From the parts of many samples to the arrays of a batch: labels and likelihoods.
 
 All at once: Python per sample is what loaders spend their time on.
 
@@ -17,8 +17,6 @@ import orjson
 
 from vlal_dist.data.keyed import I64
 from vlal_dist.errors import DataError
-from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.method.likelihood import inverse_weights
 
 Data = bytes | memoryview
 Ragged = tuple[npt.NDArray[np.float32], I64]
@@ -59,14 +57,6 @@ def label_rows(samples: Sequence[dict[str, Any]], num_attributes: int) -> npt.ND
     return label
 
 
-def feasible_places(feasible: FeasibleSets, object_id: I64) -> tuple[I64, npt.NDArray[np.int32]]:
-    """Omega_o of many samples as a CSR matrix: indptr int64 [B + 1], attribute ids int32 [S]."""
-    begin, length = feasible.indptr[object_id], np.diff(feasible.indptr)[object_id]
-    indptr = np.concatenate([[0], np.cumsum(length)])
-    at = np.arange(indptr[-1]) + np.repeat(begin - indptr[:-1], length)
-    return indptr, feasible.indices[at]
-
-
 def join_likelihoods(parts: Sequence[Data]) -> Ragged:
     """The arrays in the `KEY.likelihood.npy` of many samples, one after the other.
 
@@ -87,13 +77,6 @@ def join_likelihoods(parts: Sequence[Data]) -> Ragged:
         values.append(array.astype(np.float32, copy=False))
     indptr = np.concatenate([[0], np.cumsum([len(one) for one in values])]).astype(np.int64)
     return np.concatenate(values) if values else np.zeros(0, np.float32), indptr
-
-
-def drawing_weights(ragged: Ragged) -> npt.NDArray[np.float32]:
-    """Inverse weights of Fig. 3's draw: float32 [S]; 0 where it cannot be drawn."""
-    weights = inverse_weights(*ragged)
-    # An infinite inverse weight means "cannot be drawn", as 0 does in a dense row.
-    return np.where(np.isfinite(weights), weights, np.float32(0))
 
 
 _HEADER_BYTES = 128

@@ -1,10 +1,12 @@
 """From settings to a finished run: open, resume, build, train. Each builder makes one part."""
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 
 from vlal_dist.data.dataset import check_shard_sizes
 from vlal_dist.data.loader import TrainLoader
+from vlal_dist.kernels.backend import Chosen, choose
 from vlal_dist.method.baselines import loss_settings
 from vlal_dist.method.model import build_model, parameter_groups
 from vlal_dist.storage.store import Store, open_store
@@ -12,7 +14,7 @@ from vlal_dist.training.account import Account
 from vlal_dist.training.batches import make_batches, make_loader
 from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from vlal_dist.training.engine import Engine
-from vlal_dist.training.objective import Objective
+from vlal_dist.training.objective import Objective, feasible_table
 from vlal_dist.training.outputs import open_log, open_metrics, save_best
 from vlal_dist.training.parts import Run
 from vlal_dist.training.ranks import Ranks, join_ranks
@@ -24,6 +26,8 @@ from vlal_dist.training.sources import Sources, make_validation, open_sources, r
 from vlal_dist.training.state import Binding, TrainState
 from vlal_dist.training.step import TrainStep
 from vlal_dist.training.stop import StopRequest
+
+logger = logging.getLogger(__name__)
 
 
 def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int]:
@@ -86,7 +90,9 @@ def _build(
     stack: ExitStack,
 ) -> Run:
     """Everything that `train` uses; what must be closed is left on the stack."""
-    metrics = open_metrics(stack, settings, local_rank=ranks.local_rank)
+    backend = ranks.together(lambda: _backend(settings, ranks))
+    logger.info("selective loss by backend %s: %s", *backend)
+    metrics = open_metrics(stack, settings, local_rank=ranks.local_rank, kernel=backend.name)
     loader = ranks.together(lambda: make_loader(settings, sources, found, ranks))
     stack.callback(loader.close)
     schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
@@ -104,12 +110,7 @@ def _build(
         ranks=ranks,
         engine=engine,
         loader=loader,
-        train_step=TrainStep(
-            engine,
-            ranks,
-            objective=_objective(settings, sources),
-            micro_batches=loader.micro_batches_per_step,
-        ),
+        train_step=ranks.together(lambda: _train_step(settings, sources, loader, engine, ranks)),
         schedule=schedule,
         state=state,
         account=Account(
@@ -175,6 +176,31 @@ def _batch(settings: RunSettings, ranks: Ranks) -> dict[str, int]:
     }
 
 
+def _backend(settings: RunSettings, ranks: Ranks) -> Chosen:
+    """What computes the selective loss on this rank, and why."""
+    if settings.kernel == "reference":
+        return Chosen("reference", "training.kernel says so")
+    return choose(ranks.device.type)
+
+
+def _train_step(
+    settings: RunSettings, sources: Sources, loader: TrainLoader, engine: Engine, ranks: Ranks
+) -> TrainStep:
+    vocabulary = sources.dataset.vocabulary
+    return TrainStep(
+        engine,
+        ranks,
+        objective=_objective(settings, sources),
+        feasible=feasible_table(
+            sources.dataset.feasible,
+            num_objects=len(vocabulary.objects),
+            num_attributes=len(vocabulary.attributes),
+            device=ranks.device,
+        ),
+        micro_batches=loader.micro_batches_per_step,
+    )
+
+
 def _objective(settings: RunSettings, sources: Sources) -> Objective:
     """Sec. 2.3, or a row of Table 1."""
     prior = None
@@ -194,6 +220,7 @@ def _objective(settings: RunSettings, sources: Sources) -> Objective:
         num_ignore=settings.num_ignore,
         draw_over=settings.draw_over,
         seed=settings.seed,
+        kernel=settings.kernel,
         batch_size=settings.batch_size,
         reference_batch=settings.reference_batch,
         psl_prior=prior,

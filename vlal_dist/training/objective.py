@@ -3,10 +3,10 @@
 The objective is (reference_batch / B) x the sum over the global batch of the sum over attributes,
 B the configured batch also where the last one is shorter: at B = 64 the authors' plain sum.
 
-Shapes: B rows of a micro-batch, N rows of the global batch, A attributes.
+Shapes: B rows of a micro-batch, N rows of the global batch, A attributes, O objects.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from vlal_dist.data.batch import Batch
-from vlal_dist.errors import ConfigError
-from vlal_dist.method.baselines import LossSettings, fixed_ignored, psl_ignored
-from vlal_dist.method.ignore_set import sample_ignore_set
+from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.kernels.inputs import Draw, FeasibleTable
+from vlal_dist.kernels.selective_loss import Kernel, Treatment
+from vlal_dist.method.baselines import LossSettings, psl_ignored
+from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.training.ranks import Ranks
 
 
@@ -29,7 +31,8 @@ class Objective:
         margin, detach_focal: as `selective_loss` takes them.
         num_ignore: NUM_IGNORE; None: all of the drawing set.
         draw_over: `feasible` or `unannotated` (feasible ones).
-        seed: of the draws.
+        seed: of the draws, any integer; its low 64 bits count.
+        kernel: what computes it: the fastest backend (`auto`), or the readable `reference`.
         batch_size: B, rows of the configured global batch.
         reference_batch: B at which the objective is the authors' plain sum.
         psl_prior: floating [A], for PSL.
@@ -42,6 +45,7 @@ class Objective:
     num_ignore: int | None
     draw_over: str
     seed: int
+    kernel: Kernel
     batch_size: int
     reference_batch: int
     psl_prior: Tensor | None = None
@@ -54,43 +58,85 @@ class Objective:
         return self.reference_batch / self.batch_size
 
 
+def feasible_table(
+    sets: FeasibleSets, *, num_objects: int, num_attributes: int, device: torch.device
+) -> FeasibleTable:
+    """Omega_o of all objects, once on the device.
+
+    Args:
+        sets: as the dataset holds them.
+        num_objects, num_attributes: O and A of the vocabulary.
+        device: where the logits are.
+
+    Raises:
+        DataError: the sets are of other objects, or name an attribute beyond A: the operator
+            looks ids up without a check.
+    """
+    beyond = int(sets.indices.max(initial=-1))
+    if sets.num_objects != num_objects or beyond >= num_attributes:
+        raise DataError(
+            f"feasible.npz holds {sets.num_objects} objects and attributes up to {beyond}, the "
+            f"vocabulary {num_objects} objects and {num_attributes} attributes; pack again"
+        )
+    tensors = (torch.from_numpy(array).to(device) for array in (sets.indptr, sets.indices))
+    return FeasibleTable(*tensors)
+
+
+def seed_bits(seed: int, device: torch.device) -> Tensor:
+    """The low 64 bits of a seed as the operator takes them: int64 [1], two's complement."""
+    low = seed % 2**64
+    return torch.tensor([low - 2**64 if low >= 2**63 else low], device=device)
+
+
+def undrawable(batch: Batch, set_size: Tensor) -> Batch:
+    """The batch with weights of 0, by which nothing can be drawn.
+
+    Args:
+        batch: on the CPU.
+        set_size: int64 [O], |Omega_o|, on the CPU.
+    """
+    indptr = torch.zeros(len(batch) + 1, dtype=torch.int64)
+    torch.cumsum(set_size[batch.object_id], 0, out=indptr[1:])
+    return replace(batch, weight_indptr=indptr, inverse_weight=torch.zeros(int(indptr[-1])))
+
+
 def choose_ignored(
     objective: Objective,
     logits: Tensor,
     batch: Batch,
     *,
+    seed: Tensor,
     index: npt.NDArray[np.int64],
     ranks: Ranks,
-) -> Tensor:
-    """Omega_Ignore: drawn by likelihood (Fig. 3), or as the baseline of Table 1 says.
+) -> Draw | Tensor | Treatment:
+    """Omega_Ignore: what Fig. 3 draws it from, or what the baseline of Table 1 says.
 
     Args:
         objective: which.
         logits: [B, A]; only PSL looks at them.
-        batch: the micro-batch.
+        batch: the micro-batch; with weights where the objective draws.
+        seed: of the draws (`seed_bits`), on the device.
         index: position within the epoch of each real row; none for a dummy row.
         ranks: PSL chooses over the batches of all of them, so that all must call.
 
     Returns:
-        bool [B, A], for `assign_terms`.
+        What the operator takes as `ignored`: for the selective loss the draw, which happens
+        inside; for PSL its pairs, bool [B, A]; else `ignore` or `negatify`.
     """
-    unannotated = batch.label == 0
     treatment = objective.loss.unannotated
     if treatment == "psl":
-        return _choose_psl(objective, logits, unannotated, index, ranks)
+        return _choose_psl(objective, logits, batch.label == 0, index, ranks)
     if treatment != "select":
-        return fixed_ignored(unannotated, treatment=treatment)
-    drawable = batch.feasible
-    if objective.draw_over == "unannotated":
-        drawable = drawable & unannotated
-    weight = batch.inverse_weight
-    return sample_ignore_set(
-        inverse_weight=torch.zeros_like(logits) if weight is None else weight,
-        drawable=drawable,
-        num_ignore=objective.num_ignore,
+        return treatment
+    assert batch.weight_indptr is not None and batch.inverse_weight is not None
+    return Draw(
+        weight_indptr=batch.weight_indptr,
+        inverse_weight=batch.inverse_weight,
+        num_ignore=-1 if objective.num_ignore is None else objective.num_ignore,
+        over_unannotated=objective.draw_over == "unannotated",
         uid=batch.uid,
         visit=batch.visit,
-        seed=objective.seed,
+        seed=seed,
     )
 
 

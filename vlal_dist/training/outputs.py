@@ -17,19 +17,23 @@ BEST = "best"
 METRICS = "metrics.jsonl"
 
 
-def open_metrics(stack: ExitStack, settings: RunSettings, *, local_rank: int) -> TrainMetrics:
+def open_metrics(
+    stack: ExitStack, settings: RunSettings, *, local_rank: int, kernel: str
+) -> TrainMetrics:
     """The metrics of this rank, served if the settings say so; closed by the stack.
 
     Args:
         stack: closes the endpoint.
         settings: address, and port of local rank 0; the others follow.
         local_rank: place among the processes of this machine.
+        kernel: name of the backend that computes the selective loss.
     """
     metrics = TrainMetrics(
         {
             "version": __version__,
             "torch": torch.__version__,
             "deepspeed": importlib.metadata.version("deepspeed"),
+            "kernel": kernel,
         }
     )
     if settings.metrics:

@@ -74,6 +74,7 @@ class RunSettings:
     plateau_factor: float
     seed: int
     precision: Literal["auto", "fp32", "bf16"]
+    kernel: Literal["auto", "reference"]
     zero_stage: int
     torch_threads: int
     checkpoint_epochs: int

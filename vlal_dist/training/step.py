@@ -1,14 +1,17 @@
 """One optimizer step, in the order of the paper's Section 2.
 
     logits  = f(x, o)                          Sec. 2.1
-    ignored = Omega_Ignore                     Fig. 3, Eq. (4), or a baseline's choice
-    term    = which loss each pair gets        Eq. (3)
-    loss    = sum over rows and attributes     Eq. (1)
+    ignored = what Omega_Ignore is drawn from  Fig. 3, or a baseline's choice
+    loss    = sum over rows and attributes     Eq. (1), of the term of each pair: Eq. (3), Eq. (4)
+
+The last line is one operator (kernels/), which draws, assigns terms and adds up in one pass. To
+read it, read its oracle: method/ignore_set.py draws, method/selective_loss.py has the table of
+terms; `training.kernel reference` runs these.
 
 Gradients of the objective (objective.py) are summed over micro-batches and ranks, so world size,
 accumulation and uneven rows change nothing but rounding (and BatchNorm's micro-batches).
 
-Shapes: B rows of a micro-batch, A attributes, S image side.
+Shapes: B rows of a micro-batch, A attributes, O objects, S image side.
 """
 
 from dataclasses import dataclass, replace
@@ -21,14 +24,22 @@ from torch import Tensor
 from vlal_dist.data.batch import Batch, on_device
 from vlal_dist.data.loader import Step
 from vlal_dist.errors import DataError
-from vlal_dist.method.selective_loss import LossTerms, Term, assign_terms, selective_loss
+from vlal_dist.kernels.inputs import FeasibleTable
+from vlal_dist.kernels.selective_loss import selective_loss
+from vlal_dist.method.selective_loss import LossTerms, Term
 from vlal_dist.training.batch_norm import (
     average_statistics,
     restored_statistics,
     running_statistics,
 )
 from vlal_dist.training.engine import Engine
-from vlal_dist.training.objective import Objective, check_psl, choose_ignored
+from vlal_dist.training.objective import (
+    Objective,
+    check_psl,
+    choose_ignored,
+    seed_bits,
+    undrawable,
+)
 from vlal_dist.training.ranks import Ranks, name_uids
 
 
@@ -82,6 +93,7 @@ class TrainStep:
         engine: the model and its optimizer.
         ranks: this process among its peers.
         objective: what is minimised.
+        feasible: Omega_o of all objects, on the ranks' device.
         micro_batches: forward passes of this rank in a step.
 
     Raises:
@@ -89,11 +101,19 @@ class TrainStep:
     """
 
     def __init__(
-        self, engine: Engine, ranks: Ranks, *, objective: Objective, micro_batches: int
+        self,
+        engine: Engine,
+        ranks: Ranks,
+        *,
+        objective: Objective,
+        feasible: FeasibleTable,
+        micro_batches: int,
     ) -> None:
         if objective.loss.unannotated == "psl":
             check_psl(objective, micro_batches)
         self.engine, self.ranks, self.objective = engine, ranks, objective
+        self.feasible, self.seed = feasible, seed_bits(objective.seed, ranks.device)
+        self._set_size = feasible.indptr.diff().cpu()
         self.statistics = running_statistics(engine.module)
         self.tally = Tally.empty(ranks.device)
         self._rows: list[tuple[Tensor, Tensor]] = []
@@ -138,24 +158,31 @@ class TrainStep:
 
     def _micro_batch(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
         if len(batch):
+            if batch.inverse_weight is None and self.objective.loss.unannotated == "select":
+                batch = undrawable(batch, self._set_size)
             self._forward_backward(on_device(batch, self.ranks.device), index, last=last)
             return
         # A rank without rows still takes part in the reduction: with one row of weight 0.
         with restored_statistics(self.statistics):
-            dummy = on_device(dummy_batch(batch), self.ranks.device)
-            self._forward_backward(dummy, index, last=last)
+            dummy = undrawable(dummy_batch(batch), self._set_size)
+            self._forward_backward(on_device(dummy, self.ranks.device), index, last=last)
 
     def _forward_backward(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
         logits = self.engine(batch.image, batch.object_id)
-        ignored = choose_ignored(self.objective, logits, batch, index=index, ranks=self.ranks)
-        term = assign_terms(batch.label, batch.feasible, ignored)
+        ignored = choose_ignored(
+            self.objective, logits, batch, seed=self.seed, index=index, ranks=self.ranks
+        )
         loss = selective_loss(
             logits,
-            term,
+            label=batch.label,
+            object_id=batch.object_id,
+            feasible=self.feasible,
+            ignored=ignored,
             gammas=self.objective.loss.gammas,
             margin=self.objective.margin,
             detach_focal=self.objective.detach_focal,
             row_weight=batch.row_weight,
+            kernel=self.objective.kernel,
         )
         self.engine.backward(self.objective.scale * loss.per_row.sum(), last=last)
         self.tally.add(loss, len(index))
@@ -163,6 +190,9 @@ class TrainStep:
 
 
 def dummy_batch(empty: Batch) -> Batch:
-    """One row of zeros and weight 0, shaped like the rows of a batch that has none."""
+    """One row of zeros and weight 0, shaped like the rows of a batch that has none.
+
+    What it could draw from is left to `undrawable`.
+    """
     rows = {name: t.new_zeros((1, *t.shape[1:])) for name, t in empty.tensors().items()}
     return replace(empty, **rows)  # type: ignore[arg-type]
