@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlal_dist.method.baselines import fixed_ignored
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.selective_loss import Term, assign_terms, selective_loss
 
@@ -65,10 +66,10 @@ def run(
         drawn = given["drawn"].to(torch.int64)
         wide = ignored.new_zeros(rows, attributes + 1)  # a place for -1
         ignored = wide.scatter_(1, torch.where(drawn < 0, attributes, drawn), True)[:, :-1]
-    elif mode == "ignore":
-        ignored = label == 0
     elif mode == "mask":
         ignored = given["ignored"]
+    elif mode == "ignore":
+        ignored = fixed_ignored(label == 0, treatment="ignore")
     term = assign_terms(label, feasible, ignored)
     row_weight = given.get("row_weight")
     loss = selective_loss(

@@ -52,9 +52,8 @@ def selective_loss(
         detach_focal: no gradient through the focusing weight.
         row_weight: float32 [B], or None for 1; a row of weight 0 has no loss, whatever its logits.
         kernel: `reference` takes the readable one, `auto` the fastest (`backend.choose`).
-        in_place: the gradient takes the logits' memory, which saves their size; the logits are
-            lost, and torch refuses a backward pass that needs them. Under torch.compile it does
-            nothing.
+        in_place: the gradient takes the logits' memory; torch refuses a backward pass that needs
+            them. Under torch.compile it does nothing.
 
     Returns:
         Losses [B] (float32, float64 of float64 logits), sums and counts of the terms.

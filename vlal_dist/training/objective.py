@@ -78,8 +78,8 @@ def feasible_table(
             f"feasible.npz holds {sets.num_objects} objects and attributes up to {beyond}, the "
             f"vocabulary {num_objects} objects and {num_attributes} attributes; pack again"
         )
-    tensors = (torch.from_numpy(array).to(device) for array in (sets.indptr, sets.indices))
-    return FeasibleTable(*tensors)
+    indptr, indices = (torch.from_numpy(a).to(device) for a in (sets.indptr, sets.indices))
+    return FeasibleTable(indptr, indices, int(np.diff(sets.indptr).max(initial=0)))
 
 
 def seed_bits(seed: int, device: torch.device) -> Tensor:
