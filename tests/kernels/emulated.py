@@ -23,7 +23,7 @@ def load(defines: tuple[str, ...], extra: tuple[str, ...] = ()):
     """The emulated kernel of a program; its mode is whatever each call asks for."""
     defines = tuple("-DVLAL_MODE=a.mode" if "_MODE=" in one else one for one in defines)
     own = [path.read_bytes() for path in sorted(FOLDER.iterdir())]
-    command = [compiler(), *FLAGS, "-Wno-unknown-pragmas", *extra, *defines]
+    command = [*compiler(), *FLAGS, "-Wno-unknown-pragmas", *extra, *defines]
     command += ["-I", str(FOLDER), "-I", str(SOURCES), str(FOLDER / "emulation.cpp")]
 
     def make(target):

@@ -118,6 +118,13 @@ def test_a_compiler_that_is_no_program_is_named(monkeypatch, tmp_path):
         build.build("baseline")
 
 
+def test_a_compiler_may_have_a_wrapper_and_arguments(monkeypatch, tmp_path):
+    wrapper = script(tmp_path / "cache compiler", 'echo "$@" > "$0.log"; exec "$@"')
+    monkeypatch.setenv("CXX", f"'{wrapper}' g++ -g0")
+    assert build.build("baseline").exists()
+    assert (tmp_path / "cache compiler.log").read_text().startswith("g++ -g0 -O3 ")
+
+
 def test_what_was_built_before_needs_no_compiler(monkeypatch, tmp_path):
     made = build.build("baseline")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -128,7 +128,7 @@ def test_nothing_is_read_or_written_beyond_its_place(pytestconfig):
     """As compute-sanitizer looks; shared memory is as large as a launch asks for."""
     found = [
         subprocess.run(
-            [compiler(), f"-print-file-name=lib{name}.so"], capture_output=True, text=True
+            [*compiler(), f"-print-file-name=lib{name}.so"], capture_output=True, text=True
         )
         for name in ("asan", "ubsan")
     ]
@@ -159,7 +159,7 @@ def test_arguments_are_as_long_as_the_structure(tmp_path):
         'extern "C" long last(const Arguments* a) { return a->threads; }\n'
     )
     library = tmp_path / "size.so"
-    command = [compiler(), "-shared", "-fPIC", "-I", str(emulated.SOURCES), str(source)]
+    command = [*compiler(), "-shared", "-fPIC", "-I", str(emulated.SOURCES), str(source)]
     subprocess.run([*command, "-o", str(library)], check=True)
     case = make(rows=2, attributes=9)
     packed = emulated.prepare(

@@ -53,7 +53,7 @@ def _report() -> int:
         _say(device, *choose(device))
     if not torch.cuda.is_available():
         _say("cuda", "none", "torch sees no GPU")
-    for name, ask in (("compiler", compiler), ("nvrtc", nvrtc.version)):
+    for name, ask in (("compiler", lambda: " ".join(compiler())), ("nvrtc", nvrtc.version)):
         try:
             _say(name, ask(), "")
         except ConfigError as error:

@@ -7,6 +7,7 @@ plain C functions without any header of torch or Python, so that it outlives the
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -40,17 +41,17 @@ def instruction_set() -> str:
     return _NAMES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: $CXX, else g++ or clang++.
+def compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, which may have arguments, else g++ or clang++.
 
     Raises:
         ConfigError: there is none.
     """
     wanted = os.environ.get("CXX")
-    for name in (wanted,) if wanted else ("g++", "clang++"):
-        path = shutil.which(name)
+    for command in (shlex.split(wanted),) if wanted else (["g++"], ["clang++"]):
+        path = shutil.which(command[0]) if command else None
         if path is not None:
-            return path
+            return [path, *command[1:]]
     if wanted:
         raise ConfigError(f"CXX={wanted} is no program; name a C++ compiler, or unset it")
     raise ConfigError("no C++ compiler: install g++, or set CXX")
@@ -113,14 +114,15 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
-def _compile(compiler_path: str, variant: str, target: Path) -> None:
-    command = [compiler_path, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
+def _compile(command: list[str], variant: str, target: Path) -> None:
+    program = command[0]
+    command = [*command, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
     try:
         done = subprocess.run(
             [*command, "-o", str(target)], capture_output=True, text=True, check=False
         )
     except OSError as error:
-        raise ConfigError(f"{compiler_path} cannot be started: {error.strerror}") from None
+        raise ConfigError(f"{program} cannot be started: {error.strerror}") from None
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line]
-        raise ConfigError(f"{compiler_path} failed: {(lines or ['no message'])[0][:300]}")
+        raise ConfigError(f"{program} failed: {(lines or ['no message'])[0][:300]}")
