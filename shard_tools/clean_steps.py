@@ -6,7 +6,7 @@ without positives -> clashes -> hidden labels. The splits are the annotation fil
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shard_tools.clean_annotations import (
     count_objects,
@@ -50,7 +50,7 @@ class Cleaned:
     rejects: list[Reject]
     counts: StepCounts
     clashes: int
-    hidden: list[Instance] | None
+    hidden: list[Instance] | None = None
 
 
 def clean_instances(
@@ -103,13 +103,7 @@ def clean_instances(
     if require_positive:
         left = counted("require_positive", keep_positive(left))
     final, clashes = resolve_clashes(left)
-    hidden = None
-    if hide is not None:
-        # Last, so that what an instance keeps is counted in labels that stand.
-        final, hidden = hide_labels(final, hide)
-        final = counted("hide", final)
-        counts["hide"] |= count_hidden(final, hidden)
-    return Cleaned(
+    cleaned = Cleaned(
         instances=final,
         objects=tuple(objects),
         attributes=tuple(attributes),
@@ -117,5 +111,14 @@ def clean_instances(
         rejects=rejects,
         counts=counts,
         clashes=clashes,
-        hidden=hidden,
+    )
+    return cleaned if hide is None else _hide(cleaned, hide)
+
+
+def _hide(cleaned: Cleaned, rule: HideRule) -> Cleaned:
+    """The last step, so that what an instance keeps is drawn and counted in labels that stand."""
+    kept, hidden = hide_labels(cleaned.instances, rule)
+    counts = {**count_instances(kept), **count_hidden(kept, hidden)}
+    return replace(
+        cleaned, instances=kept, hidden=hidden, counts={**cleaned.counts, "hide": counts}
     )
