@@ -46,6 +46,7 @@ from benchmarks.selective_loss_ways import (  # noqa: E402
 from vlal_dist.kernels.backend import choose  # noqa: E402
 from vlal_dist.kernels.selective_loss import selective_loss  # noqa: E402
 
+LARGE = 20_000_000
 SHAPES = ((64, 591), (1024, 591), (16384, 591), (65536, 620), (4096, 50000))
 RATIOS = {
     "vs_paper_way": ("paper", "ours"),
@@ -114,13 +115,14 @@ def compare(rows: int, attributes: int, threads: int, *, rounds: int) -> dict[st
 
 
 def table(shapes: list[tuple[int, int]], threads: list[int], rounds: int) -> tuple[str, dict]:
-    """The CPU's rows as Markdown, and its figures."""
+    """The CPU's rows as Markdown, and its figures; large shapes take minutes: two rounds."""
     head = [*(f"{name} ms" for name in NAMES), *RATIOS, "ns per element"]
     lines = [f"| shape | threads | {' | '.join(head)} |", "|---" * (len(head) + 2) + "|"]
     told: dict[str, float] = {}
     for number in threads:
         for rows, attributes in shapes:
-            found = compare(rows, attributes, number, rounds=rounds)
+            fewer = min(rounds, 2) if rows * attributes > LARGE else rounds
+            found = compare(rows, attributes, number, rounds=fewer)
             suffix = f"{rows}x{attributes}" + (f"_{number}_threads" if number > 1 else "")
             told |= {f"{name}_{suffix}": value for name, value in found.items()}
             cells = [_cell(found, f"ms_{name}") for name in NAMES]

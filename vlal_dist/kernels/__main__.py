@@ -53,7 +53,7 @@ def _report() -> int:
         _say(device, *choose(device))
     if not torch.cuda.is_available():
         _say("cuda", "none", "torch sees no GPU")
-    for name, ask in (("compiler", lambda: " ".join(compiler())), ("nvrtc", nvrtc.version)):
+    for name, ask in (("compiler", _compiler), ("nvrtc", nvrtc.version)):
         try:
             _say(name, ask(), "")
         except ConfigError as error:
@@ -69,6 +69,10 @@ def _report() -> int:
     if not good:
         sys.stderr.write(f"error: a backend is wrong; set {VARIABLE}=reference and report it\n")
     return 0 if good else 1
+
+
+def _compiler() -> str:
+    return " ".join(compiler())
 
 
 def _build(architectures: list[str]) -> int:

@@ -32,7 +32,7 @@ struct Arguments {
   void* per_row;                    // float, or double for double logits
   double* sums;                     // [5]
   vlal_i64* counts;                 // [5]
-  int* drawn_out;                   // [rows, drawn_per_row]; null: not wanted
+  int* drawn_out;                   // as drawn, of -1 before; null: not wanted. Rows of weight 0 stay
   vlal_u32* keys;                   // CUDA: [rows, largest], null where they fit shared memory
   float* partial;                   // CUDA: [blocks, 9], sums of four terms and five counts
   vlal_i64 rows, attributes, stride, gradient_stride, drawn_per_row;

@@ -1,8 +1,8 @@
 // As many floats as the processor's registers hold, and what the loss does with them.
 //
 // Compilers' own vectors, so that one text serves every instruction set; only what they lack is
-// written by intrinsics. A row is worked on in chunks of kLanes, kParts vectors each: no sum depends
-// on the width.
+// written by intrinsics. A row is worked on in chunks of kLanes, kParts vectors each: no sum
+// depends on the width.
 #ifndef VLAL_LANES_H
 #define VLAL_LANES_H
 
@@ -79,8 +79,9 @@ struct Table {
 #elif defined(__AVX2__)
     return (Ints)_mm256_permutevar8x32_epi32((__m256i)value, (__m256i)place);
 #else
-    const Ints low = {value[place[0] & 3], value[place[1] & 3], value[place[2] & 3], value[place[3] & 3]};
-    const Ints high = {upper[place[0] & 3], upper[place[1] & 3], upper[place[2] & 3], upper[place[3] & 3]};
+    const Ints at = place & 3;
+    const Ints low = {value[at[0]], value[at[1]], value[at[2]], value[at[3]]};
+    const Ints high = {upper[at[0]], upper[at[1]], upper[at[2]], upper[at[3]]};
     return place > 3 ? high : low;
 #endif
   }
@@ -93,7 +94,7 @@ struct Table {
 VLAL_INLINE Floats broadcast(float value) { return value - Floats{}; }
 VLAL_INLINE Floats fused(Floats a, Floats b, float c) { return fused(a, b, broadcast(c)); }
 VLAL_INLINE Floats fused(Floats a, float b, Floats c) { return fused(a, broadcast(b), c); }
-VLAL_INLINE Floats fused(Floats a, float b, float c) { return fused(a, broadcast(b), broadcast(c)); }
+VLAL_INLINE Floats fused(Floats a, float b, float c) { return fused(a, b, broadcast(c)); }
 VLAL_INLINE Floats fused(float a, Floats b, float c) { return fused(b, a, c); }
 VLAL_INLINE Floats select(Ints mask, Floats a, Floats b) { return mask ? a : b; }
 // a where a bit of `bits` is set, else b.

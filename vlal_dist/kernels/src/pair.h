@@ -29,6 +29,7 @@ typedef unsigned short Element;
 VLAL_INLINE float to_float(Element v) { return from_float16(v); }
 VLAL_INLINE Element from_float(float v) { return to_float16(v); }
 #endif
+
 VLAL_INLINE constexpr bool is_whole(float g) { return g >= 0 && g < 8 && g == (float)(int)g; }
 
 constexpr bool kInteger = is_whole(VLAL_GAMMA_POSITIVE) && is_whole(VLAL_GAMMA_NEGATIVE) &&

@@ -111,7 +111,7 @@ double positive_loss(float* gradient, const Exponents& x, float weight, const Sc
       store(slope + part * kWidth, -f.slope * weight);
     }
     for (int64_t l = here; l < kLanes; ++l) loss[l] = 0;
-    for (int part = 0; part < kParts; ++part) lanes[part] = lanes[part] + load(loss + part * kWidth);
+    for (int part = 0; part < kParts; ++part) lanes[part] += load(loss + part * kWidth);
     for (int64_t l = 0; l < here; ++l) gradient[s.positives[n + l]] = slope[l];
   }
   return sum_of(lanes);
@@ -139,8 +139,8 @@ void row_loss(const float* z, float* gradient, const Arguments& a, const Exponen
     std::memset(rest_code, kIgnored, kLanes);
     std::memcpy(rest, z + i, (a.attributes - i) * sizeof(float));
     std::memcpy(rest_code, code + i, a.attributes - i);
-    block<MARGIN, DETACH, INTEGER>(kLanes, rest, rest_gradient, rest_code, gammas, exponents, margin,
-                                   weight, lanes);
+    block<MARGIN, DETACH, INTEGER>(kLanes, rest, rest_gradient, rest_code, gammas, exponents,
+                                   margin, weight, lanes);
     std::memcpy(gradient + i, rest_gradient, (a.attributes - i) * sizeof(float));
   }
   for (int t = 0; t < 3; ++t) result.sums[kNegative + t] = sum_of(lanes[t]);

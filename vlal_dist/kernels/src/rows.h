@@ -1,8 +1,8 @@
 // The selective loss and its draw on the GPU: a team of lanes for each row, all in one launch.
 //
 // A team lays out the codes of its row in shared memory, draws among the feasible ones, and goes
-// over the logits once. Neighbours in memory are neighbouring lanes', so that rows need no alignment
-// and a row's sums are the same wherever it lies; nothing is atomic.
+// over the logits once. Neighbours in memory go to neighbouring lanes: rows need no alignment,
+// and a row's sums are the same wherever it lies. Nothing is atomic.
 #ifndef VLAL_ROWS_H
 #define VLAL_ROWS_H
 
@@ -112,7 +112,7 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   return result;
 }
 
-// Bytes of shared memory that a team works in; cuda.py knows this too.
+// Bytes of shared memory that a team works in; launch.py knows this too.
 VLAL_INLINE int team_bytes(const Arguments& a) {
   return code_bytes((int)a.attributes) + (a.keys ? 0 : (4 * (int)a.largest + 15) / 16 * 16);
 }
@@ -125,7 +125,8 @@ VLAL_INLINE void rows_block(const Arguments& a, vlal_i64 block, unsigned char* s
     RowSums sums = {};
     if (row < a.rows) {
       unsigned char* own = space + (vlal_i64)team * team_bytes(a);
-      vlal_u32* keys = a.keys ? a.keys + row * a.largest : (vlal_u32*)(own + code_bytes((int)a.attributes));
+      vlal_u32* behind = (vlal_u32*)(own + code_bytes((int)a.attributes));
+      vlal_u32* keys = a.keys ? a.keys + row * a.largest : behind;
       sums = one_row(a, row, own, keys);
     }
     EACH_LANE(lane)

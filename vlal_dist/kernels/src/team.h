@@ -1,7 +1,7 @@
 // A team of threads that works on one row of the batch, on the GPU.
 //
-// Code is written as phases: what stands between EACH_LANE and END_LANES is done by every lane, what
-// stands outside by all of them alike. tests/kernels/emulation.cpp has the same names for a
+// Code is written as phases: what stands between EACH_LANE and END_LANES is done by every lane,
+// what stands outside by all of them alike. tests/kernels/emulation has the same names for a
 // processor, where a phase is a loop.
 #ifndef VLAL_TEAM_H
 #define VLAL_TEAM_H
