@@ -4,11 +4,9 @@ Everything is checked and computed before the first file is written; the files a
 depend on the input alone, so the command can be repeated after any interruption.
 """
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
@@ -17,10 +15,15 @@ from shard_tools.attribute_groups import (
     listed_prevalence,
     prevalence_by_count,
 )
-from shard_tools.clean_counts import SPLITS, StepCounts, check_expected, first_departure
+from shard_tools.clean_counts import (
+    HIDE_QUANTITIES,
+    SPLITS,
+    StepCounts,
+    check_expected,
+    first_departure,
+)
 from shard_tools.clean_feasible import build_feasible_sets, enlarge
 from shard_tools.clean_files import (
-    check_merge_table,
     instances_table,
     json_bytes,
     parquet_bytes,
@@ -30,28 +33,21 @@ from shard_tools.clean_files import (
     rejects_table,
     write_root,
 )
+from shard_tools.clean_hide import HideRule, hidden_files, hide_rule
+from shard_tools.clean_like import Like, open_like
 from shard_tools.clean_records import Instance, Reject, drop_duplicates, parse_records
 from shard_tools.clean_steps import Cleaned, MergeRule, clean_instances
 from shard_tools.merge_objects import merge_table
 from shard_tools.wordnet import WordNet
 from vlal_dist.config.clean import CleanSection
 from vlal_dist.config.config import Config
-from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import open_store
 from vlal_dist.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Like:
-    """What `--like` takes over from an earlier dataset: names, feasible sets, merge table."""
-
-    vocabulary: Vocabulary
-    feasible: FeasibleSets
-    merges: dict[str, str]
 
 
 def clean(config: Config, flags: Mapping[str, str]) -> Counts:
@@ -64,21 +60,14 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         StorageError: the root cannot be written.
     """
     settings = config.clean
-    like = _open_like(flags["like"]) if "like" in flags else None
+    hide = hide_rule(settings.hide, seed=settings.hide_seed)
+    like = open_like(flags["like"], hide=hide) if "like" in flags else None
     _check_settings(settings, like=like)
     merge = _merge_rule(settings, like)
     open_store(config.paths.instances).list_keys("clean.json")  # a wrong bucket is told now
     instances, rejects = _read_annotations(settings)
     num_records = len(instances) + len(rejects)
-    cleaned = clean_instances(
-        instances,
-        min_side=settings.min_side,
-        merge=merge,
-        renames=settings.renames,
-        deleted_attributes=settings.deleted_attributes,
-        known=like.vocabulary if like else None,
-        require_positive=settings.require_positive,
-    )
+    cleaned = _run_steps(instances, settings, merge=merge, like=like, hide=hide)
     rejects += cleaned.rejects
     _check_left(cleaned, num_rejected=len(rejects))
     vocabulary = like.vocabulary if like else _make_vocabulary(cleaned, settings)
@@ -88,6 +77,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     }
     feasible = like.feasible if like else _make_feasible(tables, vocabulary, settings)
     counts = {**cleaned.counts, "feasible": {"pairs": len(feasible.indices)}}
+    rule = hide.to_json() if hide else {}
     manifest: Counts = {
         "vocabulary_digest": vocabulary.digest,
         "feasible_digest": feasible.digest,
@@ -96,11 +86,13 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         "rejected": len(rejects),
         "clashes": cleaned.clashes,
         "counts": counts,
+        **rule,
     }
-    names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts}
+    names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts, **rule}
     files = {"vocabulary.json": json_bytes(names), "feasible.npz": feasible.to_npz()}
     files |= {f"{split}.parquet": parquet_bytes(table) for split, table in tables.items()}
     files["rejects.parquet"] = parquet_bytes(rejects_table(rejects))
+    files |= hidden_files(cleaned.hidden, vocabulary)
     write_root(open_store(config.paths.instances), files, manifest)
     _check_rejected(len(rejects), num_records, config)
     return {
@@ -112,6 +104,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         "feasible_pairs": len(feasible.indices),
         "clashes": cleaned.clashes,
         "rejected": len(rejects),
+        **{name: counts["hide"][name] for name in HIDE_QUANTITIES if hide},
         **_compare(counts, settings),
     }
 
@@ -166,27 +159,6 @@ def _merge_rule(settings: CleanSection, like: Like | None) -> MergeRule:
     return lambda num_instances: merge_table(num_instances, lexicon)
 
 
-def _open_like(url: str) -> Like:
-    store = open_store(url)
-    try:
-        values = json.loads(store.read("vocabulary.json"))
-        feasible = FeasibleSets.from_npz(store.read("feasible.npz"))
-    except NotFoundError as error:
-        raise DataError(
-            f"--like {url}: {error}; give the root that clean, pack or merge wrote"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"--like {url} cannot be read: {error}; write that root again") from None
-    vocabulary = Vocabulary.from_json(values)
-    if feasible.num_objects != len(vocabulary.objects):
-        raise DataError(
-            f"--like {url}: feasible sets of {feasible.num_objects} objects, names of "
-            f"{len(vocabulary.objects)}; the files do not belong together: write that root again"
-        )
-    merges = check_merge_table(values.get("merges", {}), what=f"--like {url}: merges")
-    return Like(vocabulary=vocabulary, feasible=feasible, merges=merges)
-
-
 def _read_annotations(settings: CleanSection) -> tuple[list[Instance], list[Reject]]:
     instances: list[Instance] = []
     rejects: list[Reject] = []
@@ -200,6 +172,26 @@ def _read_annotations(settings: CleanSection) -> tuple[list[Instance], list[Reje
             rejects += bad
     instances, duplicates = drop_duplicates(instances)
     return instances, rejects + duplicates
+
+
+def _run_steps(
+    instances: Sequence[Instance],
+    settings: CleanSection,
+    *,
+    merge: MergeRule,
+    like: Like | None,
+    hide: HideRule | None,
+) -> Cleaned:
+    return clean_instances(
+        instances,
+        min_side=settings.min_side,
+        merge=merge,
+        renames=settings.renames,
+        deleted_attributes=settings.deleted_attributes,
+        known=like.vocabulary if like else None,
+        require_positive=settings.require_positive,
+        hide=hide,
+    )
 
 
 def _make_vocabulary(cleaned: Cleaned, settings: CleanSection) -> Vocabulary:

@@ -1,7 +1,7 @@
 """What each cleaning step leaves, and the first step that departs from the expected counts.
 
 Counts follow the authors' notebook: pairs are distinct (object, attribute) pairs, taken from the
-lists as they stand, before a clash is resolved.
+lists as they stand, before a clash is resolved (only `hide` comes after that).
 """
 
 from collections import defaultdict
@@ -20,9 +20,10 @@ STEPS = (
     "delete_attributes",
     "known_names",
     "require_positive",
+    "hide",
     "feasible",
 )
-"""Steps in order; `known_names` occurs with `--like` only."""
+"""Steps in order; `known_names` occurs with `--like` only, `hide` with `clean.hide` only."""
 
 QUANTITIES = (
     "instances",
@@ -36,6 +37,9 @@ QUANTITIES = (
 )
 """Counted over all splits, and per split as `train_instances` and so on. `attributes` and
 `annotated_pairs` take both lists, `positive_...` the positive list alone."""
+
+HIDE_QUANTITIES = ("kept_positives", "hidden_positives", "kept_negatives", "hidden_negatives")
+"""Of the step `hide`, besides the others: labels of the training split."""
 
 FEASIBLE_QUANTITIES = ("pairs",)
 
@@ -65,7 +69,8 @@ def check_expected(expected: Mapping[str, Mapping[str, int]]) -> None:
     for step, values in expected.items():
         if step not in STEPS:
             raise ConfigError(f"clean.expected has the step {step!r}; known are {', '.join(STEPS)}")
-        known = FEASIBLE_QUANTITIES if step == "feasible" else names
+        more = HIDE_QUANTITIES if step == "hide" else ()
+        known = FEASIBLE_QUANTITIES if step == "feasible" else (*names, *more)
         for name in values:
             if name not in known:
                 raise ConfigError(

@@ -1,12 +1,12 @@
 """The cleaning of Sec. 3.1 in order, counted after every step as the authors' notebook does.
 
 size filter -> merge of object names -> renames -> deleted attributes -> vocabulary -> instances
-without positives -> clashes. The splits are the annotation files' own.
+without positives -> clashes -> hidden labels. The splits are the annotation files' own.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shard_tools.clean_annotations import (
     count_objects,
@@ -18,6 +18,7 @@ from shard_tools.clean_annotations import (
     resolve_clashes,
 )
 from shard_tools.clean_counts import StepCounts, count_instances
+from shard_tools.clean_hide import HideRule, count_hidden, hide_labels
 from shard_tools.clean_records import Instance, Reject
 from vlal_dist.vocabulary import Vocabulary
 
@@ -39,6 +40,7 @@ class Cleaned:
         rejects: instances with a name outside the given vocabulary.
         counts: step -> counts.
         clashes: (instance, attribute) pairs that stood in both lists.
+        hidden: training instances with the labels hidden of them; None: there was nothing to hide.
     """
 
     instances: list[Instance]
@@ -48,6 +50,7 @@ class Cleaned:
     rejects: list[Reject]
     counts: StepCounts
     clashes: int
+    hidden: list[Instance] | None = None
 
 
 def clean_instances(
@@ -59,6 +62,7 @@ def clean_instances(
     deleted_attributes: Sequence[str],
     known: Vocabulary | None,
     require_positive: bool,
+    hide: HideRule | None = None,
 ) -> Cleaned:
     """Run the steps.
 
@@ -70,6 +74,7 @@ def clean_instances(
         deleted_attributes: names removed everywhere.
         known: the vocabulary to keep to; None: one is made from the names left.
         require_positive: drop instances without a positive.
+        hide: training labels that are hidden; the vocabulary keeps their names.
     """
     counts: StepCounts = {}
 
@@ -98,7 +103,7 @@ def clean_instances(
     if require_positive:
         left = counted("require_positive", keep_positive(left))
     final, clashes = resolve_clashes(left)
-    return Cleaned(
+    cleaned = Cleaned(
         instances=final,
         objects=tuple(objects),
         attributes=tuple(attributes),
@@ -106,4 +111,14 @@ def clean_instances(
         rejects=rejects,
         counts=counts,
         clashes=clashes,
+    )
+    return cleaned if hide is None else _hide(cleaned, hide)
+
+
+def _hide(cleaned: Cleaned, rule: HideRule) -> Cleaned:
+    """The last step, so that what an instance keeps is drawn and counted in labels that stand."""
+    kept, hidden = hide_labels(cleaned.instances, rule)
+    counts = {**count_instances(kept), **count_hidden(kept, hidden)}
+    return replace(
+        cleaned, instances=kept, hidden=hidden, counts={**cleaned.counts, "hide": counts}
     )

@@ -8,12 +8,15 @@ import pytest
 import yaml
 
 from shard_tools.__main__ import main
+from shard_tools.clean_hide import HIDDEN
+from vlal_dist.config.load import load_config
 from vlal_dist.vocabulary import Vocabulary
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 SAMPLE = DATA / "visual_genome_sample" / "vg100.json"
 FASHION = DATA / "fashion12k"
 CONFIG = Path(__file__).parents[2] / "configs" / "fashion12k.yaml"
+SPARSE = CONFIG.with_name("fashion12k_sparse.yaml")
 
 
 @pytest.mark.skipif(not SAMPLE.is_file(), reason="the Visual Genome sample is absent")
@@ -73,3 +76,43 @@ def test_fashion12k(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (tmp_path / "one").iterdir():
         if not path.name.startswith(("clean.result", "clean.config")):
             assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="fashion12k is absent")
+def test_fashion12k_sparse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASHION12K", str(FASHION))
+    counts_path = tmp_path / "counts.json"
+    argv = ["clean", "--config", str(SPARSE), "--json", str(counts_path)]
+    assert main([*argv, "--paths.instances", str(tmp_path)]) == 0
+    counts = json.loads(counts_path.read_text())
+    assert counts["expected"] == "met"
+    assert abs(counts["kept_positives"] / 8390 - 1.8) < 0.05
+    assert abs(counts["kept_negatives"] / 8390 - 1.2) < 0.05
+    vocabulary = Vocabulary.from_json(json.loads((tmp_path / "vocabulary.json").read_text()))
+    for split in ("train", "val", "test"):
+        given = json.loads((FASHION / f"{split}.json").read_text(encoding="utf-8"))
+        rows = pq.read_table(tmp_path / f"{split}.parquet").to_pylist()
+        hidden = pq.read_table(tmp_path / HIDDEN).to_pylist() if split == "train" else []
+        for polarity in ("positive", "negative"):
+            found = [set(row[polarity]) for row in rows]
+            for one, other in zip(found, hidden, strict=False):
+                assert one.isdisjoint(other[polarity])
+                one.update(other[polarity])
+            names = [{vocabulary.attributes[i] for i in one} for one in found]
+            assert names == [set(record[f"{polarity}_attributes"]) for record in given]
+
+
+def test_the_sparse_config_is_the_whole_one_but_for_roots_and_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FASHION12K", "unused")
+    whole, sparse = (load_config(str(path), {}).model_dump() for path in (CONFIG, SPARSE))
+    assert sparse["paths"] == {
+        name: value.replace("runs/fashion12k/", "runs/fashion12k_sparse/") if value else value
+        for name, value in whole["paths"].items()
+    }
+    assert (sparse["clean"].pop("hide"), whole["clean"].pop("hide")) == ("vaw_density", "none")
+    expected = sparse["clean"].pop("expected")
+    assert expected | whole["clean"].pop("expected") == expected
+    del whole["paths"], sparse["paths"]
+    assert sparse == whole

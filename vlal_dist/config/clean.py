@@ -46,6 +46,15 @@ class CleanSection(Section):
     require_positive: bool = Field(
         True, description="drop instances left without a positive (needed for 170,407)"
     )
+    hide: Literal["none", "vaw_density"] = Field(
+        "none",
+        description="training labels that are hidden, before anything is derived from them; "
+        "vaw_density: an instance keeps 1 + Poisson(0.8) positives and Poisson(1.2) negatives, at "
+        "most its own, as many as VAW's training crops carry (1.8 and 1.2); none: nothing is",
+    )
+    hide_seed: int = Field(
+        0, ge=0, description="which labels are hidden; another seed is another dataset"
+    )
     feasible_splits: list[str] = Field(
         default_factory=lambda: ["train"],
         description="splits whose annotations define feasibility (Sec. 2.2)",

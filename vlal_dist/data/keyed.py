@@ -1,7 +1,7 @@
 """Keyed 64-bit hashes of our own: every order and draw of the stream is a function of these.
 
 No library's generator is used, whose stream may change: what is keyed here is the same on every
-machine and in every version, or no run could be resumed.
+machine and in every version, or no run could be resumed. What `clean` hides is keyed likewise.
 """
 
 import numpy as np
@@ -12,6 +12,7 @@ I64 = npt.NDArray[np.int64]
 
 # Purposes keep the hashes of different uses apart.
 ORDER_OF_BLOCKS, ORDER_IN_WINDOW, FLIP, PHASE = 1, 2, 3, 4
+HIDE_POSITIVES, HIDE_NEGATIVES = 5, 6
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
