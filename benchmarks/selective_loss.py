@@ -35,26 +35,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.selective_loss_gpu import on_gpu  # noqa: E402
-from benchmarks.selective_loss_ways import (  # noqa: E402
-    GAMMAS,
-    MARGIN,
-    Data,
-    Way,
-    make,
-    ways,
-)
+from benchmarks.selective_loss_ways import RATIOS, Data, Way, make, ours, ways  # noqa: E402
 from vlal_dist.kernels.backend import choose  # noqa: E402
-from vlal_dist.kernels.selective_loss import selective_loss  # noqa: E402
 
 LARGE = 20_000_000
 SHAPES = ((64, 591), (1024, 591), (16384, 591), (65536, 620), (4096, 50000))
-RATIOS = {
-    "vs_paper_way": ("paper", "ours"),
-    "vs_eager": ("eager", "ours"),
-    "vs_psl": ("psl", "ours_loss"),
-    "vs_compile_draw": ("compile_draw", "ours"),
-    "vs_compile_loss": ("compile_loss", "ours_loss"),
-}
 NAMES = (
     *("paper", "psl", "eager", "compile_draw", "compile_loss"),
     *("ours", "ours_loss", "in_place", "copy"),
@@ -77,17 +62,7 @@ def memory_ways(data: Data) -> dict[str, Way]:
 
     def in_place() -> None:
         there.copy_(source)
-        selective_loss(
-            there,
-            label=data.label,
-            object_id=data.object_id,
-            feasible=data.table,
-            ignored=data.draw,
-            gammas=GAMMAS,
-            margin=MARGIN,
-            detach_focal=True,
-            in_place=True,
-        )
+        ours(data, data.draw, there, in_place=True)
 
     return {"in_place": in_place, "copy": lambda: there.copy_(source)}
 

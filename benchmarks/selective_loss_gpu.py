@@ -12,17 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.selective_loss_ways import Data, Way, make, ours, ways
+from benchmarks.selective_loss_ways import RATIOS, Data, Way, make, ours, ways
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MOST_BUFFERS = 16
-RATIOS = {
-    "vs_paper_way": ("paper", "ours"),
-    "vs_eager": ("eager", "ours"),
-    "vs_psl": ("psl", "ours_loss"),
-    "vs_compile_draw": ("compile_draw", "ours"),
-    "vs_compile_loss": ("compile_loss", "ours_loss"),
-}
 
 
 def event_ms(way: Way, calls: int) -> float:

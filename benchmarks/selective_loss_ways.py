@@ -20,6 +20,13 @@ from vlal_dist.kernels.inputs import Draw, FeasibleTable  # noqa: E402
 from vlal_dist.kernels.selective_loss import selective_loss  # noqa: E402
 
 Way = Callable[[], None]
+RATIOS = {
+    "vs_paper_way": ("paper", "ours"),
+    "vs_eager": ("eager", "ours"),
+    "vs_psl": ("psl", "ours_loss"),
+    "vs_compile_draw": ("compile_draw", "ours"),
+    "vs_compile_loss": ("compile_loss", "ours_loss"),
+}
 OBJECTS, K, GAMMAS, MARGIN = 50, 30, (1.0, 2.0, 4.0, 7.0), 0.05
 
 
@@ -145,7 +152,9 @@ def lean_loss(z: Tensor, label: Tensor, feasible: Tensor, ignored: Tensor) -> Te
     return torch.where(ignored & (label == 0), 0.0, weight * entropy).sum()
 
 
-def ours(data: Data, ignored: Draw | Tensor, logits: Tensor | None = None) -> Tensor:
+def ours(
+    data: Data, ignored: Draw | Tensor, logits: Tensor | None = None, *, in_place: bool = False
+) -> Tensor:
     """The fused operator's loss of the batch."""
     return selective_loss(
         data.logits if logits is None else logits,
@@ -156,6 +165,7 @@ def ours(data: Data, ignored: Draw | Tensor, logits: Tensor | None = None) -> Te
         gammas=GAMMAS,
         margin=MARGIN,
         detach_focal=True,
+        in_place=in_place,
     ).per_row.sum()
 
 

@@ -14,6 +14,7 @@ import torch
 from tests.kernels import emulated
 from tests.kernels.cases import PAPER, draw_of, make, oracle, same_bits, tensors
 from vlal_dist.kernels import cuda, nvrtc
+from vlal_dist.kernels.arguments import _LAYOUT
 from vlal_dist.kernels.inputs import Draw, FeasibleTable
 from vlal_dist.kernels.selective_loss import draw_ignored, selective_loss
 
@@ -63,7 +64,7 @@ class Driver:
         totals = name == b"vlal_totals"
         pointers = (ctypes.c_void_p * (2 if totals else 1)).from_address(address)
         blocks = ctypes.c_int64.from_address(pointers[1]).value if totals else sizes[0]
-        emulated.load(defines)(ctypes.string_at(pointers[0], 296), blocks)
+        emulated.load(defines)(ctypes.string_at(pointers[0], _LAYOUT.size), blocks)
         return (self.fine,)
 
 

@@ -19,7 +19,6 @@ from vlal_dist.kernels.self_test import self_test
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 GAMMAS = {"selective": (1.0, 2.0, 4.0, 7.0), "asl": (1.0, 2.0, 4.0, 4.0), "ce": (0.0,) * 4}
-MODES = {"selective": ("draw", "list"), "asl": ("ignore", "negatify", "mask")}
 
 
 def main() -> int:
@@ -91,7 +90,7 @@ def _common() -> list[nvrtc.Settings]:
         nvrtc.Settings(kind, mode, gammas, 0.05, True, nvrtc.WARP)
         for kind in (0, 1, 2)
         for name, gammas in GAMMAS.items()
-        for mode in (MODES["selective"] if name == "selective" else MODES["asl"])
+        for mode in (("draw", "list") if name == "selective" else ("ignore", "negatify", "mask"))
     ]
 
 

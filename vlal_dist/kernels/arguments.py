@@ -1,10 +1,15 @@
 """The operator's arguments as the C structure that CPU and CUDA share."""
 
 import struct
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+Tensors = dict[str, Tensor | None]
+"""By their names in the structure."""
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Losses, gradient, sums and counts."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 MODES = {"draw": 0, "list": 1, "ignore": 2, "negatify": 3, "mask": 4}
 
@@ -18,18 +23,42 @@ _LAYOUT = struct.Struct(f"@{len(_POINTERS)}P7q5d5i4x")
 """`struct Arguments` of arguments.h; packed, as a ctypes structure takes three times as long."""
 
 
+class Asked(TypedDict):
+    """What a backend is asked for, by keyword.
+
+    Attributes:
+        mode: a name of `MODES`.
+        num_ignore, over_unannotated: of the draw.
+        gammas, margin, detach_focal: of the loss.
+    """
+
+    mode: str
+    num_ignore: int
+    over_unannotated: bool
+    gammas: tuple[float, float, float, float]
+    margin: float
+    detach_focal: bool
+
+
+def draw_alone(num_ignore: int, over_unannotated: bool) -> Asked:
+    """A draw without a loss."""
+    return Asked(
+        mode="draw",
+        num_ignore=num_ignore,
+        over_unannotated=over_unannotated,
+        gammas=(0.0, 0.0, 0.0, 0.0),
+        margin=0.0,
+        detach_focal=False,
+    )
+
+
 def pack(
-    tensors: dict[str, Tensor | None],
+    tensors: Tensors,
     *,
     attributes: int,
-    mode: str,
-    num_ignore: int,
-    over_unannotated: bool,
-    gammas: tuple[float, float, float, float],
-    margin: float,
-    detach_focal: bool,
     threads: int = 1,
     largest: int = 0,
+    **asked: Unpack[Asked],
 ) -> bytes:
     """The structure's bytes.
 
@@ -38,10 +67,9 @@ def pack(
             `gradient` along their rows. They must outlive the call. Without `logits` there is
             a draw and no loss.
         attributes: A.
-        mode: a name of `MODES`.
-        num_ignore, over_unannotated, gammas, margin, detach_focal: of the operator.
         threads: on the CPU, at most so many.
         largest: on CUDA, the size of the greatest feasible set.
+        asked: see `Asked`.
     """
     logits, gradient, object_id = (tensors.get(n) for n in ("logits", "gradient", "object_id"))
     assert object_id is not None
@@ -57,13 +85,13 @@ def pack(
         attributes,
         *apart,
         0 if drawn is None else drawn.shape[1],
-        num_ignore,
+        asked["num_ignore"],
         largest,
-        *gammas,
-        margin,
-        MODES[mode],
+        *asked["gammas"],
+        asked["margin"],
+        MODES[asked["mode"]],
         0 if logits is None else KINDS[logits.dtype],
-        detach_focal,
-        over_unannotated,
+        asked["detach_focal"],
+        asked["over_unannotated"],
         threads,
     )

@@ -1,10 +1,9 @@
-"""What the operator refuses: settings beyond the formulas, tensors that do not fit each other."""
+"""What the operator refuses: tensors that do not fit each other."""
 
 import torch
 from torch import Tensor
 
-from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import KINDS
+from vlal_dist.kernels.arguments import KINDS, Tensors
 
 TYPES = {
     "label": (torch.int8, "[B, A]"),
@@ -26,16 +25,6 @@ TYPES = {
 NAMES = ("logits", *TYPES)
 
 
-def check_settings(gammas: tuple[float, ...], margin: float) -> None:
-    """Refuse what the formulas do not allow.
-
-    Raises:
-        ConfigError: a gamma is negative, or the margin is outside of [0, 1).
-    """
-    if len(gammas) != 4 or not all(g >= 0 for g in gammas) or not 0 <= margin < 1:
-        raise ConfigError(f"gammas {gammas}, margin {margin}: give 4 gammas >= 0, 0 <= margin < 1")
-
-
 def check_logits(logits: Tensor) -> None:
     """Type and dimensions.
 
@@ -46,9 +35,7 @@ def check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}, floating [B, A] is needed")
 
 
-def check(
-    tensors: dict[str, Tensor | None], *, rows: int, attributes: int, device: torch.device
-) -> None:
+def check(tensors: Tensors, *, rows: int, attributes: int, device: torch.device) -> None:
     """Shapes, types and devices; values (ids within their tables) are the caller's.
 
     Args:

@@ -6,12 +6,12 @@ Arguments are checked by `selective_loss.py`; here they are laid into the C stru
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from vlal_dist.kernels.arguments import pack
+from vlal_dist.kernels.arguments import Asked, Outputs, Tensors, draw_alone, pack
 from vlal_dist.kernels.build import build, instruction_set
 
 WORTH_A_THREAD = 16_384
@@ -27,26 +27,20 @@ def load(variant: str) -> Callable[[Any], None]:
 
 
 def run(
-    tensors: dict[str, Tensor | None],
+    tensors: Tensors,
     *,
-    mode: str,
-    num_ignore: int,
-    over_unannotated: bool,
-    gammas: tuple[float, float, float, float],
-    margin: float,
-    detach_focal: bool,
     threads: int | None = None,
     variant: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    **asked: Unpack[Asked],
+) -> Outputs:
     """Losses, gradient, sums and counts; see `selective_loss.selective_loss`.
 
     Args:
         tensors: by their names in the C structure; contiguous, `logits` along its rows. With
             `gradient`, which may be `logits` itself, that is written and returned.
-        mode: a name of `arguments.MODES`.
-        num_ignore, over_unannotated, gammas, margin, detach_focal: of the operator.
         threads: at most so many; None: torch's.
         variant: instruction set; None: the widest of this processor.
+        asked: see `Asked`.
     """
     logits = tensors["logits"]
     assert logits is not None
@@ -62,20 +56,15 @@ def run(
     arguments = pack(
         {**tensors, "gradient": gradient, "per_row": per_row, "sums": sums, "counts": counts},
         attributes=attributes,
-        mode=mode,
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=gammas,
-        margin=margin,
-        detach_focal=detach_focal,
         threads=_threads(rows * attributes, threads),
+        **asked,
     )
     load(variant or instruction_set())(arguments)
     return per_row, gradient, sums, counts
 
 
 def draw(
-    tensors: dict[str, Tensor | None],
+    tensors: Tensors,
     attributes: int,
     num_ignore: int,
     over_unannotated: bool,
@@ -102,13 +91,8 @@ def draw(
     arguments = pack(
         {**tensors, **unused, "drawn_out": drawn},
         attributes=attributes,
-        mode="draw",
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=(0.0, 0.0, 0.0, 0.0),
-        margin=0.0,
-        detach_focal=False,
         threads=_threads(rows * attributes, threads),
+        **draw_alone(num_ignore, over_unannotated),
     )
     load(variant or instruction_set())(arguments)
     return drawn

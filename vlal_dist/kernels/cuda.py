@@ -6,39 +6,22 @@ which the first call does. Arguments are checked by `selective_loss.py`.
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import nvrtc
-from vlal_dist.kernels.launch import (
-    STATIC,
-    THREADS,
-    Outputs,
-    Tensors,
-    outputs_for,
-    prepare,
-    prepare_draw,
-)
+from vlal_dist.kernels.arguments import Asked, Outputs, Tensors
+from vlal_dist.kernels.launch import STATIC, THREADS, outputs_for, prepare, prepare_draw
 
 
-def run(
-    tensors: Tensors,
-    *,
-    mode: str,
-    num_ignore: int,
-    over_unannotated: bool,
-    gammas: tuple[float, float, float, float],
-    margin: float,
-    detach_focal: bool,
-    largest: int = 0,
-) -> Outputs:
+def run(tensors: Tensors, *, largest: int = 0, **asked: Unpack[Asked]) -> Outputs:
     """As `cpu.run`, on the GPU of the logits, which are no float64.
 
     Args:
-        tensors, mode, num_ignore, over_unannotated, gammas, margin, detach_focal: of `cpu.run`.
+        tensors, asked: of `cpu.run`.
         largest: attributes of the greatest feasible set; 0: not known.
 
     Raises:
@@ -50,17 +33,7 @@ def run(
     if logits.numel() == 0:
         per_row, gradient, sums, counts = outputs_for(tensors)
         return per_row.zero_(), gradient, sums.zero_(), counts.zero_()
-    call = prepare(
-        tensors,
-        mode=mode,
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=gammas,
-        margin=margin,
-        detach_focal=detach_focal,
-        largest=largest,
-        most_shared=_most_shared(device.index),
-    )
+    call = prepare(tensors, largest=largest, most_shared=_most_shared(device.index), **asked)
     blocks, shared = call.launch.blocks, call.launch.shared
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream

@@ -3,17 +3,15 @@
 Nothing here touches a GPU, so that the emulated programs of the tests are launched the same way.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import nvrtc
-from vlal_dist.kernels.arguments import KINDS, pack
+from vlal_dist.kernels.arguments import KINDS, Asked, Outputs, Tensors, draw_alone, pack
 
-Tensors = dict[str, Tensor | None]
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 THREADS = 256
 _LONG_ROW = 4096
 """Attributes above which a whole block works on a row."""
@@ -81,22 +79,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    tensors: Tensors,
-    *,
-    mode: str,
-    num_ignore: int,
-    over_unannotated: bool,
-    gammas: tuple[float, float, float, float],
-    margin: float,
-    detach_focal: bool,
-    largest: int,
-    most_shared: int,
+    tensors: Tensors, *, largest: int, most_shared: int, **asked: Unpack[Asked]
 ) -> Prepared:
     """Outputs and arguments of a batch that is not empty.
 
     Args:
-        tensors, mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest: of
-            `cuda.run`.
+        tensors, largest, asked: of `cuda.run`.
         most_shared: bytes of shared memory that a block can have.
 
     Raises:
@@ -105,7 +93,8 @@ def prepare(
     logits = tensors["logits"]
     assert logits is not None
     rows, attributes = logits.shape
-    drawable = (largest or attributes) if mode == "draw" and num_ignore > 0 else 0
+    draws = asked["mode"] == "draw" and asked["num_ignore"] > 0
+    drawable = (largest or attributes) if draws else 0
     launch = plan_launch(
         rows=rows, attributes=attributes, drawable=drawable, most_shared=most_shared
     )
@@ -114,18 +103,8 @@ def prepare(
     made["partial"] = logits.new_empty(launch.blocks, 9, dtype=torch.float32)
     if not launch.keys_shared:
         made["keys"] = logits.new_empty(rows, drawable, dtype=torch.int32)
-    arguments = pack(
-        {**tensors, **made},
-        attributes=attributes,
-        mode=mode,
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=gammas,
-        margin=margin,
-        detach_focal=detach_focal,
-        largest=drawable,
-    )
-    settings = nvrtc.Settings(KINDS[logits.dtype], mode, gammas, margin, detach_focal, launch.team)
+    arguments = pack({**tensors, **made}, attributes=attributes, largest=drawable, **asked)
+    settings = nvrtc.Settings.of(asked, kind=KINDS[logits.dtype], team=launch.team)
     return Prepared(settings, launch, arguments, outputs, list(made.values()))
 
 
@@ -148,19 +127,9 @@ def prepare_draw(
     made: dict[str, Tensor] = {}
     if not launch.keys_shared:
         made["keys"] = object_id.new_empty(rows, drawable, dtype=torch.int32)
-    gammas = (0.0, 0.0, 0.0, 0.0)
-    arguments = pack(
-        {**tensors, **made},
-        attributes=attributes,
-        mode="draw",
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=gammas,
-        margin=0.0,
-        detach_focal=False,
-        largest=drawable,
-    )
-    settings = nvrtc.Settings(0, "draw", gammas, 0.0, False, launch.team)
+    asked = draw_alone(num_ignore, over_unannotated)
+    arguments = pack({**tensors, **made}, attributes=attributes, largest=drawable, **asked)
+    settings = nvrtc.Settings.of(asked, kind=0, team=launch.team)
     return settings, launch, arguments, list(made.values())
 
 

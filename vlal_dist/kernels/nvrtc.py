@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import MODES
+from vlal_dist.kernels.arguments import MODES, Asked
 from vlal_dist.kernels.build import SOURCES, digest_of, kept
 
 WARP, BLOCK = 32, 256
@@ -37,6 +37,12 @@ class Settings:
     margin: float
     detach_focal: bool
     team: int
+
+    @classmethod
+    def of(cls, asked: Asked, *, kind: int, team: int) -> "Settings":
+        """Those of a call."""
+        loss = (asked["gammas"], asked["margin"], asked["detach_focal"])
+        return cls(kind, asked["mode"], *loss, team)
 
     def defines(self) -> tuple[str, ...]:
         """As the compiler takes them."""

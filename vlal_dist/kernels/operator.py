@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from vlal_dist.kernels import cpu, cuda, reference
+from vlal_dist.kernels.arguments import Asked, Outputs, Tensors
 from vlal_dist.kernels.backend import choose
 from vlal_dist.kernels.check import NAMES
 
-Tensors = dict[str, Tensor | None]
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Settings = tuple[str, int, bool, list[float], float, bool, int, str]
 """mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest, kernel."""
 
@@ -61,26 +60,27 @@ def _scaled(gradient: Tensor, by_row: Tensor, *, in_place: bool) -> Tensor:
 def _run(tensors: Tensors, settings: Settings) -> Outputs:
     """By the backend of the logits' device."""
     mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest, kernel = settings
+    positive, negative, feasible, infeasible = gammas
     logits = tensors["logits"]
     assert logits is not None
     laid = {n: None if t is None else t.contiguous() for n, t in tensors.items()}
     if logits.stride(1) == 1:  # rows may lie apart, elements of a row may not
         laid["logits"] = logits
         laid["gradient"] = tensors.get("gradient")
-    given = {
-        "mode": mode,
-        "num_ignore": num_ignore,
-        "over_unannotated": over_unannotated,
-        "gammas": tuple(gammas),
-        "margin": margin,
-        "detach_focal": detach_focal,
-    }
+    asked = Asked(
+        mode=mode,
+        num_ignore=num_ignore,
+        over_unannotated=over_unannotated,
+        gammas=(positive, negative, feasible, infeasible),
+        margin=margin,
+        detach_focal=detach_focal,
+    )
     backend = choose(logits.device.type).name if kernel == "auto" else kernel
     if backend == "cpu":
-        return cpu.run(laid, **given)  # type: ignore[arg-type]
+        return cpu.run(laid, **asked)
     if backend == "cuda" and logits.dtype != torch.float64:
-        return cuda.run(laid, largest=largest, **given)  # type: ignore[arg-type]
-    return reference.run(laid, **given)  # type: ignore[arg-type]
+        return cuda.run(laid, largest=largest, **asked)
+    return reference.run(laid, **asked)
 
 
 @torch.library.custom_op("vlal::selective_loss", mutates_args=())

@@ -1,14 +1,15 @@
 """The operator by the readable functions of `method/`: any device, and the oracle of the others."""
 
+from typing import Any, Unpack
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vlal_dist.kernels.arguments import Asked, Outputs, Tensors
 from vlal_dist.method.baselines import fixed_ignored
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.selective_loss import Term, assign_terms, selective_loss
-
-Tensors = dict[str, Tensor | None]
 
 
 def dense_rows(indptr: Tensor, index: Tensor, columns: int, values: Tensor | None) -> Tensor:
@@ -43,25 +44,17 @@ def feasible_rows(indptr: Tensor, index: Tensor, object_id: Tensor) -> tuple[Ten
     return row_indptr, index[torch.arange(total, device=index.device) + shift]
 
 
-def run(
-    tensors: Tensors,
-    *,
-    mode: str,
-    num_ignore: int,
-    over_unannotated: bool,
-    gammas: tuple[float, float, float, float],
-    margin: float,
-    detach_focal: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run(tensors: Tensors, **asked: Unpack[Asked]) -> Outputs:
     """As `cpu.run`."""
-    logits = tensors["logits"]
+    mode, logits = asked["mode"], tensors["logits"]
     assert logits is not None
     rows, attributes = logits.shape
     label, feasible = _label_and_feasible(tensors, attributes)
     ignored = torch.zeros_like(feasible)
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     if mode == "draw":
-        ignored = _drawn(tensors, label, feasible, num_ignore, over_unannotated)
+        how_many = (asked["num_ignore"], asked["over_unannotated"])
+        ignored = _drawn(tensors, label, feasible, *how_many)
     elif mode == "list":
         drawn = given["drawn"].to(torch.int64)
         wide = ignored.new_zeros(rows, attributes + 1)  # a place for -1
@@ -72,15 +65,14 @@ def run(
         ignored = fixed_ignored(label == 0, treatment="ignore")
     term = assign_terms(label, feasible, ignored)
     row_weight = given.get("row_weight")
+    shape: Any = {name: asked[name] for name in ("gammas", "margin", "detach_focal")}
     loss = selective_loss(
         logits.detach(),
         term,
-        gammas=gammas,
-        margin=margin,
-        detach_focal=detach_focal,
         row_weight=row_weight,
+        **shape,
     )
-    slope = slopes(logits, term, gammas=gammas, margin=margin, detach_focal=detach_focal)
+    slope = slopes(logits, term, **shape)
     if row_weight is not None:
         by_row = row_weight.to(slope.dtype)[:, None]
         slope = torch.where(by_row == 0, 0.0, slope * by_row)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cpu, cuda, reference
+from vlal_dist.kernels.arguments import Tensors
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.check import NAMES, check, check_logits, check_settings
+from vlal_dist.kernels.check import NAMES, check, check_logits
 from vlal_dist.kernels.inputs import Draw, FeasibleTable, Labels
 from vlal_dist.kernels.operator import EagerLoss, compiled_loss
+from vlal_dist.method.baselines import check_settings
 from vlal_dist.method.selective_loss import LossTerms
 
 Treatment = Literal["ignore", "negatify"]
@@ -64,7 +66,7 @@ def selective_loss(
     """
     check_settings(gammas, margin)
     check_logits(logits)
-    tensors: dict[str, Tensor | None] = {
+    tensors: Tensors = {
         "logits": logits,
         **_labels(label),
         "object_id": object_id,
@@ -111,7 +113,7 @@ def draw_ignored(
     """
     if draw.num_ignore < 0:
         raise ConfigError(f"num_ignore is {draw.num_ignore}; a list needs 0 or more")
-    tensors: dict[str, Tensor | None] = {
+    tensors: Tensors = {
         **_labels(label),
         "object_id": object_id,
         "feasible_indptr": feasible.indptr,
@@ -129,15 +131,13 @@ def draw_ignored(
     return reference.draw(laid, *given)
 
 
-def _labels(label: Tensor | Labels) -> dict[str, Tensor | None]:
+def _labels(label: Tensor | Labels) -> Tensors:
     if isinstance(label, Labels):
         return {"label_indptr": label.indptr, "label_code": label.code}
     return {"label": label}
 
 
-def _add_ignored(
-    tensors: dict[str, Tensor | None], ignored: Draw | Tensor | Treatment
-) -> tuple[str, int, bool]:
+def _add_ignored(tensors: Tensors, ignored: Draw | Tensor | Treatment) -> tuple[str, int, bool]:
     """Add what says which pairs are ignored; mode, num_ignore and over_unannotated."""
     if isinstance(ignored, Draw):
         if ignored.num_ignore < -1:

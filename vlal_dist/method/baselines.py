@@ -77,6 +77,16 @@ def loss_settings(
     return rows[name]
 
 
+def check_settings(gammas: tuple[float, ...], margin: float) -> None:
+    """Refuse what the formulas do not allow.
+
+    Raises:
+        ConfigError: a gamma is negative, or the margin is outside of [0, 1).
+    """
+    if len(gammas) != 4 or not all(g >= 0 for g in gammas) or not 0 <= margin < 1:
+        raise ConfigError(f"gammas {gammas}, margin {margin}: give 4 gammas >= 0, 0 <= margin < 1")
+
+
 def fixed_ignored(unannotated: Tensor, *, treatment: Literal["ignore", "negatify"]) -> Tensor:
     """The ignored pairs of the treatments that need neither draw nor probabilities.
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlal_dist.errors import ConfigError
+from vlal_dist.method.baselines import check_settings
 
 
 class Term(IntEnum):
@@ -96,8 +96,7 @@ def selective_loss(
     Raises:
         ConfigError: a gamma is negative, or the margin is outside [0, 1).
     """
-    if len(gammas) != 4 or not all(g >= 0 for g in gammas) or not 0 <= margin < 1:
-        raise ConfigError(f"gammas {gammas}, margin {margin}: give 4 gammas >= 0, 0 <= margin < 1")
+    check_settings(gammas, margin)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     dropped = term == int(Term.IGNORED)
     if row_weight is not None:
