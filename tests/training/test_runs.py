@@ -135,6 +135,7 @@ def test_killed_after_an_epoch_and_repeated_it_ends_with_the_same_bits(
     assert figures(tmp_path) == figures(undisturbed)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     small: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_damaged_sample_that_one_rank_reads_ends_all_with_its_code(
     assert result["code"] == 65 and not (run / "checkpoints").exists()
 
 
+@pytest.mark.long
 def test_a_validation_that_fails_keeps_the_epoch(small: Path, tmp_path: Path) -> None:
     merged, run = damaged_copy(small, tmp_path / "merged", "val"), tmp_path / "run"
     two_ranks(small, run, "--paths.merged", str(merged))
