@@ -114,6 +114,8 @@ def test_a_run_leaves_what_the_next_stages_read(undisturbed: Path, small: Path) 
         assert line["ignored_effective"] > 0 and line["samples_per_s"] > 0
     assert json.loads((undisturbed / "train.result.json").read_text())["code"] == 0
     assert (undisturbed / "config.yaml").exists()
+    (start,) = (json.loads(line) for line in (undisturbed / "starts.jsonl").open())
+    assert start["step"] == 0 and start["ranks"] == 2 and start["device"] and start["cores"] >= 1
 
 
 @pytest.mark.long

@@ -15,7 +15,7 @@ from vlal_dist.training.batches import make_batches, make_loader
 from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import Objective, feasible_table
-from vlal_dist.training.outputs import open_log, open_metrics, save_best
+from vlal_dist.training.outputs import open_log, open_metrics, record_start, save_best
 from vlal_dist.training.parts import Run
 from vlal_dist.training.ranks import Ranks, join_ranks
 from vlal_dist.training.resume import agree_on, begin_anew, check_resume, restore
@@ -103,6 +103,13 @@ def _build(
         binding=_bound(settings, sources, loader),
         batch=_batch(settings, ranks),
         store=store,
+    )
+    ranks.together(
+        lambda: (
+            record_start(store, ranks, step=state.step, kernel=backend.name)
+            if ranks.rank == 0
+            else None
+        )
     )
     validation = ranks.together(lambda: make_batches(settings, sources, ranks, train=False))
     stack.callback(validation.close)
