@@ -34,6 +34,7 @@ TORCH_FREE_DATA = {
         "steps",
         "factors",
         "mixture",
+        "photos",
     )
 }
 NUMPY_METHOD = {"vlal_dist.method.feasible", "vlal_dist.method.likelihood"}
