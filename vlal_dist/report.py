@@ -15,36 +15,32 @@ import yaml
 
 from vlal_dist.config.config import Config
 from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.photos import image_numbers
 from vlal_dist.data.rows import RowReader
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.evaluation.curves import Curve, Line, draw_curve, read_metrics, series
 from vlal_dist.evaluation.examples import Example, build_example, choose_rows, tally
-from vlal_dist.evaluation.page import Page, Row, render_page, result_columns, result_row
+from vlal_dist.evaluation.intervals import REPLICATES, group_intervals
+from vlal_dist.evaluation.page import Page, render_page
+from vlal_dist.evaluation.pr_curves import draw_pr_curves
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
+from vlal_dist.evaluation.result_table import Row, result_columns, result_notes, result_row
 from vlal_dist.evaluation.results import decode_attributes, result_folder
+from vlal_dist.evaluation.run_card import ignored_sentence, read_object, run_card
+from vlal_dist.evaluation.selective_view import selective_sections
 from vlal_dist.evaluation.truth import read_truth
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.storage.store import Store, open_store, read_url
 
 PURPOSE = """
-Write RUN/report.html: run card, result row as in Table 1 with class counts, training curves, the
-paper's Fig. 4 grid and a table of all attributes. Run evaluate first, with the same
---evaluation.split and --evaluation.predictor. Rows of the constant and the zero-shot CLIP
-predictor of the same run appear when they were evaluated.
+Write RUN/report.html: run card, result as in Table 1 with class counts and intervals, a table of
+all attributes, precision-recall curves, the paper's Fig. 4 grid, training curves, what the loss
+ignored (needs paths.merged), likelihood against annotation. Run evaluate first, with the same
+--evaluation.split and --evaluation.predictor. The constant and the zero-shot CLIP predictor of the
+same run appear when they were evaluated.
 """
 
 PAGE = "report.html"
-CARD_KEYS = (
-    "method.profile",
-    "method.loss",
-    "method.num_ignore",
-    "method.draw_over",
-    "model.depth",
-    "data.image_size",
-    "training.batch_size",
-    "training.epochs",
-    "training.seed",
-)
 
 
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
@@ -59,19 +55,47 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     truth = None
     if settings.truth is not None:
         truth = read_truth(settings.truth, dataset, settings.split).label
-    run_config = _read_text(store, "config.yaml")
-    lines = read_metrics(_read_text(store, "metrics.jsonl"), where=f"{store.url}: metrics.jsonl")
+    config_text = _read_text(store, "config.yaml")
+    run_config = yaml.safe_load(config_text) or {}
+    lines = _read_lines(store, "metrics.jsonl")
+    attributes = _attributes(store, folder)
+    intervals, interval_note = _intervals(predictions, split, dataset)
+    ignored, calibration = selective_sections(
+        run_config,
+        result,
+        lambda: open_dataset(config.paths.merged, cache=Path(config.paths.cache)),
+    )
     page = Page(
         title=f"{result['name']} on {dataset.name}, {settings.split}",
-        card=_card(result, dataset, run_config, lines),
-        config=run_config,
-        columns=result_columns(result),
+        card=run_card(
+            result,
+            dataset.manifest,
+            run_config=run_config,
+            lines=lines,
+            starts=_read_lines(store, "starts.jsonl"),
+            finished=read_object(
+                _read_text(store, "train.result.json"), where=f"{store.url}: train.result.json"
+            ),
+        ),
+        config=config_text,
+        digests=[
+            ("dataset.json", dataset.digest),
+            ("vocabulary", dataset.vocabulary.digest),
+            ("feasible sets", dataset.feasible.digest),
+        ],
+        columns=result_columns(result, intervals),
         rows=_rows(config, store, result),
-        notes=_notes(result),
+        interval_note=interval_note,
+        notes=result_notes(result),
         excluded=result["excluded"],
+        attributes=attributes,
+        pr_curves=draw_pr_curves(
+            attributes, predictions.score, predictions.label, count=settings.curves
+        ),
         curves=_curves(lines),
-        ignored=_ignored(lines, run_config),
-        attributes=_attributes(store, folder),
+        ignored_mean=ignored_sentence(lines, run_config.get("method", {})),
+        ignored=ignored,
+        calibration=calibration,
         examples=_examples(config, dataset, split, predictions, truth),
         example_rule=_rule(config),
         tally=tally(predictions, truth, k=settings.example_attributes),
@@ -127,33 +151,24 @@ def _read_text(store: Store, key: str) -> str:
     return store.read(key).decode() if store.exists(key) else ""
 
 
-def _card(
-    result: dict[str, Any], dataset: Dataset, run_config: str, lines: list[Line]
-) -> list[tuple[str, str]]:
-    counts = dataset.manifest["splits"]
-    card = [
-        ("Dataset", dataset.name),
-        ("Dataset digest", dataset.digest[:16]),
-        ("Crops", ", ".join(f"{name} {entry['samples']:,}" for name, entry in counts.items())),
-        ("Rejected", f"{sum(entry.get('rejected', 0) for entry in counts.values()):,}"),
-        ("Evaluated", f"{result['split']}: {result['num_samples']:,} crops"),
-        ("Labels", f"{result['num_positive']:,} positive, {result['num_negative']:,} negative"),
-    ]
-    values = yaml.safe_load(run_config) or {}
-    for key in CARD_KEYS:
-        section, name = key.split(".")
-        if name in values.get(section, {}):
-            card.append((key, str(values[section][name])))
-    model = result["model"]
-    if model is not None:
-        card.append(("Best model", f"step {model['step']:,}, epoch {model['epoch']}"))
-        card.append(("Its validation mAP", f"{100 * model['validation_map']:.2f} %"))
-    steps = [int(step) for step, _ in series(lines, "train", "loss")]
-    if steps:
-        batch = values.get("training", {}).get("batch_size")
-        each = "" if batch is None else f" of {batch} crops"
-        card.append(("Trained", f"{steps[-1]:,} steps{each}"))
-    return card
+def _read_lines(store: Store, key: str) -> list[Line]:
+    return read_metrics(_read_text(store, key), where=f"{store.url}: {key}")
+
+
+def _intervals(
+    predictions: Predictions, split: Split, dataset: Dataset
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """Intervals of the groups' mAP, and what they are in words."""
+    image = image_numbers(split)
+    photos = int(image.max(initial=-1)) + 1
+    if photos < 2:
+        return {}, "No interval: the split has a single photo."
+    return group_intervals(predictions, image, dataset.vocabulary.groups()), (
+        f"The interval says how far the mAP would move had other photos been drawn: the spread of "
+        f"the central 95 % of {REPLICATES:,} Bayesian bootstrap replicates over the {photos:,} "
+        "photos of the split, laid around the mAP. It does not say how far another training seed "
+        "would move it."
+    )
 
 
 def _rows(config: Config, store: Store, main: dict[str, Any]) -> list[Row]:
@@ -179,25 +194,6 @@ def _read_compared(url: str) -> object:
         ) from None
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
-    notes = []
-    if result["predictor"] == "clip":
-        notes.append("CLIP similarities rank crops; they are no probabilities, so mA says little.")
-    overall = result["groups"][0]
-    if (overall["mA"] or 0) < 0:
-        notes.append(
-            "-: the VAW evaluator leaves a metric undefined where one attribute of the group has "
-            "no annotated positive (or, for mA, no negative) in the split."
-        )
-    unknown = [] if result["truth"] is None else result["truth"]["unknown_names"]
-    if unknown:
-        notes.append(
-            "Names in the complete labels that the vocabulary lacks, left out: "
-            + ", ".join(unknown)
-        )
-    return notes
-
-
 def _curves(lines: list[Line]) -> list[Curve]:
     drawn = (
         draw_curve(series(lines, "validation", "mAP"), title="Validation mAP, %", percent=True),
@@ -206,31 +202,13 @@ def _curves(lines: list[Line]) -> list[Curve]:
     return [curve for curve in drawn if curve is not None]
 
 
-def _ignored(lines: list[Line], run_config: str) -> str:
-    """NUM_IGNORE beside how many unannotated attributes were really left out per crop."""
-    values = [value for _, value in series(lines, "train", "ignored_effective")]
-    if not values:
-        return ""
-    method = (yaml.safe_load(run_config) or {}).get("method", {})
-    mean = sum(values) / len(values)
-    left_out = (
-        f"{mean:.2f} unannotated attributes per crop and visit were left out of the loss "
-        "(mean over the logged training steps)"
-    )
-    if method.get("loss", "selective") != "selective":
-        return f"By the rule of {method['loss']}, {left_out}."
-    return (
-        f"NUM_IGNORE is {method.get('num_ignore', 'unknown')}; {left_out}. The two differ where "
-        "a feasible set is smaller than NUM_IGNORE, and where a draw meets an annotated attribute."
-    )
-
-
 def _attributes(store: Store, folder: str) -> list[dict[str, Any]]:
     key = f"{folder}/attributes.parquet"
     lines = decode_attributes(store.read(key), where=f"{store.url}: {key}")
     for line in lines:
         labelled = line["num_positive"] + line["num_negative"]
         line["baseline"] = line["num_positive"] / labelled if labelled else None
+        line["lift"] = None if line["ap"] is None else line["ap"] / line["baseline"]
     return lines
 
 

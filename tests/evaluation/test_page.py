@@ -4,69 +4,80 @@ import base64
 import hashlib
 import html
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from tests.evaluation.tiny_dataset import HOSTILE
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.evaluation.calibration import Bar, CalibrationSection
 from vlal_dist.evaluation.curves import draw_curve
 from vlal_dist.evaluation.examples import Example, Guess
-from vlal_dist.evaluation.page import (
-    MAX_PAGE_BYTES,
-    Column,
-    Page,
-    Row,
-    render_page,
-    result_columns,
-    result_row,
-)
+from vlal_dist.evaluation.ignored import IgnoredAttribute, IgnoredSection
+from vlal_dist.evaluation.page import MAX_PAGE_BYTES, Page, render_page
+from vlal_dist.evaluation.pr_curves import PrSection, Steps, draw_pr
+from vlal_dist.evaluation.result_table import Column, Row, result_columns, result_row
 
 PIXEL = "data:image/jpeg;base64,AAAA"
+
+
+LINE = {
+    "attribute": HOSTILE,
+    "type": HOSTILE,
+    "prevalence": HOSTILE,
+    "num_positive": 1,
+    "num_negative": 2,
+    "num_unannotated": 3,
+    "ap": 0.5,
+    "baseline": 1 / 3,
+    "lift": 1.5,
+    "mean_score": 0.5,
+}
 
 
 def hostile_page(image: str = PIXEL) -> Page:
     """Every text that comes from data is an attack."""
     curve = draw_curve([(1, 0.1), (2, 0.3)], title=HOSTILE, percent=True)
     assert curve is not None
+    pr_curve = draw_pr(Steps(np.array([0.5, 1.0]), np.array([1.0, 0.5])), LINE)
+    example = Example(
+        image=image,
+        width=1,
+        height=1,
+        object_name=HOSTILE,
+        uid="0" * 16,
+        positives=[HOSTILE],
+        guesses=[
+            Guess(HOSTILE, 0.9, "present", "present"),
+            Guess("b", 0.8, "absent", "absent"),
+            Guess("c", 0.7, "unannotated", "absent"),
+        ],
+    )
     return Page(
         title=HOSTILE,
         card=[(HOSTILE, HOSTILE)],
         config=HOSTILE,
-        columns=[Column(HOSTILE, HOSTILE)],
+        digests=[(HOSTILE, HOSTILE)],
+        columns=[Column(HOSTILE, HOSTILE, HOSTILE)],
         rows=[Row(HOSTILE, HOSTILE, [HOSTILE], main=True)],
+        interval_note=HOSTILE,
         notes=[HOSTILE],
         excluded=[HOSTILE],
+        attributes=[LINE, LINE | {"ap": None, "lift": None}],
+        pr_curves=PrSection(HOSTILE, {HOSTILE: [pr_curve]}),
         curves=[curve],
-        ignored=HOSTILE,
-        attributes=[
-            {
-                "attribute": HOSTILE,
-                "type": HOSTILE,
-                "prevalence": HOSTILE,
-                "num_positive": 1,
-                "num_negative": 2,
-                "num_unannotated": 3,
-                "ap": None,
-                "baseline": 1 / 3,
-                "mean_score": 0.5,
-            }
-        ],
-        examples=[
-            Example(
-                image=image,
-                width=1,
-                height=1,
-                object_name=HOSTILE,
-                uid="0" * 16,
-                positives=[HOSTILE],
-                guesses=[
-                    Guess(HOSTILE, 0.9, "present", "present"),
-                    Guess("b", 0.8, "absent", "absent"),
-                    Guess("c", 0.7, "unannotated", "absent"),
-                ],
-            )
-        ],
+        ignored_mean=HOSTILE,
+        ignored=IgnoredSection(HOSTILE, HOSTILE, [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)]),
+        calibration=CalibrationSection(
+            summary=HOSTILE,
+            bars=[Bar(1, 2, 3, 4, HOSTILE, HOSTILE, HOSTILE)],
+            overall=3,
+            x_ticks=[(1, HOSTILE)],
+            y_ticks=[(1, HOSTILE)],
+        ),
+        examples=[example],
         example_rule=HOSTILE,
         tally={"present": 0.5, "absent": 0.2, "unannotated": 0.3, "unannotated_true": 0.25},
         top=3,
@@ -98,6 +109,12 @@ def test_hostile_names_stay_text() -> None:
     assert not any(name.startswith("on") for _, attributes in page.found for name in attributes)
     assert HOSTILE in page.texts
     assert html.escape("<script>alert(2)") in text and "<script>alert(2)" not in text
+
+
+def test_a_section_that_is_left_out_says_why() -> None:
+    left_out = dict.fromkeys(("pr_curves", "ignored", "calibration"), HOSTILE)
+    page = Elements(render_page(replace(hostile_page(), **left_out)).decode())
+    assert page.texts.count(f"Left out: {HOSTILE}") == 3
 
 
 def test_nothing_comes_from_elsewhere() -> None:
@@ -158,10 +175,12 @@ def make_result(name: str, count: int = 5) -> dict:  # type: ignore[type-arg]
 
 def test_compared_rows_say_what_differs() -> None:
     main = make_result("main")
-    assert [column.name for column in result_columns(main)] == [
+    columns = result_columns(main, {"overall": (0.4, 0.6), "head": (float("nan"), float("nan"))})
+    assert [column.name for column in columns] == [
         *("overall", "head", "mAP_vaw", "mA", "mR@15", "F1@15")
     ]
-    assert result_columns(main)[0].count == "5 of 6"
+    assert columns[0].count == "5 of 6" and columns[0].interval == "[40.00, 60.00]"
+    assert not any(column.interval for column in columns[1:])
     row = result_row(main, main, where="m", is_main=True)
     assert row.cells == ["50.00", "50.00", "40.00", "-", "30.00", "20.00"]
     assert row.note == "9 crops" and row.main

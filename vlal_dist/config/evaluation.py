@@ -24,6 +24,9 @@ class EvaluationSection(Section):
     )
     examples: int = Field(12, ge=0, description="crops in the page's Fig. 4 grid")
     example_attributes: int = Field(10, ge=1, description="attributes listed per crop (Fig. 4)")
+    curves: int = Field(
+        4, ge=0, description="precision-recall curves of each kind on the page (best, worst, ...)"
+    )
     compare: list[str] = Field(
         default_factory=list,
         description="result.json files of other runs, shown as further rows of the result table "

@@ -107,8 +107,10 @@ def draw_curve(points: Sequence[Point], *, title: str, percent: bool) -> Curve |
         return round(TOP + (y_high - value) / (y_high - y_low) * frame_y, 1)
 
     placed = [(place_x(x), place_y(y)) for x, y in thin]
-    summary = f"{data[0][1]:.4g} at step {data[0][0]:g}, {data[-1][1]:.4g} at step {data[-1][0]:g}"
-    if percent:
+    summary = f"{data[0][1]:.4g} at step {data[0][0]:g}"
+    if len(data) > 1:
+        summary += f", {data[-1][1]:.4g} at step {data[-1][0]:g}"
+    if percent and len(data) > 1:
         best = max(data, key=lambda point: point[1])
         summary += f"; best {best[1]:.4g} at step {best[0]:g}"
     if run > 1:

@@ -6,82 +6,77 @@ allows its own style and script by their hashes, images as data URIs, and nothin
 
 import base64
 import hashlib
-import re
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
 import jinja2
 
-from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.errors import ConfigError
+from vlal_dist.evaluation.calibration import CalibrationSection
 from vlal_dist.evaluation.curves import Curve
 from vlal_dist.evaluation.examples import Example
-from vlal_dist.evaluation.results import headline_metrics, percent
+from vlal_dist.evaluation.ignored import IgnoredSection
+from vlal_dist.evaluation.pr_curves import PrSection
+from vlal_dist.evaluation.result_table import Column, Row
+from vlal_dist.evaluation.results import percent
 
 MAX_PAGE_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the result table: its heading and how many attributes count in it."""
-
-    name: str
-    count: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the result table.
-
-    Attributes:
-        name: what was evaluated.
-        note: what sets it apart (split, dataset), in small print.
-        cells: one text per column, percent.
-        main: the run that the page is about.
-    """
-
-    name: str
-    note: str
-    cells: list[str]
-    main: bool = False
-
-
-@dataclass(frozen=True)
 class Page:
-    """All that the template shows.
+    """All that the template shows; a section that is a text says why it is left out.
 
     Attributes:
         title: heading.
         card: run card, (name, value).
         config: the run's resolved configuration as YAML, or empty.
+        digests: (name, digest in full).
         columns, rows: the result table.
+        interval_note: what the intervals are, or why there are none.
         notes: remarks below it.
         excluded: attributes without a positive or without a negative in the split.
+        attributes: rows of `attributes.parquet`, plus `baseline` and `lift`.
+        pr_curves: precision-recall curves.
         curves: training curves.
-        ignored: the effective number ignored beside NUM_IGNORE, in words, or empty.
-        attributes: rows of `attributes.parquet`, plus `baseline`.
+        ignored_mean: the effective number ignored beside NUM_IGNORE, in words, or empty.
+        ignored: which attributes were ignored.
+        calibration: likelihood against annotation.
         examples: cells of the grid.
         example_rule: how they were chosen.
         tally: shares of the highest attributes by annotation, over all crops.
         top: how many attributes are listed per crop.
         has_truth: complete labels are known.
+        experiments: tables of `vlal_dist.experiments`; none: no such section.
     """
 
     title: str
     card: list[tuple[str, str]]
     config: str
+    digests: list[tuple[str, str]]
     columns: list[Column]
     rows: list[Row]
+    interval_note: str
     notes: list[str]
     excluded: list[str]
-    curves: list[Curve]
-    ignored: str
     attributes: list[dict[str, Any]]
+    pr_curves: PrSection | str
+    curves: list[Curve]
+    ignored_mean: str
+    ignored: IgnoredSection | str
+    calibration: CalibrationSection | str
     examples: list[Example]
     example_rule: str
     tally: dict[str, float]
     top: int
     has_truth: bool = field(default=False)
+    experiments: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether a figure of the result table has an interval."""
+        return any(column.interval for column in self.columns)
 
 
 def render_page(page: Page) -> bytes:
@@ -90,78 +85,37 @@ def render_page(page: Page) -> bytes:
     Raises:
         ConfigError: it would exceed `MAX_PAGE_BYTES`.
     """
-    source = resources.files("vlal_dist.evaluation").joinpath("page.html").read_text("utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(_part),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
-    text = environment.from_string(source).render(
+    style, script = _part("style.css"), _part("script.js")
+    text = environment.get_template("page.html").render(
         page=page,
-        style_hash=_hash_of(source, "style"),
-        script_hash=_hash_of(source, "script"),
+        style=style,
+        script=script,
+        style_hash=_hash_of(style),
+        script_hash=_hash_of(script),
     )
     data = text.encode()
     if len(data) > MAX_PAGE_BYTES:
         raise ConfigError(
             f"the page has {len(data)} bytes, more than {MAX_PAGE_BYTES}; lower "
-            "evaluation.examples or the number of files in evaluation.compare"
+            "evaluation.examples, evaluation.curves or the number of files in evaluation.compare"
         )
     return data
 
 
-def result_columns(result: dict[str, Any]) -> list[Column]:
-    """The groups of Table 1 by `mAP`, then the VAW evaluator's overall metrics."""
-    columns = [
-        Column(group["name"], f"{group['num_classes']} of {group['num_attributes']}")
-        for group in result["groups"]
-    ]
-    overall = result["groups"][0]
-    columns += [
-        Column(name, str(overall["num_classes_vaw"]))
-        for name in headline_metrics(result["settings"]["top_k"])
-    ]
-    if result["truth"] is not None:
-        whole = result["truth"]["groups"][0]
-        columns.append(Column("mAP, complete labels", str(whole["num_classes"])))
-    return columns
+def _part(name: str) -> str:
+    """A file of `page_parts`: a section, the style, the script."""
+    return resources.files("vlal_dist.evaluation").joinpath("page_parts", name).read_text("utf-8")
 
 
-def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool = False) -> Row:
-    """One row under the columns of `main`; what differs from `main` is said in the note.
-
-    Raises:
-        DataError: `result` is no result of ours.
-    """
-    try:
-        groups = {group["name"]: group for group in result["groups"]}
-        cells = []
-        for group in main["groups"]:
-            found = groups.get(group["name"])
-            cell = percent(None if found is None else found["mAP"])
-            if found is not None and found["num_classes"] != group["num_classes"]:
-                cell += f" ({found['num_classes']})"
-            cells.append(cell)
-        overall = result["groups"][0]
-        cells += [
-            percent(overall.get(name)) for name in headline_metrics(main["settings"]["top_k"])
-        ]
-        if main["truth"] is not None:
-            truth = result["truth"]
-            cells.append(percent(None if truth is None else truth["groups"][0]["mAP"]))
-        note = [f"{result['num_samples']} crops"]
-        if result["split"] != main["split"]:
-            note.append(f"split {result['split']}")
-        if result["dataset"]["digest"] != main["dataset"]["digest"]:
-            note.append(f"another dataset: {result['dataset']['name']}")
-        return Row(name=result["name"], note=", ".join(note), cells=cells, main=is_main)
-    except (KeyError, TypeError, IndexError) as error:
-        raise DataError(
-            f"{where} is no result.json of this version ({error!r}); evaluate that run again"
-        ) from None
-
-
-def _hash_of(source: str, tag: str) -> str:
-    """CSP hash of the template's only element of that name, which has no template code in it."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
+def _hash_of(content: str) -> str:
+    """What the Content-Security-Policy calls an element of that content by."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
