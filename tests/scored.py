@@ -1,9 +1,10 @@
-"""Score files for a small dataset, made without a model: seeded similarities, real formats."""
+"""A small dataset packed, scored without a model, and merged: seeded similarities, real formats."""
 
 from pathlib import Path
 
 import numpy as np
 
+from tests.small import run_all, write_small_vaw
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.scores import ShardScores, encode_scores, score_key, write_scores_manifest
 from vlal_dist.storage.store import open_store
@@ -51,3 +52,12 @@ def write_scores(folder: Path, *, splits: tuple[str, ...] = ("train",)) -> Datas
     }
     write_scores_manifest(store, manifest)
     return dataset
+
+
+def write_merged(folder: Path) -> Path:
+    """Make `config.yaml`, `dataset`, `scores` and `merged` in a new folder; returns it."""
+    config = write_small_vaw(folder)
+    run_all(config, ["clean", "pack"])
+    write_scores(folder)
+    run_all(config, ["merge"])
+    return folder

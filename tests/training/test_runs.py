@@ -90,6 +90,10 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def starts(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed")
@@ -114,8 +118,8 @@ def test_a_run_leaves_what_the_next_stages_read(undisturbed: Path, small: Path) 
         assert line["ignored_effective"] > 0 and line["samples_per_s"] > 0
     assert json.loads((undisturbed / "train.result.json").read_text())["code"] == 0
     assert (undisturbed / "config.yaml").exists()
-    (start,) = (json.loads(line) for line in (undisturbed / "starts.jsonl").open())
-    assert start["step"] == 0 and start["ranks"] == 2 and start["device"] and start["cores"] >= 1
+    (begun,) = starts(undisturbed)
+    assert begun["step"] == 0 and begun["ranks"] == 2 and begun["device"] and begun["cores"] >= 1
 
 
 @pytest.mark.long
@@ -156,6 +160,8 @@ def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     finish(start([sys.executable, *arguments(small, tmp_path)], {}))
     state = json.loads((tmp_path / "checkpoints/00000008/state.json").read_text())
     assert (state["step"], state["epoch"], state["batch"]["world_size"]) == (8, 2, 1)
+    begun = [(start["step"], start["ranks"]) for start in starts(tmp_path)]
+    assert begun[0] == (0, 2) and begun[-1][1] == 1 and len(begun) == 2
 
 
 def damaged_copy(small: Path, folder: Path, split: str) -> Path:
