@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "method", "kernels", "data", "evaluation", "storage", "observability",
         "vocabulary",
     },
+    "experimenting": {"errors", "evaluation", "data", "storage", "method", "vocabulary"},
     "program": {"errors", "config", "storage", "observability"},
     "shard_tools": {
         "errors", "program", "config", "vocabulary", "storage", "observability", "method", "data",
