@@ -17,8 +17,19 @@ from vlal_dist.data.dataset import open_dataset
 from vlal_dist.data.scores import finished_manifest
 from vlal_dist.errors import ConfigError, DataError, UsageError
 from vlal_dist.experimenting.guard import check_same, flat_settings
-from vlal_dist.experimenting.jobs import TEST, Job, is_done, places, read_json, state_of
+from vlal_dist.experimenting.jobs import (
+    TEST,
+    Job,
+    cuda_devices,
+    is_done,
+    places,
+    read_json,
+    state_of,
+)
 from vlal_dist.experimenting.queue import Outcome, RunsFailedError, run_queue
+from vlal_dist.experimenting.results import Replicates, collect
+from vlal_dist.experimenting.summary import summarise
+from vlal_dist.experimenting.tables import write_table
 from vlal_dist.experimenting.variants import (
     Base,
     Variant,
@@ -26,6 +37,7 @@ from vlal_dist.experimenting.variants import (
     table1_rows,
     table2_rows,
 )
+from vlal_dist.experimenting.wording import Table
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.storage.store import open_store
 
@@ -63,17 +75,28 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
         for job in asked.jobs:
             _say(f"{state_of(job):<7} {job.root}")
         return {"runs": len(asked.jobs), "done": len(asked.jobs) - len(missing)}
+    replicates = Replicates(
+        config.paths.dataset,
+        cache=Path(config.paths.cache),
+        count=config.experiments.replicates,
+    )
+    page = _write(table, asked, config, replicates, root)
+
+    def ended(outcome: Outcome) -> None:
+        _tell_end(outcome)
+        _write(table, asked, config, replicates, root)
+
     failures: list[Outcome] = []
     if missing:
-        devices = _devices(config.experiments.ranks)
         where = places(
             config.experiments.jobs,
             ranks=config.experiments.ranks,
-            devices=devices,
+            devices=cuda_devices(config.experiments.ranks),
             cores=len(os.sched_getaffinity(0)),
         )
         _say(f"{table}: {len(missing)} of {len(asked.jobs)} runs to do in {root}")
-        failures = run_queue(missing, where, root=root, started=_tell_start, ended=_tell_end)
+        failures = run_queue(missing, where, root=root, started=_tell_start, ended=ended)
+    _say(page.with_suffix(".md").read_text(encoding="utf-8"))
     if failures:
         names = ", ".join(f"{outcome.job.title} (code {outcome.code})" for outcome in failures)
         raise RunsFailedError(
@@ -81,7 +104,18 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
             "mend the cause, and repeat the command",
             failures[0].code,
         )
-    return {"runs": len(asked.jobs), "trained": len(missing)}
+    return {"runs": len(asked.jobs), "trained": len(missing), "page": str(page)}
+
+
+def _write(table: str, asked: Asked, config: Config, replicates: Replicates, root: Path) -> Path:
+    """The table as far as its runs go."""
+    found = {(job.variant, job.seed): collect(job, replicates) for job in asked.jobs}
+    runs = {key: run for key, run in found.items() if run is not None}
+    failed = {(job.variant, job.seed) for job in asked.jobs if state_of(job) == "failed"}
+    seeds = list(dict.fromkeys(config.experiments.seeds))
+    rows = summarise(asked.rows, runs, seeds=seeds, failed=frozenset(failed))
+    name, count = replicates.dataset.name, config.experiments.replicates
+    return write_table(Table(table, name, seeds, count, rows, runs), root)
 
 
 def _asked(table: str, config: Config, root: Path) -> Asked:
@@ -199,21 +233,6 @@ def _root(config: Config) -> Path:
             "queue keeps its lock and logs"
         )
     return Path(config.paths.experiments).expanduser()
-
-
-def _devices(ranks: int) -> list[str]:
-    """CUDA devices of this machine, by number; none: training runs on the CPU."""
-    import torch  # seconds; only where something is trained
-
-    if not torch.cuda.is_available():
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
-    if len(found) < ranks:
-        raise ConfigError(
-            f"experiments.ranks is {ranks} and {len(found)} CUDA devices are visible; lower it"
-        )
-    return found
 
 
 def _tell_start(job: Job, waiting: int) -> None:

@@ -97,8 +97,8 @@ def render_page(page: Page) -> bytes:
     environment.filters["percent"] = percent
     text = environment.from_string(source).render(
         page=page,
-        style_hash=_hash_of(source, "style"),
-        script_hash=_hash_of(source, "script"),
+        style_hash=hash_of(source, "style"),
+        script_hash=hash_of(source, "script"),
     )
     data = text.encode()
     if len(data) > MAX_PAGE_BYTES:
@@ -160,7 +160,7 @@ def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool =
         ) from None
 
 
-def _hash_of(source: str, tag: str) -> str:
+def hash_of(source: str, tag: str) -> str:
     """CSP hash of the template's only element of that name, which has no template code in it."""
     (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
     digest = hashlib.sha256(content.encode()).digest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vlal_dist
+from vlal_dist.errors import ConfigError
 
 QUEUED, LOG, FAILED, SECONDS = "queued.yaml", "log.txt", "failed.json", "seconds.json"
 TEST = "evaluation/test-model"
@@ -122,6 +123,25 @@ def places(jobs: int, *, ranks: int, devices: Sequence[str], cores: int) -> list
         )
         for job in range(jobs)
     ]
+
+
+def cuda_devices(ranks: int) -> list[str]:
+    """CUDA devices of this machine, by number; none: training runs on the CPU.
+
+    Raises:
+        ConfigError: fewer than `ranks`, and some.
+    """
+    import torch  # seconds; only where something is trained
+
+    if not torch.cuda.is_available():
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
+    if len(found) < ranks:
+        raise ConfigError(
+            f"experiments.ranks is {ranks} and {len(found)} CUDA devices are visible; lower it"
+        )
+    return found
 
 
 def read_json(path: Path) -> dict[str, object] | None:
