@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "method", "kernels", "data", "evaluation", "storage", "observability",
         "vocabulary",
     },
+    "experimenting": {"errors", "evaluation", "data", "storage", "method", "vocabulary"},
     "program": {"errors", "config", "storage", "observability"},
     "shard_tools": {
         "errors", "program", "config", "vocabulary", "storage", "observability", "method", "data",
@@ -68,7 +69,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "boto3": "vlal_dist/storage/",
     "botocore": "vlal_dist/storage/",
     "tarfile": "vlal_dist/data/shards.py",
-    "jinja2": "vlal_dist/evaluation/page.py",
+    "jinja2": ("vlal_dist/evaluation/page.py", "vlal_dist/evaluation/table_page.py"),
     "prometheus_client": "vlal_dist/observability/metrics.py",
     "pydantic": "vlal_dist/config/",
 }

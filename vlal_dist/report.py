@@ -20,6 +20,7 @@ from vlal_dist.data.rows import RowReader
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.evaluation.curves import Curve, Line, draw_curve, read_metrics, series
 from vlal_dist.evaluation.examples import Example, build_example, choose_rows, tally
+from vlal_dist.evaluation.experiment_tables import read_tables
 from vlal_dist.evaluation.intervals import REPLICATES, group_intervals
 from vlal_dist.evaluation.page import Page, render_page
 from vlal_dist.evaluation.pr_curves import draw_pr_curves
@@ -101,6 +102,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         tally=tally(predictions, truth, k=settings.example_attributes),
         top=settings.example_attributes,
         has_truth=truth is not None,
+        experiments=[] if settings.experiments is None else read_tables(settings.experiments),
     )
     data = render_page(page)
     store.replace(PAGE, data)

@@ -9,12 +9,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 
 from tests.evaluation.tiny_dataset import HOSTILE
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.evaluation.calibration import Bar, CalibrationSection
 from vlal_dist.evaluation.curves import draw_curve
 from vlal_dist.evaluation.examples import Example, Guess
+from vlal_dist.evaluation.experiment_tables import ExperimentTable
 from vlal_dist.evaluation.ignored import IgnoredAttribute, IgnoredSection
 from vlal_dist.evaluation.page import MAX_PAGE_BYTES, Page, render_page
 from vlal_dist.evaluation.pr_curves import PrSection, Steps, draw_pr
@@ -82,6 +84,17 @@ def hostile_page(image: str = PIXEL) -> Page:
         tally={"present": 0.5, "absent": 0.2, "unannotated": 0.3, "unannotated_true": 0.25},
         top=3,
         has_truth=True,
+        experiments=[
+            ExperimentTable(
+                title=HOSTILE,
+                lead=HOSTILE,
+                head=HOSTILE,
+                columns=[Column(HOSTILE, HOSTILE)],
+                rows=[Row(HOSTILE, HOSTILE, [HOSTILE], main=True)],
+                notes=[HOSTILE],
+                curve=Markup(""),
+            )
+        ],
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.evaluation.browser import PROGRAM, Browser
+from tests.evaluation.test_experiment_tables import write_experiments
 from tests.evaluation.test_page import hostile_page
 from tests.evaluation.test_programs import Runner, write_run
 from tests.evaluation.tiny_dataset import HOSTILE, VOCABULARY
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 WIDTH, PHONE = 1280, 390
 SECTIONS = {
     *("run", "result", "attributes", "curves"),
-    *("examples", "training", "ignored", "likelihood"),
+    *("examples", "training", "ignored", "likelihood", "experiments"),
 }
 COLUMN = """[...document.querySelectorAll("#attribute-table tbody tr:not([hidden])")]
     .map((row) => row.cells[{}].textContent)"""
@@ -39,8 +40,10 @@ def report(tmp_path_factory: pytest.TempPathFactory, dataset_root: Path) -> Path
     """What evaluate and report write about a small run with a hostile attribute name."""
     folder = tmp_path_factory.mktemp("report")
     write_run(str(folder / "run"))
+    write_experiments(folder / "experiments")
+    tables = ("--evaluation.experiments", str(folder / "experiments"))
     runner = Runner(folder, dataset_root, str(folder / "run"))
-    assert runner("evaluate") == 0 and runner("report") == 0
+    assert runner("evaluate") == 0 and runner("report", *tables) == 0
     return folder / "run" / "report.html"
 
 

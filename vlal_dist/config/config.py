@@ -3,6 +3,7 @@
 from vlal_dist.config.clean import CleanSection
 from vlal_dist.config.data import DataSection
 from vlal_dist.config.evaluation import EvaluationSection
+from vlal_dist.config.experiments import ExperimentsSection
 from vlal_dist.config.method import MethodSection
 from vlal_dist.config.model import ModelSection
 from vlal_dist.config.observability import ObservabilitySection
@@ -25,4 +26,5 @@ class Config(Section):
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    experiments: ExperimentsSection = ExperimentsSection()
     observability: ObservabilitySection = ObservabilitySection()

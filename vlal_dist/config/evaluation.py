@@ -27,6 +27,9 @@ class EvaluationSection(Section):
     curves: int = Field(
         4, ge=0, description="precision-recall curves of each kind on the page (best, worst, ...)"
     )
+    experiments: str | None = Field(
+        None, description="root of vlal_dist.experiments whose tables the page shows (URL or path)"
+    )
     compare: list[str] = Field(
         default_factory=list,
         description="result.json files of other runs, shown as further rows of the result table "

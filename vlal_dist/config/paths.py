@@ -16,6 +16,9 @@ class PathsSection(Section):
         "runs/vaw/resharded", description="root written by reshard (URL or path)"
     )
     run: str = Field("runs/vaw/run", description="root of one training run (URL or path)")
+    experiments: str = Field(
+        "runs/vaw/experiments", description="root of all runs of the experiments (local path)"
+    )
     cache: str = Field(
         "runs/cache", description="local folder for index files of remote roots (path)"
     )

@@ -120,8 +120,8 @@ def draw_curve(points: Sequence[Point], *, title: str, percent: bool) -> Curve |
         summary=summary,
         points=" ".join(f"{x:g},{y:g}" for x, y in placed),
         marks=placed if len(placed) <= 60 else [],
-        x_ticks=[(place_x(x), f"{x:g}") for x in _ticks(x_low, x_high)],
-        y_ticks=[(place_y(y), f"{y:g}") for y in _ticks(y_low, y_high)],
+        x_ticks=[(place_x(x), f"{x:g}") for x in ticks(x_low, x_high)],
+        y_ticks=[(place_y(y), f"{y:g}") for y in ticks(y_low, y_high)],
     )
 
 
@@ -142,7 +142,7 @@ def _span(values: Sequence[float], *, zero: bool) -> tuple[float, float]:
     return low, high
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers 1, 2 or 5 x 10^n apart inside the range, about five of them."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))

@@ -6,6 +6,7 @@ allows its own style and script by their hashes, images as data URIs, and nothin
 
 import base64
 import hashlib
+import re
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -16,6 +17,7 @@ from vlal_dist.errors import ConfigError
 from vlal_dist.evaluation.calibration import CalibrationSection
 from vlal_dist.evaluation.curves import Curve
 from vlal_dist.evaluation.examples import Example
+from vlal_dist.evaluation.experiment_tables import ExperimentTable
 from vlal_dist.evaluation.ignored import IgnoredSection
 from vlal_dist.evaluation.pr_curves import PrSection
 from vlal_dist.evaluation.result_table import Column, Row
@@ -71,7 +73,7 @@ class Page:
     tally: dict[str, float]
     top: int
     has_truth: bool = field(default=False)
-    experiments: list[dict[str, Any]] = field(default_factory=list)
+    experiments: list[ExperimentTable] = field(default_factory=list)
 
     @property
     def has_intervals(self) -> bool:
@@ -98,8 +100,8 @@ def render_page(page: Page) -> bytes:
         page=page,
         style=style,
         script=script,
-        style_hash=_hash_of(style),
-        script_hash=_hash_of(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
     )
     data = text.encode()
     if len(data) > MAX_PAGE_BYTES:
@@ -115,7 +117,13 @@ def _part(name: str) -> str:
     return resources.files("vlal_dist.evaluation").joinpath("page_parts", name).read_text("utf-8")
 
 
-def _hash_of(content: str) -> str:
+def hash_of(source: str, tag: str) -> str:
+    """CSP hash of a text's only element of that name, which must have no template code in it."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
+    return _hash(content)
+
+
+def _hash(content: str) -> str:
     """What the Content-Security-Policy calls an element of that content by."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"

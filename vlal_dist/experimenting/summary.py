@@ -1,0 +1,139 @@
+"""Rows of a table: means and spreads over seeds, and paired differences from the reference row.
+
+Pure functions. Shares are of 1. Legend: R bootstrap replicates.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlal_dist.evaluation.bootstrap import interval
+from vlal_dist.experimenting.results import Float64, RunResult
+from vlal_dist.experimenting.variants import REFERENCE, Variant
+
+Runs = Mapping[tuple[str, int], RunResult]
+"""(row, seed) -> finished run."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, or a mean paired difference.
+
+    Attributes:
+        mean: over seeds.
+        sd: sample standard deviation over seeds; None of a single one.
+        low, high: ends of the central 95 % interval of the bootstrap over test photos, of the
+            mean over seeds; None where the group has no replicates.
+        seeds: how many.
+    """
+
+    mean: float
+    sd: float | None
+    low: float | None
+    high: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One row of a table.
+
+    Attributes:
+        variant: the row.
+        seeds: finished ones, in order.
+        failed: seeds whose run failed.
+        maps: group -> mAP; without the groups in which no AP is defined.
+        differences: group -> this row - reference, over the seeds that both have; empty of the
+            reference itself.
+        validation_map: mean over seeds of the best model's; None without a run.
+        seconds: mean over seeds of a run's; None where unknown.
+    """
+
+    variant: Variant
+    seeds: list[int]
+    failed: list[int]
+    maps: dict[str, Estimate]
+    differences: dict[str, Estimate]
+    validation_map: float | None
+    seconds: float | None
+
+
+def summarise(
+    variants: Sequence[Variant],
+    runs: Runs,
+    *,
+    seeds: Sequence[int],
+    failed: frozenset[tuple[str, int]] = frozenset(),
+) -> list[SummaryRow]:
+    """All rows of a table, those without a run too.
+
+    Args:
+        variants: in the table's order.
+        runs: what has finished.
+        seeds: those asked for.
+        failed: (row, seed) of failed runs.
+    """
+    rows = []
+    for variant in variants:
+        have = [seed for seed in seeds if (variant.name, seed) in runs]
+        own = [runs[variant.name, seed] for seed in have]
+        shared = [seed for seed in have if (REFERENCE, seed) in runs]
+        pairs = [(runs[variant.name, seed], runs[REFERENCE, seed]) for seed in shared]
+        times = [run.seconds for run in own if run.seconds is not None]
+        groups = list(own[0].maps) if own else []
+        is_reference = variant.name == REFERENCE
+        rows.append(
+            SummaryRow(
+                variant=variant,
+                seeds=have,
+                failed=[seed for seed in seeds if (variant.name, seed) in failed],
+                maps=_estimates(groups, [(run, None) for run in own]),
+                differences={} if is_reference else _estimates(groups, pairs),
+                validation_map=_mean([run.validation_map for run in own]),
+                seconds=_mean(times),
+            )
+        )
+    return rows
+
+
+def _estimates(
+    groups: Sequence[str], pairs: Sequence[tuple[RunResult, RunResult | None]]
+) -> dict[str, Estimate]:
+    """Group -> estimate of first - second (nothing: 0), over the pairs."""
+    found = {}
+    for group in groups:
+        values = [_difference(first, second, group) for first, second in pairs]
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            continue
+        low, high = _interval(pairs, group)
+        sd = statistics.stdev(known) if len(known) > 1 else None
+        found[group] = Estimate(statistics.fmean(known), sd, low, high, len(known))
+    return found
+
+
+def _difference(first: RunResult, second: RunResult | None, group: str) -> float | None:
+    value = first.maps[group]
+    if second is None or value is None:
+        return value
+    other = second.maps.get(group)
+    return None if other is None else value - other
+
+
+def _interval(
+    pairs: Sequence[tuple[RunResult, RunResult | None]], group: str
+) -> tuple[float | None, float | None]:
+    """Of the mean over pairs, replicate by replicate: both of a pair see the same photos."""
+    if any(group not in run.replicates for pair in pairs for run in pair if run is not None):
+        return None, None
+    values: list[Float64] = [
+        first.replicates[group] - (0.0 if second is None else second.replicates[group])
+        for first, second in pairs
+    ]
+    return interval(np.mean(values, axis=0))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
