@@ -11,7 +11,9 @@ from tests.conftest import S3Server
 from tests.evaluation.test_predict import write_scores
 from tests.evaluation.test_saved_model import INFO, tiny_model
 from tests.evaluation.tiny_dataset import SAMPLES, VOCABULARY
+from tests.small import run
 from vlal_dist import evaluate, report
+from vlal_dist.config.load import config_yaml, load_config
 from vlal_dist.data.dataset import Dataset
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.evaluation.saved_model import save_model
@@ -110,6 +112,27 @@ def test_report_of_a_run_without_training_or_truth(
     assert bare("report", "--evaluation.predictor", "constant", "--evaluation.examples", "0") == 0
     page = (tmp_path / "bare" / "report.html").read_text()
     assert "no config.yaml" in page and "no metrics.jsonl" in page and "truly" not in page
+    assert page.count("Left out: This run holds no config.yaml: nothing was trained here.") == 2
+
+
+def test_report_of_a_trained_run_counts_what_it_ignored(
+    merged_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = open_store(str(tmp_path / "run"))
+    config = load_config(merged_folder / "config.yaml", {"method.num_ignore": "3"})
+    store.replace("config.yaml", config_yaml(config).encode())
+    start = {"step": 0, "version": "0.1.0", "commit": None, "torch": "2", "device": "Slow & Co"}
+    start |= {"ranks": 2, "threads": 1, "cores": 4, "kernel": "cpu"}
+    store.replace("starts.jsonl", json.dumps(start).encode() + b"\n")
+    result = {"code": 0, "reason": "done", "counts": {"seconds": 75.2}}
+    store.replace("train.result.json", json.dumps(result).encode())
+    flags = ("--paths.run", store.url, "--evaluation.predictor", "constant")
+    for program in ("vlal_dist.evaluate", "vlal_dist.report"):
+        assert run(program, merged_folder / "config.yaml", *flags) == 0, capsys.readouterr().err
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Left out" not in page and "1 min 15 s" in page and "Slow &amp; Co, 2 ranks" in page
+    assert "method.draw_over feasible and seed 99" in page and 'class="calibration"' in page
+    assert "8 photos" in page and "[" in page.split("95 % interval")[1].split("</tbody>")[0]
 
 
 def test_what_is_absent_or_foreign_is_refused(
