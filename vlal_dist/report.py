@@ -6,6 +6,7 @@ Reads what train and evaluate left in the run's root, and the dataset; never the
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,51 @@ same run appear when they were evaluated.
 PAGE = "report.html"
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What the page is made of, read and found to belong together.
+
+    Attributes:
+        store: the run's root.
+        folder: of the evaluation, below it.
+        result: its `result.json`.
+        dataset, split: what was evaluated.
+        predictions: of the split.
+        truth: complete labels int8 [N, A], if known.
+        config_text: the run's resolved configuration, or empty.
+        run_config: the same as values.
+        lines: of `metrics.jsonl`.
+    """
+
+    store: Store
+    folder: str
+    result: dict[str, Any]
+    dataset: Dataset
+    split: Split
+    predictions: Predictions
+    truth: npt.NDArray[np.int8] | None
+    config_text: str
+    run_config: dict[str, Any]
+    lines: list[Line]
+
+
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Gather, render, write; returns the closing counts."""
+    inputs = _read(config)
+    page = _build(config, inputs)
+    data = render_page(page)
+    inputs.store.replace(PAGE, data)
+    return {
+        "page": f"{config.paths.run}/{PAGE}",
+        "bytes": len(data),
+        "rows": len(page.rows),
+        "attributes": len(page.attributes),
+        "examples": len(page.examples),
+        "mAP": inputs.result["groups"][0]["mAP"],
+    }
+
+
+def _read(config: Config) -> Inputs:
     settings = config.evaluation
     store = open_store(config.paths.run)
     dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
@@ -57,63 +101,57 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     if settings.truth is not None:
         truth = read_truth(settings.truth, dataset, settings.split).label
     config_text = _read_text(store, "config.yaml")
-    run_config = yaml.safe_load(config_text) or {}
-    lines = _read_lines(store, "metrics.jsonl")
-    attributes = _attributes(store, folder)
-    intervals, interval_note = _intervals(predictions, split, dataset)
+    return Inputs(
+        store=store,
+        folder=folder,
+        result=result,
+        dataset=dataset,
+        split=split,
+        predictions=predictions,
+        truth=truth,
+        config_text=config_text,
+        run_config=yaml.safe_load(config_text) or {},
+        lines=_read_lines(store, "metrics.jsonl"),
+    )
+
+
+def _build(config: Config, inputs: Inputs) -> Page:
+    settings, result, dataset = config.evaluation, inputs.result, inputs.dataset
+    attributes = _attributes(inputs.store, inputs.folder)
+    score, label = inputs.predictions.score, inputs.predictions.label
+    intervals, interval_note = _intervals(inputs.predictions, inputs.split, dataset)
     ignored, calibration = selective_sections(
-        run_config,
+        inputs.run_config,
         result,
         lambda: open_dataset(config.paths.merged, cache=Path(config.paths.cache)),
     )
-    page = Page(
+    return Page(
         title=f"{result['name']} on {dataset.name}, {settings.split}",
-        card=run_card(
-            result,
-            dataset.manifest,
-            run_config=run_config,
-            lines=lines,
-            starts=_read_lines(store, "starts.jsonl"),
-            finished=read_object(
-                _read_text(store, "train.result.json"), where=f"{store.url}: train.result.json"
-            ),
-        ),
-        config=config_text,
+        card=_card(inputs),
+        config=inputs.config_text,
         digests=[
             ("dataset.json", dataset.digest),
             ("vocabulary", dataset.vocabulary.digest),
             ("feasible sets", dataset.feasible.digest),
         ],
         columns=result_columns(result, intervals),
-        rows=_rows(config, store, result),
+        rows=_rows(config, inputs.store, result),
         interval_note=interval_note,
         notes=result_notes(result),
         excluded=result["excluded"],
         attributes=attributes,
-        pr_curves=draw_pr_curves(
-            attributes, predictions.score, predictions.label, count=settings.curves
-        ),
-        curves=_curves(lines),
-        ignored_mean=ignored_sentence(lines, run_config.get("method", {})),
+        pr_curves=draw_pr_curves(attributes, score, label, count=settings.curves),
+        curves=_curves(inputs.lines),
+        ignored_mean=ignored_sentence(inputs.lines, inputs.run_config.get("method", {})),
         ignored=ignored,
         calibration=calibration,
-        examples=_examples(config, dataset, split, predictions, truth),
+        examples=_examples(config, inputs),
         example_rule=_rule(config),
-        tally=tally(predictions, truth, k=settings.example_attributes),
+        tally=tally(inputs.predictions, inputs.truth, k=settings.example_attributes),
         top=settings.example_attributes,
-        has_truth=truth is not None,
+        has_truth=inputs.truth is not None,
         experiments=[] if settings.experiments is None else read_tables(settings.experiments),
     )
-    data = render_page(page)
-    store.replace(PAGE, data)
-    return {
-        "page": f"{config.paths.run}/{PAGE}",
-        "bytes": len(data),
-        "rows": len(page.rows),
-        "attributes": len(page.attributes),
-        "examples": len(page.examples),
-        "mAP": result["groups"][0]["mAP"],
-    }
 
 
 def _read_result(store: Store, folder: str) -> dict[str, Any]:
@@ -173,6 +211,18 @@ def _intervals(
     )
 
 
+def _card(inputs: Inputs) -> list[tuple[str, str]]:
+    store, key = inputs.store, "train.result.json"
+    return run_card(
+        inputs.result,
+        inputs.dataset.manifest,
+        run_config=inputs.run_config,
+        lines=inputs.lines,
+        starts=_read_lines(store, "starts.jsonl"),
+        finished=read_object(_read_text(store, key), where=f"{store.url}: {key}"),
+    )
+
+
 def _rows(config: Config, store: Store, main: dict[str, Any]) -> list[Row]:
     """The run's own row, then constant and CLIP of the same run, then `evaluation.compare`."""
     split, own = config.evaluation.split, config.evaluation.predictor
@@ -214,26 +264,19 @@ def _attributes(store: Store, folder: str) -> list[dict[str, Any]]:
     return lines
 
 
-def _examples(
-    config: Config,
-    dataset: Dataset,
-    split: Split,
-    predictions: Predictions,
-    truth: npt.NDArray[np.int8] | None,
-) -> list[Example]:
-    settings = config.evaluation
-    chosen = choose_rows(predictions, count=settings.examples, seed=config.training.seed)
-    reader = RowReader(split)
+def _examples(config: Config, inputs: Inputs) -> list[Example]:
+    settings, predictions = config.evaluation, inputs.predictions
+    reader = RowReader(inputs.split)
     return [
         build_example(
             reader,
             predictions,
             int(position),
-            vocabulary=dataset.vocabulary,
-            truth=truth,
+            vocabulary=inputs.dataset.vocabulary,
+            truth=inputs.truth,
             k=settings.example_attributes,
         )
-        for position in chosen
+        for position in choose_rows(predictions, count=settings.examples, seed=config.training.seed)
     ]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from vlal_dist.evaluation.training_crops import TrainingCrops
@@ -123,8 +124,6 @@ def count_ignored(
         for a in np.flatnonzero(count >= least).tolist()
     ]
     found.sort(key=lambda one: (-one.share, -one.crops, one.name))
-    pairs, left_out = int(open_pairs.sum()), int(ignored.sum())
-    crops_counted = max(1, len(crops.uid))
     return IgnoredSection(
         counted=(
             f"Drawn again for the first {len(crops.uid):,} of {crops.of:,} crops of split "
@@ -133,12 +132,18 @@ def count_ignored(
             f"Attributes that are feasible and unannotated in fewer than {least} of these crops "
             "are not listed."
         ),
-        summary=(
-            f"{left_out:,} of {pairs:,} feasible unannotated pairs were ignored "
-            f"({100 * left_out / max(1, pairs):.1f} %, {left_out / crops_counted:.1f} per crop); "
-            "the others counted as weak negatives. In "
-            f"{100 * float((size <= num_ignore).sum()) / crops_counted:.1f} % of the crops the "
-            f"drawing set has {num_ignore} members or fewer, and all of it was ignored."
-        ),
+        summary=_summary(int(open_pairs.sum()), int(ignored.sum()), size, num_ignore),
         attributes=found[:SHOWN],
+    )
+
+
+def _summary(pairs: int, ignored: int, size: npt.NDArray[np.int64], num_ignore: int) -> str:
+    """Over all attributes; `size` is that of each crop's drawing set."""
+    crops = max(1, len(size))
+    small = 100 * float((size <= num_ignore).sum()) / crops
+    return (
+        f"{ignored:,} of {pairs:,} feasible unannotated pairs were ignored "
+        f"({100 * ignored / max(1, pairs):.1f} %, {ignored / crops:.1f} per crop); the others "
+        f"counted as weak negatives. In {small:.1f} % of the crops the drawing set has "
+        f"{num_ignore} members or fewer, and nothing was left to chance."
     )
