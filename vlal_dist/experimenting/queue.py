@@ -118,9 +118,8 @@ def run_queue(
             while waiting or active:
                 for job, cause in _orphaned(waiting, failures):
                     waiting.remove(job)
-                    reason = f"needs the model of {job.prior}, and that run failed"
-                    left = len(waiting) + len(active)
-                    end(_failed(job, cause.code, 0.0, [reason], left=left))
+                    lines = [f"needs the model of {job.prior}, and that run failed"]
+                    end(_failed(job, cause.code, 0.0, lines, left=len(waiting) + len(active)))
                 while free and (ready := _next_ready(waiting, active)) is not None:
                     waiting.remove(ready)
                     active.append(_begin(ready, free.pop(0), steps))

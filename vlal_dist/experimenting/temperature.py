@@ -1,4 +1,4 @@
-"""Tau of Eq. (2) of the likelihoods that training would read, for the rows at other temperatures."""
+"""Tau of Eq. (2) of the likelihoods that training reads, for the rows at other temperatures."""
 
 from pathlib import Path
 
