@@ -13,9 +13,7 @@ from pathlib import Path
 
 from vlal_dist.config.config import Config
 from vlal_dist.config.load import config_yaml, load_config
-from vlal_dist.data.dataset import open_dataset
-from vlal_dist.data.scores import finished_manifest
-from vlal_dist.errors import ConfigError, DataError, UsageError
+from vlal_dist.errors import ConfigError, UsageError
 from vlal_dist.experimenting.guard import check_same, flat_settings
 from vlal_dist.experimenting.jobs import (
     TEST,
@@ -30,6 +28,7 @@ from vlal_dist.experimenting.queue import Outcome, RunsFailedError, run_queue
 from vlal_dist.experimenting.results import Replicates, collect
 from vlal_dist.experimenting.summary import summarise
 from vlal_dist.experimenting.tables import write_table
+from vlal_dist.experimenting.temperature import stored_temperature
 from vlal_dist.experimenting.variants import (
     Base,
     Variant,
@@ -152,18 +151,11 @@ def _rows(table: str, config: Config) -> list[Variant]:
 
 def _temperature(config: Config) -> float:
     """Tau of the likelihoods that training would see."""
-    if config.scoring.temperature is not None:
-        return config.scoring.temperature
-    if config.data.likelihood == "scores":
-        return float(finished_manifest(open_store(config.paths.scores))["temperature"])
-    url = next(iter(config.data.mix), config.paths.merged)
-    likelihood = open_dataset(url, cache=Path(config.paths.cache)).manifest["likelihood"]
-    if likelihood is None:
-        raise DataError(
-            f"{url} holds samples without likelihood; run score_clip and shard_tools merge, or "
-            "point paths.merged at what merge wrote"
-        )
-    return float(likelihood["temperature"])
+    return config.scoring.temperature or stored_temperature(
+        dataset_url=next(iter(config.data.mix), config.paths.merged),
+        scores_url=config.paths.scores if config.data.likelihood == "scores" else None,
+        cache=Path(config.paths.cache),
+    )
 
 
 Resolve = Callable[[Mapping[str, str]], Config]

@@ -19,7 +19,7 @@ from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
 from vlal_dist.data.photos import image_numbers
 from vlal_dist.data.rows import RowReader
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.evaluation.curves import Curve, Line, draw_curve, read_metrics, series
+from vlal_dist.evaluation.curves import Line, read_metrics, training_curves
 from vlal_dist.evaluation.examples import Example, build_example, choose_rows, tally
 from vlal_dist.evaluation.experiment_tables import read_tables
 from vlal_dist.evaluation.intervals import REPLICATES, group_intervals
@@ -27,7 +27,7 @@ from vlal_dist.evaluation.page import Page, render_page
 from vlal_dist.evaluation.pr_curves import draw_pr_curves
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
 from vlal_dist.evaluation.result_table import Row, result_columns, result_notes, result_row
-from vlal_dist.evaluation.results import decode_attributes, result_folder
+from vlal_dist.evaluation.results import read_attributes, result_folder
 from vlal_dist.evaluation.run_card import ignored_sentence, read_object, run_card
 from vlal_dist.evaluation.selective_view import selective_sections
 from vlal_dist.evaluation.truth import read_truth
@@ -117,7 +117,7 @@ def _read(config: Config) -> Inputs:
 
 def _build(config: Config, inputs: Inputs) -> Page:
     settings, result, dataset = config.evaluation, inputs.result, inputs.dataset
-    attributes = _attributes(inputs.store, inputs.folder)
+    attributes = read_attributes(inputs.store, inputs.folder)
     score, label = inputs.predictions.score, inputs.predictions.label
     intervals, interval_note = _intervals(inputs.predictions, inputs.split, dataset)
     ignored, calibration = selective_sections(
@@ -141,7 +141,7 @@ def _build(config: Config, inputs: Inputs) -> Page:
         excluded=result["excluded"],
         attributes=attributes,
         pr_curves=draw_pr_curves(attributes, score, label, count=settings.curves),
-        curves=_curves(inputs.lines),
+        curves=training_curves(inputs.lines),
         ignored_mean=ignored_sentence(inputs.lines, inputs.run_config.get("method", {})),
         ignored=ignored,
         calibration=calibration,
@@ -244,24 +244,6 @@ def _read_compared(url: str) -> object:
             f"evaluation.compare: {url} cannot be read ({error}); name result.json files that "
             "evaluate wrote"
         ) from None
-
-
-def _curves(lines: list[Line]) -> list[Curve]:
-    drawn = (
-        draw_curve(series(lines, "validation", "mAP"), title="Validation mAP, %", percent=True),
-        draw_curve(series(lines, "train", "loss"), title="Training loss", percent=False),
-    )
-    return [curve for curve in drawn if curve is not None]
-
-
-def _attributes(store: Store, folder: str) -> list[dict[str, Any]]:
-    key = f"{folder}/attributes.parquet"
-    lines = decode_attributes(store.read(key), where=f"{store.url}: {key}")
-    for line in lines:
-        labelled = line["num_positive"] + line["num_negative"]
-        line["baseline"] = line["num_positive"] / labelled if labelled else None
-        line["lift"] = None if line["ap"] is None else line["ap"] / line["baseline"]
-    return lines
 
 
 def _examples(config: Config, inputs: Inputs) -> list[Example]:

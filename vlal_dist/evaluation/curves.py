@@ -80,6 +80,15 @@ def series(lines: Sequence[Line], kind: str, key: str) -> list[Point]:
     return sorted(found.items())
 
 
+def training_curves(lines: Sequence[Line]) -> list[Curve]:
+    """Validation mAP and training loss by step, where they were logged."""
+    drawn = (
+        draw_curve(series(lines, "validation", "mAP"), title="Validation mAP, %", percent=True),
+        draw_curve(series(lines, "train", "loss"), title="Training loss", percent=False),
+    )
+    return [curve for curve in drawn if curve is not None]
+
+
 def draw_curve(points: Sequence[Point], *, title: str, percent: bool) -> Curve | None:
     """A chart of (step, value), or None without a point.
 

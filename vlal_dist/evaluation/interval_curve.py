@@ -16,6 +16,8 @@ LEFT, RIGHT, TOP, BOTTOM = 68, 28, 44, 58
 INK, SOFT, GRID, ACCENT, MARKED = "#1a1f27", "#57606d", "#dde1e7", "#2456a6", "#b3471d"
 CAP = 6
 """Half the width of an error bar's end."""
+RING_OFFSET = 11
+"""From an error bar to the single values beside it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Point:
         x: place on the axis, or None: at the right end, apart from the numbers.
         label: under the axis.
         value, low, high: in the axis' unit.
+        singles: the values behind a mean, drawn as rings.
         marked: drawn as the reference.
     """
 
@@ -34,6 +37,7 @@ class Point:
     value: float
     low: float
     high: float
+    singles: tuple[float, ...] = ()
     marked: bool = False
 
 
@@ -50,7 +54,8 @@ def draw_interval_curve(
     """
     if not points:
         return ""
-    low, high = min(point.low for point in points), max(point.high for point in points)
+    low = min(min(point.low, *point.singles, point.value) for point in points)
+    high = max(max(point.high, *point.singles, point.value) for point in points)
     margin = 0.08 * (high - low) or 0.5
     low, high = low - margin, high + margin
     numbers = [point.x for point in points if point.x is not None]
@@ -73,6 +78,7 @@ def draw_interval_curve(
     parts += _joints(placed, place_y)
     for x, point in placed:
         parts += _bar(x, point, place_y(point.value), place_y(point.low), place_y(point.high))
+        parts += [_ring(x, place_y(single), point) for single in point.singles]
     if any(point.marked for point in points):
         parts += [
             f'<circle cx="{WIDTH - RIGHT - 8}" cy="{TOP - 18}" r="4.5" fill="{MARKED}"/>',
@@ -132,6 +138,14 @@ def _bar(x: float, point: Point, y: float, low: float, high: float) -> list[str]
         _line(x, axis, x, axis + 5, SOFT, 1),
         _text(x, axis + 20, point.label, INK if point.marked else SOFT, "middle"),
     ]
+
+
+def _ring(x: float, y: float, point: Point) -> str:
+    colour = MARKED if point.marked else ACCENT
+    return (
+        f'<circle cx="{x + RING_OFFSET:.1f}" cy="{y:.1f}" r="3" fill="none" stroke="{colour}" '
+        'stroke-opacity="0.7"/>'
+    )
 
 
 def _line(

@@ -18,6 +18,7 @@ from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.evaluation.saved_model import SavedModelInfo
 from vlal_dist.evaluation.truth import Truth
 from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate_scores
+from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
@@ -140,6 +141,25 @@ def decode_attributes(data: bytes, *, where: str) -> list[dict[str, Any]]:
         )
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def read_attributes(store: Store, folder: str) -> list[dict[str, Any]]:
+    """The rows of an evaluation's `attributes.parquet`, with what a constant score would get.
+
+    Returns:
+        The columns, and `baseline`, the share of positives among the annotated rows (None without
+        any), and `lift`, AP / baseline (None where the AP is undefined).
+
+    Raises:
+        NotFoundError, DataError: absent; damaged.
+    """
+    key = f"{folder}/attributes.parquet"
+    lines = decode_attributes(store.read(key), where=f"{store.url}: {key}")
+    for line in lines:
+        labelled = line["num_positive"] + line["num_negative"]
+        line["baseline"] = line["num_positive"] / labelled if labelled else None
+        line["lift"] = None if line["ap"] is None else line["ap"] / line["baseline"]
+    return lines
 
 
 def headline_metrics(top_k: int) -> tuple[str, str, str, str]:

@@ -5,8 +5,6 @@ the root as its standard input: that descriptor passes to all its children, thro
 launcher too. Were this program killed, the lock would be held as long as anything still trains.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -14,12 +12,11 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
-from vlal_dist.errors import Stopped, VlalError
+from vlal_dist.errors import VlalError
 from vlal_dist.experimenting.jobs import (
     FAILED,
     LOG,
@@ -31,9 +28,9 @@ from vlal_dist.experimenting.jobs import (
     read_json,
     steps_of,
 )
+from vlal_dist.experimenting.lock import RUNNING, locked, stop_signals
 from vlal_dist.storage.store import open_store
 
-LOCK, RUNNING = "lock", "running.json"
 STOP_S = 30.0
 """How long a run may take to save and leave."""
 POLL_S = 0.2
@@ -88,6 +85,7 @@ def run_queue(
     root: Path,
     started: Callable[[Job, int], None],
     ended: Callable[[Outcome], None],
+    steps: Callable[[Job, Place], list[Step]] = steps_of,
 ) -> list[Outcome]:
     """Run all jobs, as many at a time as there are places; a failed one stops no other.
 
@@ -97,6 +95,7 @@ def run_queue(
         root: root of the experiments, local.
         started: told each run that starts, and how many are then waiting.
         ended: told how each run ended.
+        steps: the commands of a run that are still to do.
 
     Returns:
         The failed ones.
@@ -114,17 +113,16 @@ def run_queue(
             failures.append(outcome)
         ended(outcome)
 
-    with _locked(root) as lock, _signals() as requested:
+    with locked(root) as lock, stop_signals() as requested:
         try:
             while waiting or active:
                 for job, cause in _orphaned(waiting, failures):
                     waiting.remove(job)
-                    reason = f"needs the model of {job.prior}, and that run failed"
-                    left = len(waiting) + len(active)
-                    end(_failed(job, cause.code, 0.0, [reason], left=left))
+                    lines = [f"needs the model of {job.prior}, and that run failed"]
+                    end(_failed(job, cause.code, 0.0, lines, left=len(waiting) + len(active)))
                 while free and (ready := _next_ready(waiting, active)) is not None:
                     waiting.remove(ready)
-                    active.append(_begin(ready, free.pop(0)))
+                    active.append(_begin(ready, free.pop(0), steps))
                     started(ready, len(waiting))
                 for one in list(active):
                     code = _advance(one, lock)
@@ -154,11 +152,11 @@ def _orphaned(waiting: Sequence[Job], failures: Sequence[Outcome]) -> list[tuple
     return [(job, failed[job.prior]) for job in waiting if job.prior in failed]
 
 
-def _begin(job: Job, place: Place) -> _Active:
+def _begin(job: Job, place: Place, steps: Callable[[Job, Place], list[Step]]) -> _Active:
     store = open_store(str(job.root))
     store.replace(QUEUED, job.config_text.encode())
     store.delete(FAILED)
-    return _Active(job, place, steps_of(job, place))
+    return _Active(job, place, steps(job, place))
 
 
 def _advance(one: _Active, lock: int) -> int | None:
@@ -255,39 +253,3 @@ def _note(root: Path, active: Sequence[_Active]) -> None:
     groups = {one.job.title: one.process.pid for one in active if one.process is not None}
     if groups != read_json(root / RUNNING):
         open_store(str(root)).replace(RUNNING, (json.dumps(groups) + "\n").encode())
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[int]:
-    """The root's lock as a descriptor that children inherit."""
-    root.mkdir(parents=True, exist_ok=True)
-    lock = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            groups = read_json(root / RUNNING) or {}
-            who = ", ".join(f"{title} (process group {pid})" for title, pid in groups.items())
-            raise Stopped(
-                f"another queue, or a run that it left behind, works in {root}: {who or 'starting'}"
-                "; wait for it, or end it (kill -TERM -GROUP), then repeat the command"
-            ) from None
-        yield lock
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that fills with the signals that ask to stop; looked at between two polls."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

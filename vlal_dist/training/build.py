@@ -104,13 +104,7 @@ def _build(
         batch=_batch(settings, ranks),
         store=store,
     )
-    ranks.together(
-        lambda: (
-            record_start(store, ranks, step=state.step, kernel=backend.name)
-            if ranks.rank == 0
-            else None
-        )
-    )
+    ranks.together(lambda: record_start(store, ranks, step=state.step, kernel=backend.name))
     validation = ranks.together(lambda: make_batches(settings, sources, ranks, train=False))
     stack.callback(validation.close)
     return Run(

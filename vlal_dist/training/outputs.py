@@ -54,7 +54,7 @@ def record_start(store: Store, ranks: Ranks, *, step: int, kernel: str) -> None:
     """Add a line to `starts.jsonl`: with what, and on what, the run goes on from a step.
 
     A resumed run may have other hardware, so that every start has its line; a run that begins anew
-    begins the file anew. The machine is that of the calling rank, the others are not asked.
+    begins the file anew. Rank 0 writes, of its own machine; for the others nothing happens.
 
     Args:
         store: the run root.
@@ -62,6 +62,8 @@ def record_start(store: Store, ranks: Ranks, *, step: int, kernel: str) -> None:
         step: optimizer steps done before.
         kernel: backend of the selective loss.
     """
+    if ranks.rank != 0:
+        return
     try:
         kept = lines_until(store.read(STARTS), step=step) if step else b""
     except NotFoundError:

@@ -1,0 +1,158 @@
+"""The queue with short commands in place of training: order, failures, the lock, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.training.processes import ROOT
+from vlal_dist.errors import Stopped
+from vlal_dist.experimenting.jobs import Job, Place, Step, places, state_of
+from vlal_dist.experimenting.queue import Outcome, run_queue
+
+PLACE = Place(ranks=1, devices=(), cores=1)
+
+
+def job(root: Path, name: str, code: str, *, prior: str | None = None) -> Job:
+    """A run whose only command is Python code, kept where its configuration would be."""
+    return Job(name, 7, root / name, code, None if prior is None else root / prior, False)
+
+
+def steps(one: Job, place: Place) -> list[Step]:
+    return [Step("train", [sys.executable, "-c", one.config_text], dict(os.environ))]
+
+
+def run(root: Path, jobs: list[Job], at_once: int = 1) -> tuple[list[Outcome], list[Outcome]]:
+    """All outcomes in order, and the failures."""
+    found: list[Outcome] = []
+    failures = run_queue(
+        jobs,
+        [PLACE] * at_once,
+        root=root,
+        started=lambda one, waiting: None,
+        ended=found.append,
+        steps=steps,
+    )
+    return found, failures
+
+
+def test_a_failure_is_kept_and_stops_no_other(tmp_path: Path) -> None:
+    loud = "print('[2026-01-01 00:00:00] [INFO] [launch.py:1:main] x'); print('why'); exit(65)"
+    jobs = [
+        job(tmp_path, "bad", loud),
+        job(tmp_path, "needy", "", prior="bad"),
+        job(tmp_path, "good", "print('fine')"),
+        job(tmp_path, "killed", "import os; os.kill(os.getpid(), 9)"),
+    ]
+    found, failures = run(tmp_path, jobs)
+    ends = {outcome.job.variant: outcome.code for outcome in found}
+    assert ends == {"bad": 65, "needy": 65, "good": 0, "killed": 137}
+    assert [outcome.job.variant for outcome in failures] == ["bad", "needy", "killed"]
+    command, *lines = found[0].lines
+    assert command.startswith("$ ") and lines == ["why"]  # without the launcher's chatter
+    assert json.loads((tmp_path / "bad" / "failed.json").read_text())["code"] == 65
+    assert state_of(jobs[0]) == "failed" and state_of(jobs[2]) == "begun"
+    assert "fine" in (tmp_path / "good" / "log.txt").read_text()
+    run(tmp_path, [job(tmp_path, "bad", "pass")])  # a repeat forgets the failure
+    assert not (tmp_path / "bad" / "failed.json").exists()
+
+
+def test_as_many_at_a_time_as_there_are_places_and_a_prior_comes_first(tmp_path: Path) -> None:
+    note = (
+        "import pathlib, time; root = pathlib.Path({root!r}); mine = root / 'on' / {name!r};"
+        "mine.mkdir(parents=True); time.sleep(0.5);"
+        "open(root / 'seen', 'a').write('%d\\n' % len(list((root / 'on').iterdir())));"
+        "time.sleep(0.5); mine.rmdir()"
+    )
+    names = ["a", "b", "c"]
+    jobs = [
+        job(tmp_path, name, note.format(root=str(tmp_path), name=name), prior=prior)
+        for name, prior in zip(names, ["c", None, None], strict=True)
+    ]
+    found, failures = run(tmp_path, jobs, at_once=2)
+    assert not failures
+    order = [outcome.job.variant for outcome in found]
+    assert order.index("c") < order.index("a")
+    seen = [int(line) for line in (tmp_path / "seen").read_text().split()]
+    assert max(seen) <= 2 and len(seen) == 3
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from tests.experimenting.test_queue import job, run
+root = Path(sys.argv[1])
+child = "import subprocess, sys; subprocess.run([sys.executable, '-c', %r])"
+run(root, [job(root, "slow", child % sys.argv[2])])
+"""
+SLEEP = "import pathlib, time; pathlib.Path({path!r}).touch(); time.sleep(120)"
+
+
+@contextmanager
+def slow_queue(root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A queue in a process of its own, whose run's grandchild sleeps."""
+    sleep = SLEEP.format(path=str(root / "sleeps"))
+    front = subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), sleep], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (root / "sleeps").exists() or not (root / "running.json").exists():
+            assert front.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        while not json.loads((root / "running.json").read_text()):
+            time.sleep(0.05)
+        yield front
+    finally:
+        group = json.loads((root / "running.json").read_text()).get("slow seed 7")
+        front.kill()
+        front.wait()
+        if group is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+
+def test_what_a_killed_queue_left_behind_keeps_others_out(tmp_path: Path) -> None:
+    with slow_queue(tmp_path) as front:
+        front.kill()
+        front.wait()
+        group = json.loads((tmp_path / "running.json").read_text())["slow seed 7"]
+        # Even without the process that the queue started: its own child still works.
+        os.kill(group, signal.SIGKILL)
+        with pytest.raises(Stopped, match=rf"slow seed 7 \(process group {group}\)"):
+            run(tmp_path, [job(tmp_path, "other", "")])
+        os.killpg(group, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                found, _ = run(tmp_path, [job(tmp_path, "other", "")])
+                break
+            except Stopped:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        assert found[0].code == 0
+
+
+def test_a_signal_ends_the_whole_group(tmp_path: Path) -> None:
+    with slow_queue(tmp_path) as front:
+        group = json.loads((tmp_path / "running.json").read_text())["slow seed 7"]
+        front.send_signal(signal.SIGTERM)
+        front.wait(40)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(group, 0)
+        assert json.loads((tmp_path / "running.json").read_text()) == {}
+        assert "seconds" in json.loads((tmp_path / "slow" / "seconds.json").read_text())
+
+
+def test_devices_and_cores_are_dealt() -> None:
+    dealt = places(2, ranks=2, devices=["0", "1", "2", "3"], cores=9)
+    assert [place.devices for place in dealt] == [("0", "1"), ("2", "3")]
+    assert [place.cores for place in dealt] == [4, 4]
+    shared = places(3, ranks=1, devices=["4", "6"], cores=2)
+    assert [place.devices for place in shared] == [("4",), ("6",), ("4",)]
+    assert places(1, ranks=2, devices=[], cores=1) == [Place(2, (), 1)]
