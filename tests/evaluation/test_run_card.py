@@ -49,7 +49,7 @@ def train(epoch: int, step: int, count: int) -> Line:
 def test_without_training_only_the_data_is_described() -> None:
     assert card() == {
         "Dataset": "tiny",
-        "Dataset digest": "0123456789abcdef",
+        "Dataset digest": "0123456789ab",
         "Crops": "train 10,000, test 9",
         "Rejected at packing": "2",
         "Evaluated": "test: 9 crops",

@@ -45,7 +45,7 @@ def run_card(
     splits = manifest["splits"]
     card = [
         ("Dataset", str(result["dataset"]["name"])),
-        ("Dataset digest", str(result["dataset"]["digest"])[:16]),
+        ("Dataset digest", str(result["dataset"]["digest"])[:12]),
         ("Crops", ", ".join(f"{name} {entry['samples']:,}" for name, entry in splits.items())),
         ("Rejected at packing", f"{sum(entry.get('rejected', 0) for entry in splits.values()):,}"),
         ("Evaluated", f"{result['split']}: {result['num_samples']:,} crops"),
