@@ -1,6 +1,7 @@
 """The ablations of the draw: what it is weighted by, and the top instead of a draw."""
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.training import cases
 from tests.training.test_kernel import ALONE, CPU, IGNORED, compare
 from tests.training.test_runs import arguments, finish, lines, start
 from vlal_dist.data.batch import Batch
+from vlal_dist.data.likelihoods import ObjectLikelihoods
 from vlal_dist.kernels.inputs import Draw
 from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set
 from vlal_dist.method.likelihood import inverse_weights
@@ -92,7 +94,6 @@ def opened(small: Path, weighted_by: str) -> Sources:
 def test_weights_without_clip_are_those_of_the_counts(small: Path, weighted_by: str) -> None:
     sources = opened(small, weighted_by)
     feasible, rows = sources.dataset.feasible, np.array([7, *range(72), 7])
-    assert (feasible.positive_count == 0).any(), "no pair that was annotated absent alone"
     assert sources.read_likelihoods is not None
     values, indptr = sources.read_likelihoods(rows, [b""] * len(rows))
     weights = inverse_weights(values, indptr)
@@ -103,6 +104,17 @@ def test_weights_without_clip_are_those_of_the_counts(small: Path, weighted_by: 
         expected = count.max() / count if weighted_by == "cooccurrence" else np.ones(len(count))
         np.testing.assert_allclose(weights[low:high], expected, rtol=1e-6)
     assert len(sources.read_likelihoods(rows[:0], [])[0]) == 0
+
+
+def test_a_pair_annotated_absent_alone_can_be_drawn(small: Path) -> None:
+    sources = opened(small, "uniform")
+    sets = sources.dataset.feasible
+    sets = replace(sets, positive_count=np.arange(len(sets.indices), dtype=np.int32) % 3)
+    read = ObjectLikelihoods(sources.corpus, sets, cooccurrence=True)
+    values, indptr = read(np.array([5]), [b""])
+    first = sets.indptr[sources.corpus.splits[0].index.object_id[5]]
+    count = (np.arange(len(values)) + first) % 3 + 1
+    np.testing.assert_allclose(inverse_weights(values, indptr), 3 / count, rtol=1e-6)
 
 
 def test_the_uniform_draw_is_uniform(small: Path) -> None:
