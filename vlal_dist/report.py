@@ -39,6 +39,8 @@ CARD_KEYS = (
     "method.loss",
     "method.num_ignore",
     "method.draw_over",
+    "method.draw",
+    "method.draw_weights",
     "model.depth",
     "data.image_size",
     "training.batch_size",
