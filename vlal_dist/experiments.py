@@ -135,14 +135,13 @@ def _rows(table: str, config: Config) -> list[Variant]:
     if table == "table2":
         return table2_rows(config.experiments.num_ignores, own)
     method = config.method
-    more = method.model_dump()
     return ablation_rows(
         Base(
             num_ignore=own,
             margin=method.margin,
             draw_over=method.draw_over,
-            draw=more.get("draw", "random"),
-            draw_weights=more.get("draw_weights", "likelihood"),
+            draw=method.draw,
+            draw_weights=method.draw_weights,
             detach_focal=method.detach_focal,
             temperature=_temperature(config),
         )

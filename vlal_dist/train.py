@@ -60,8 +60,8 @@ def _settings(config: Config) -> "RunSettings":
         **config.model.model_dump(),
         **config.observability.model_dump(),
         **method.model_dump(
-            include={"profile", "loss", "draw_over", "margin", "detach_focal"}
-            | {"psl_prior", "psl_threshold", "psl_topk"}
+            include={"profile", "loss", "draw_over", "draw", "draw_weights"}
+            | {"margin", "detach_focal", "psl_prior", "psl_threshold", "psl_topk"}
         ),
     }
     return RunSettings(

@@ -103,6 +103,7 @@ def predictions(root: Path) -> list[bytes]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 @pytest.mark.deepspeed
 def test_killed_in_the_middle_and_repeated_the_table_is_the_same(
     small: Path, tmp_path: Path

@@ -10,7 +10,7 @@ from scipy import stats
 
 from tests.method.golden_masks import render
 from vlal_dist.errors import ConfigError
-from vlal_dist.method.ignore_set import draw_keys, sample_ignore_set
+from vlal_dist.method.ignore_set import draw_keys, sample_ignore_set, top_ignore_set
 from vlal_dist.method.philox import philox4x32, unit_exponential
 
 
@@ -216,3 +216,39 @@ def test_process_rng_is_untouched():
     before = torch.get_rng_state()
     draw(torch.ones(4, 9), k=3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def top_by_argsort(weight, drawable, k):
+    """Of each row the k candidates first in a stable sort: numpy's own ties go to the lower id."""
+    candidate = drawable & (weight > 0) & np.isfinite(weight)
+    mask = np.zeros_like(candidate)
+    for row, order in enumerate(np.argsort(np.where(candidate, weight, np.inf), kind="stable")):
+        mask[row, order[candidate[row][order]][:k]] = True
+    return mask
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 30, 100])
+def test_top_takes_the_smallest_inverse_weights_and_ties_go_to_the_lower_id(k):
+    rng = np.random.default_rng(k)
+    for levels in (1, 3, 10_000):  # all equal, many ties, hardly any
+        weight = (1 + rng.integers(levels, size=(40, 37)) / 7).astype(np.float32)
+        weight[rng.random(weight.shape) < 0.2] = rng.choice([np.inf, np.nan, 0.0, -1.0])
+        drawable = rng.random(weight.shape) < 0.8
+        found = top_ignore_set(
+            inverse_weight=torch.from_numpy(weight),
+            drawable=torch.from_numpy(drawable),
+            num_ignore=k,
+        )
+        assert np.array_equal(found.numpy(), top_by_argsort(weight, drawable, k))
+
+
+def test_top_takes_as_many_as_the_draw_does():
+    rng = np.random.default_rng(3)
+    weight = torch.from_numpy(rng.choice([1, 2.5, 3e38, np.inf, 0], (60, 11)).astype(np.float32))
+    drawable = torch.from_numpy(rng.random((60, 11)) < 0.6)
+    for k in (0, 3, 11, None):
+        top = top_ignore_set(inverse_weight=weight, drawable=drawable, num_ignore=k)
+        assert torch.equal(top.sum(1), draw(weight, k=k, drawable=drawable).sum(1))
+        assert not (top & ~drawable).any()
+    with pytest.raises(ConfigError, match="num_ignore is -1"):
+        top_ignore_set(inverse_weight=weight, drawable=drawable, num_ignore=-1)

@@ -88,7 +88,7 @@ def test_datasets_that_do_not_belong_together_are_refused(
             cache=tmp_path / "cache",
             train_split="train",
             validation_split="val",
-            needs_likelihood=True,
+            weighted_by="likelihood",
         )
 
     shutil.copytree(second, tmp_path / "copy")

@@ -234,7 +234,7 @@ def test_likelihoods_of_tars_follow_another_temperature(small: Path) -> None:
             cache=small / "cache",
             train_split="train",
             validation_split="val",
-            needs_likelihood=True,
+            weighted_by="likelihood",
         )
         reader, rows = Reader(sources.corpus), np.arange(5)
         at = reader.locate(rows)

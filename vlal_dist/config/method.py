@@ -22,6 +22,17 @@ class MethodSection(Section):
     draw_over: Literal["feasible", "unannotated"] = Field(
         "feasible", description="drawing set: all feasible (Fig. 3) or only unannotated feasible"
     )
+    draw: Literal["random", "top"] = Field(
+        "random",
+        description="ablation of loss selective: NUM_IGNORE drawn anew at each visit (Fig. 3), or "
+        "the top ones by weight, the same at every visit (ties: lower attribute id)",
+    )
+    draw_weights: Literal["likelihood", "uniform", "cooccurrence"] = Field(
+        "likelihood",
+        description="ablation of loss selective: the draw is weighted by CLIP (Eq. (2)), not at "
+        "all, or by how often attribute and object were annotated present together, plus 1; the "
+        "last two need neither scores nor merge (data.likelihood scores reads paths.dataset)",
+    )
     gamma_positive: float = Field(1.0, ge=0, description="focusing, annotated present (Sec. 3.2)")
     gamma_negative: float = Field(2.0, ge=0, description="focusing, annotated absent (Sec. 3.2)")
     gamma_feasible: float = Field(4.0, ge=0, description="focusing, feasible (Sec. 3.2)")

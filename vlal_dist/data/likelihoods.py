@@ -1,7 +1,8 @@
 """Where log-likelihoods come from: the merged tars, or straight from score files.
 
 Both give the same float32 values: `merge` and `ScoreLikelihoods` apply the same Eq. (2) to the
-same similarities. Each is called with the rows of a batch and the `likelihood.npy` parts of their
+same similarities. `ObjectLikelihoods` stand in for them where CLIP is to be done without. Each is
+called with the rows of a batch and the `likelihood.npy` parts of their
 samples, and gives ragged values: float32 [S], and indptr int64 [B + 1].
 """
 
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Split
 from vlal_dist.data.keyed import I64
 from vlal_dist.data.labels import Data, Ragged, join_likelihoods
 from vlal_dist.data.score_files import MappedScores, open_scores
 from vlal_dist.errors import DataError
+from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.method.likelihood import log_likelihood, rescale
 from vlal_dist.storage.store import Store
 
@@ -52,6 +55,31 @@ def rescaled_tar_likelihoods(*, merged_at: float, temperature: float) -> ReadLik
         )
 
     return read
+
+
+class ObjectLikelihoods:
+    """Log-weights that depend on the object alone: what the draw does without CLIP (ablation).
+
+    Args:
+        corpus: what the rows are of.
+        feasible: Omega_o of every object.
+        cooccurrence: log(positive_count + 1) of (object, attribute) instead of 0 for all. The 1
+            keeps what was only ever annotated absent drawable: every feasible attribute is, in
+            Eq. (2).
+    """
+
+    def __init__(self, corpus: Corpus, feasible: FeasibleSets, *, cooccurrence: bool) -> None:
+        self._corpus, self._indptr = corpus, feasible.indptr
+        count = feasible.positive_count if cooccurrence else np.zeros(len(feasible.indices))
+        self._value = np.log1p(count.astype(np.float64)).astype(np.float32)
+
+    def __call__(self, rows: I64, parts: Sequence[Data]) -> Ragged:
+        """The log-weights of some rows of the corpus; `parts` is not looked at."""
+        object_id = self._corpus.column("object_id", rows).astype(np.int64)
+        length = np.diff(self._indptr)[object_id]
+        indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        shift = np.repeat(self._indptr[object_id] - indptr[:-1], length)
+        return self._value[np.arange(indptr[-1]) + shift], indptr
 
 
 class ScoreLikelihoods:

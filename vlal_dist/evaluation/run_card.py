@@ -11,6 +11,8 @@ CARD_KEYS = (
     "method.profile",
     "method.loss",
     "method.num_ignore",
+    "method.draw",
+    "method.draw_weights",
     "method.draw_over",
     "model.depth",
     "data.image_size",

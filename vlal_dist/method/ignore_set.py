@@ -78,18 +78,53 @@ def sample_ignore_set(
     """
     if num_ignore is None:
         return drawable.clone()
-    if num_ignore < 0:
-        raise ConfigError(f"num_ignore is {num_ignore}; give 0 or more, or all")
-    num_attributes = inverse_weight.shape[1]
+    _check(num_ignore)
     if num_ignore == 0 or inverse_weight.numel() == 0:
         return torch.zeros_like(drawable)
+    weight, candidate = _candidates(inverse_weight, drawable)
+    clock = draw_keys(uid=uid, visit=visit, seed=seed, num_attributes=weight.shape[1])
+    return _smallest(clock * weight, candidate, num_ignore)
+
+
+def top_ignore_set(*, inverse_weight: Tensor, drawable: Tensor, num_ignore: int | None) -> Tensor:
+    """The most likely attributes instead of a draw: an ablation of Fig. 3, without randomness.
+
+    The k smallest inverse weights, k as in `sample_ignore_set`; ties go to the lower attribute id.
+
+    Args:
+        inverse_weight, drawable, num_ignore: as `sample_ignore_set` takes them.
+
+    Returns:
+        bool [B, A], the same at every visit.
+
+    Raises:
+        ConfigError: num_ignore is negative.
+    """
+    if num_ignore is None:
+        return drawable.clone()
+    _check(num_ignore)
+    if num_ignore == 0 or inverse_weight.numel() == 0:
+        return torch.zeros_like(drawable)
+    return _smallest(*_candidates(inverse_weight, drawable), num_ignore)
+
+
+def _check(num_ignore: int) -> None:
+    if num_ignore < 0:
+        raise ConfigError(f"num_ignore is {num_ignore}; give 0 or more, or all")
+
+
+def _candidates(inverse_weight: Tensor, drawable: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights float32, and which attributes can be drawn by them; both [B, A]."""
     weight = inverse_weight.to(torch.float32)
-    candidate = drawable & (weight > 0) & weight.isfinite()
-    clock = draw_keys(uid=uid, visit=visit, seed=seed, num_attributes=num_attributes)
-    key = torch.where(candidate, clock * weight, 0.0)
+    return weight, drawable & (weight > 0) & weight.isfinite()
+
+
+def _smallest(key: Tensor, candidate: Tensor, count: int) -> Tensor:
+    """The candidates with the smallest keys, float32 and positive; bool [B, A]."""
+    num_attributes = key.shape[1]
     # Positive floats order as their bits do; the id below them makes every code distinct.
     bits = torch.where(candidate, key.view(torch.int32), _NOT_DRAWN).to(torch.int64)
     code = (bits << 32) | torch.arange(num_attributes, device=bits.device)
-    smallest = code.topk(min(num_ignore, num_attributes), dim=1, largest=False).values
+    smallest = code.topk(min(count, num_attributes), dim=1, largest=False).values
     drawn = (smallest >> 32) != _NOT_DRAWN
-    return torch.zeros_like(drawable).scatter_(1, smallest & _WORD, drawn)
+    return torch.zeros_like(candidate).scatter_(1, smallest & _WORD, drawn)

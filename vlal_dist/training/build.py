@@ -53,7 +53,7 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
         cache=settings.cache,
         train_split=settings.train_split,
         validation_split=settings.validation_split,
-        needs_likelihood=settings.needs_likelihood,
+        weighted_by=settings.weighted_by,
     )
     store = open_store(settings.run_url)
     found = find_checkpoint(store, resume)
@@ -220,6 +220,7 @@ def _objective(settings: RunSettings, sources: Sources) -> Objective:
         detach_focal=settings.detach_focal,
         num_ignore=settings.num_ignore,
         draw_over=settings.draw_over,
+        draw=settings.draw,
         seed=settings.seed,
         kernel=settings.kernel,
         batch_size=settings.batch_size,

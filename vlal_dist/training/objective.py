@@ -16,9 +16,11 @@ from torch import Tensor
 from vlal_dist.data.batch import Batch
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.kernels.inputs import Draw, FeasibleTable
+from vlal_dist.kernels.reference import dense_rows, feasible_rows
 from vlal_dist.kernels.selective_loss import Kernel, Treatment
 from vlal_dist.method.baselines import LossSettings, psl_ignored
 from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.method.ignore_set import top_ignore_set
 from vlal_dist.training.ranks import Ranks
 
 
@@ -31,6 +33,7 @@ class Objective:
         margin, detach_focal: as `selective_loss` takes them.
         num_ignore: NUM_IGNORE; None: all of the drawing set.
         draw_over: `feasible` or `unannotated` (feasible ones).
+        draw: `random` (Fig. 3), or `top`: those of the greatest weight.
         seed: of the draws, any integer; its low 64 bits count.
         kernel: what computes it: the fastest backend (`auto`), or the readable `reference`.
         batch_size: B, rows of the configured global batch.
@@ -48,6 +51,7 @@ class Objective:
     kernel: Kernel
     batch_size: int
     reference_batch: int
+    draw: str = "random"
     psl_prior: Tensor | None = None
     psl_threshold: float = 0.5
     psl_top_k: int = 5
@@ -108,6 +112,7 @@ def choose_ignored(
     seed: Tensor,
     index: npt.NDArray[np.int64],
     ranks: Ranks,
+    feasible: FeasibleTable,
 ) -> Draw | Tensor | Treatment:
     """Omega_Ignore: what Fig. 3 draws it from, or what the baseline of Table 1 says.
 
@@ -118,10 +123,12 @@ def choose_ignored(
         seed: of the draws (`seed_bits`), on the device.
         index: position within the epoch of each real row; none for a dummy row.
         ranks: PSL chooses over the batches of all of them, so that all must call.
+        feasible: Omega_o of all objects, on the device.
 
     Returns:
         What the operator takes as `ignored`: for the selective loss the draw, which happens
-        inside; for PSL its pairs, bool [B, A]; else `ignore` or `negatify`.
+        inside, or the top attributes, bool [B, A]; for PSL its pairs, bool [B, A]; else `ignore`
+        or `negatify`.
     """
     treatment = objective.loss.unannotated
     if treatment == "psl":
@@ -129,6 +136,8 @@ def choose_ignored(
     if treatment != "select":
         return treatment
     assert batch.weight_indptr is not None and batch.inverse_weight is not None
+    if objective.draw == "top":
+        return _top(objective, batch, feasible)
     return Draw(
         weight_indptr=batch.weight_indptr,
         inverse_weight=batch.inverse_weight,
@@ -137,6 +146,21 @@ def choose_ignored(
         uid=batch.uid,
         visit=batch.visit,
         seed=seed,
+    )
+
+
+def _top(objective: Objective, batch: Batch, feasible: FeasibleTable) -> Tensor:
+    """The attributes of the drawing set with the greatest weights, bool [B, A]."""
+    assert batch.inverse_weight is not None
+    attributes = batch.label.shape[1]
+    rows = feasible_rows(feasible.indptr, feasible.indices, batch.object_id)
+    drawable = dense_rows(*rows, attributes, None)
+    if objective.draw_over == "unannotated":
+        drawable &= batch.label == 0
+    return top_ignore_set(
+        inverse_weight=dense_rows(*rows, attributes, batch.inverse_weight),
+        drawable=drawable,
+        num_ignore=objective.num_ignore,
     )
 
 

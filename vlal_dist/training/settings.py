@@ -50,6 +50,8 @@ class RunSettings:
     loss: str
     num_ignore: int | None
     draw_over: str
+    draw: str
+    draw_weights: str
     gammas: tuple[float, float, float, float]
     margin: float
     detach_focal: bool
@@ -91,6 +93,7 @@ class RunSettings:
     metrics_port: int
 
     @property
-    def needs_likelihood(self) -> bool:
-        """Whether ignore sets are drawn by likelihood; none or all of a set needs no draw."""
-        return self.loss == "selective" and self.num_ignore not in (None, 0)
+    def weighted_by(self) -> str | None:
+        """By what ignore sets are drawn; None: they are not, as none or all of a set needs none."""
+        draws = self.loss == "selective" and self.num_ignore not in (None, 0)
+        return self.draw_weights if draws else None

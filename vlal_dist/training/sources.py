@@ -14,6 +14,7 @@ from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.dataset import Dataset, Split, open_split
 from vlal_dist.data.in_order import evaluation_batches
 from vlal_dist.data.likelihoods import (
+    ObjectLikelihoods,
     ReadLikelihoods,
     ScoreLikelihoods,
     rescaled_tar_likelihoods,
@@ -52,7 +53,7 @@ def open_sources(
     cache: Path,
     train_split: str,
     validation_split: str,
-    needs_likelihood: bool,
+    weighted_by: str | None,
 ) -> Sources:
     """Open what is trained on and validated with.
 
@@ -61,7 +62,8 @@ def open_sources(
         scores_url: root of score_clip; None: likelihoods are inside the tars.
         temperature: tau of Eq. (2); None: the scorer's. Likelihoods in tars are rescaled to it.
         train_split, validation_split: names.
-        needs_likelihood: whether the loss draws ignore sets.
+        weighted_by: `likelihood`, `uniform` or `cooccurrence`: by what ignore sets are drawn; only
+            the first looks for likelihoods. None: the loss draws none.
 
     Raises:
         ConfigError: a mix with score files, or keys that are of no sample.
@@ -76,19 +78,30 @@ def open_sources(
         cache=cache,
         split=train_split,
     )
-    splits, read = mixture.corpus.splits, None
-    if needs_likelihood and scores_url is None:
-        read = _tar_likelihoods(mixture.trained, train_split, temperature)
-    elif needs_likelihood:
-        assert scores_url is not None
-        if len(splits) > 1:
-            raise ConfigError("data.mix needs data.likelihood tar: score files belong to one root")
-        read = _score_likelihoods(mixture.dataset, splits[0], scores_url, temperature)
+    read: ReadLikelihoods | None = None
+    if weighted_by == "likelihood":
+        read = _clip_likelihoods(mixture, train_split, scores_url, temperature)
+    elif weighted_by is not None:
+        read = ObjectLikelihoods(
+            mixture.corpus,
+            mixture.dataset.feasible,
+            cooccurrence=weighted_by == "cooccurrence",
+        )
     return Sources(
         **vars(mixture),
         validation=open_split(mixture.dataset, validation_split),
         read_likelihoods=read,
     )
+
+
+def _clip_likelihoods(
+    mixture: Mixture, split: str, scores_url: str | None, temperature: float | None
+) -> ReadLikelihoods:
+    if scores_url is None:
+        return _tar_likelihoods(mixture.trained, split, temperature)
+    if len(mixture.corpus.splits) > 1:
+        raise ConfigError("data.mix needs data.likelihood tar: score files belong to one root")
+    return _score_likelihoods(mixture.dataset, mixture.corpus.splits[0], scores_url, temperature)
 
 
 def _tar_likelihoods(

@@ -170,7 +170,13 @@ class TrainStep:
     def _forward_backward(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
         logits = self.engine(batch.image, batch.object_id)
         ignored = choose_ignored(
-            self.objective, logits, batch, seed=self.seed, index=index, ranks=self.ranks
+            self.objective,
+            logits,
+            batch,
+            seed=self.seed,
+            index=index,
+            ranks=self.ranks,
+            feasible=self.feasible,
         )
         loss = selective_loss(
             logits,
