@@ -15,6 +15,7 @@ from vlal_dist.vocabulary import Vocabulary
 
 INFO = SavedModelInfo(
     depth=18,
+    width=64,
     object_gate=True,
     num_objects=len(VOCABULARY.objects),
     num_attributes=len(VOCABULARY.attributes),

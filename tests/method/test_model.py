@@ -1,13 +1,17 @@
 """f_a(x, o): gate, precision, reproducible weights, optimizer groups."""
 
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.method.model import build_model, parameter_groups
+from vlal_dist.method.trunk import _narrow, make_trunk
 
 SMALL = {"depth": 18, "num_objects": 6, "num_attributes": 9}
 
@@ -138,3 +142,39 @@ def test_parameter_groups(pretrained):
     assert {names[id(p)] for p in groups[3]["params"]} == {"object_bias", "classifier.bias"}
     assert all(p.ndim == 1 for p in groups[1]["params"])
     torch.optim.Adam(groups).step()
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_a_narrow_trunk_has_the_layout_of_torchvisions(depth: int) -> None:
+    wide, _ = make_trunk(depth=depth, width=64)
+    narrow, num_features = make_trunk(depth=depth, width=16)
+    assert list(narrow.state_dict()) == list(wide.state_dict())
+    for name, full in wide.state_dict().items():
+        quarter = narrow.state_dict()[name].shape
+        assert all(a == b or 4 * a == b for a, b in zip(quarter, full.shape, strict=True)), name
+    image = torch.rand(2, 3, 64, 64)
+    assert narrow(image).shape == (2, num_features, 2, 2)
+    assert 4 * num_features == wide(image).shape[1]
+
+
+def test_the_narrow_builder_at_full_width_computes_what_torchvision_does() -> None:
+    wide, _ = make_trunk(depth=50, width=64)
+    built = _narrow(50, 64)
+    built.load_state_dict(wide.state_dict())
+    image = torch.rand(2, 3, 64, 64)
+    torch.testing.assert_close(built.eval()(image), wide.eval()(image), rtol=0, atol=0)
+
+
+def test_narrow_weights_start_as_wide_ones_do() -> None:
+    torch.manual_seed(0)
+    narrow, _ = make_trunk(depth=18, width=32)
+    conv = narrow.get_submodule("layer3.1.conv2").weight
+    assert conv.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)  # kaiming, fan out
+
+
+def test_imagenet_weights_do_not_fit_a_narrow_trunk(tmp_path: Path) -> None:
+    path = tmp_path / "wide.safetensors"
+    trunk, _ = make_trunk(depth=18, width=64)
+    save_file(trunk.state_dict(), path)
+    with pytest.raises(ConfigError, match=r"model\.width 64"):
+        build_model(**SMALL, object_gate=True, width=32, weights=path)

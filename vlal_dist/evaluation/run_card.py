@@ -15,6 +15,7 @@ CARD_KEYS = (
     "method.draw_weights",
     "method.draw_over",
     "model.depth",
+    "model.width",
     "data.image_size",
     "training.batch_size",
     "training.epochs",

@@ -25,7 +25,7 @@ class SavedModelInfo:
     """What `model.json` says.
 
     Attributes:
-        depth, object_gate, num_objects, num_attributes: what `build_model` needs.
+        depth, width, object_gate, num_objects, num_attributes: what `build_model` needs.
         image_size: input side in pixels.
         normalize: whether inputs had ImageNet's mean subtracted and were divided by its std.
         vocabulary_digest: names and order of objects and attributes.
@@ -36,6 +36,7 @@ class SavedModelInfo:
     """
 
     depth: int
+    width: int
     object_gate: bool
     num_objects: int
     num_attributes: int
@@ -97,6 +98,7 @@ def load_model(
         )
     model = build_model(
         depth=info.depth,
+        width=info.width,
         num_objects=info.num_objects,
         num_attributes=info.num_attributes,
         object_gate=info.object_gate,

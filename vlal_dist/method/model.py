@@ -6,20 +6,14 @@ Linear layer on a one-hot object is a table row plus a bias. Both equal the auth
 Shapes: B batch, C = 3, S image side, O objects, A attributes, D trunk channels.
 """
 
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vlal_dist.errors import ConfigError
-
-_TRUNK = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-_DEPTHS = (18, 34, 50, 101)
+from vlal_dist.method.trunk import FULL_WIDTH, load_trunk, make_trunk
 
 
 class AttributeClassifier(nn.Module):
@@ -27,18 +21,17 @@ class AttributeClassifier(nn.Module):
 
     Args:
         depth: of the ResNet, 18, 34, 50 or 101 (paper: 50).
+        width: channels of its first stage (every published ResNet: 64).
         num_objects: O.
         num_attributes: A.
         object_gate: multiply pooled channels by sigmoid(table[object] + bias), or use no object.
     """
 
     def __init__(
-        self, *, depth: int, num_objects: int, num_attributes: int, object_gate: bool
+        self, *, depth: int, width: int, num_objects: int, num_attributes: int, object_gate: bool
     ) -> None:
         super().__init__()
-        resnet = getattr(torchvision.models, f"resnet{depth}")(weights=None)
-        self.trunk = nn.Sequential(OrderedDict((name, getattr(resnet, name)) for name in _TRUNK))
-        num_features = resnet.fc.in_features
+        self.trunk, num_features = make_trunk(depth=depth, width=width)
         self.object_table: nn.Embedding | None = None
         if object_gate:
             self.object_table = nn.Embedding(num_objects, num_features)
@@ -67,6 +60,7 @@ class AttributeClassifier(nn.Module):
 def build_model(
     *,
     depth: int,
+    width: int = FULL_WIDTH,
     num_objects: int,
     num_attributes: int,
     object_gate: bool,
@@ -76,27 +70,26 @@ def build_model(
     """A classifier on the CPU: equal weights for equal seeds; the process RNG is left as it was.
 
     Args:
-        depth, num_objects, num_attributes, object_gate: see `AttributeClassifier`.
+        depth, width, num_objects, num_attributes, object_gate: see `AttributeClassifier`.
         weights: of the trunk: a .safetensors or torchvision state-dict file, `imagenet` to
             download torchvision's V1, None for none.
         seed: of the initial weights.
 
     Raises:
-        ConfigError: no such depth, or weights that are absent or do not fit.
+        ConfigError: no such trunk, or weights that are absent or do not fit.
     """
-    if depth not in _DEPTHS:
-        raise ConfigError(f"depth is {depth}; give one of {_DEPTHS}")
     # devices=[] and the CPU's own generator: torch.manual_seed would reseed every GPU as well.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         model = AttributeClassifier(
             depth=depth,
+            width=width,
             num_objects=num_objects,
             num_attributes=num_attributes,
             object_gate=object_gate,
         )
     if weights is not None:
-        _load_trunk(model.trunk, weights, depth)
+        load_trunk(model.trunk, weights, depth=depth)
     return model
 
 
@@ -130,21 +123,3 @@ def parameter_groups(
         suffix = "decay" if parameter.ndim > 1 else "no_decay"
         groups[f"{part}_{suffix}"]["params"].append(parameter)
     return list(groups.values())
-
-
-def _load_trunk(trunk: nn.Module, weights: str | Path, depth: int) -> None:
-    """Fill the trunk from torchvision's names; the file's own classifier (`fc.*`) is left out."""
-    try:
-        if weights == "imagenet":
-            known = torchvision.models.get_weight(f"ResNet{depth}_Weights.IMAGENET1K_V1")
-            state = known.get_state_dict(check_hash=True, weights_only=True)
-        elif Path(weights).suffix == ".safetensors":
-            state = safetensors.torch.load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        trunk.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
-    except Exception as error:  # network, file, format and shape errors have no common type
-        raise ConfigError(
-            f"model.weights {weights}: cannot be loaded into ResNet-{depth} ({error}); give a "
-            "torchvision state dict of that depth, `imagenet` with network access, or nothing"
-        ) from error

@@ -237,6 +237,7 @@ def _schedule_and_engine(
     vocabulary = sources.dataset.vocabulary
     model = build_model(
         depth=settings.depth,
+        width=settings.width,
         num_objects=len(vocabulary.objects),
         num_attributes=len(vocabulary.attributes),
         object_gate=settings.object_gate,
@@ -277,6 +278,7 @@ def _save_best(
         engine.module,
         state,
         depth=settings.depth,
+        width=settings.width,
         object_gate=settings.object_gate,
         num_objects=len(sources.dataset.vocabulary.objects),
         num_attributes=len(sources.dataset.vocabulary.attributes),

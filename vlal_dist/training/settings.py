@@ -60,6 +60,7 @@ class RunSettings:
     psl_topk: int
 
     depth: int
+    width: int
     weights: str | None
     object_gate: bool
 
