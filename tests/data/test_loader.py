@@ -15,6 +15,8 @@ from vlal_dist.data.batch import decoded, on_device
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.decode import decode_into
+from vlal_dist.data.decoded import DecodedImages
 from vlal_dist.data.in_order import evaluation_batches
 from vlal_dist.data.likelihoods import tar_likelihoods
 from vlal_dist.data.loader import TrainLoader
@@ -33,7 +35,12 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(str(folder / "merged"), cache=folder / "cache")
 
 
-def make(dataset: Dataset, split: str = "train", likelihoods: Any = tar_likelihoods) -> BatchMaker:
+def make(
+    dataset: Dataset,
+    split: str = "train",
+    likelihoods: Any = tar_likelihoods,
+    decoded: DecodedImages | None = None,
+) -> BatchMaker:
     return BatchMaker(
         Reader(Corpus([open_split(dataset, split)])),
         feasible=dataset.feasible,
@@ -42,6 +49,7 @@ def make(dataset: Dataset, split: str = "train", likelihoods: Any = tar_likeliho
         normalize=False,
         threads=2,
         read_likelihoods=likelihoods,
+        decoded=decoded,
     )
 
 
@@ -62,6 +70,34 @@ def samples(steps: Iterator[Any]) -> list[dict[tuple[int, int], torch.Tensor]]:
         }
         for step in steps
     ]
+
+
+@pytest.mark.parametrize("places", [0, 10, 1000])
+def test_kept_pixels_are_those_of_a_decoding(
+    merged: Dataset, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = [0]
+
+    def decode(jpg: memoryview, out: Any) -> None:
+        calls[0] += 1
+        decode_into(jpg, out)
+
+    monkeypatch.setattr("vlal_dist.data.batches.decode_into", decode)
+    plain = make(merged)
+    rows = np.arange(len(plain.reader.corpus))
+    visit, flip = np.zeros(len(rows), np.int64), rows % 2 == 0
+    kept = DecodedImages(side=64, num_rows=len(rows), limit_bytes=places * 64 * 64 * 3 + 5)
+    keeping = make(merged, decoded=kept)
+    expected = plain.make(rows, visit, flip).image.clone()
+    for order in (rows, rows[::-1].copy(), rows):
+        calls[0] = 0
+        batch = keeping.make(order, visit, flip[order])
+        assert torch.equal(batch.image, expected[torch.from_numpy(order)])
+        on_device(batch, torch.device("cpu"))  # the mirror must not reach what is kept
+    assert len(kept) == min(places, len(rows))
+    assert calls[0] == len(rows) - len(kept)
+    plain.close()
+    keeping.close()
 
 
 def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:

@@ -59,6 +59,12 @@ class DataSection(Section):
         description="limit of the disk cache for remote shards in paths.cache, shared by the ranks "
         "of a node (bytes; 0: off)",
     )
+    decoded_bytes: int = Field(
+        0,
+        ge=0,
+        description="limit of the decoded crops that each rank keeps in memory, S x S x 3 bytes "
+        "each: decoded once, not every epoch; the same bits (bytes; 0: off; docs/experiments.md)",
+    )
     lanes: int = Field(0, ge=0, description="parallel lanes of an epoch, 0: design 4's rule")
     epoch_end: Literal["drop", "exact"] = Field(
         "drop", description="last incomplete batch: dropped (authors) or shorter"

@@ -18,6 +18,7 @@ import torch
 from vlal_dist.data.batch import Batch
 from vlal_dist.data.buffers import ImageBuffers
 from vlal_dist.data.decode import decode_into
+from vlal_dist.data.decoded import DecodedImages
 from vlal_dist.data.keyed import I64
 from vlal_dist.data.labels import Data, label_rows, parse_json
 from vlal_dist.data.likelihoods import ReadLikelihoods
@@ -78,6 +79,7 @@ class BatchMaker:
         leave_out_damaged: damaged rows are left out and told of, instead of raised.
         pinned: page-locked image memory, for a GPU.
         decode_later: hand on JPEGs, which `on_device` decodes.
+        decoded: keeps what was decoded; None: every visit decodes.
     """
 
     def __init__(
@@ -93,12 +95,13 @@ class BatchMaker:
         leave_out_damaged: bool = False,
         pinned: bool = False,
         decode_later: bool = False,
+        decoded: DecodedImages | None = None,
     ) -> None:
         self.reader, self.num_attributes = reader, num_attributes
         self.set_size = np.diff(feasible.indptr)
         self.image_size, self.normalize, self.threads = image_size, normalize, threads
         self.read_likelihoods, self.leave_out_damaged = read_likelihoods, leave_out_damaged
-        self.decode_later = decode_later
+        self.decode_later, self.decoded = decode_later, decoded
         self.counts = StageCounts()
         self._lock = threading.Lock()
         self._buffers = ImageBuffers(side=image_size, pinned=pinned)
@@ -198,7 +201,7 @@ class _Job:
                 continue
             start, stop = jpg[place]
             try:
-                decode_into(memoryview(data)[start:stop], image[place])
+                self._decode(place, memoryview(data)[start:stop], image[place])
             except DataError as error:
                 self._leave_out(place, maker.reader.damage(self.at, place, str(error)))
         maker.count(
@@ -207,6 +210,16 @@ class _Job:
             read_s=read - begun,
             decode_s=time.perf_counter() - read,
         )
+
+    def _decode(self, place: int, jpg: memoryview, out: npt.NDArray[np.uint8]) -> None:
+        decoded, row = self.maker.decoded, int(self.at.rows[place])
+        kept = decoded.get(row) if decoded is not None else None
+        if kept is not None:
+            out[:] = kept
+            return
+        decode_into(jpg, out)
+        if decoded is not None:
+            decoded.keep(row, out)
 
     def _leave_out(self, place: int, damage: Damage) -> None:
         if not self.maker.leave_out_damaged:

@@ -8,6 +8,7 @@ EXECUTION = frozenset(
     {
         "data.threads",
         "data.cache_bytes",
+        "data.decoded_bytes",
         "training.threads",
         "training.log_steps",
         "training.checkpoint_epochs",

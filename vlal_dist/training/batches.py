@@ -5,6 +5,7 @@ import logging
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.block_cache import BlockCache
 from vlal_dist.data.corpus import Corpus
+from vlal_dist.data.decoded import DecodedImages
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.data.plan import Plan
 from vlal_dist.data.reader import Reader
@@ -39,6 +40,18 @@ def make_batches(
         leave_out_damaged=train and settings.damage == "quarantine",
         pinned=ranks.device.type == "cuda",
         decode_later=train and settings.decode == "gpu",
+        decoded=_decoded(settings, corpus),
+    )
+
+
+def _decoded(settings: RunSettings, corpus: Corpus) -> DecodedImages | None:
+    """Memory for decoded crops, where the settings want one; validation has its own, as large."""
+    if not settings.decoded_bytes:
+        return None
+    return DecodedImages(
+        side=settings.image_size,
+        num_rows=len(corpus),
+        limit_bytes=settings.decoded_bytes,
     )
 
 

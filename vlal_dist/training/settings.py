@@ -44,6 +44,7 @@ class RunSettings:
     damage: Literal["strict", "quarantine"]
     max_quarantined: float
     cache_bytes: int
+    decoded_bytes: int
 
     temperature: float | None
     profile: str
