@@ -100,9 +100,9 @@ def test_the_mean_is_over_the_classes_of_map():
 
 
 def test_intervals():
-    assert interval(np.arange(101.0), 0.9) == pytest.approx((5, 95))
-    assert interval(np.arange(1001.0)) == pytest.approx((25, 975))
-    assert np.isnan(interval(np.array([1.0, np.nan]))).all()
+    assert interval(50, np.arange(101.0), 0.9) == pytest.approx((5, 95))
+    assert interval(0, np.arange(1001.0)) == pytest.approx((-475, 475))  # about the estimate
+    assert np.isnan(interval(1, np.array([1.0, np.nan]))).all()
 
 
 def test_the_interval_covers_as_often_as_it_says():
@@ -118,7 +118,8 @@ def test_the_interval_covers_as_often_as_it_says():
         score = rng.normal(size=(150, 1)) + label
         weight = image_weights(150, replicates=200, seed=seed)
         ap = weighted_average_precision(score, label, weight)[:, 0]
-        worlds.append((average_precision(score, label)[0], *interval(ap, 0.9)))
+        estimate = float(average_precision(score, label)[0])
+        worlds.append((estimate, *interval(estimate, ap, 0.9)))
     found = np.array(worlds)
     covered = ((found[:, 1] <= found[:, 0].mean()) & (found[:, 0].mean() <= found[:, 2])).mean()
     assert 0.8 < covered < 0.97

@@ -25,9 +25,7 @@ def group_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Each group's mAP, less and more by the spread of bootstrap replicates over the photos.
 
-    The central 95 % of `REPLICATES` replicates, moved so that their mean is the mAP itself: the
-    weight of a positive raises both its share of the recall and the precision there, so that
-    replicates lie above the mAP, at times nearly all of them. Their spread is what is asked for.
+    The central 95 % of `REPLICATES` replicates, about the mAP (`bootstrap.interval`).
 
     Args:
         predictions: of a split, N rows.
@@ -48,7 +46,7 @@ def group_intervals(
     plain = weighted_average_precision(score, label, np.ones((1, len(score))))
     found = {}
     for name, ids in groups.items():
-        replicates = mean_average_precision(ap, ids)
-        moved = replicates - replicates.mean() + mean_average_precision(plain, ids)
-        found[name] = interval(np.clip(moved, 0.0, 1.0))
+        estimate = float(mean_average_precision(plain, ids)[0])
+        low, high = np.clip(interval(estimate, mean_average_precision(ap, ids)), 0.0, 1.0)
+        found[name] = (float(low), float(high))
     return found

@@ -108,9 +108,10 @@ def _estimates(
         known = [value for value in values if value is not None]
         if not known or len(known) < len(values):
             continue
-        low, high = _interval(pairs, group)
+        mean = statistics.fmean(known)
+        low, high = _interval(mean, pairs, group)
         sd = statistics.stdev(known) if len(known) > 1 else None
-        found[group] = Estimate(statistics.fmean(known), sd, low, high, len(known))
+        found[group] = Estimate(mean, sd, low, high, len(known))
     return found
 
 
@@ -123,16 +124,16 @@ def _difference(first: RunResult, second: RunResult | None, group: str) -> float
 
 
 def _interval(
-    pairs: Sequence[tuple[RunResult, RunResult | None]], group: str
+    mean: float, pairs: Sequence[tuple[RunResult, RunResult | None]], group: str
 ) -> tuple[float | None, float | None]:
-    """Of the mean over pairs, replicate by replicate: both of a pair see the same photos."""
+    """About the mean over pairs, replicate by replicate: both of a pair see the same photos."""
     if any(group not in run.replicates for pair in pairs for run in pair if run is not None):
         return None, None
     values: list[Float64] = [
         first.replicates[group] - (0.0 if second is None else second.replicates[group])
         for first, second in pairs
     ]
-    return interval(np.mean(values, axis=0))
+    return interval(mean, np.mean(values, axis=0))
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -122,7 +122,7 @@ def notes(table: Table) -> list[str]:
         "deviation over seeds.",
         f"Intervals: central 95 % of {table.replicates} replicates of the Bayesian bootstrap over "
         "test photos (Rubin 1981: all photos keep a positive weight, so the list of attributes "
-        "stays), of the mean over seeds. They say what other test photos would change, not what "
+        "stays), about the mean over seeds. They say what other test photos would change, not what "
         "other seeds would; that is what ± says.",
         "Minus selective: difference of the means over the seeds that both rows have; a replicate "
         "weighs the photos alike for both, and a seed gives both the same initial weights and "
