@@ -67,21 +67,26 @@ def why_no_crops(
 
 
 def read_training_crops(
-    dataset: Dataset, split_name: str, *, temperature: float | None
+    dataset: Dataset,
+    split_name: str,
+    *,
+    temperature: float | None,
+    most: int | None = MOST_CROPS,
 ) -> TrainingCrops:
-    """Read the first `MOST_CROPS` crops of a split.
+    """Read the first crops of a split.
 
     Args:
         dataset: merged.
         split_name: trained on.
         temperature: tau that the run set; None: that of the merge.
+        most: how many crops are read; None: all of them.
 
     Raises:
         DataError: a damaged sample, or likelihoods that do not fit the feasible sets.
     """
     split = open_split(dataset, split_name)
     reader, width = RowReader(split), len(dataset.vocabulary.attributes)
-    rows = range(min(MOST_CROPS, split.num_samples))
+    rows = range(split.num_samples if most is None else min(most, split.num_samples))
     shape = (len(rows), width)
     label, feasible = np.zeros(shape, np.int8), np.zeros(shape, np.bool_)
     likelihood, inverse = np.zeros(shape), np.full(shape, np.inf, np.float32)

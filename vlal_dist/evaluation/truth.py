@@ -59,16 +59,7 @@ def join_truth(
         vocabulary: attribute names.
         where: name of the table, for errors.
     """
-    found = table["instance_id"].combine_chunks()
-    if len(found.unique()) != len(found):
-        raise DataError(f"truth {where}: an instance_id comes twice; write each instance once")
-    position = pa.compute.index_in(instance_id, value_set=found)
-    if position.null_count:
-        missing = instance_id.filter(position.is_null())[0].as_py()
-        raise DataError(
-            f"truth {where} lacks {position.null_count} of {len(instance_id)} instances, first "
-            f"{missing!r}; write the complete labels of every instance of the split"
-        )
+    position = instance_rows(table, instance_id, where=where)
     lists = table["positive"].combine_chunks().take(position)
     names = lists.flatten()
     attribute = pa.compute.index_in(names, value_set=pa.array(vocabulary.attributes, pa.string()))
@@ -82,6 +73,25 @@ def join_truth(
     label = np.full((len(instance_id), len(vocabulary.attributes)), -1, dtype=np.int8)
     label[row[known], np.asarray(attribute.drop_null())] = 1
     return Truth(label=label, unknown_names=unknown)
+
+
+def instance_rows(table: pa.Table, instance_id: pa.StringArray, *, where: str) -> pa.Int32Array:
+    """The row of `table` that is about each instance.
+
+    Raises:
+        DataError: an instance twice or missing.
+    """
+    found = table["instance_id"].combine_chunks()
+    if len(found.unique()) != len(found):
+        raise DataError(f"truth {where}: an instance_id comes twice; write each instance once")
+    position = pa.compute.index_in(instance_id, value_set=found)
+    if position.null_count:
+        missing = instance_id.filter(position.is_null())[0].as_py()
+        raise DataError(
+            f"truth {where} lacks {position.null_count} of {len(instance_id)} instances, first "
+            f"{missing!r}; write the labels of every instance of the split"
+        )
+    return position
 
 
 def _read_table(url: str) -> pa.Table:
