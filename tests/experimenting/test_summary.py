@@ -113,3 +113,17 @@ def test_rows_without_a_run_are_there_and_empty(tmp_path: Path) -> None:
         assert "1 failed" in text and not (tmp_path / name / f"{name}.svg").exists()
         summary = pyarrow.parquet.read_table(tmp_path / name / f"{name}.parquet").to_pylist()
         assert len(summary) == len(variants) and summary[0]["mean"] is None
+
+
+def test_many_types_stay_in_the_parquet_file(tmp_path: Path) -> None:
+    for count, there in ((12, True), (13, False)):
+        maps = {"overall": 0.5, "head": 0.6, **{f"type {n}": 0.4 for n in range(count)}}
+        result = RunResult(maps, dict.fromkeys(maps, 3), {}, 0.5, 1, None)  # type: ignore[arg-type]
+        runs = {("selective", 1): result}
+        found = summarise(table1_rows(), runs, seeds=[1])
+        write_table(Table("table1", "data", [1], 10, found, runs), tmp_path)
+        text = (tmp_path / "table1" / "table1.md").read_text()
+        assert ("type 11" in text) == there and "head (3 attributes)" in text
+        assert ("Parquet file" in text) != there
+        lines = pyarrow.parquet.read_table(tmp_path / "table1" / "table1.parquet").to_pylist()
+        assert f"type {count - 1}" in {line["group"] for line in lines}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from vlal_dist.evaluation.result_table import Column
 from vlal_dist.experimenting.results import COMPLETE, OVERALL
 from vlal_dist.experimenting.summary import Estimate, Runs, SummaryRow
+from vlal_dist.vocabulary import PREVALENCES
 
 TITLES = {
     "table1": ("Table 1: losses on the same data", "loss"),
@@ -16,6 +17,10 @@ TITLES = {
     "ablations": ("Ablations: one change each", "change"),
 }
 """Table -> title, heading of its rows."""
+
+
+MOST_TYPES = 12
+"""Attribute types that still have columns; VAW has 8, its Table 1 shows them. More: Parquet."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,15 @@ class Table:
         """Group -> attributes behind its mAP, from any finished run; overall alone before one."""
         return next((run.num_classes for run in self.runs.values()), {OVERALL: 0})
 
+    @property
+    def shown(self) -> dict[str, int]:
+        """Those with columns of their own: all, or without the types where they are many."""
+        others = {name: count for name, count in self.groups.items() if name != OVERALL}
+        types = [name for name in others if name not in (*PREVALENCES, COMPLETE)]
+        if len(types) > MOST_TYPES:
+            others = {name: count for name, count in others.items() if name not in types}
+        return others
+
 
 def lead(table: Table) -> str:
     """The line below the title."""
@@ -55,17 +69,15 @@ def lead(table: Table) -> str:
 
 def columns(table: Table) -> list[Column]:
     """All columns but the rows' names."""
-    counts = table.groups
+    count = table.groups[OVERALL]
     first = [
         Column("seeds", ""),
-        Column("mAP", f"{counts[OVERALL]} attributes" if counts[OVERALL] else ""),
+        Column("mAP", f"{count} attributes" if count else ""),
         Column("its interval", "95 %, photos"),
         Column("minus selective", "95 %, photos"),
         Column("minus selective", "± over seeds"),
     ]
-    groups = [
-        Column(name, f"{count} attributes") for name, count in counts.items() if name != OVERALL
-    ]
+    groups = [Column(name, f"{count} attributes") for name, count in table.shown.items()]
     return [
         *first,
         *groups,
@@ -84,7 +96,7 @@ def cells(row: SummaryRow, table: Table) -> list[str]:
         "" if change is None else f"{100 * change.mean:+.2f} ({_ends(change, sign=True)})",
         _spread(change, sign=True),
     ]
-    texts += [_spread(row.maps.get(name)) for name in table.groups if name != OVERALL]
+    texts += [_spread(row.maps.get(name)) for name in table.shown]
     texts.append("" if row.validation_map is None else f"{100 * row.validation_map:.2f}")
     texts.append("" if row.seconds is None else f"{row.seconds:.0f}")
     return [text.replace("-", "\N{MINUS SIGN}") for text in texts]
@@ -131,6 +143,8 @@ def notes(table: Table) -> list[str]:
         "Seconds: training and evaluation, mean over seeds; attempts that were killed do not "
         "count, and runs beside each other slow each other down.",
     ]
+    if len(table.shown) < len(table.groups) - 1:
+        found.append("mAP of each attribute type: in the table's Parquet file.")
     if COMPLETE in table.groups:
         found.append("Complete labels: mAP on what is true of every attribute, annotated or not.")
     if any(row.failed for row in table.rows):
