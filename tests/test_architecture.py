@@ -55,6 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "vocabulary",
     },
     "experimenting": {"errors", "evaluation", "data", "storage", "method", "vocabulary"},
+    "predicting": {"errors", "evaluation", "data", "storage"},
     "program": {"errors", "config", "storage", "observability"},
     "shard_tools": {
         "errors", "program", "config", "vocabulary", "storage", "observability", "method", "data",
@@ -70,6 +71,9 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "botocore": "vlal_dist/storage/",
     "tarfile": "vlal_dist/data/shards.py",
     "jinja2": ("vlal_dist/evaluation/page.py", "vlal_dist/evaluation/table_page.py"),
+    "onnx": "vlal_dist/evaluation/onnx_export.py",
+    "onnxruntime": "vlal_dist/evaluation/onnx_export.py",
+    "onnxscript": "vlal_dist/evaluation/onnx_export.py",
     "prometheus_client": "vlal_dist/observability/metrics.py",
     "pydantic": "vlal_dist/config/",
 }

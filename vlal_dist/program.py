@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlal_dist.config.cli import help_text, parse_command_line
+from vlal_dist.config.cli import CommandLine, help_text, parse_command_line
 from vlal_dist.config.config import Config
 from vlal_dist.config.load import config_yaml
 from vlal_dist.errors import Stopped, StorageError, VlalError
@@ -38,6 +38,7 @@ class Program:
         flags: flags without a dot that it takes.
         output: the root it writes, by config and flags: where `result.json` and the config go.
         work: the work itself; returns the closing counts.
+        needs_config: False: outside of the repository it runs on the defaults.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Program:
     flags: tuple[str, ...]
     output: Callable[[Config, Mapping[str, str]], str]
     work: Work
+    needs_config: bool = True
 
 
 def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -> int:
@@ -71,7 +73,7 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     config: Config | None = None
     flags: Mapping[str, str] = {}
     try:
-        line = parse_command_line(argv, flags=program.flags, sections=program.sections)
+        line = _parse(program, argv)
         config, flags = line.config, line.flags
         counts = program.work(config, flags)
     except VlalError as error:
@@ -108,6 +110,15 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         result = {"code": 0, "reason": "done", "counts": counts}
         _write_result(program, config, flags, result, config_text=config_yaml(config))
     return _write_counts(program, flags.get("json"), counts)
+
+
+def _parse(program: Program, argv: Sequence[str]) -> CommandLine:
+    return parse_command_line(
+        argv,
+        flags=program.flags,
+        sections=program.sections,
+        needs_config=program.needs_config,
+    )
 
 
 def _write_counts(program: Program, path: str | None, counts: Counts) -> int:

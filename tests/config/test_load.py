@@ -152,3 +152,14 @@ def test_help_describes_every_knob() -> None:
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
             assert field.description, name
+
+
+def test_a_program_may_do_without_a_config_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLAL_CONFIG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    line = parse_command_line(["--training.seed", "5"], flags=(), needs_config=False)
+    assert line.config == load_config(None, {"training.seed": "5"})
+    with pytest.raises(ConfigError, match="does not exist"):  # a named one must be there
+        parse_command_line(["--config", "none.yaml"], flags=(), needs_config=False)

@@ -44,11 +44,16 @@ class CommandLine:
 
 
 def parse_command_line(
-    argv: Sequence[str], *, flags: Sequence[str], sections: Sequence[str] | None = None
+    argv: Sequence[str],
+    *,
+    flags: Sequence[str],
+    sections: Sequence[str] | None = None,
+    needs_config: bool = True,
 ) -> CommandLine:
     """Parse `argv` (without the program's name).
 
-    `--local_rank` is accepted and ignored: launchers add it. `sections` as in `load_config`.
+    `--local_rank` is accepted and ignored: launchers add it. `sections` as in `load_config`. Not
+    `needs_config`: the defaults alone where no file was named and there is no configs/vaw.yaml.
 
     Raises:
         UsageError: an unknown flag, a missing value, a positional argument.
@@ -79,7 +84,7 @@ def parse_command_line(
             found[name] = value
         elif name != "local_rank":
             overrides[name] = value
-    config = load_config(_config_path(path), overrides, sections=sections)
+    config = load_config(_config_path(path, required=needs_config), overrides, sections=sections)
     return CommandLine(config=config, flags=found)
 
 
@@ -102,9 +107,12 @@ def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Seque
     return "\n".join(lines)
 
 
-def _config_path(given: str | None) -> str:
-    path = given or os.environ.get("VLAL_CONFIG") or DEFAULT_CONFIG
+def _config_path(given: str | None, *, required: bool) -> str | None:
+    named = given or os.environ.get("VLAL_CONFIG")
+    path = named or DEFAULT_CONFIG
     if not Path(path).is_file():
+        if not (named or required):
+            return None
         raise ConfigError(
             f"config file {path} does not exist; give --config FILE, set VLAL_CONFIG, "
             f"or run from the repository so that {DEFAULT_CONFIG} is found"

@@ -4,11 +4,13 @@ from vlal_dist.config.clean import CleanSection
 from vlal_dist.config.data import DataSection
 from vlal_dist.config.evaluation import EvaluationSection
 from vlal_dist.config.experiments import ExperimentsSection
+from vlal_dist.config.export import ExportSection
 from vlal_dist.config.method import MethodSection
 from vlal_dist.config.model import ModelSection
 from vlal_dist.config.observability import ObservabilitySection
 from vlal_dist.config.pack import PackSection
 from vlal_dist.config.paths import PathsSection
+from vlal_dist.config.predict import PredictSection
 from vlal_dist.config.scoring import ScoringSection
 from vlal_dist.config.section import Section
 from vlal_dist.config.training import TrainingSection
@@ -26,5 +28,7 @@ class Config(Section):
     model: ModelSection = ModelSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
+    export: ExportSection = ExportSection()
+    predict: PredictSection = PredictSection()
     experiments: ExperimentsSection = ExperimentsSection()
     observability: ObservabilitySection = ObservabilitySection()

@@ -16,6 +16,7 @@ class PathsSection(Section):
         "runs/vaw/resharded", description="root written by reshard (URL or path)"
     )
     run: str = Field("runs/vaw/run", description="root of one training run (URL or path)")
+    export: str = Field("runs/vaw/export", description="root written by export (URL or path)")
     experiments: str = Field(
         "runs/vaw/experiments", description="root of all runs of the experiments (local path)"
     )

@@ -88,10 +88,21 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         batch = replace(batch, **moved)  # type: ignore[arg-type]
     if batch.image.is_floating_point():
         return batch
-    # Channels last, as images are loaded: convolutions are fastest so (docs/experiments.md).
-    image = batch.image.to(torch.float32, memory_format=torch.channels_last) * (1 / 255)
+    image = to_floats(batch.image, normalize=batch.normalize)
     image[batch.flip] = image[batch.flip].flip(-1)
-    if batch.normalize:
-        mean, std = (image.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-        image = image.sub_(mean).div_(std)
     return replace(batch, image=image)
+
+
+def to_floats(image: Tensor, *, normalize: bool) -> Tensor:
+    """What the model sees of bytes: float32 [B, 3, S, S] in [0, 1], or ImageNet-normalised.
+
+    Args:
+        image: uint8 [B, 3, S, S], of any memory layout.
+        normalize: subtract ImageNet's mean, divide by its standard deviation.
+    """
+    # Channels last, as images are loaded: convolutions are fastest so (docs/experiments.md).
+    floats = image.to(torch.float32, memory_format=torch.channels_last) * (1 / 255)
+    if normalize:
+        mean, std = (floats.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        floats = floats.sub_(mean).div_(std)
+    return floats

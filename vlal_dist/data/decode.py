@@ -34,6 +34,16 @@ def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
         pixels = simplejpeg.decode_jpeg(jpg, "RGB")
     except ValueError as error:
         raise DataError(f"a crop cannot be decoded: {error}") from None
+    resize_into(pixels, out)
+
+
+def resize_into(pixels: Pixels, out: Pixels) -> None:
+    """Squash pixels to S x S (bilinear, antialiased), written into `out`.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        out: uint8 [S, S, 3], contiguous.
+    """
     if pixels.shape == out.shape:
         out[:] = pixels
         return

@@ -52,16 +52,21 @@ def open_photo(data: bytes, *, max_pixels: int) -> Image.Image:
             if image.width * image.height > max_pixels:
                 raise DataError(
                     f"too large: {image.width}x{image.height} pixels, limit {max_pixels}; "
-                    "raise pack.max_pixels if the photo is meant"
+                    "raise max_pixels (of pack, of predict) if the photo is meant"
                 )
             image.load()
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return upright_rgb(image)
     except UnidentifiedImageError:
         raise DataError("not an image") from None
     except DataError:
         raise
     except DAMAGE as error:
         raise DataError(f"truncated or damaged: {error}") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as RGB, turned by its EXIF orientation."""
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def is_plain_jpeg(data: bytes) -> bool:

@@ -61,11 +61,16 @@ def save_model(store: Store, prefix: str, model: nn.Module, info: SavedModelInfo
         model: parameters and buffers are written as they are, from any device.
         info: its description.
     """
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    weights = safetensors.torch.save({name: state[name].contiguous() for name in sorted(state)})
+    weights = encode_weights(model)
     store.replace(f"{prefix}/model.safetensors", weights)
     text = {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), **asdict(info)}
     store.replace(f"{prefix}/model.json", (json.dumps(text, indent=2) + "\n").encode())
+
+
+def encode_weights(model: nn.Module) -> bytes:
+    """Parameters and buffers as a safetensors file, from any device; equal weights, equal bytes."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    return safetensors.torch.save({name: state[name].contiguous() for name in sorted(state)})
 
 
 def load_model(

@@ -1,0 +1,70 @@
+"""A run on the small dataset of `tiny_dataset`: its random model evaluated and exported."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.evaluation import test_saved_model
+from tests.evaluation.tiny_dataset import write_dataset
+from tests.small import run
+from vlal_dist.evaluation.saved_model import save_model
+from vlal_dist.method.model import AttributeClassifier, build_model
+from vlal_dist.storage.store import open_store
+
+INFO = replace(test_saved_model.INFO, width=8)
+
+
+def narrow_model() -> AttributeClassifier:
+    """Of random weights."""
+    return build_model(
+        depth=INFO.depth,
+        width=INFO.width,
+        num_objects=INFO.num_objects,
+        num_attributes=INFO.num_attributes,
+        object_gate=INFO.object_gate,
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where everything lies; leave it as it is.
+
+    Attributes:
+        config: of evaluate and export.
+        dataset: its root, with the split test.
+        run: the run's root, evaluated.
+        export: what export wrote, thresholds (learned on test) included.
+    """
+
+    config: Path
+    dataset: Path
+    run: Path
+    export: Path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks: on a busy machine two threads would wait for each other at every layer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    dataset = write_dataset(folder / "tiny")
+    names = ("run", "export", "cache")
+    paths = {"dataset": str(dataset), **{name: str(folder / name) for name in names}}
+    values = {"paths": paths, "data": {"validation_split": "test"}, "export": {"min_annotated": 5}}
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(values))
+    save_model(open_store(str(folder / "run")), "best", narrow_model(), INFO)
+    for program in ("vlal_dist.evaluate", "vlal_dist.export"):
+        assert run(program, config) == 0
+    return Trained(config, dataset, folder / "run", folder / "export")

@@ -1,0 +1,131 @@
+"""`python -m vlal_dist.export`: the run's best model as a folder that loads without the dataset."""
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlal_dist.config.config import Config
+from vlal_dist.data.dataset import Dataset, open_dataset
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.evaluation.exported import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
+from vlal_dist.evaluation.model_card import model_card
+from vlal_dist.evaluation.onnx_export import export_onnx, require_onnx
+from vlal_dist.evaluation.predictions import load_predictions
+from vlal_dist.evaluation.results import result_folder
+from vlal_dist.evaluation.saved_model import SavedModelInfo, encode_weights, load_model
+from vlal_dist.evaluation.thresholds import Thresholds, encode_thresholds, learn_thresholds
+from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.storage.store import Store, open_store
+
+PURPOSE = """
+Write the run's best model (paths.run) to paths.export: model.safetensors, config.json
+(architecture, input, names of objects and attributes, training, digests), README.md (a model card)
+and, with --export.onnx true, model.onnx. Thresholds come from the evaluation of the validation
+split (data.validation_split), the card's results from that of evaluation.split: run evaluate on
+both first. A repeated export replaces the earlier one.
+"""
+
+
+def work(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Gather, check, write; returns the closing counts."""
+    if config.export.onnx:
+        require_onnx()
+    dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
+    run, target = open_store(config.paths.run), open_store(config.paths.export)
+    network, model = load_model(run, "best", vocabulary=dataset.vocabulary)
+    info = ExportInfo(
+        model=model,
+        vocabulary=dataset.vocabulary,
+        dataset=dataset.name,
+        box_expansion=float(dataset.manifest["crops"].get("box_expansion", 0.0)),
+    )
+    files = {WEIGHTS: encode_weights(network)}
+    thresholds = _thresholds(config, run, model, dataset)
+    if isinstance(thresholds, Thresholds):
+        files[THRESHOLDS] = encode_thresholds(thresholds, dataset.vocabulary.attributes)
+    remarks: dict[str, Any] = {}
+    onnx: str | None = None
+    if config.export.onnx:
+        files[ONNX], difference = export_onnx(
+            network,
+            image_size=model.image_size,
+            normalize=model.normalize,
+            num_objects=model.num_objects,
+        )
+        remarks["onnx"] = {"largest_difference": difference}
+        onnx = (
+            "`image` float32 [B, 3, S, S], RGB in [0, 1], and `object_id` int64 [B] to "
+            "`probability` float32 [B, A]; over random inputs onnxruntime and torch differed by "
+            f"at most {difference:.1e}"
+        )
+    result = _result(run, config.evaluation.split, model, dataset)
+    card = model_card(info, result=result, thresholds=thresholds, onnx=onnx)
+    write_export(target, info, files, card=card, remarks=remarks)
+    return {
+        "model": config.paths.export,
+        "objects": model.num_objects,
+        "attributes": model.num_attributes,
+        "validation_mAP": model.validation_map,
+        "thresholds": thresholds if isinstance(thresholds, str) else thresholds.describe(),
+        **({"onnx_difference": remarks["onnx"]["largest_difference"]} if onnx else {}),
+    }
+
+
+def _thresholds(
+    config: Config, run: Store, model: SavedModelInfo, dataset: Dataset
+) -> Thresholds | str:
+    """Learned on the validation split's predictions by this very model, or why not."""
+    split = config.data.validation_split
+    result = _result(run, split, model, dataset)
+    if isinstance(result, str):
+        return result
+    predictions = load_predictions(run, f"{result_folder(split, 'model')}/predictions.safetensors")
+    return learn_thresholds(
+        predictions.score,
+        predictions.label,
+        split=split,
+        min_annotated=config.export.min_annotated,
+    )
+
+
+def _result(
+    run: Store, split: str, model: SavedModelInfo, dataset: Dataset
+) -> dict[str, Any] | str:
+    """`result.json` of the model on a split, or the reason why it is of no use."""
+    folder = result_folder(split, "model")
+    remedy = f"run python -m vlal_dist.evaluate --evaluation.split {split}, and export again"
+    try:
+        result: dict[str, Any] = json.loads(run.read(f"{folder}/result.json"))
+        same = result["model"] == asdict(model)
+        same &= result["dataset"]["digest"] == dataset.digest
+    except NotFoundError:
+        return f"the model was not evaluated on {split}; {remedy}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{run.url}: {folder}/result.json is damaged ({error}); {remedy}") from None
+    if not same:
+        return f"{folder} is of another model or dataset than the present one; {remedy}"
+    return result
+
+
+PROGRAM = Program(
+    name="export",
+    usage="python -m vlal_dist.export",
+    purpose=PURPOSE,
+    sections=("paths", "export", "data", "evaluation"),
+    flags=("json",),
+    # Not the export itself: that is handed on, and a configuration tells folders of this machine.
+    output=lambda config, flags: config.paths.run,
+    work=work,
+)
+
+
+def main() -> int:
+    """Run the program on the command line's arguments."""
+    return run_program(PROGRAM, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
