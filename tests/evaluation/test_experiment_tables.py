@@ -12,7 +12,13 @@ from vlal_dist.evaluation.experiment_tables import parse_table, read_tables
 from vlal_dist.experimenting.results import RunResult
 from vlal_dist.experimenting.summary import summarise
 from vlal_dist.experimenting.tables import write_table
-from vlal_dist.experimenting.variants import Variant, table1_rows, table2_rows
+from vlal_dist.experimenting.variants import (
+    Base,
+    Variant,
+    ablation_rows,
+    table1_rows,
+    table2_rows,
+)
 from vlal_dist.experimenting.wording import Table
 
 
@@ -22,6 +28,7 @@ def write_experiments(root: Path) -> None:
     rows: dict[str, list[Variant]] = {
         "table1": table1_rows(),
         "table2": table2_rows([10, 20, 50], "30"),
+        "ablations": ablation_rows(Base("30", 0.05, "feasible", "random", "likelihood", True, 1.0)),
     }
     for name, variants in rows.items():
         runs = {}
@@ -43,16 +50,17 @@ def write_experiments(root: Path) -> None:
         write_table(Table(name, "made-up", [1, 2], 200, done, runs), root)
 
 
-def test_both_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_tables_are_read_as_they_were_written(tmp_path: Path) -> None:
     write_experiments(tmp_path)
-    first, second = read_tables(str(tmp_path))
+    first, second, third = read_tables(str(tmp_path))
+    assert third.title.startswith("Ablations") and third.curve == ""
     assert first.title.startswith("Table 1") and second.title.startswith("Table 2")
     assert "2 of 2" not in first.lead and "made-up" in first.lead
     assert [row.name for row in second.rows if row.main] == ["30"]
     assert all(len(row.cells) == len(first.columns) for row in first.rows)
     assert first.curve == "" and second.curve.count("<circle") == len(second.rows) + 1
     (tmp_path / "table1/table1.json").unlink()
-    assert [table.title for table in read_tables(str(tmp_path))] == [second.title]
+    assert [table.title for table in read_tables(str(tmp_path))] == [second.title, third.title]
 
 
 def test_none_or_another_version_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Tables of `vlal_dist.experiments` as the page shows them: many runs, several seeds.
 
-Read from `ROOT/table1/table1.json` and `ROOT/table2/table2.json`: `title`, `lead`, `head`,
+Read from `ROOT/TABLE/TABLE.json` for table1, table2 and ablations: `title`, `lead`, `head`,
 `reference`, `columns` (name, count), `rows` (variant, label, cells, groups), `notes`. Nothing of
 them but text and numbers reaches the page.
 """
@@ -16,7 +16,7 @@ from vlal_dist.evaluation.interval_curve import Point, draw_interval_curve
 from vlal_dist.evaluation.result_table import Column, Row
 from vlal_dist.storage.store import open_store
 
-SHOWN = ("table1", "table2")
+SHOWN = ("table1", "table2", "ablations")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ def read_tables(url: str) -> list[ExperimentTable]:
         DataError: none is there, or one is none of this version.
     """
     store = open_store(url)
-    keys = [key for key in (f"{name}/{name}.json" for name in SHOWN) if store.exists(key)]
-    if not keys:
+    keys = [f"{name}/{name}.json" for name in SHOWN]
+    there = [key for key in keys if store.exists(key)]
+    if not there:
         raise DataError(
-            f"evaluation.experiments: {store.url} holds no table1/table1.json and no "
-            "table2/table2.json; run python -m vlal_dist.experiments, or name its root"
+            f"evaluation.experiments: {store.url} holds no {', no '.join(keys)}; run "
+            "python -m vlal_dist.experiments, or name its root"
         )
-    return [parse_table(store.read(key), where=f"{store.url}/{key}") for key in keys]
+    return [parse_table(store.read(key), where=f"{store.url}/{key}") for key in there]
 
 
 def parse_table(data: bytes, *, where: str) -> ExperimentTable:
