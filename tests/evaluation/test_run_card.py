@@ -72,10 +72,11 @@ def test_hardware_of_every_start_and_the_time_of_the_last() -> None:
     assert shown["Hardware"].startswith("A GPU, 4 ranks with 2 threads")
     assert shown["Software"] == "vlal_dist 1.2 (abc), torch 2.9, loss by cuda"
     assert shown["Wall time of training"] == "1 h 2 min"
-    resumed = START | {"step": 50, "device": "a CPU", "commit": None, "ranks": 1}
+    resumed = START | {"step": 50, "device": "a CPU", "commit": None, "ranks": 1, "threads": 1}
     shown = card(starts=[START, START, resumed], finished={"code": 0, "counts": {"seconds": 61}})
     assert (
-        shown["Hardware"].count("A GPU") == 1 and "; then a CPU, 1 rank with" in shown["Hardware"]
+        shown["Hardware"].count("A GPU") == 1
+        and "; then a CPU, 1 rank with 1 thread;" in shown["Hardware"]
     )
     assert shown["Wall time of training"] == "1 min 1 s, of the last of 3 starts (from step 50)"
     assert "ended with code 75" in card(finished={"code": 75, "reason": "x"})["Wall time"]

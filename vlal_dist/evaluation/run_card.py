@@ -143,11 +143,11 @@ def _ran_on(starts: Sequence[Line]) -> Card:
 
 
 def _hardware(line: Line) -> str:
-    ranks = "1 rank" if line.get("ranks") == 1 else f"{line.get('ranks')} ranks"
-    return (
-        f"{line.get('device')}, {ranks} with {line.get('threads')} threads; rank 0's machine has "
-        f"{line.get('cores')} cores"
+    ranks, threads, cores = (
+        f"{line.get(name)} {name[:-1] if line.get(name) == 1 else name}"
+        for name in ("ranks", "threads", "cores")
     )
+    return f"{line.get('device')}, {ranks} with {threads}; rank 0's machine has {cores}"
 
 
 def _software(line: Line) -> str:
