@@ -21,6 +21,7 @@ from vlal_dist.training.publish import (
     flush_log,
     publish_interval,
     publish_validation,
+    save_and_publish,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
     )
     if diverged:
         run.metrics.state("failed")
+        run.metrics.refused()
         run.train_step.refuse(state.step)
     run.train_step.apply()
     state.step += 1
@@ -118,6 +120,8 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
 def _leave(run: Run) -> None:
     """Save and raise `Stopped`."""
     run.metrics.state("stopping")
+    if run.stop.received:
+        run.metrics.stopped_by(run.stop.received)
     reason = run.stop.received or "a signal to another rank"
     if run.save_state is None:
         raise VlalError(
@@ -170,7 +174,7 @@ def _save_state(run: Run) -> None:
     flush_log(run)
     run.account.settle()
     run.state.schedule = run.schedule.state()
-    _on_rank_0(run, lambda: save(run.state))
+    _on_rank_0(run, lambda: save_and_publish(run, save))
 
 
 def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
