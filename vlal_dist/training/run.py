@@ -196,21 +196,25 @@ def _enough(run: Run) -> bool:
 
 
 def _timed(run: Run, steps: Iterator[Step]) -> Iterator[tuple[Step, float, float]]:
-    """Each step, the seconds that were waited for it, and when the waiting began.
+    """Each step, the seconds that this rank itself waited for it, and when the waiting began.
 
     A rank that cannot read a sample tells the others before any of them enters the forward pass.
     """
     while True:
         started = time.monotonic()
-        step = run.ranks.together(lambda: _next(steps, run.ranks.device))
+        step, wait_s = run.ranks.together(lambda: _next(steps, run.ranks.device))
         if step is None:
             return
-        yield step, time.monotonic() - started, started
+        yield step, wait_s, started
 
 
-def _next(steps: Iterator[Step], device: torch.device) -> Step | None:
-    """The next step; what the device decodes is decoded before anybody relies on this rank."""
+def _next(steps: Iterator[Step], device: torch.device) -> tuple[Step | None, float]:
+    """The next step, and the seconds until it was here, without those for slower ranks.
+
+    What the device decodes is decoded before anybody relies on this rank.
+    """
+    started = time.monotonic()
     step = next(steps, None)
     if step is not None:
         step.micro_batches = [decoded(batch, device) for batch in step.micro_batches]
-    return step
+    return step, time.monotonic() - started
