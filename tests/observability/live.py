@@ -39,6 +39,10 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in read_yaml(RULES)["groups"] for rule in group["rules"]]
 
 
+WATCHED = [path for path in DASHBOARDS if path.stem != "score"]
+"""Dashboards of what ranks export; scoring is exported by Ray."""
+
+
 def expressions(dashboard: Path) -> list[tuple[str, str]]:
     """Title and expression of every target of every panel."""
     panels = json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
@@ -46,12 +50,13 @@ def expressions(dashboard: Path) -> list[tuple[str, str]]:
 
 
 def quick(folder: Path) -> Path:
-    """The shipped configuration and rules at a second's pace, targets in `folder/targets`."""
+    """The shipped configuration and rules at a second's pace, targets in `folder/<job>`."""
     config = read_yaml(PROMETHEUS / "prometheus.yml")
     config["global"] = dict.fromkeys(config["global"], "1s")
     for job in config["scrape_configs"]:
         (discovery,) = job["file_sd_configs"]
-        discovery["files"] = [str(folder / "targets" / Path(discovery["files"][0]).name)]
+        (folder / job["job_name"]).mkdir()
+        discovery["files"] = [str(folder / job["job_name"] / Path(discovery["files"][0]).name)]
         discovery["refresh_interval"] = "1s"
     shipped = read_yaml(RULES)
     for group in shipped["groups"]:
@@ -60,7 +65,6 @@ def quick(folder: Path) -> Path:
                 rule["for"] = "1s"
     (folder / "rules").mkdir()
     (folder / "rules" / RULES.name).write_text(yaml.safe_dump(shipped))
-    (folder / "targets").mkdir()
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     return folder / "prometheus.yml"
 
@@ -85,6 +89,14 @@ class Prometheus:
         """The series of an expression, now."""
         found: list[dict[str, Any]] = self.get("query", query=expression)["result"]
         return found
+
+    def check_panel(self, title: str, expression: str, *, window: str = "10s") -> None:
+        """A panel's expression parses and finds numbers; rates are those of a window."""
+        asked = expression.replace("$__rate_interval", window).replace("$run", ".*")
+        assert "$" not in asked, title
+        found = self.query(asked)
+        assert found, f"{title}: {asked} finds nothing"
+        assert all(series["value"][1] != "NaN" for series in found), f"{title}: {asked}"
 
     def firing(self, name: str) -> list[dict[str, str]]:
         """Labels of an alert's firing instances."""

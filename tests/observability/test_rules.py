@@ -22,14 +22,20 @@ from tests.observability.live import (
     read_yaml,
     rules,
 )
-from vlal_dist.observability.names import LOADER, PROCESS, STORAGE, TRAIN, Metric
+from vlal_dist.observability.names import LOADER, PROCESS, SCORE, STORAGE, TRAIN, Metric
 
 DOCS = ROOT / "docs" / "operations.md"
-TABLES = {"Training": TRAIN, "Loader": LOADER, "Storage": STORAGE, "Process": PROCESS}
+TABLES = {
+    "Training": TRAIN,
+    "Loader": LOADER,
+    "Storage": STORAGE,
+    "Scoring": SCORE,
+    "Process": PROCESS,
+}
 NAMES: Mapping[str, Metric] = {
     name: one for table in TABLES.values() for name, one in table.items()
 }
-NAME = re.compile(r"\b(?:vlal|process)_[a-z0-9_]+\b(?!:)")
+NAME = re.compile(r"\b(?:ray_vlal|vlal|process)_[a-z0-9_]+\b(?!:)")
 RULE_TESTS = PROMETHEUS / "rules" / "tests" / "vlal.yml"
 
 

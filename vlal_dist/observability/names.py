@@ -154,6 +154,25 @@ TRAIN: dict[str, Metric] = {
 }  # fmt: skip
 """What a training rank says of itself."""
 
+SCORE: dict[str, Metric] = {
+    "ray_vlal_score_shards_pending": Metric(
+        "gauge", "Shards that this job has still to score or to check.", {"run": ()}
+    ),
+    "ray_vlal_score_shards_total": Metric(
+        "counter", "Shards whose file this job committed or found, and those given out again.",
+        {"run": (), "result": ("committed", "skipped", "retried")},
+    ),
+    "ray_vlal_score_images_total": Metric(
+        "counter", "Crops encoded, and crops that could not be used.",
+        {"run": (), "result": ("ok", "failed")},
+    ),
+    "ray_vlal_score_seconds_total": Metric(
+        "counter", "Where the actors' time went, of threads side by side the sum.",
+        {"run": (), "phase": ("fetch", "decode", "copy", "encode", "write")},
+    ),
+}  # fmt: skip
+"""What the driver of a scoring job on Ray says, a shard at a time; `run` is its score root."""
+
 PROCESS: dict[str, Metric] = {
     "process_cpu_seconds_total": Metric("counter", "CPU of the process, all threads."),
     "process_resident_memory_bytes": Metric("gauge", "Its resident memory."),
