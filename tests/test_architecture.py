@@ -64,7 +64,11 @@ ALLOWED: dict[str, set[str]] = {
 }  # fmt: skip
 
 OWNERS: dict[str, str | tuple[str, ...]] = {
-    "ray": ("vlal_dist/scoring/actors.py", "vlal_dist/scoring/ray_session.py"),
+    "ray": (
+        "vlal_dist/scoring/actors.py",
+        "vlal_dist/scoring/ray_session.py",
+        "vlal_dist/scoring/ray_metrics.py",
+    ),
     "open_clip": "vlal_dist/scoring/clip.py",
     "deepspeed": "vlal_dist/training/engine.py",
     "boto3": "vlal_dist/storage/",

@@ -1,16 +1,22 @@
-import json
+import re
 import socket
+import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
-from vlal_dist.observability.metrics import MetricsLog, TrainMetrics, lines_until
+from tests.observability.exporter import Exporter
+from vlal_dist.observability.metrics import TrainMetrics
+from vlal_dist.observability.names import LOADER, PROCESS, STORAGE, TRAIN
 
 
-def scrape(port: int) -> dict[str, float]:
+def exposed(port: int) -> str:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-        text = response.read().decode()
+        text: str = response.read().decode()
+    return text
+
+
+def values(text: str) -> dict[str, float]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
 
@@ -21,27 +27,35 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_a_scrape_shows_what_was_counted() -> None:
-    metrics = TrainMetrics({"version": "0.1", "torch": "2"})
+def served(metrics: TrainMetrics) -> int:
     port = metrics.serve(host="127.0.0.1", port=free_port())
     assert port is not None
+    return port
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    """A scrape of a rank that did everything there is to say of."""
+    exporter = Exporter()
     try:
-        metrics.state("training")
-        for step in (1, 2):
-            metrics.step(epoch=3, step=step, rows=5, wait_s=0.002, duration_s=0.2)
-        metrics.interval(
-            loss={"total": 2.5, "positive": 1.0},
-            rates={"head": 7e-4},
-            term_counts={"positive": 4, "ignored": 30},
-        )
-        metrics.validation(split="val", mean_ap={"overall": 0.25})
-        found = scrape(port)
+        port = served(exporter.metrics)
+        exporter.begin()
+        for _ in range(2):
+            exporter.step()
+        exporter.rarely()
+        return exposed(port)
     finally:
-        metrics.close()
+        exporter.metrics.close()
+
+
+def test_a_scrape_shows_what_was_counted(text: str) -> None:
+    found = values(text)
     expected = {
-        'vlal_build_info{torch="2",version="0.1"}': 1,
+        'vlal_build_info{deepspeed="0",kernel="cpu",torch="2",version="0.1"}': 1,
         'vlal_run_state{state="training"}': 1,
         'vlal_run_state{state="init"}': 0,
+        'vlal_resume_total{kind="exact"}': 1,
+        'vlal_resume_total{kind="fallback"}': 0,
         "vlal_train_steps_total": 2,
         "vlal_train_samples_total": 10,
         "vlal_train_epoch": 3,
@@ -49,25 +63,78 @@ def test_a_scrape_shows_what_was_counted() -> None:
         'vlal_train_loss{term="total"}': 2.5,
         'vlal_train_learning_rate{group="head"}': 7e-4,
         "vlal_train_step_duration_seconds_count": 2,
-        'vlal_train_label_terms_total{kind="ignored"}': 30,
+        "vlal_train_grad_norm": 0.5,
+        "vlal_train_ignored_attributes": 10.5,
+        'vlal_train_label_terms_total{kind="ignored"}': 8,
+        'vlal_train_ledger_visits{kind="trained"}': 10,
+        "vlal_train_quarantined_samples": 1,
+        "vlal_train_nonfinite_steps_total": 1,
         "vlal_loader_wait_seconds_count": 2,
+        "vlal_loader_samples_total": 2,
+        "vlal_loader_ready_steps": 2,
         'vlal_eval_map_ratio{group="overall",split="val"}': 0.25,
+        'vlal_eval_attributes{status="scored"}': 7,
+        "vlal_checkpoint_size_bytes": 2_000_000,
+        "vlal_checkpoint_duration_seconds_sum": 1.5,
+        'vlal_checkpoint_failures_total{reason="disk_full"}': 1,
+        'vlal_signal_received_total{signal="SIGTERM"}': 1,
+        "vlal_s3_requests_total": 20,
+        'vlal_s3_bytes_total{direction="in"}': 2e6,
+        'vlal_disk_free_bytes{mount="cache"}': 1e9,
     }
     assert {name: found[name] for name in expected} == expected
     assert found["vlal_train_last_step_timestamp_seconds"] > 1e9
-    assert len(found) <= 200
+    assert found["vlal_checkpoint_last_success_timestamp_seconds"] > 1e9
+
+
+def test_a_scrape_holds_every_name_with_its_kind_and_text_and_no_other(text: str) -> None:
+    types = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
+    helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE))
+    names = {**TRAIN, **LOADER, **STORAGE, **PROCESS}
+    found = {name: kind for name, kind in types.items() if not name.endswith("_created")}
+    assert found == {name: metric.kind for name, metric in names.items()}
+    for name, metric in {**TRAIN, **LOADER, **STORAGE}.items():
+        assert helps[name] == metric.text
+
+
+def test_a_rank_has_few_series(text: str) -> None:
+    assert 100 < len(values(text)) <= 200
+
+
+def test_counters_are_there_before_anything_is_counted() -> None:
+    metrics = TrainMetrics(
+        {"version": "0", "torch": "0", "deepspeed": "0", "kernel": "cpu"}, read=dict
+    )
+    port = served(metrics)
+    try:
+        found = values(exposed(port))
+    finally:
+        metrics.close()
+    assert found['vlal_checkpoint_failures_total{reason="io"}'] == 0
+    assert found['vlal_train_label_terms_total{kind="positive"}'] == 0
+    assert found["vlal_train_nonfinite_steps_total"] == 0
+    assert "vlal_s3_requests_total" not in found  # `read` said nothing of it
+
+
+def test_the_interval_between_checkpoints_is_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = Exporter()
+    now = time.time()
+    for seconds in (100.0, 130.0, 135.0):
+        monkeypatch.setattr(time, "time", lambda at=now + seconds: at)
+        exporter.metrics.saved(seconds=1.0, size_bytes=1)
+    found = exporter.metrics.registry.get_sample_value("vlal_checkpoint_interval_seconds")
+    assert found == pytest.approx(100.0, abs=1.0)
 
 
 def test_a_taken_port_gives_the_next_one_and_no_port_only_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    first, second, third = (TrainMetrics({"version": "0.1"}) for _ in range(3))
-    port = first.serve(host="127.0.0.1", port=free_port())
-    assert port is not None
+    first, second, third = (Exporter().metrics for _ in range(3))
+    port = served(first)
     try:
         following = second.serve(host="127.0.0.1", port=port)
         assert following is not None and following > port
-        assert "vlal_train_steps_total" in scrape(following)
+        assert "vlal_train_steps_total" in values(exposed(following))
         assert third.serve(host="203.0.113.1", port=port) is None
         assert "training goes on" in caplog.text
     finally:
@@ -75,19 +142,13 @@ def test_a_taken_port_gives_the_next_one_and_no_port_only_a_warning(
         second.close()
 
 
-def test_the_log_is_appended_to_locally_and_replaced_remotely(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    local = MetricsLog(kept=b'{"step": 1}\n', append_to=path, replace=path.write_bytes)  # type: ignore[arg-type]
-    local.write({"step": 2, "loss": 0.5})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    uploads: list[bytes] = []
-    remote = MetricsLog(kept=b"", append_to=None, replace=uploads.append)
-    remote.write({"step": 1})
-    assert uploads == [b""]
-    remote.flush()
-    assert uploads[-1] == b'{"step": 1}\n'
-
-
-def test_a_resumed_run_keeps_the_lines_up_to_its_step() -> None:
-    data = b'{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste'
-    assert lines_until(data, step=2) == b'{"step": 1}\n{"step": 2}\n'
+def test_a_scraper_that_hangs_holds_up_nobody() -> None:
+    exporter = Exporter()
+    port = served(exporter.metrics)
+    with socket.create_connection(("127.0.0.1", port)) as silent:
+        silent.sendall(b"GET /met")
+        exporter.step()
+        assert values(exposed(port))["vlal_train_steps_total"] == 1
+        started = time.monotonic()
+        exporter.metrics.close()
+        assert time.monotonic() - started < 5

@@ -29,7 +29,7 @@ from vlal_dist.errors import (
 )
 from vlal_dist.storage import s3_client, s3_patience
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import Counts
+from vlal_dist.storage.s3_counts import Counts
 from vlal_dist.storage.s3_patience import TRIES
 from vlal_dist.storage.store import fetch
 

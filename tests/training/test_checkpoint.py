@@ -18,6 +18,7 @@ from vlal_dist.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from vlal_dist.training.resume import resume_kind
 from vlal_dist.training.state import Binding, TrainState, check_binding
 
 BINDING = Binding(
@@ -54,7 +55,10 @@ def save(store: Store, step: int, *, keep: int = 2) -> tuple[SmallClassifier, to
         binding=BINDING, epoch=1, consumed=32, step=step, best_map=0.1 + 0.2, best_step=3
     )
     state.schedule = {"rates": {"decay": 1e-2}, "best": 0.1 + 0.2, "bad": 1}
-    save_checkpoint(store, state, model, optimizer, keep=keep)
+    size_bytes = save_checkpoint(store, state, model, optimizer, keep=keep)
+    prefix = complete_checkpoints(store)[0]
+    keys = [key for key in store.list_keys(f"{prefix}/") if not key.endswith(COMPLETE)]
+    assert size_bytes == sum(map(store.size, keys))
     return model, optimizer
 
 
@@ -66,6 +70,9 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert found.state.binding == BINDING
     assert (found.state.epoch, found.state.consumed, found.state.step) == (1, 32, 5)
     assert found.state.best_map == 0.1 + 0.2
+    found.state.batch = {"world_size": 2}
+    assert [resume_kind(found, world_size=w) for w in (2, 1)] == ["exact", "resharded"]
+    assert resume_kind(None, world_size=1) == "fresh"
     again = SmallClassifier()
     other = torch.optim.Adam(groups(again))
     load_weights(again, found.model, where="here")
@@ -98,7 +105,8 @@ def test_the_newest_whole_one_is_taken(tmp_path: Path, caplog: pytest.LogCapture
     weights = tmp_path / "checkpoints" / "00000002" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])  # truncated
     found = find_checkpoint(store, "auto")
-    assert found is not None and found.state.step == 1
+    assert found is not None and found.state.step == 1 and found.skipped == 1
+    assert resume_kind(found, world_size=1) == "fallback"
     assert "00000002/model.safetensors has sha256" in caplog.text
     assert "falling back" in caplog.text
 

@@ -146,13 +146,15 @@ def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     small: Path, tmp_path: Path
 ) -> None:
     port, ranks = str(free_port()), []
+    targets = ("--observability.targets", str(tmp_path / "targets"))
     for rank in ("0", "1"):
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(start([sys.executable, *arguments(small, tmp_path)], env))
+        ranks.append(start([sys.executable, *arguments(small, tmp_path, *targets)], env))
     wait_for(tmp_path / "config.yaml", ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)
     outputs = [finish(rank, code=75) for rank in ranks]
+    assert list((tmp_path / "targets").iterdir()) == []  # both left in order
     assert "stopped by SIGTERM" in outputs[1] and "the same command resumes" in outputs[0]
     (saved,) = (tmp_path / "checkpoints").iterdir()
     state = json.loads((saved / "state.json").read_text())
@@ -191,12 +193,18 @@ def test_a_damaged_sample_that_one_rank_reads_ends_all_with_its_code(
     small: Path, tmp_path: Path
 ) -> None:
     merged, run = damaged_copy(small, tmp_path / "merged", "train"), tmp_path / "run"
-    outputs = two_ranks(small, run, "--paths.merged", str(merged))
+    targets = tmp_path / "targets"
+    outputs = two_ranks(
+        small, run, "--paths.merged", str(merged), "--observability.targets", str(targets)
+    )
     told = [output.count("crc32") for output in outputs]
     assert sorted(told) == [0, 1], outputs
     assert "another rank failed" in outputs[told.index(0)]
     result = json.loads((run / "train.result.json").read_text())
     assert result["code"] == 65 and not (run / "checkpoints").exists()
+    left = [json.loads(path.read_text())[0] for path in sorted(targets.iterdir())]
+    assert [one["labels"]["rank"] for one in left] == ["0", "1"]  # they are to be missed
+    assert {one["labels"]["run"] for one in left} == {str(run)}
 
 
 @pytest.mark.long

@@ -13,3 +13,8 @@ class ObservabilitySection(Section):
     metrics_port: int = Field(
         9400, ge=1, le=65000, description="port of local rank 0; the next free one if taken"
     )
+    targets: str | None = Field(
+        None,
+        min_length=1,
+        description="local folder in which each rank tells Prometheus its endpoint (file_sd)",
+    )

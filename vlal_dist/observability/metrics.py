@@ -1,101 +1,98 @@
-"""What a training rank says about itself: a Prometheus endpoint, and `metrics.jsonl`.
+"""What a training rank says about itself: a Prometheus endpoint.
 
-Names and buckets: operations note 3b. Ranks export what they did themselves; sums over ranks are
-the scraper's. Losses and rates are gauges of values that were reduced anyway at a log interval: no
-metric makes an accelerator wait.
+Names: names.py. Ranks export what they did themselves; sums over ranks are the scraper's. Losses
+and rates are gauges of values that were reduced anyway at a log interval: no metric makes an
+accelerator wait.
 """
 
-import json
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    start_http_server,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
+
+from vlal_dist.observability.names import LOADER, RUN_STATES, STORAGE, TRAIN, Metric
 
 logger = logging.getLogger(__name__)
 
-RUN_STATES = ("init", "restoring", "training", "evaluating", "saving", "stopping", "done", "failed")
-LOSS_TERMS = ("total", "positive", "negative", "feasible", "infeasible")
-TERM_KINDS = ("positive", "negative", "feasible_negated", "infeasible_negated", "ignored")
-STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 PORTS_TRIED = 64
-LOADER_NUMBERS: dict[str, tuple[type[Gauge] | type[Counter], str]] = {
-    "samples": (Counter, "Samples read."),
-    "sample_bytes": (Counter, "Bytes of their tar ranges."),
-    "read_seconds": (Counter, "Reading and checking, waits for fetches included; all threads."),
-    "decode_seconds": (Counter, "Decoding and resizing, all threads."),
-    "label_seconds": (Counter, "Making labels and weights of batches, all threads."),
-    "ready_steps": (Gauge, "Steps that were ready when the last one was taken."),
-    "fetches": (Counter, "Ranged reads of remote shards."),
-    "fetched_bytes": (Counter, "Bytes of them."),
-    "fetch_seconds": (Counter, "Seconds in them, all threads."),
-    "refetched": (Counter, "Samples that failed a check and were read once more."),
-    "damaged": (Counter, "Samples that failed it again."),
-    "cache_hits": (Counter, "Parts found in the disk cache."),
-    "cache_misses": (Counter, "Parts not found there."),
-    "cache_evictions": (Counter, "Parts removed from it by this rank."),
-    "cache_failed_writes": (Counter, "Parts that could not be written to it."),
-    "cache_bytes": (Gauge, "Bytes in it, of all ranks of the node."),
-}
-"""Metrics of the stream, without their prefix `vlal_loader_`."""
+
+Readings = Mapping[tuple[str, ...], float]
+"""(name of a metric, *values of its labels) -> value."""
+
+
+class AtScrape(Collector):
+    """Metrics of `STORAGE` that are read when a scrape comes.
+
+    Args:
+        read: the values; those it leaves out are left out of the scrape.
+    """
+
+    def __init__(self, read: Callable[[], Readings]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Family]:
+        """The metrics as they are now."""
+        readings = self._read()
+        for name, metric in STORAGE.items():
+            kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
+            family = kind(name, metric.text, labels=list(metric.labels))
+            for (of, *labels), value in readings.items():
+                if of == name:
+                    family.add_metric(labels, value)
+            if family.samples:
+                yield family
 
 
 class TrainMetrics:
     """The metrics of one training rank, in a registry of their own.
 
     Args:
-        build: labels of `vlal_build_info`, such as version and torch.
+        build: labels of `vlal_build_info`.
+        read: values of the metrics of `STORAGE`, called by the thread that answers a scrape; must
+            not raise.
     """
 
-    def __init__(self, build: Mapping[str, str]) -> None:
+    def __init__(self, build: Mapping[str, str], *, read: Callable[[], Readings]) -> None:
         self.registry = registry = CollectorRegistry()
-        Gauge("vlal_build_info", "Versions, as labels.", list(build), registry=registry).labels(
-            **build
-        ).set(1)
-        self._state = Gauge(
-            "vlal_run_state", "1 for the present state.", ["state"], registry=registry
-        )
-        self._steps = Counter("vlal_train_steps", "Optimizer steps.", registry=registry)
-        self._samples = Counter("vlal_train_samples", "Rows of this rank.", registry=registry)
-        self._epoch = Gauge("vlal_train_epoch", "Epoch, from 0.", registry=registry)
-        self._global_step = Gauge(
-            "vlal_train_global_step", "Steps since the start.", registry=registry
-        )
-        self._loss = Gauge(
-            "vlal_train_loss", "Mean loss of a row over all ranks.", ["term"], registry=registry
-        )
-        self._rate = Gauge(
-            "vlal_train_learning_rate", "Learning rate.", ["group"], registry=registry
-        )
-        self._duration = Histogram(
-            "vlal_train_step_duration_seconds",
-            "A step, waiting for the loader included.",
-            buckets=STEP_BUCKETS,
-            registry=registry,
-        )
-        self._terms = Counter(
-            "vlal_train_label_terms", "Pairs of this rank by term.", ["kind"], registry=registry
-        )
-        self._last_step = Gauge(
-            "vlal_train_last_step_timestamp_seconds", "When a step last ended.", registry=registry
-        )
-        self._wait = Histogram(
-            "vlal_loader_wait_seconds",
-            "Waiting for the next batch.",
-            buckets=WAIT_BUCKETS,
-            registry=registry,
-        )
-        self._map = Gauge(
-            "vlal_eval_map_ratio", "mAP of a group, 0-1.", ["split", "group"], registry=registry
-        )
-        self._loader: dict[str, Gauge | Counter] = {}
+        metrics = {**TRAIN, **LOADER}
+        self._gauges = {
+            name: Gauge(name, metric.text, list(metric.labels), registry=registry)
+            for name, metric in metrics.items()
+            if metric.kind == "gauge"
+        }
+        self._counters = {
+            name: Counter(name, metric.text, list(metric.labels), registry=registry)
+            for name, metric in metrics.items()
+            if metric.kind == "counter"
+        }
+        self._histograms = {
+            name: Histogram(name, metric.text, buckets=metric.buckets, registry=registry)
+            for name, metric in metrics.items()
+            if metric.kind == "histogram"
+        }
+        for name, counter in self._counters.items():
+            # At 0 from the start: of a series that begins at 1, `increase` sees nothing.
+            for values in label_values(metrics[name]):
+                counter.labels(*values)
+        registry.register(AtScrape(read))
+        ProcessCollector(registry=registry)
         self._counted: dict[str, float] = {}
-        for name, (kind, text) in LOADER_NUMBERS.items():
-            self._loader[name] = kind(f"vlal_loader_{name}", text, registry=registry)
+        self._saved_at, self._longest_s = time.time(), 0.0
         self._server: WSGIServer | None = None
+        self._gauges["vlal_build_info"].labels(**build).set(1)
         self.state("init")
 
     def serve(self, *, host: str, port: int) -> int | None:
@@ -131,17 +128,32 @@ class TrainMetrics:
     def state(self, name: str) -> None:
         """Say what the run is doing, one of `RUN_STATES`."""
         for known in RUN_STATES:
-            self._state.labels(known).set(known == name)
+            self._gauges["vlal_run_state"].labels(known).set(known == name)
+        if name == "training":
+            # A first step after the start or a long validation is not late yet.
+            self._gauges["vlal_train_last_step_timestamp_seconds"].set_to_current_time()
+
+    def resumed(self, kind: str) -> None:
+        """Say how this start began, one of `RESUME_KINDS`."""
+        self._counters["vlal_resume_total"].labels(kind).inc()
+
+    def stopped_by(self, signal: str) -> None:
+        """Count a signal, by its name."""
+        self._counters["vlal_signal_received_total"].labels(signal).inc()
 
     def step(self, *, epoch: int, step: int, rows: int, wait_s: float, duration_s: float) -> None:
         """Count a finished optimizer step of this rank."""
-        self._steps.inc()
-        self._samples.inc(rows)
-        self._epoch.set(epoch)
-        self._global_step.set(step)
-        self._wait.observe(wait_s)
-        self._duration.observe(duration_s)
-        self._last_step.set(time.time())
+        self._counters["vlal_train_steps_total"].inc()
+        self._counters["vlal_train_samples_total"].inc(rows)
+        self._gauges["vlal_train_epoch"].set(epoch)
+        self._gauges["vlal_train_global_step"].set(step)
+        self._histograms["vlal_loader_wait_seconds"].observe(wait_s)
+        self._histograms["vlal_train_step_duration_seconds"].observe(duration_s)
+        self._gauges["vlal_train_last_step_timestamp_seconds"].set_to_current_time()
+
+    def refused(self) -> None:
+        """Count a step that was not finite."""
+        self._counters["vlal_train_nonfinite_steps_total"].inc()
 
     def interval(
         self,
@@ -149,74 +161,75 @@ class TrainMetrics:
         loss: Mapping[str, float],
         rates: Mapping[str, float],
         term_counts: Mapping[str, int],
+        ignored: float,
+        grad_norm: float | None,
+        visits: Mapping[str, int],
+        quarantined: int,
     ) -> None:
-        """Publish what a log interval reduced: loss by term, rate by group, this rank's pairs."""
+        """Publish what a log interval reduced.
+
+        Args:
+            loss: term -> mean loss of a row.
+            rates: parameter group -> learning rate.
+            term_counts: kind -> pairs of this rank since the last time.
+            ignored: attributes of a row, mean.
+            grad_norm: of the last step; None where no rank holds the gradient.
+            visits: kind -> visits of the epoch.
+            quarantined: samples on the list.
+        """
         for term, value in loss.items():
-            self._loss.labels(term).set(value)
+            self._gauges["vlal_train_loss"].labels(term).set(value)
         for group, value in rates.items():
-            self._rate.labels(group).set(value)
+            self._gauges["vlal_train_learning_rate"].labels(group).set(value)
         for kind, count in term_counts.items():
-            self._terms.labels(kind).inc(count)
+            self._counters["vlal_train_label_terms_total"].labels(kind).inc(count)
+        for kind, count in visits.items():
+            self._gauges["vlal_train_ledger_visits"].labels(kind).set(count)
+        self._gauges["vlal_train_ignored_attributes"].set(ignored)
+        if grad_norm is not None:
+            self._gauges["vlal_train_grad_norm"].set(grad_norm)
+        self._gauges["vlal_train_quarantined_samples"].set(quarantined)
 
     def loader(self, numbers: Mapping[str, float]) -> None:
-        """Publish what the stream of this rank did so far; the names are of `LOADER_NUMBERS`."""
+        """Publish what the stream of this rank did so far.
+
+        Args:
+            numbers: name in `LOADER`, without `vlal_loader_` and `_total`, -> value so far.
+        """
         for name, value in numbers.items():
-            metric = self._loader[name]
-            if isinstance(metric, Gauge):
-                metric.set(value)
+            gauge = self._gauges.get(f"vlal_loader_{name}")
+            if gauge is not None:
+                gauge.set(value)
             else:
-                metric.inc(value - self._counted.get(name, 0.0))
+                more = value - self._counted.get(name, 0.0)
+                self._counters[f"vlal_loader_{name}_total"].inc(more)
                 self._counted[name] = value
 
-    def validation(self, *, split: str, mean_ap: Mapping[str, float]) -> None:
-        """Publish the mAP of each group, shares of 1."""
-        for group, value in mean_ap.items():
-            self._map.labels(split, group).set(value)
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, appended to a local file or kept for a remote one.
-
-    Args:
-        kept: lines of the run so far.
-        append_to: the local file; None for a remote root.
-        replace: overwrites the whole file.
-    """
-
-    def __init__(
-        self, *, kept: bytes, append_to: Path | None, replace: Callable[[bytes], None]
+    def validation(
+        self, *, split: str, mean_ap: Mapping[str, float], attributes: Mapping[str, int]
     ) -> None:
-        self._data, self._append_to, self._replace = kept, append_to, replace
-        replace(kept)
+        """Publish the mAP of each group, shares of 1, and the number of attributes by status."""
+        for group, value in mean_ap.items():
+            self._gauges["vlal_eval_map_ratio"].labels(split, group).set(value)
+        for status, count in attributes.items():
+            self._gauges["vlal_eval_attributes"].labels(status).set(count)
 
-    def write(self, record: Mapping[str, object]) -> None:
-        """Add a line. A disk that is full or gone is warned of, and stops nothing."""
-        line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        if self._append_to is None:
-            self._data += line
-            return
-        try:
-            with self._append_to.open("ab") as file:
-                file.write(line)
-        except OSError as error:
-            logger.warning("%s: a line was not written: %s", self._append_to, error)
+    def saved(self, *, seconds: float, size_bytes: int) -> None:
+        """Count a checkpoint that was written."""
+        now = time.time()
+        self._longest_s = max(self._longest_s, now - self._saved_at)
+        self._saved_at = now
+        self._gauges["vlal_checkpoint_interval_seconds"].set(self._longest_s)
+        self._gauges["vlal_checkpoint_last_success_timestamp_seconds"].set(now)
+        self._gauges["vlal_checkpoint_size_bytes"].set(size_bytes)
+        self._histograms["vlal_checkpoint_duration_seconds"].observe(seconds)
 
-    def flush(self) -> None:
-        """Upload the lines so far, for a remote root."""
-        if self._append_to is None:
-            self._replace(self._data)
+    def save_failed(self, reason: str) -> None:
+        """Count one that was not, for one of `SAVE_FAILURES`."""
+        self._counters["vlal_checkpoint_failures_total"].labels(reason).inc()
 
 
-def lines_until(data: bytes, *, step: int) -> bytes:
-    """The lines of a `metrics.jsonl` up to a step: what a resumed run keeps.
-
-    Later lines will be written again; a line that a kill cut in two is dropped.
-    """
-    kept = []
-    for line in data.splitlines():
-        try:
-            if int(json.loads(line)["step"]) <= step:
-                kept.append(line + b"\n")
-        except (ValueError, KeyError, TypeError):
-            logger.warning("metrics.jsonl: dropped a damaged line of %d bytes", len(line))
-    return b"".join(kept)
+def label_values(metric: Metric) -> Iterator[tuple[str, ...]]:
+    """Every combination of a labelled metric's known values; none where values are open."""
+    if metric.labels:
+        yield from itertools.product(*metric.labels.values())

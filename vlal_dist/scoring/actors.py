@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.scoring.identity import ScoreSettings
+from vlal_dist.scoring.ray_metrics import RayMetrics
 from vlal_dist.scoring.result import ShardResult
 from vlal_dist.scoring.warm_up import WarmUp
 from vlal_dist.scoring.worker import ScoringJob, ShardScorer
@@ -40,6 +41,7 @@ is late: the backup tasks of MapReduce (Dean and Ghemawat 2004, section 3.6)."""
 
 OPEN: Call = ("open", ())
 ANSWER: Call = ("answer", ())
+ABOUT_SHARDS = ("score", "check")
 
 
 class Given(NamedTuple):
@@ -131,6 +133,7 @@ class ActorPool:
         self._busy: dict[Any, Given] = {}
         self._lost: Counter[Call] = Counter()
         self.retried = 0
+        self._metrics = RayMetrics(run=job.scores)
         self._warn_if_unplaceable(size, gpus_per_actor)
         for _ in range(size):
             self._start()
@@ -144,6 +147,7 @@ class ActorPool:
         """
         queue, left = deque(calls), set(calls)
         longest: float | None = None
+        self._metrics.pending(sum(method in ABOUT_SHARDS for method, _ in calls))
         while left:
             while queue and self._idle:
                 call = queue.popleft()
@@ -172,6 +176,7 @@ class ActorPool:
                 if given.call in left:
                     left.remove(given.call)
                     longest = max(longest or 0.0, time.monotonic() - given.since)
+                    self._metrics.publish(result, left=len(left), retried=self.retried)
                     yield result
             if longest is not None and not queue:
                 queue.extend(self._late(left, max(LATE_S, LATE_TIMES * longest)))

@@ -23,6 +23,7 @@ from botocore.exceptions import (
 
 from vlal_dist.errors import StorageError
 from vlal_dist.storage.s3_connections import Connections
+from vlal_dist.storage.s3_counts import Counts, Tally
 from vlal_dist.storage.s3_errors import OutageError, refused, unreachable
 
 _FIRST_PAUSE_S = 0.1
@@ -38,23 +39,6 @@ _answered: set[str] = set()
 _jitter = random.SystemRandom()
 
 
-@dataclass(frozen=True)
-class Counts:
-    """What one store did in this process.
-
-    Attributes:
-        requests: HTTP requests sent, retries included.
-        retries: requests repeated: after a failure, to read on, or to commit again.
-        bytes_in: object bytes received.
-        bytes_out: object bytes of accepted PUTs.
-    """
-
-    requests: int = 0
-    retries: int = 0
-    bytes_in: int = 0
-    bytes_out: int = 0
-
-
 @dataclass
 class _Process:
     """What must not cross a fork: sockets, locks, counts."""
@@ -66,7 +50,7 @@ class _Process:
     signed: dict[str, tuple[str | None, float]] = field(default_factory=dict)
     connections: Connections | None = None
     endpoint: str = ""
-    counts: Counts = field(default_factory=Counts)
+    tally: Tally = field(default_factory=Tally)
     lock: threading.Lock = field(default_factory=threading.Lock)
     sent: threading.local = field(default_factory=threading.local)
 
@@ -92,7 +76,7 @@ class S3Client:
     @property
     def counts(self) -> Counts:
         """What this process did so far."""
-        return self._process().counts
+        return self._process().tally.counts
 
     @property
     def answered(self) -> bool:
@@ -103,15 +87,7 @@ class S3Client:
         self, *, requests: int = 0, retries: int = 0, bytes_in: int = 0, bytes_out: int = 0
     ) -> None:
         """Add to the counts."""
-        process = self._process()
-        with process.lock:
-            old = process.counts
-            process.counts = Counts(
-                old.requests + requests,
-                old.retries + retries,
-                old.bytes_in + bytes_in,
-                old.bytes_out + bytes_out,
-            )
+        self._process().tally.add(Counts(requests, retries, bytes_in, bytes_out))
 
     def call(
         self,

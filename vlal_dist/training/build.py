@@ -18,7 +18,13 @@ from vlal_dist.training.objective import Objective, feasible_table
 from vlal_dist.training.outputs import open_log, open_metrics, record_start, save_best
 from vlal_dist.training.parts import Run
 from vlal_dist.training.ranks import Ranks, join_ranks
-from vlal_dist.training.resume import agree_on, begin_anew, check_resume, restore
+from vlal_dist.training.resume import (
+    agree_on,
+    begin_anew,
+    check_resume,
+    restore,
+    resume_kind,
+)
 from vlal_dist.training.run import train
 from vlal_dist.training.schedule import Schedule
 from vlal_dist.training.settings import RunSettings
@@ -65,7 +71,9 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
         ranks.together(
             lambda: _begin(settings, sources, store, resume) if ranks.rank == 0 else None
         )
+        how = resume_kind(found, world_size=ranks.world_size)
         run = _build(settings, sources, found, ranks, stop, store, stack)
+        run.metrics.resumed(how)
         train(run)
     return run.state, ranks.world_size
 
@@ -92,7 +100,7 @@ def _build(
     """Everything that `train` uses; what must be closed is left on the stack."""
     backend = ranks.together(lambda: _backend(settings, ranks))
     logger.info("selective loss by backend %s: %s", *backend)
-    metrics = open_metrics(stack, settings, local_rank=ranks.local_rank, kernel=backend.name)
+    metrics = open_metrics(stack, settings, ranks, store=store, kernel=backend.name)
     loader = ranks.together(lambda: make_loader(settings, sources, found, ranks))
     stack.callback(loader.close)
     schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
@@ -140,7 +148,7 @@ def _build(
 
 def _saver(
     settings: RunSettings, store: Store, engine: Engine
-) -> Callable[[TrainState], object] | None:
+) -> Callable[[TrainState], int] | None:
     """What writes a checkpoint; with ZeRO 1 or 2 none is written."""
     if settings.zero_stage:
         return None

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
 import safetensors.torch
@@ -47,12 +47,14 @@ class Checkpoint:
         state: where the run stood.
         model: `state_dict` of the model, on the CPU.
         optimizer: flat optimizer state (`optimizer_tensors`), on the CPU.
+        skipped: newer ones that were damaged and not taken.
     """
 
     where: str
     state: TrainState
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    skipped: int = 0
 
 
 class AdamLike(Protocol):
@@ -104,11 +106,11 @@ def save_checkpoint(
     optimizer: AdamLike,
     *,
     keep: int,
-) -> str:
+) -> int:
     """Write a checkpoint and then remove all but it and the newest before it, `keep` in all.
 
     Returns:
-        Its key prefix.
+        Its size in bytes, without the mark.
 
     Raises:
         StorageError: it could not be written; older ones are untouched.
@@ -126,7 +128,7 @@ def save_checkpoint(
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     store.replace(f"{prefix}/{COMPLETE}", (json.dumps(digests, indent=2) + "\n").encode())
     _prune(store, prefix, keep)
-    return prefix
+    return sum(map(len, files.values()))
 
 
 def _free_prefix(store: Store, step: int) -> str:
@@ -173,9 +175,9 @@ def find_checkpoint(store: Store, resume: str) -> Checkpoint | None:
         if store.exists(COMPLETE):
             return read_checkpoint(store, "")
     prefixes = complete_checkpoints(store)
-    for prefix in prefixes:
+    for skipped, prefix in enumerate(prefixes):
         try:
-            return read_checkpoint(store, prefix)
+            return replace(read_checkpoint(store, prefix), skipped=skipped)
         except (DataError, NotFoundError) as error:
             logger.warning("falling back to an older checkpoint: %s", error)
     if named or prefixes:

@@ -1,10 +1,13 @@
 """What a run writes besides checkpoints: metrics, its log, what it ran on, and the best model."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,9 +15,12 @@ import torch
 
 import vlal_dist
 from vlal_dist import __version__
-from vlal_dist.errors import NotFoundError
+from vlal_dist.errors import NotFoundError, Stopped
 from vlal_dist.evaluation.saved_model import SavedModelInfo, save_model
-from vlal_dist.observability.metrics import MetricsLog, TrainMetrics, lines_until
+from vlal_dist.observability.metrics import TrainMetrics
+from vlal_dist.observability.metrics_log import MetricsLog, lines_until
+from vlal_dist.observability.targets import Target
+from vlal_dist.storage.s3_counts import process_counts
 from vlal_dist.storage.store import Store
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.settings import RunSettings
@@ -26,28 +32,66 @@ STARTS = "starts.jsonl"
 
 
 def open_metrics(
-    stack: ExitStack, settings: RunSettings, *, local_rank: int, kernel: str
+    stack: ExitStack, settings: RunSettings, ranks: Ranks, *, store: Store, kernel: str
 ) -> TrainMetrics:
-    """The metrics of this rank, served if the settings say so; closed by the stack.
+    """The metrics of this rank, served and announced if the settings say so.
 
     Args:
-        stack: closes the endpoint.
+        stack: closes the endpoint. The announcement is removed first, unless an error ends the run:
+            then it stays, so that the rank is missed.
         settings: address, and port of local rank 0; the others follow.
-        local_rank: place among the processes of this machine.
+        ranks: this process among its peers.
+        store: the run root.
         kernel: name of the backend that computes the selective loss.
     """
+    disks = {"cache": settings.cache, "run": store.local_path(METRICS)}
     metrics = TrainMetrics(
         {
             "version": __version__,
             "torch": torch.__version__,
             "deepspeed": importlib.metadata.version("deepspeed"),
             "kernel": kernel,
-        }
+        },
+        read=lambda: storage_readings(disks),
     )
-    if settings.metrics:
-        metrics.serve(host=settings.metrics_host, port=settings.metrics_port + local_rank)
     stack.callback(metrics.close)
+    if not settings.metrics:
+        return metrics
+    port = metrics.serve(host=settings.metrics_host, port=settings.metrics_port + ranks.local_rank)
+    if port is not None and settings.targets is not None:
+        target = Target(Path(settings.targets), run=store.url, role="train", rank=ranks.rank)
+        target.write(host=settings.metrics_host, port=port)
+        target.remove_others(world_size=ranks.world_size)
+
+        def end(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is None or issubclass(kind, Stopped):
+                target.remove()
+
+        stack.push(end)
     return metrics
+
+
+def storage_readings(disks: Mapping[str, Path | None]) -> dict[tuple[str, ...], float]:
+    """Values of the metrics of `STORAGE`, now.
+
+    Args:
+        disks: value of label `mount` -> a path on it, which need not exist; None: not local.
+    """
+    counts = process_counts()
+    readings: dict[tuple[str, ...], float] = {
+        ("vlal_s3_requests_total",): counts.requests,
+        ("vlal_s3_retries_total",): counts.retries,
+        ("vlal_s3_bytes_total", "in"): counts.bytes_in,
+        ("vlal_s3_bytes_total", "out"): counts.bytes_out,
+    }
+    for mount, path in disks.items():
+        if path is None:
+            continue
+        path = path.absolute()
+        with contextlib.suppress(OSError):  # a disk that is gone has no reading
+            there = next(one for one in (path, *path.parents) if one.exists())
+            readings["vlal_disk_free_bytes", mount] = shutil.disk_usage(there).free
+    return readings
 
 
 def record_start(store: Store, ranks: Ranks, *, step: int, kernel: str) -> None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.method.metrics import Evaluation
-from vlal_dist.observability.metrics import MetricsLog, TrainMetrics
+from vlal_dist.observability.metrics import TrainMetrics
+from vlal_dist.observability.metrics_log import MetricsLog
 from vlal_dist.training.account import Account
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.ranks import Ranks
@@ -30,7 +31,8 @@ class Run:
         account: what the ledger and the quarantine hold of it.
         validate: scores the validation split; called by all ranks, which get the same result.
         save_best: writes the best model; called on rank 0.
-        save_state: writes a checkpoint; called on rank 0. None: this run writes none.
+        save_state: writes a checkpoint, returns its bytes; called on rank 0. None: this run writes
+            none.
         metrics: what this rank exports.
         log: `metrics.jsonl`, on rank 0.
         stop: the signals.
@@ -47,7 +49,7 @@ class Run:
     account: Account
     validate: Callable[[], Evaluation]
     save_best: Callable[[TrainState], None]
-    save_state: Callable[[TrainState], object] | None
+    save_state: Callable[[TrainState], int] | None
     metrics: TrainMetrics
     log: MetricsLog | None
     stop: StopRequest

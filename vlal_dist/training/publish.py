@@ -1,13 +1,17 @@
 """What a run says of itself while it trains: metrics, `metrics.jsonl`, log lines, the bar."""
 
+import errno
 import logging
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from vlal_dist.errors import VlalError
-from vlal_dist.method.metrics import Evaluation
-from vlal_dist.observability.metrics import TERM_KINDS
+from vlal_dist.errors import StorageError, VlalError
+from vlal_dist.method.metrics import AttributeScores, Evaluation
+from vlal_dist.observability.names import TERM_KINDS
 from vlal_dist.observability.progress import Progress
 from vlal_dist.training.parts import Run
+from vlal_dist.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,13 @@ def publish_interval(run: Run, *, samples_per_s: float) -> float:
         },
         rates=shown,
         term_counts=dict(zip(TERM_KINDS, (int(n) for n in own.pairs.tolist()), strict=True)),
+        ignored=means["ignored_effective"],
+        grad_norm=run.train_step.grad_norm(),
+        visits={
+            "trained": run.state.ledger["count"],
+            "left_out": run.state.left_out["count"],
+        },
+        quarantined=len(run.state.quarantined),
     )
     run.metrics.loader(run.loader.numbers())
     if run.log is not None:
@@ -52,7 +63,11 @@ def publish_validation(run: Run, evaluation: Evaluation, *, mean_ap: float, bett
     state, groups = run.state, evaluation.groups
     overall = groups["overall"]
     by_group = {name: float(g["mAP"]) for name, g in groups.items() if g["mAP"] is not None}
-    run.metrics.validation(split=run.settings.validation_split, mean_ap=by_group)
+    run.metrics.validation(
+        split=run.settings.validation_split,
+        mean_ap=by_group,
+        attributes=attribute_status(evaluation.attributes),
+    )
     if run.log is not None:
         record = {"kind": "validation", "epoch": state.epoch, "step": state.step}
         run.log.write({**record, **overall, "mAP": mean_ap, "groups": by_group, "best": better})
@@ -66,6 +81,40 @@ def publish_validation(run: Run, evaluation: Evaluation, *, mean_ap: float, bett
         overall["num_classes"],
         ", the best so far" if better else f", best {state.best_map:.4f}",
     )
+
+
+def attribute_status(scores: AttributeScores) -> dict[str, int]:
+    """How many attributes have an AP, and why the others have none; sums to A."""
+    positive, negative = scores.num_positive > 0, scores.num_negative > 0
+    return {
+        "scored": int((positive & negative).sum()),
+        "no_positive": int((~positive & negative).sum()),
+        "no_negative": int((positive & ~negative).sum()),
+        "unannotated": int((~positive & ~negative).sum()),
+    }
+
+
+def save_and_publish(run: Run, save: Callable[[TrainState], int]) -> None:
+    """Write a checkpoint; publish what it took, or that it failed.
+
+    Raises:
+        VlalError: whatever `save` raises.
+    """
+    started = time.monotonic()
+    try:
+        size_bytes = save(run.state)
+    except VlalError as error:
+        run.metrics.save_failed(failure_reason(error))
+        raise
+    run.metrics.saved(seconds=time.monotonic() - started, size_bytes=size_bytes)
+
+
+def failure_reason(error: VlalError) -> str:
+    """Which of `SAVE_FAILURES` an error of a store is."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk_full"
+    return "io" if isinstance(error, StorageError) else "other"
 
 
 def flush_log(run: Run) -> None:

@@ -86,6 +86,15 @@ def begin_anew(store: Store) -> None:
         discard(store, prefix)
 
 
+def resume_kind(found: Checkpoint | None, *, world_size: int) -> str:
+    """How a run begins, one of `RESUME_KINDS`; asked before `restore`, which moves the state on."""
+    if found is None:
+        return "fresh"
+    if found.skipped:
+        return "fallback"
+    return "exact" if found.state.batch.get("world_size") == world_size else "resharded"
+
+
 def restore(
     found: Checkpoint | None,
     *,

@@ -21,6 +21,7 @@ from vlal_dist.training.publish import (
     flush_log,
     publish_interval,
     publish_validation,
+    save_and_publish,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
     )
     if diverged:
         run.metrics.state("failed")
+        run.metrics.refused()
         run.train_step.refuse(state.step)
     run.train_step.apply()
     state.step += 1
@@ -118,6 +120,8 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
 def _leave(run: Run) -> None:
     """Save and raise `Stopped`."""
     run.metrics.state("stopping")
+    if run.stop.received:
+        run.metrics.stopped_by(run.stop.received)
     reason = run.stop.received or "a signal to another rank"
     if run.save_state is None:
         raise VlalError(
@@ -170,7 +174,7 @@ def _save_state(run: Run) -> None:
     flush_log(run)
     run.account.settle()
     run.state.schedule = run.schedule.state()
-    _on_rank_0(run, lambda: save(run.state))
+    _on_rank_0(run, lambda: save_and_publish(run, save))
 
 
 def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
@@ -192,21 +196,25 @@ def _enough(run: Run) -> bool:
 
 
 def _timed(run: Run, steps: Iterator[Step]) -> Iterator[tuple[Step, float, float]]:
-    """Each step, the seconds that were waited for it, and when the waiting began.
+    """Each step, the seconds that this rank itself waited for it, and when the waiting began.
 
     A rank that cannot read a sample tells the others before any of them enters the forward pass.
     """
     while True:
         started = time.monotonic()
-        step = run.ranks.together(lambda: _next(steps, run.ranks.device))
+        step, wait_s = run.ranks.together(lambda: _next(steps, run.ranks.device))
         if step is None:
             return
-        yield step, time.monotonic() - started, started
+        yield step, wait_s, started
 
 
-def _next(steps: Iterator[Step], device: torch.device) -> Step | None:
-    """The next step; what the device decodes is decoded before anybody relies on this rank."""
+def _next(steps: Iterator[Step], device: torch.device) -> tuple[Step | None, float]:
+    """The next step, and the seconds until it was here, without those for slower ranks.
+
+    What the device decodes is decoded before anybody relies on this rank.
+    """
+    started = time.monotonic()
     step = next(steps, None)
     if step is not None:
         step.micro_batches = [decoded(batch, device) for batch in step.micro_batches]
-    return step
+    return step, time.monotonic() - started

@@ -93,6 +93,7 @@ class RunSettings:
     metrics: bool
     metrics_host: str
     metrics_port: int
+    targets: str | None
 
     @property
     def weighted_by(self) -> str | None:

@@ -117,6 +117,7 @@ class TrainStep:
         self.statistics = running_statistics(engine.module)
         self.tally = Tally.empty(ranks.device)
         self._rows: list[tuple[Tensor, Tensor]] = []
+        self._grad_norm: Tensor | None = None
 
     def accumulate(self, step: Step) -> None:
         """Forward and backward passes of a step; the gradient is then the global one."""
@@ -129,8 +130,13 @@ class TrainStep:
         """Whether the accumulated losses and (ZeRO 0) the summed gradient are finite."""
         checks = [per_row.isfinite().all() for _, per_row in self._rows]
         if gradients := self.engine.gradients():
-            checks.append(torch.nn.utils.get_total_norm(gradients).isfinite())
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            checks.append(self._grad_norm.isfinite())
         return bool(torch.stack(checks).all())
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's summed gradient (ZeRO 0), computed already by `is_finite`."""
+        return None if self._grad_norm is None else float(self._grad_norm)
 
     def refuse(self, step: int) -> None:
         """Raise for a step that is not finite; every rank must call.
