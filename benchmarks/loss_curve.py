@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 CONFIG = "configs/fashion12k.yaml"
+FULL = ["--model.width", "64", "--training.lr_new", "1e-3", "--training.threads", "0"]
 RUNS = {
     "auto": ["--training.kernel", "auto"],
     "reference": ["--training.kernel", "reference"],
@@ -139,9 +140,7 @@ def train(name: str, *, precision: str, steps: int, folder: Path) -> tuple[list[
     command += ["--double"] if precision == "fp64" else []
     command += ["--", "--config", CONFIG, "--paths.run", str(run), "--resume", "none"]
     named = "bf16" if precision == "bf16" else "fp32"
-    command += ["--training.max_steps", str(steps), "--training.precision", named]
-    # The full network, whatever the experiments' configuration has made of it.
-    command += ["--model.width", "64", "--training.lr_new", "1e-3", "--training.threads", "0"]
+    command += ["--training.max_steps", str(steps), "--training.precision", named, *FULL]
     command += ["--observability.metrics", "false", *RUNS[name]]
     started = time.monotonic()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}

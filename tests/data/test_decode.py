@@ -94,7 +94,8 @@ def test_bytes_become_mirrored_floats(normalize: bool) -> None:
     if normalize:
         mean, std = (np.array(v, np.float32)[:, None, None] for v in (MEAN, STD))
         expected = (expected - mean) / std
-    assert moved.image.is_contiguous() and moved.image.dtype == torch.float32
+    assert moved.image.is_contiguous(memory_format=torch.channels_last)
+    assert moved.image.dtype == torch.float32
     for row, mirrored in enumerate(batch.flip.tolist()):
         shown = expected[row, :, :, ::-1] if mirrored else expected[row]
         assert np.array_equal(moved.image[row].numpy(), shown)
