@@ -2,10 +2,10 @@
 
     FASHION12K=FOLDER python benchmarks/loss_curve.py [--steps 131] [--markdown FILE]
 
-Trains on real photos (configs/fashion12k.yaml, prepared as by `make fashion12k` if it is not yet)
-with one seed: by `training.kernel auto`, by `reference`, by `auto` once more, and by `reference`
-with its loss times 1 + 2^-23, which changes gradients in their last bits alone. Each run is
-vlal_dist/train.py in a process of its own, in which the operator's calls are listened to:
+Trains on real photos (configs/fashion12k.yaml at full width; made if absent) with one seed: by
+`training.kernel auto`, by `reference`, by `auto` once more, and by `reference` with its loss times
+1 + 2^-23, which changes gradients in their last bits alone. Each run is vlal_dist/train.py in a
+process of its own, in which the operator's calls are listened to:
 
 * ignored pairs: which have no gradient when the same call is given logits and gammas of 0, hashed
   with the samples' uids;
@@ -13,8 +13,7 @@ vlal_dist/train.py in a process of its own, in which the operator's calls are li
 * the other operator on the very same logits: what differs is then the operators' alone; the curves
   of two runs also hold what training makes of each earlier difference.
 
-fp64 is no precision of the trainer: weights and images are made doubles here, so that what training
-makes of last bits stays small for the length of a run.
+fp64 is no precision of the trainer: weights and images are made doubles here; last bits stay small.
 """
 
 import argparse
