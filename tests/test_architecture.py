@@ -15,7 +15,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("vlal_dist", "shard_tools", "demo")
-PROGRAMS = ("train", "score_clip", "evaluate", "predict", "report", "export", "experiments")
+PROGRAMS = (
+    "train",
+    "score_clip",
+    "evaluate",
+    "predict",
+    "report",
+    "export",
+    "experiments",
+    "supervise",
+)
 
 TORCH_FREE_DATA = {
     f"vlal_dist.data.{name}"
@@ -42,6 +51,7 @@ NUMPY_METHOD = {"vlal_dist.method.feasible", "vlal_dist.method.likelihood"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "vocabulary": {"errors"},
+    "processes": set(),
     "config": {"errors"},
     "observability": set(),
     "storage": {"errors"},
@@ -52,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": {"errors", "method", "data", "storage", "observability", "vocabulary"},
     "training": {
         "errors", "method", "kernels", "data", "evaluation", "storage", "observability",
-        "vocabulary",
+        "vocabulary", "processes",
     },
     "experimenting": {"errors", "evaluation", "data", "storage", "method", "vocabulary"},
     "predicting": {"errors", "evaluation", "data", "storage"},

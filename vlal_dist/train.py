@@ -35,9 +35,14 @@ paths.run. Repeating the command resumes from the newest whole checkpoint, on an
 
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Train; returns the closing counts."""
+    from vlal_dist.training.launcher import Launcher
+
+    launcher = Launcher.of_this_process()  # before anything slow: it may die early
     from vlal_dist.training.build import run_training
 
-    state, world_size = run_training(_settings(config), resume=flags.get("resume", "auto"))
+    state, world_size = run_training(
+        _settings(config), resume=flags.get("resume", "auto"), launcher=launcher
+    )
     return {
         "epochs": state.epoch,
         "steps": state.step,

@@ -74,9 +74,9 @@ def end(process: subprocess.Popen[str]) -> None:
         process.stdout.close()
 
 
-def wait_for(what: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(what: Path, process: subprocess.Popen[str], *, holding: bytes = b"") -> None:
     deadline = time.monotonic() + 200
-    while not what.exists():
+    while not (what.exists() and holding in what.read_bytes()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"{what} did not appear"
         time.sleep(0.02)
@@ -151,7 +151,7 @@ def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
         env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         ranks.append(start([sys.executable, *arguments(small, tmp_path, *targets)], env))
-    wait_for(tmp_path / "config.yaml", ranks[0])
+    wait_for(tmp_path / "metrics.jsonl", ranks[0], holding=b"step")
     os.kill(ranks[1].pid, signal.SIGTERM)
     outputs = [finish(rank, code=75) for rank in ranks]
     assert list((tmp_path / "targets").iterdir()) == []  # both left in order

@@ -3,13 +3,14 @@ import signal
 
 import pytest
 
-from vlal_dist.training.stop import StopRequest
+from vlal_dist.training.launcher import Launcher
+from vlal_dist.training.stop import SIGNALS, StopRequest
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_only_raises_a_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    with StopRequest(Launcher(())) as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # a second one does no harm

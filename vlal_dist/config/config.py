@@ -13,6 +13,7 @@ from vlal_dist.config.paths import PathsSection
 from vlal_dist.config.predict import PredictSection
 from vlal_dist.config.scoring import ScoringSection
 from vlal_dist.config.section import Section
+from vlal_dist.config.supervise import SuperviseSection
 from vlal_dist.config.training import TrainingSection
 
 
@@ -32,3 +33,4 @@ class Config(Section):
     predict: PredictSection = PredictSection()
     experiments: ExperimentsSection = ExperimentsSection()
     observability: ObservabilitySection = ObservabilitySection()
+    supervise: SuperviseSection = SuperviseSection()

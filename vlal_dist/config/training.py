@@ -41,4 +41,10 @@ class TrainingSection(Section):
         0, ge=0, description="steps between checkpoints within an epoch, 0: none"
     )
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
+    peer_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="longest wait of a rank for another, seconds; a rank that hangs ends the job "
+        "after it (must exceed the time of a save and of a step)",
+    )
     log_steps: int = Field(20, ge=1, description="steps between log lines and metric updates")

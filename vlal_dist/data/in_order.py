@@ -1,7 +1,7 @@
 """Batches of a split in the order of its rows, for evaluation."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 
 import numpy as np
@@ -14,7 +14,9 @@ _AHEAD = 2
 """Batches made ahead."""
 
 
-def evaluation_batches(maker: BatchMaker, rows: I64, *, batch_size: int) -> Iterator[Batch]:
+def evaluation_batches(
+    maker: BatchMaker, rows: I64, *, batch_size: int
+) -> Generator[Batch, None, None]:
     """Batches of the given ascending rows in order, without augmentation, made ahead."""
     pending: deque[tuple[int, Future[Made]]] = deque()
     try:

@@ -113,6 +113,17 @@ class LocalStore:
                 keys += [parent + name for name in names if not name.startswith(TEMPORARY_PREFIX)]
         return sorted(key for key in keys if key.startswith(prefix))
 
+    def sweep(self, folder: str) -> None:
+        """See `Store.sweep`."""
+        top = self._path(folder)
+        with translated_errors(top):
+            for directory, _, names in os.walk(top, topdown=False):
+                for name in names:
+                    if name.startswith(TEMPORARY_PREFIX):
+                        Path(directory, name).unlink(missing_ok=True)
+                with suppress(OSError):  # not empty
+                    os.rmdir(directory)
+
     def local_path(self, key: str) -> Path | None:
         """See `Store.local_path`; the file need not exist."""
         return self._path(key)

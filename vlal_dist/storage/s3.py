@@ -133,6 +133,10 @@ class S3Store:
                 return sorted(keys)
             page["ContinuationToken"] = reply["NextContinuationToken"]
 
+    def sweep(self, folder: str) -> None:
+        """See `Store.sweep`: a single PUT leaves nothing unfinished, and there are no folders."""
+        check_key(folder)
+
     def local_path(self, key: str) -> Path | None:
         """See `Store.local_path`: None."""
         check_key(key)

@@ -79,6 +79,13 @@ class Store(Protocol):
         """Return all keys that begin with `prefix`, sorted, without unfinished files."""
         ...
 
+    def sweep(self, folder: str) -> None:
+        """Remove what killed writers left unfinished below a folder, and empty ones; StorageError.
+
+        Only where this process alone writes.
+        """
+        ...
+
     def local_path(self, key: str) -> Path | None:
         """Return the path of a local root's file, for memory maps; None when remote."""
         ...

@@ -1,8 +1,8 @@
 """From settings to a finished run: open, resume, build, train. Each builder makes one part."""
 
 import logging
-from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 
 from vlal_dist.data.dataset import check_shard_sizes
 from vlal_dist.data.loader import TrainLoader
@@ -14,14 +14,16 @@ from vlal_dist.training.account import Account
 from vlal_dist.training.batches import make_batches, make_loader
 from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from vlal_dist.training.engine import Engine
+from vlal_dist.training.launcher import Launcher
 from vlal_dist.training.objective import Objective, feasible_table
-from vlal_dist.training.outputs import open_log, open_metrics, record_start, save_best
+from vlal_dist.training.outputs import BEST, open_log, open_metrics, record_start, save_best
 from vlal_dist.training.parts import Run
 from vlal_dist.training.ranks import Ranks, join_ranks
 from vlal_dist.training.resume import (
     agree_on,
     begin_anew,
     check_resume,
+    holds_best,
     restore,
     resume_kind,
 )
@@ -36,12 +38,15 @@ from vlal_dist.training.stop import StopRequest
 logger = logging.getLogger(__name__)
 
 
-def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int]:
+def run_training(
+    settings: RunSettings, *, resume: str, launcher: Launcher
+) -> tuple[TrainState, int]:
     """Do a run, or what is left of it.
 
     Args:
         settings: all knobs.
         resume: `auto`, `none`, or the path or URL of a checkpoint or of a run root.
+        launcher: whose end ends the run, after a save.
 
     Returns:
         Where the run stands at its end, and the number of ranks.
@@ -63,10 +68,10 @@ def run_training(settings: RunSettings, *, resume: str) -> tuple[TrainState, int
     )
     store = open_store(settings.run_url)
     found = find_checkpoint(store, resume)
-    check_resume(found, _bound(settings, sources), zero_stage=settings.zero_stage)
+    check_resume(found, _bound(settings, sources))
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        ranks = join_ranks(threads=settings.torch_threads)
+        stop = stack.enter_context(StopRequest(launcher))
+        ranks = join_ranks(threads=settings.torch_threads, timeout_s=settings.peer_timeout_s)
         agree_on(found, ranks)
         ranks.together(
             lambda: _begin(settings, sources, store, resume) if ranks.rank == 0 else None
@@ -85,6 +90,7 @@ def _begin(settings: RunSettings, sources: Sources, store: Store, resume: str) -
     check_shard_sizes(sources.validation)
     if resume == "none":
         begin_anew(store)
+    store.sweep(BEST)
     store.replace("config.yaml", settings.config_text.encode())
 
 
@@ -138,22 +144,15 @@ def _build(
             threshold=settings.threshold,
         ),
         save_best=lambda now: _save_best(settings, sources, store, engine, now),
-        save_state=_saver(settings, store, engine),
+        holds_best=lambda now: holds_best(store, now),
+        save_state=lambda now, optimizer: save_checkpoint(
+            store, now, engine.module.state_dict(), optimizer, keep=settings.keep_checkpoints
+        ),
         metrics=metrics,
         log=open_log(store, step=state.step) if ranks.rank == 0 else None,
         stop=stop,
         settings=settings,
-    )
-
-
-def _saver(
-    settings: RunSettings, store: Store, engine: Engine
-) -> Callable[[TrainState], int] | None:
-    """What writes a checkpoint; with ZeRO 1 or 2 none is written."""
-    if settings.zero_stage:
-        return None
-    return lambda now: save_checkpoint(
-        store, now, engine.module, engine.optimizer, keep=settings.keep_checkpoints
+        saved=asdict(state) if found and found.where.startswith(f"{store.url}/") else {},
     )
 
 

@@ -5,24 +5,23 @@
                          state.json              position, schedule, what the order is bound to
                          COMPLETE                sha256 of the three; written last
 
-A folder without COMPLETE, or whose files differ from it, was cut short and is never loaded. Files
-go through `Store`, so a run root may be a folder or a bucket. ZeRO 0 only: with ZeRO 1 and 2 no
-rank holds the whole optimizer state.
+A folder without COMPLETE, or whose files differ from it, was cut short and is never loaded; the
+next save removes it. Files go through `Store`, so a run root may be a folder or a bucket. The
+files are the same with ZeRO 0, 1 and 2.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vlal_dist.errors import ConflictError, DataError, NotFoundError
+from vlal_dist.errors import DataError, NotFoundError, StorageError
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.state import Binding, TrainState
 
@@ -46,7 +45,7 @@ class Checkpoint:
         where: its URL, for messages.
         state: where the run stood.
         model: `state_dict` of the model, on the CPU.
-        optimizer: flat optimizer state (`optimizer_tensors`), on the CPU.
+        optimizer: Adam's state (adam.py), on the CPU.
         skipped: newer ones that were damaged and not taken.
     """
 
@@ -57,57 +56,22 @@ class Checkpoint:
     skipped: int = 0
 
 
-class AdamLike(Protocol):
-    """What is needed of an optimizer: per-parameter state."""
-
-    state: Any
-
-
-def optimizer_tensors(model: nn.Module, optimizer: AdamLike) -> dict[str, Tensor]:
-    """Adam's state, flat: PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step."""
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def restore_optimizer(
-    model: nn.Module, optimizer: AdamLike, tensors: Mapping[str, Tensor], *, where: str
-) -> None:
-    """Put `optimizer_tensors`' values back.
-
-    Raises:
-        DataError: a parameter's state is missing or has another shape.
-    """
-    for name, parameter in model.named_parameters():
-        try:
-            step, average, square = (
-                tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")
-            )
-        except KeyError as error:
-            raise DataError(f"{where}: {OPTIMIZER} lacks {error}; resume an earlier one") from None
-        if not average.shape == square.shape == parameter.shape:
-            raise DataError(
-                f"{where}: {OPTIMIZER} holds {name} as {tuple(average.shape)}, the model has "
-                f"{tuple(parameter.shape)}; use the model settings of the run"
-            )
-        optimizer.state[parameter] = {
-            "step": step.clone(),  # torch's Adam counts steps on the CPU
-            "exp_avg": average.to(parameter.device, copy=True),
-            "exp_avg_sq": square.to(parameter.device, copy=True),
-        }
-
-
 def save_checkpoint(
     store: Store,
     state: TrainState,
-    model: nn.Module,
-    optimizer: AdamLike,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
     *,
     keep: int,
 ) -> int:
     """Write a checkpoint and then remove all but it and the newest before it, `keep` in all.
+
+    Args:
+        store: root of the run, where nobody else writes.
+        state: where the run stands.
+        model: its `state_dict`.
+        optimizer: Adam's state (adam.py).
+        keep: how many whole checkpoints stay, at least 1.
 
     Returns:
         Its size in bytes, without the mark.
@@ -115,33 +79,56 @@ def save_checkpoint(
     Raises:
         StorageError: it could not be written; older ones are untouched.
     """
-    prefix = _free_prefix(store, state.step)
-    weights = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    complete = complete_checkpoints(store)
+    _remove_leftovers(store, complete)
+    prefix = _free_prefix(complete, state.step)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
     files = {
         MODEL: safetensors.torch.save(weights),
-        OPTIMIZER: safetensors.torch.save(optimizer_tensors(model, optimizer)),
+        OPTIMIZER: safetensors.torch.save(dict(optimizer)),
+        STATE: (json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n").encode(),
     }
-    for name, data in files.items():
-        _create_anew(store, prefix, name, data)
-    files[STATE] = (json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n").encode()
-    store.replace(f"{prefix}/{STATE}", files[STATE])
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    store.replace(f"{prefix}/{COMPLETE}", (json.dumps(digests, indent=2) + "\n").encode())
-    _prune(store, prefix, keep)
-    return sum(map(len, files.values()))
+    files[COMPLETE] = (json.dumps(digests, indent=2) + "\n").encode()
+    for name, data in files.items():
+        store.create(f"{prefix}/{name}", data)
+    _prune(store, [prefix, *complete], keep)
+    return sum(len(files[name]) for name in digests)
 
 
-def _free_prefix(store: Store, step: int) -> str:
-    """A folder without a mark: what is whole is never written over.
+def _remove_leftovers(store: Store, complete: Sequence[str]) -> None:
+    """Remove saves that were cut short or failed: first, because they take room."""
+    found = {key.rpartition("/")[0] for key in store.list_keys(f"{FOLDER}/")}
+    for prefix in sorted(found - set(complete)):
+        discard(store, prefix)
+    store.sweep(FOLDER)
 
-    A second save at one step (after its validation, or when nothing was trained since) gets a
-    suffix, and sorts behind the first.
+
+def _free_prefix(complete: Sequence[str], step: int) -> str:
+    """A new folder: what is whole is never written over.
+
+    A second save at one step (after its validation, which may find a best model) gets a suffix, and
+    sorts behind the first.
     """
     prefix, number = f"{FOLDER}/{step:08d}", 0
-    while store.exists(f"{prefix}/{COMPLETE}"):
+    while prefix in complete:
         number += 1
         prefix = f"{FOLDER}/{step:08d}-{number}"
     return prefix
+
+
+def _prune(store: Store, complete: Sequence[str], keep: int) -> None:
+    """Remove old checkpoints, and later ones that a run went back from.
+
+    The new one, the first of the list, is whole: what cannot be removed now is no failure.
+    """
+    newest = complete[0]
+    kept = sorted((prefix for prefix in complete if prefix <= newest), reverse=True)[:keep]
+    try:
+        for prefix in sorted(set(complete) - set(kept)):
+            discard(store, prefix)
+    except StorageError as error:
+        logger.warning("an old checkpoint was not removed, the next save will: %s", error)
 
 
 def complete_checkpoints(store: Store) -> list[str]:
@@ -232,21 +219,3 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str)
         raise DataError(
             f"{where}: {MODEL} does not fit ({error}); use the model settings of the run"
         ) from None
-
-
-def _create_anew(store: Store, prefix: str, name: str, data: bytes) -> None:
-    """Create a file, removing the leftover of a save that was cut short or is being repeated."""
-    try:
-        store.create(f"{prefix}/{name}", data)
-    except ConflictError:
-        store.delete(f"{prefix}/{COMPLETE}")
-        store.delete(f"{prefix}/{name}")
-        store.create(f"{prefix}/{name}", data)
-
-
-def _prune(store: Store, newest: str, keep: int) -> None:
-    """Remove old checkpoints, leftovers of cut saves, and later ones that a run went back from."""
-    kept = [prefix for prefix in complete_checkpoints(store) if prefix <= newest][:keep]
-    found = {key.rpartition("/")[0] for key in store.list_keys(f"{FOLDER}/")}
-    for prefix in sorted(found - set(kept)):
-        discard(store, prefix)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from vlal_dist.errors import ConfigError
+from vlal_dist.training.adam import adam_tensors, check_adam, restore_adam
 from vlal_dist.training.ranks import Ranks
+from vlal_dist.training.zero import gather_adam, own_gradients, scatter_adam
 
 
 def deepspeed_json(
@@ -106,9 +108,37 @@ class Engine:
         self._engine.step()
 
     def gradients(self) -> list[Tensor]:
-        """Summed gradients after the last backward pass, in parameter order (ZeRO 0 only)."""
+        """Summed gradients after the last backward pass; with ZeRO 1 and 2 this rank's pieces."""
+        if self.zero_stage:
+            return own_gradients(self._engine.optimizer)
         found = [parameter.grad for parameter in self.module.parameters()]
         return [gradient for gradient in found if gradient is not None]
+
+    def optimizer_tensors(self, *, keep: bool) -> dict[str, Tensor]:
+        """Adam's whole state, the same with any ZeRO stage; every rank must call.
+
+        Args:
+            keep: whether this rank wants it; otherwise it may get nothing.
+
+        Returns:
+            PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step, on the CPU; nothing before
+            the first step.
+        """
+        if self.zero_stage:
+            return gather_adam(self.module, self._engine.optimizer, keep=keep)
+        return adam_tensors(self.module, self.optimizer) if keep else {}
+
+    def restore_optimizer(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
+        """Put `optimizer_tensors`' values back, of any stage and world size; weights come first.
+
+        Raises:
+            DataError: a parameter's state is missing or has another shape.
+        """
+        check_adam(self.module, tensors, where=where)
+        if self.zero_stage:
+            scatter_adam(self.module, self._engine.optimizer, tensors)
+        else:
+            restore_adam(self.module, self.optimizer, tensors)
 
     def set_rates(self, rates: Mapping[str, float]) -> None:
         """Set the learning rate of each parameter group by its `name`."""

@@ -1,7 +1,10 @@
 """What a built run consists of: everything that the loop uses is handed to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from vlal_dist.data.loader import TrainLoader
 from vlal_dist.method.metrics import Evaluation
@@ -29,10 +32,12 @@ class Run:
         schedule: learning rates.
         state: where the run stands; moved on by `train`.
         account: what the ledger and the quarantine hold of it.
-        validate: scores the validation split; called by all ranks, which get the same result.
+        validate: scores the validation split; called by all ranks, which get the same result: None
+            if what it is given, asked before each batch, says on any rank that it is to stop.
         save_best: writes the best model; called on rank 0.
-        save_state: writes a checkpoint, returns its bytes; called on rank 0. None: this run writes
-            none.
+        holds_best: whether the best model that a state names is there, and whole.
+        save_state: writes a checkpoint with Adam's state, returns its bytes; called on rank 0.
+        saved: the state in the newest checkpoint.
         metrics: what this rank exports.
         log: `metrics.jsonl`, on rank 0.
         stop: the signals.
@@ -47,11 +52,13 @@ class Run:
     schedule: Schedule
     state: TrainState
     account: Account
-    validate: Callable[[], Evaluation]
+    validate: Callable[[Callable[[], bool]], Evaluation | None]
     save_best: Callable[[TrainState], None]
-    save_state: Callable[[TrainState], int] | None
+    holds_best: Callable[[TrainState], bool]
+    save_state: Callable[[TrainState, Mapping[str, Tensor]], int]
     metrics: TrainMetrics
     log: MetricsLog | None
     stop: StopRequest
     settings: RunSettings
+    saved: dict[str, Any] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)

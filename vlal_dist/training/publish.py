@@ -3,15 +3,16 @@
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
-from vlal_dist.errors import StorageError, VlalError
+from torch import Tensor
+
+from vlal_dist.errors import ConflictError, StorageError, VlalError
 from vlal_dist.method.metrics import AttributeScores, Evaluation
 from vlal_dist.observability.names import TERM_KINDS
 from vlal_dist.observability.progress import Progress
 from vlal_dist.training.parts import Run
-from vlal_dist.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -94,19 +95,30 @@ def attribute_status(scores: AttributeScores) -> dict[str, int]:
     }
 
 
-def save_and_publish(run: Run, save: Callable[[TrainState], int]) -> None:
-    """Write a checkpoint; publish what it took, or that it failed.
+def save_and_publish(run: Run, optimizer: Mapping[str, Tensor]) -> bool:
+    """Write a checkpoint, publish what it took; returns whether it was written."""
 
-    Raises:
-        VlalError: whatever `save` raises.
+    def write() -> None:
+        started = time.monotonic()
+        size_bytes = run.save_state(run.state, optimizer)
+        run.metrics.saved(seconds=time.monotonic() - started, size_bytes=size_bytes)
+
+    return written(run, write, what="the checkpoint")
+
+
+def written(run: Run, write: Callable[[], None], *, what: str) -> bool:
+    """Write something that training can go on without.
+
+    Returns:
+        Whether it was written; if a disk or store refused, that is told and counted.
     """
-    started = time.monotonic()
     try:
-        size_bytes = save(run.state)
-    except VlalError as error:
+        write()
+    except (StorageError, ConflictError) as error:
         run.metrics.save_failed(failure_reason(error))
-        raise
-    run.metrics.saved(seconds=time.monotonic() - started, size_bytes=size_bytes)
+        logger.error("step %d: %s was not written: %s", run.state.step, what, error)
+        return False
+    return True
 
 
 def failure_reason(error: VlalError) -> str:

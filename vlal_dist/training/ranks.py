@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -118,11 +119,12 @@ class Ranks:
         return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
 
 
-def join_ranks(*, threads: int) -> Ranks:
+def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
     """Join the peers that the launcher announced in the environment, or be alone without one.
 
     Args:
         threads: torch threads of this process; 0: cores / processes on this machine.
+        timeout_s: longest wait for another rank, in the beginning and in each collective.
 
     Raises:
         ConfigError: the launcher's variables are incomplete.
@@ -157,15 +159,18 @@ def join_ranks(*, threads: int) -> Ranks:
     announced = any(os.environ.get(name) for name in LOCAL_SIZES)
     if announced and local_size == world_size and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+        )
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise StorageError(
             f"ranks cannot meet at {where} ({error}); if another job holds the port, give the "
             "launcher another: deepspeed --master_port N"
         ) from None
-    control = dist.new_group(backend="gloo")
+    control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, device, control)
 
 

@@ -1,17 +1,17 @@
 """Continuing a run: may it be continued, and from where."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
 
-from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.errors import DataError, NotFoundError, StorageError
 from vlal_dist.storage.store import Store
 from vlal_dist.training.checkpoint import (
     Checkpoint,
     complete_checkpoints,
     discard,
     load_weights,
-    restore_optimizer,
 )
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.ranks import Ranks
@@ -21,31 +21,18 @@ from vlal_dist.training.state import Binding, TrainState, check_binding
 logger = logging.getLogger(__name__)
 
 
-def check_resume(found: Checkpoint | None, wanted: Binding, *, zero_stage: int) -> None:
+def check_resume(found: Checkpoint | None, wanted: Binding) -> None:
     """Refuse what cannot be continued, and say what will be.
 
     Args:
         found: the checkpoint, if there is one.
         wanted: what this start is bound to, as far as it is known.
-        zero_stage: of DeepSpeed.
 
     Raises:
-        ConfigError: ZeRO 1 or 2 with a checkpoint.
         DataError: other data, or another order.
     """
-    if zero_stage > 0:
-        logger.warning(
-            "training.zero_stage %d: no checkpoint is written or read with ZeRO 1 or 2 yet; a run "
-            "that is stopped starts anew (the best model is saved)",
-            zero_stage,
-        )
     if found is None:
         return
-    if zero_stage > 0:
-        raise ConfigError(
-            f"{found.where} cannot be resumed with training.zero_stage {zero_stage}; set it to 0, "
-            "or give --resume none"
-        )
     check_binding(found.state.binding, wanted, where=found.where)
     logger.info(
         "resuming %s: step %d, epoch %d, %d samples in; last start: %s",
@@ -118,19 +105,26 @@ def restore(
     if found is None:
         return TrainState(binding=binding, batch=dict(batch))
     load_weights(engine.module, found.model, where=found.where)
-    restore_optimizer(engine.module, engine.optimizer, found.optimizer, where=found.where)
+    engine.restore_optimizer(found.optimizer, where=found.where)
     state = found.state
     schedule.restore(state.schedule)
     state.batch = dict(batch)
-    if not _holds_best(store, state):
+    if not holds_best(store, state):
         state.best_map = state.best_step = None
     return state
 
 
-def _holds_best(store: Store, state: TrainState) -> bool:
+def holds_best(store: Store, state: TrainState) -> bool:
+    """Whether the best model that a state names is in the run root, and whole."""
     try:
         info = json.loads(store.read("best/model.json"))
+        weights = store.read("best/model.safetensors")
     except NotFoundError:
         return False
-    found: tuple[object, object] = (info.get("step"), info.get("validation_map"))
-    return found == (state.best_step, state.best_map)
+    except StorageError:
+        return True  # out of reach now: nothing says that it was altered
+    return (info.get("step"), info.get("validation_map"), info.get("sha256")) == (
+        state.best_step,
+        state.best_map,
+        hashlib.sha256(weights).hexdigest(),
+    )

@@ -8,12 +8,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import asdict
+from typing import NoReturn
 
 import torch
 
 from vlal_dist.data.batch import decoded
 from vlal_dist.data.loader import Step
-from vlal_dist.errors import Stopped, VlalError
+from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.training.parts import Run
 from vlal_dist.training.publish import (
     epoch_label,
@@ -22,6 +24,7 @@ from vlal_dist.training.publish import (
     publish_interval,
     publish_validation,
     save_and_publish,
+    written,
 )
 
 logger = logging.getLogger(__name__)
@@ -30,12 +33,17 @@ logger = logging.getLogger(__name__)
 def train(run: Run) -> None:
     """Train from `run.state` to the end, and leave the state there.
 
+    A checkpoint that cannot be written in between is told and counted: training goes on.
+
     Raises:
         Stopped: a signal came; a checkpoint was written, the same command continues.
         DataError: a sample could not be read, or a loss was not finite; on every rank.
-        StorageError: a checkpoint or the best model could not be written; on every rank.
+        StorageError: the last checkpoint could not be written; on every rank.
     """
     state = run.state
+    (stopping,) = run.ranks.agree(run.stop.requested)
+    if stopping:
+        _leave(run)
     while state.epoch < run.settings.epochs and not _enough(run):
         finished = _train_epoch(run)
         if finished:
@@ -47,12 +55,14 @@ def train(run: Run) -> None:
             if state.consumed and run.schedule.observe(mean_ap):
                 logger.info("plateau: rates cut to %s", run.schedule.rates_at(_done(run)))
             state.begin_epoch(state.epoch + 1)
-        if (
-            state.epoch % run.settings.checkpoint_epochs == 0
-            or state.epoch >= run.settings.epochs
-            or _enough(run)
-        ):
-            _save_state(run)
+        last = state.epoch >= run.settings.epochs or _enough(run)
+        if last or state.epoch % run.settings.checkpoint_epochs == 0:
+            kept = _save_state(run)
+            if last and not kept:
+                raise StorageError(
+                    "trained to the end, but the last checkpoint was not written; make room or "
+                    "bring the store back, then repeat the command: it goes on from the one before"
+                )
     run.metrics.state("done")
 
 
@@ -117,40 +127,41 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
         _leave(run)
 
 
-def _leave(run: Run) -> None:
+def _leave(run: Run) -> NoReturn:
     """Save and raise `Stopped`."""
+    state = run.state
     run.metrics.state("stopping")
     if run.stop.received:
         run.metrics.stopped_by(run.stop.received)
-    reason = run.stop.received or "a signal to another rank"
-    if run.save_state is None:
-        raise VlalError(
-            f"stopped by {reason} after step {run.state.step}; with training.zero_stage above 0 "
-            "nothing is saved: the same command starts anew"
-        )
-    _save_state(run)
-    raise Stopped(
-        f"stopped by {reason} after step {run.state.step} (epoch {run.state.epoch}, "
-        f"{run.state.consumed} samples in); the same command resumes"
+    reason = run.stop.received or "what another rank received"
+    kept = state.step == 0 or _save_state(run)
+    stopped = (
+        f"stopped by {reason} after step {state.step} (epoch {state.epoch}, "
+        f"{state.consumed} samples in)"
     )
+    if not kept:
+        raise StorageError(
+            f"{stopped}, but the checkpoint was not written; the same command resumes from the one "
+            "before"
+        )
+    raise Stopped(f"{stopped}; the same command resumes")
 
 
 def _validate(run: Run) -> float:
     """Score the validation split, keep the model if it is the best; returns mAP.
 
-    A signal is obeyed before, and a validation that fails leaves a checkpoint: the steps of the
-    epoch are not lost, the same command validates again.
+    A signal is obeyed before and in between, and a validation that fails leaves a checkpoint: the
+    steps of the epoch are not lost, the same command validates again.
     """
-    (stopping,) = run.ranks.agree(run.stop.requested)
-    if stopping:
-        _leave(run)
     run.metrics.state("evaluating")
     state = run.state
     try:
-        evaluation = run.validate()
+        evaluation = run.validate(lambda: run.stop.requested)
     except VlalError:
         _save_state(run)
         raise
+    if evaluation is None:
+        _leave(run)
     found = evaluation.groups["overall"]["mAP"]
     if found is None:
         logger.warning(
@@ -160,26 +171,44 @@ def _validate(run: Run) -> float:
     mean_ap = float(found or 0.0)
     better = state.best_map is None or mean_ap > state.best_map
     if better:
-        state.best_map, state.best_step = mean_ap, state.step
-        _on_rank_0(run, lambda: run.save_best(state))
+        _save_best(run, mean_ap)
     publish_validation(run, evaluation, mean_ap=mean_ap, better=better)
     return mean_ap
 
 
-def _save_state(run: Run) -> None:
-    save = run.save_state
-    if save is None:
+def _save_best(run: Run, mean_ap: float) -> None:
+    """Write the best model; if that fails, the one before stays the best, if it is still whole."""
+    state = run.state
+    before = state.best_map, state.best_step
+    state.best_map, state.best_step = mean_ap, state.step
+    if _on_rank_0(run, lambda: written(run, lambda: run.save_best(state), what="the best model")):
         return
+    state.best_map, state.best_step = before
+    if not _on_rank_0(run, lambda: run.holds_best(state)):
+        state.best_map = state.best_step = None
+
+
+def _save_state(run: Run) -> bool:
+    """Write a checkpoint, if anything has changed since the last; returns whether there is one."""
     run.metrics.state("saving")
     flush_log(run)
     run.account.settle()
     run.state.schedule = run.schedule.state()
-    _on_rank_0(run, lambda: save_and_publish(run, save))
+    now = asdict(run.state)
+    if now == run.saved:
+        return True
+    optimizer = run.engine.optimizer_tensors(keep=run.ranks.rank == 0)
+    if not _on_rank_0(run, lambda: save_and_publish(run, optimizer)):
+        return False
+    run.saved = now
+    return True
 
 
-def _on_rank_0(run: Run, write: Callable[[], object]) -> None:
-    """Write on rank 0; if that fails, every rank raises."""
-    run.ranks.together(lambda: write() if run.ranks.rank == 0 else None)
+def _on_rank_0(run: Run, write: Callable[[], bool]) -> bool:
+    """Write on rank 0; every rank gets whether it could, or raises if it failed otherwise."""
+    failed = run.ranks.together(lambda: run.ranks.rank == 0 and not write())
+    (anywhere,) = run.ranks.agree(failed)
+    return not anywhere
 
 
 def _done(run: Run) -> float:

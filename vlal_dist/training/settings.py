@@ -84,6 +84,7 @@ class RunSettings:
     checkpoint_epochs: int
     checkpoint_steps: int
     keep_checkpoints: int
+    peer_timeout_s: float
     log_steps: int
 
     evaluation_batch_size: int

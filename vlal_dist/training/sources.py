@@ -1,6 +1,7 @@
 """What a run reads besides images: the dataset, its likelihoods, PSL's prior; and validation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from vlal_dist.data.batch import Batch
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.dataset import Dataset, Split, open_split
 from vlal_dist.data.in_order import evaluation_batches
@@ -184,10 +186,11 @@ def make_validation(
     batch_size: int,
     top_k: int,
     threshold: float,
-) -> Callable[[], Evaluation]:
-    """A function that scores the validation split in float32: each rank takes neighbouring rows
+) -> Callable[[Callable[[], bool]], Evaluation | None]:
+    """A function that scores the validation split in float32: each rank takes neighbouring rows.
 
-    All ranks must call it, and all get the same evaluation.
+    All ranks must call it, and all get the same evaluation; or None, if before any batch any of
+    them says that it is to stop.
 
     Args:
         maker: of the validation split.
@@ -201,12 +204,29 @@ def make_validation(
     # Neighbours, so that no block of a remote split is read by two ranks.
     rows = np.array_split(np.arange(num_samples, dtype=np.int64), ranks.world_size)[ranks.rank]
 
-    def validate() -> Evaluation:
-        def predict_own() -> Predictions:
-            batches = evaluation_batches(maker, rows, batch_size=batch_size)
-            return predict(model, batches, num_attributes=maker.num_attributes, device=ranks.device)
+    most = -(-num_samples // ranks.world_size)  # rows of rank 0, which has no fewer than others
+    steps = -(-most // batch_size)
 
-        own = ranks.together(predict_own)
+    def validate(asked_to_stop: Callable[[], bool]) -> Evaluation | None:
+        batches = evaluation_batches(maker, rows, batch_size=batch_size)
+        stopped = False
+
+        def in_step() -> Iterator[Batch]:
+            nonlocal stopped
+            for _ in range(steps):
+                batch = ranks.together(lambda: next(batches, None))
+                (stopped,) = ranks.agree(asked_to_stop())
+                if stopped:
+                    return
+                if batch is not None:
+                    yield batch
+
+        with closing(batches):
+            own = predict(
+                model, in_step(), num_attributes=maker.num_attributes, device=ranks.device
+            )
+        if stopped:
+            return None
         merged = merge_predictions(_gather(own, ranks), num_samples=num_samples)
         return evaluate_scores(merged.score, merged.label, groups, top_k=top_k, threshold=threshold)
 
