@@ -18,7 +18,7 @@ from vlal_dist.training.launcher import Launcher
 from vlal_dist.training.objective import Objective, feasible_table
 from vlal_dist.training.outputs import BEST, open_log, open_metrics, record_start, save_best
 from vlal_dist.training.parts import Run
-from vlal_dist.training.ranks import Ranks, join_ranks
+from vlal_dist.training.ranks import Ranks, join_ranks, peers_needed
 from vlal_dist.training.resume import (
     agree_on,
     begin_anew,
@@ -79,7 +79,8 @@ def run_training(
         how = resume_kind(found, world_size=ranks.world_size)
         run = _build(settings, sources, found, ranks, stop, store, stack)
         run.metrics.resumed(how)
-        train(run)
+        with peers_needed():
+            train(run)
     return run.state, ranks.world_size
 
 

@@ -6,7 +6,8 @@ their own, so that agreeing on them needs no accelerator. No object is ever pick
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -172,6 +173,25 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
         ) from None
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, device, control)
+
+
+@contextmanager
+def peers_needed() -> Iterator[None]:
+    """Name what it is when a collective fails because a peer has died, or hangs.
+
+    Raises:
+        VlalError: instead of gloo's or NCCL's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        raise VlalError(
+            f"another rank died, or hung for longer than training.peer_timeout_s ({first}); its "
+            "own log may say why. The same command resumes from the last checkpoint"
+        ) from error
 
 
 def _local_size(world_size: int) -> int:
