@@ -4,6 +4,7 @@ A program is a function `(Config, flags) -> counts`; `run_program` turns its err
 line and an exit code (design 9), prints the closing summary, and writes `result.json`.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,9 @@ from vlal_dist.config.load import config_yaml
 from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.storage.store import open_store
+
+EXIT_FILE = "VLAL_EXIT_FILE"
+"""Variable by which `supervise` asks a program for its exit code."""
 
 Counts = dict[str, object]
 Work = Callable[[Config, Mapping[str, str]], Counts]
@@ -59,6 +63,17 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         argv: command line without the program's name.
         quiet: no summary and no result files (ranks other than 0).
     """
+    code = _run(program, argv, quiet=quiet)
+    told = os.environ.get(EXIT_FILE)
+    if told and not quiet:
+        # Launchers change exit codes; the supervisor acts on this one. If it is not told, it must
+        # do with theirs.
+        with contextlib.suppress(OSError):
+            Path(told).write_text(str(code), encoding="ascii")
+    return code
+
+
+def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     if "--help" in argv or "-h" in argv:
         text = help_text(
             usage=program.usage,

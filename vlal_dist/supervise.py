@@ -12,14 +12,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from vlal_dist.config.cli import help_text, parse_command_line
 from vlal_dist.errors import ConfigError, DataError, Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.processes import Process, descendants, has_variable
+from vlal_dist.program import EXIT_FILE
 
 logger = logging.getLogger("vlal_dist.supervise")
 
@@ -44,14 +47,15 @@ class Job:
 
     Args:
         grace_s: how long its processes may take to end (seconds).
+        exit_file: where a program of ours leaves its exit code, which launchers change.
 
     Attributes:
         asked: the first signal that asked this process to stop.
     """
 
-    def __init__(self, *, grace_s: float) -> None:
+    def __init__(self, *, grace_s: float, exit_file: Path) -> None:
         self.asked: signal.Signals | None = None
-        self._grace_s = grace_s
+        self._grace_s, self._exit_file = grace_s, exit_file
         # Orphans become our children: nothing that came of the command is lost from sight.
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         for number in SIGNALS:
@@ -59,14 +63,22 @@ class Job:
                 signal.signal(number, self._receive)
 
     def run(self, command: Sequence[str]) -> int:
-        """Start the command and wait until nothing of it is left; returns its exit code.
+        """Start the command and wait until nothing of it is left.
+
+        Returns:
+            The exit code of rank 0's program, else the command's (-N: killed by signal N).
 
         Raises:
             UsageError: there is no such program.
         """
         try:
             # A session of its own: Ctrl-C reaches us alone, and we tell the ranks.
-            child = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_parent)
+            child = subprocess.Popen(
+                command,
+                env={**os.environ, EXIT_FILE: str(self._exit_file)},
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
         except OSError as error:
             raise UsageError(f"{command[0]}: {error.strerror}; give a program after --") from None
         code: int | None = None
@@ -79,7 +91,7 @@ class Job:
             if code is not None or self.asked is not None:
                 left = descendants(os.getpid())
                 if code is not None and not left:
-                    return code
+                    return self._told(code)
                 deadline = deadline or time.monotonic() + self._grace_s
                 if self.asked is not None:
                     _tell(left, told)
@@ -87,6 +99,16 @@ class Job:
                     _kill(left)
                     deadline += self._grace_s
             time.sleep(POLL_S)
+
+    def _told(self, code: int) -> int:
+        if code == -signal.SIGKILL:  # nobody asked: its ranks noticed, saved and left
+            return code
+        try:
+            text = self._exit_file.read_text(encoding="ascii")
+            self._exit_file.unlink()
+            return int(text)
+        except (OSError, ValueError):
+            return code
 
     def wait(self, seconds: float) -> None:
         """Sleep, less if asked to stop."""
@@ -102,7 +124,17 @@ def supervise(
     command: Sequence[str], *, restarts: int, backoff_s: float, healthy_s: float, grace_s: float
 ) -> int:
     """Run a command until it ends for good; returns the exit code (config/supervise.py)."""
-    job, failures = Job(grace_s=grace_s), 0
+    with tempfile.TemporaryDirectory(prefix="vlal-supervise-") as folder:
+        job = Job(grace_s=grace_s, exit_file=Path(folder, "code"))
+        return _again_and_again(
+            job, list(command), restarts=restarts, backoff_s=backoff_s, healthy_s=healthy_s
+        )
+
+
+def _again_and_again(
+    job: Job, command: list[str], *, restarts: int, backoff_s: float, healthy_s: float
+) -> int:
+    failures = 0
     while True:
         started = time.monotonic()
         code = job.run(command)

@@ -1,0 +1,201 @@
+"""`vlal_dist/train.py` with faults at a rank and a step, and a diary: the real program otherwise.
+
+The environment says what happens:
+
+    FAULTS   JSON list of {"rank", "step", "at", "kind", ...}; each happens once in a run root's
+             life (`often`: at every such moment), noted in the diary before it happens
+    DIARY    folder; every process appends to a file of its own, a JSON object a line
+
+`at`, in the order of a step's life:
+    start     the ranks have met; `step` is where they go on
+    step      a batch is here, nothing was computed
+    gradient  the gradient is summed, nothing was applied
+    applied   the step was applied and is in the books
+    epoch     the epoch's last step was made
+    validate  before validation batch `nth`
+    best      before the best model's weights are written
+    save      before file `nth` of a checkpoint is written (3: its mark)
+`kind`:
+    kill      SIGKILL to itself
+    signal    `signal` to itself, `times` of them
+    stop      SIGSTOP to itself (a process that hangs)
+    sleep     `seconds`
+    nan       the step's images become not finite (`step` only)
+    nan_gradient  the gradient does (`gradient` only)
+    fill      a file takes what is left of the disk of `path`
+    free      that file is removed
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(ROOT)
+
+import vlal_dist.train  # noqa: E402
+from vlal_dist.training.launcher import Launcher  # noqa: E402
+
+RANK = int(os.environ.get("RANK", "0"))
+DIARY = Path(os.environ["DIARY"])
+FAULTS: list[dict[str, Any]] = json.loads(os.environ.get("FAULTS", "[]"))
+FILLER = "filler"
+
+
+def note(event: str, **values: object) -> None:
+    """Add to this process's diary, on disk before anything else happens."""
+    line = json.dumps({"t": time.time(), "rank": RANK, "event": event, **values}) + "\n"
+    with (DIARY / f"{RANK}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line)
+
+
+def moment(at: str, step: int, nth: int = 0, *, spoil: Callable[[], None] | None = None) -> None:
+    """Do the faults of this moment."""
+    for number, fault in enumerate(FAULTS):
+        wanted = (fault.get("rank", RANK), fault["at"], fault.get("step", step))
+        if wanted != (RANK, at, step) or fault.get("nth", nth) != nth:
+            continue
+        done = DIARY / f"done-{number}-{RANK}"
+        if done.exists() and not fault.get("often"):
+            continue
+        done.touch()
+        if not fault.get("often"):
+            note("fault", step=step, at=at, kind=fault["kind"], nth=nth)
+        commit(fault, spoil)
+
+
+def commit(fault: dict[str, Any], spoil: Callable[[], None] | None) -> None:
+    kind = fault["kind"]
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "signal":
+        for _ in range(fault.get("times", 1)):
+            os.kill(os.getpid(), getattr(signal, fault["signal"]))
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "sleep":
+        time.sleep(fault["seconds"])
+    elif kind == "fill":
+        fill(Path(fault["path"]))
+    elif kind == "free":
+        (Path(fault["path"]) / FILLER).unlink()
+    else:
+        assert kind in ("nan", "nan_gradient") and spoil is not None, fault
+        spoil()
+
+
+def fill(folder: Path) -> None:
+    with (folder / FILLER).open("wb", buffering=0) as file, suppress(OSError):
+        for size in (1 << 20, 1 << 12):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+
+
+def install() -> None:
+    """Put the moments into the loop. torch is imported here."""
+    from vlal_dist.training import account, build, run, sources, step
+
+    one_step, train, accumulate = run._one_step, run.train, step.TrainStep.accumulate
+    save, best, batches = build.save_checkpoint, build.save_best, sources.evaluation_batches
+    check_epoch = account.Account.check_epoch
+    now = {"step": 0}
+
+    def faulty_train(it: Any) -> None:
+        now["step"] = it.state.step
+        note("start", step=it.state.step, epoch=it.state.epoch, world_size=it.ranks.world_size)
+        moment("start", it.state.step)
+        train(it)
+        note("done", step=it.state.step)
+
+    def faulty_one_step(it: Any, batch: Any, *rest: Any) -> None:
+        now["step"] = it.state.step
+
+        def spoil() -> None:
+            for one in batch.micro_batches:
+                one.image[:] = float("nan")
+
+        moment("step", it.state.step, spoil=spoil)
+        try:
+            one_step(it, batch, *rest)
+        finally:
+            if it.state.step > now["step"]:
+                now["step"] = it.state.step
+                real = [one.uid[one.row_weight > 0].tolist() for one in batch.micro_batches]
+                uids = [f"{uid % 2**64:016x}" for part in real for uid in part]
+                note("step", step=it.state.step, epoch=it.state.epoch, uids=uids)
+        moment("applied", it.state.step)
+
+    def faulty_accumulate(it: Any, *rest: Any) -> None:
+        accumulate(it, *rest)
+
+        def spoil() -> None:
+            it.engine.gradients()[0].fill_(float("nan"))
+
+        moment("gradient", now["step"], spoil=spoil)
+
+    def faulty_batches(*rest: Any, **more: Any) -> Iterator[Any]:
+        for nth, batch in enumerate(batches(*rest, **more)):
+            moment("validate", now["step"], nth)
+            yield batch
+
+    def faulty_check(it: Any, *rest: Any) -> None:
+        moment("epoch", now["step"])
+        check_epoch(it, *rest)
+
+    def faulty_save(store: Any, *rest: Any, **more: Any) -> int:
+        create, nth = store.create, iter(range(100))
+
+        def faulty_create(*words: Any) -> Any:
+            moment("save", now["step"], next(nth))
+            return create(*words)
+
+        store.create = faulty_create
+        started = time.time()
+        try:
+            size: int = save(store, *rest, **more)
+        finally:
+            del store.create
+        note("saved", step=now["step"], seconds=time.time() - started, bytes=size)
+        return size
+
+    def faulty_best(*rest: Any, **more: Any) -> None:
+        moment("best", now["step"])
+        best(*rest, **more)
+
+    run._one_step = faulty_one_step
+    build.train = faulty_train
+    build.save_checkpoint, build.save_best = faulty_save, faulty_best
+    sources.evaluation_batches = faulty_batches  # type: ignore[assignment]
+    account.Account.check_epoch = faulty_check  # type: ignore[method-assign]
+    step.TrainStep.accumulate = faulty_accumulate  # type: ignore[method-assign]
+    if "OUTAGE_S" in os.environ:
+        from vlal_dist.storage import s3_patience
+
+        s3_patience.OUTAGE_S = float(os.environ["OUTAGE_S"])
+
+
+def main() -> int:
+    note("begin", pid=os.getpid(), parent=os.getppid())
+    look = Launcher.of_this_process
+
+    def look_and_install() -> Launcher:
+        launcher = look()  # as early as in the real program
+        install()
+        return launcher
+
+    Launcher.of_this_process = look_and_install  # type: ignore[method-assign]
+    code = vlal_dist.train.main()
+    note("end", code=code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The supervisor on small commands: exit codes, restarts, orphans, signals. No training."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from vlal_dist.processes import descendants, look_at
+from vlal_dist.supervise import resuming
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def start(*command: str, own: Sequence[str] = ()) -> subprocess.Popen[str]:
+    words = ["--supervise.backoff_s", "0.05", *own, "--", *command]
+    return subprocess.Popen(
+        [sys.executable, "-m", "vlal_dist.supervise", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def wait_for(path: Path) -> int:
+    """The process id that a command writes."""
+    deadline = time.monotonic() + 30
+    while not path.exists() or not path.read_text().strip():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (2, 1), (64, 1), (65, 1), (75, 1), (74, 3)])
+def test_only_what_may_pass_is_tried_again(tmp_path: Path, code: int, starts: int) -> None:
+    count = tmp_path / "count"
+    command = f"echo x >> {count}; exit {code}"
+    found, output = finish(start("sh", "-c", command, own=["--supervise.restarts", "2"]))
+    assert found == code, output
+    assert len(count.read_text().split()) == starts
+    assert output.count("again in") == starts - 1
+
+
+def test_a_command_that_recovers_ends_well(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    command = f"echo x >> {count}; test $(wc -l < {count}) -ge 3 || kill -9 $$"
+    assert finish(start("sh", "-c", command))[0] == 0
+
+
+def test_the_programs_own_exit_code_counts_not_the_launchers(tmp_path: Path) -> None:
+    told = 'echo 65 > "$VLAL_EXIT_FILE"; exit 247'
+    assert finish(start("sh", "-c", told))[0] == 65
+    code, output = finish(start("sh", "-c", "exit 247", own=["--supervise.restarts", "0"]))
+    assert code == 247 and "failure 1 in a row" in output
+
+
+def test_it_waits_for_orphans_and_kills_what_stays(tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    began = time.monotonic()
+    assert finish(start("sh", "-c", f"(sleep 1; touch {done}) & exit 0"))[0] == 0
+    assert done.exists() and time.monotonic() - began >= 1
+    own = ["--supervise.grace_s", "0.5"]
+    began = time.monotonic()
+    code, output = finish(start("sh", "-c", "trap '' TERM; sleep 50 & exit 0", own=own))
+    assert code == 0 and time.monotonic() - began < 20
+    assert "killing 1 processes" in output
+
+
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+def leave(number, frame):
+    Path(sys.argv[1] + ".got").write_text(signal.Signals(number).name)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, leave)
+Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_goes_past_the_launcher_to_the_ranks(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    rank = tmp_path / "rank"
+    # A launcher that would kill its rank, if it got the signal itself.
+    launcher = f"trap 'kill -9 $!; exit 9' TERM; RANK=0 {sys.executable} -c '{RANK}' {rank} & wait"
+    process = start("bash", "-c", launcher + "; wait $!; exit $?")
+    wait_for(rank)
+    process.send_signal(number)
+    process.send_signal(number)  # a second one does no harm
+    code, output = finish(process)
+    assert code == 75, output
+    assert Path(f"{rank}.got").read_text() == "SIGTERM"
+
+
+def test_a_command_without_ranks_gets_the_signal_itself(tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    process = start(sys.executable, "-c", RANK, str(alone))
+    wait_for(alone)
+    process.terminate()
+    assert finish(process)[0] == 75 and Path(f"{alone}.got").exists()
+
+
+def test_a_launcher_that_was_terminated_is_not_started_again(tmp_path: Path) -> None:
+    front = tmp_path / "front"
+    process = start("sh", "-c", f"echo $$ > {front}; exec sleep 60")
+    os.kill(wait_for(front), signal.SIGTERM)
+    assert finish(process)[0] == 75
+
+
+def test_killed_itself_it_takes_the_command_along(tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    process = start(sys.executable, "-c", RANK, str(alone))
+    pid = wait_for(alone)
+    process.kill()
+    finish(process)
+    deadline = time.monotonic() + 10
+    while look_at(pid) is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert Path(f"{alone}.got").read_text() == "SIGTERM"
+
+
+def test_a_stop_during_the_pause_ends_it(tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    process = start("sh", "-c", f"echo 1 > {count}; exit 1", own=["--supervise.backoff_s", "30"])
+    wait_for(count)
+    time.sleep(0.5)
+    process.terminate()
+    began = time.monotonic()
+    assert finish(process)[0] == 75 and time.monotonic() - began < 10
+
+
+def test_what_is_wrong_is_said() -> None:
+    for words, code, part in (
+        (["--"], 2, "no command"),
+        (["--", "/nowhere/program"], 2, "/nowhere/program"),
+        (["--supervise.restart", "3", "--", "true"], 64, "supervise.restarts"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "vlal_dist.supervise", *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and part in done.stderr
+
+
+def test_a_restart_neither_begins_anew_nor_goes_back() -> None:
+    assert resuming(["t", "--resume", "none", "--a.b", "1"]) == [
+        "t",
+        "--resume",
+        "auto",
+        "--a.b",
+        "1",
+    ]
+    assert resuming(["t", "--resume=old/run"]) == ["t", "--resume=auto"]
+    assert resuming(["t"]) == ["t"]
+
+
+def test_processes_are_seen_until_they_end() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    seen = look_at(child.pid)
+    assert seen is not None and seen.parent == os.getpid() and seen.is_alive()
+    assert seen in descendants(os.getpid())
+    assert not seen._replace(started=seen.started + 1).is_alive()  # another under the same id
+    child.kill()
+    deadline = time.monotonic() + 10
+    while seen.is_alive():  # although nobody has waited for it yet
+        assert time.monotonic() < deadline
+    child.communicate()
