@@ -26,6 +26,7 @@ The environment says what happens:
     free      that file is removed
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -101,6 +102,8 @@ def fill(folder: Path) -> None:
 
 def install() -> None:
     """Put the moments into the loop. torch is imported here."""
+    import torch
+
     from vlal_dist.training import account, build, run, sources, step
 
     one_step, train, accumulate = run._one_step, run.train, step.TrainStep.accumulate
@@ -115,23 +118,23 @@ def install() -> None:
         train(it)
         note("done", step=it.state.step)
 
-    def faulty_one_step(it: Any, batch: Any, *rest: Any) -> None:
+    def faulty_one_step(it: Any, batch: Any, *rest: Any) -> bool:
         now["step"] = it.state.step
 
         def spoil() -> None:
-            for one in batch.micro_batches:
-                one.image[:] = float("nan")
+            batch.micro_batches = [
+                dataclasses.replace(one, image=torch.full(one.image.shape, float("nan")))
+                for one in batch.micro_batches
+            ]
 
         moment("step", it.state.step, spoil=spoil)
-        try:
-            one_step(it, batch, *rest)
-        finally:
-            if it.state.step > now["step"]:
-                now["step"] = it.state.step
-                real = [one.uid[one.row_weight > 0].tolist() for one in batch.micro_batches]
-                uids = [f"{uid % 2**64:016x}" for part in real for uid in part]
-                note("step", step=it.state.step, epoch=it.state.epoch, uids=uids)
+        stopping: bool = one_step(it, batch, *rest)
+        now["step"] = it.state.step
+        real = [one.uid[one.row_weight > 0].tolist() for one in batch.micro_batches]
+        uids = [f"{uid % 2**64:016x}" for part in real for uid in part]
+        note("step", step=it.state.step, epoch=it.state.epoch, uids=uids)
         moment("applied", it.state.step)
+        return stopping
 
     def faulty_accumulate(it: Any, *rest: Any) -> None:
         accumulate(it, *rest)
@@ -150,20 +153,20 @@ def install() -> None:
         moment("epoch", now["step"])
         check_epoch(it, *rest)
 
-    def faulty_save(store: Any, *rest: Any, **more: Any) -> int:
+    def faulty_save(store: Any, state: Any, *rest: Any, **more: Any) -> int:
         create, nth = store.create, iter(range(100))
 
         def faulty_create(*words: Any) -> Any:
-            moment("save", now["step"], next(nth))
+            moment("save", state.step, next(nth))
             return create(*words)
 
         store.create = faulty_create
         started = time.time()
         try:
-            size: int = save(store, *rest, **more)
+            size: int = save(store, state, *rest, **more)
         finally:
             del store.create
-        note("saved", step=now["step"], seconds=time.time() - started, bytes=size)
+        note("saved", step=state.step, seconds=time.time() - started, bytes=size)
         return size
 
     def faulty_best(*rest: Any, **more: Any) -> None:

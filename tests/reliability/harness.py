@@ -28,17 +28,17 @@ class Start:
     def __init__(self, command: Sequence[str], env: dict[str, str], log: Path) -> None:
         self.mark = uuid.uuid4().hex
         self.began = time.time()
-        self._log = log.open("ab")
         self.log = log
-        self.process = subprocess.Popen(
-            list(command),
-            cwd=ROOT,
-            env={**environment(), **env, MARK: self.mark},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                list(command),
+                cwd=ROOT,
+                env={**environment(), **env, MARK: self.mark},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def processes(self) -> dict[int, list[str]]:
         """Id and command of all that are left of it."""
@@ -70,8 +70,9 @@ class Start:
         """Until the command itself has ended; its exit code."""
         try:
             return self.process.wait(timeout=timeout_s)
-        finally:
-            self._log.close()
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still running after {timeout_s} s: {self.text()}") from None
 
     def wait_for_all(self, *, timeout_s: float = 60.0) -> float:
         """Until nothing of it is left; the seconds that took. Orphans fail the test."""
@@ -125,6 +126,7 @@ class Job:
         self.diary = folder / "diary"
         self.diary.mkdir(parents=True, exist_ok=True)
         self.world_size, self.supervised, self.launcher = world_size, supervised, launcher
+        self.before: list[str] = []  # words in front of the command
         self.port = str(free_port())
         self.words = [
             FAULTY, "--config", str(config), "--paths.run", run or str(self.run),
@@ -148,7 +150,7 @@ class Job:
             own = ["--supervise.backoff_s", "0.2", "--supervise.grace_s", "40", *supervise]
             command = [sys.executable, "-m", "vlal_dist.supervise", *own, "--", *command]
         variables = {"DIARY": str(self.diary), "FAULTS": json.dumps(faults), **(env or {})}
-        return Start(command, variables, self.folder / "log.txt")
+        return Start([*self.before, *command], variables, self.folder / "log.txt")
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """The diaries of all processes, in the order of time."""

@@ -1,5 +1,6 @@
 """T1: a rank is killed at any point; the supervisor starts again; the end is bit-identical."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_without_the_supervisor_all_are_gone_at_once(
     code = start.wait()
     start.wait_for_all(timeout_s=60)
     (fault,) = job.events("fault")
-    gone = max(fault["t"], *(e["t"] for e in job.events("end")), fault["t"])
+    gone = time.time()
     assert code not in (0, 75), start.text()
     if rank == 1:
         assert "another rank died" in start.text()

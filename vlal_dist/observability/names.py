@@ -29,6 +29,7 @@ LOSS_TERMS = ("total", "positive", "negative", "feasible", "infeasible")
 TERM_KINDS = ("positive", "negative", "feasible_negated", "infeasible_negated", "ignored")
 ATTRIBUTE_STATUS = ("scored", "no_positive", "no_negative", "unannotated")
 RESUME_KINDS = ("fresh", "exact", "resharded", "fallback")
+STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "launcher_gone")
 SAVE_FAILURES = ("disk_full", "io", "other")
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
@@ -140,7 +141,8 @@ TRAIN: dict[str, Metric] = {
         "gauge", "Longest time of this start from one checkpoint (or its begin) to the next."
     ),
     "vlal_checkpoint_failures_total": Metric(
-        "counter", "Checkpoints that could not be written.", {"reason": SAVE_FAILURES}
+        "counter", "Checkpoints and best models that could not be written.",
+        {"reason": SAVE_FAILURES},
     ),
     "vlal_resume_total": Metric(
         "counter",
@@ -149,7 +151,8 @@ TRAIN: dict[str, Metric] = {
         {"kind": RESUME_KINDS},
     ),
     "vlal_signal_received_total": Metric(
-        "counter", "Signals that stopped this rank.", {"signal": ("SIGTERM", "SIGINT")}
+        "counter", "What made this rank stop: a signal, or that its launcher was gone.",
+        {"signal": STOPS},
     ),
 }  # fmt: skip
 """What a training rank says of itself."""

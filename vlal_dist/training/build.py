@@ -18,7 +18,7 @@ from vlal_dist.training.launcher import Launcher
 from vlal_dist.training.objective import Objective, feasible_table
 from vlal_dist.training.outputs import BEST, open_log, open_metrics, record_start, save_best
 from vlal_dist.training.parts import Run
-from vlal_dist.training.ranks import Ranks, join_ranks, peers_needed
+from vlal_dist.training.ranks import Ranks, join_ranks, limit_waits, peers_needed
 from vlal_dist.training.resume import (
     agree_on,
     begin_anew,
@@ -111,6 +111,7 @@ def _build(
     loader = ranks.together(lambda: make_loader(settings, sources, found, ranks))
     stack.callback(loader.close)
     schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
+    limit_waits(timeout_s=settings.peer_timeout_s)
     state = restore(
         found,
         engine=engine,

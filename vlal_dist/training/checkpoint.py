@@ -127,6 +127,7 @@ def _prune(store: Store, complete: Sequence[str], keep: int) -> None:
     try:
         for prefix in sorted(set(complete) - set(kept)):
             discard(store, prefix)
+        store.sweep(FOLDER)
     except StorageError as error:
         logger.warning("an old checkpoint was not removed, the next save will: %s", error)
 

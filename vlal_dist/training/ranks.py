@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from vlal_dist.errors import ConfigError, DataError, StorageError, VlalError
 
@@ -173,6 +174,16 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
         ) from None
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, device, control)
+
+
+def limit_waits(*, timeout_s: float) -> None:
+    """Give every process group this longest wait for a peer.
+
+    DeepSpeed makes groups of its own, with torch's default: a rank that hangs would be waited for
+    half an hour. No public function of torch sets it; `tests/reliability/test_peers.py` holds this.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 @contextmanager

@@ -77,10 +77,10 @@ def _train_epoch(run: Run) -> bool:
     with closing(steps), epoch_progress(run, left=end - begin) as progress:  # type: ignore[type-var]
         interval_started, interval_samples = time.monotonic(), 0
         for step, wait_s, started in _timed(run, steps):
-            _one_step(run, step, wait_s, started)
+            stopping = _one_step(run, step, wait_s, started)
             interval_samples += step.samples
             last = run.state.consumed >= end
-            if run.state.step % run.settings.log_steps == 0 or last or _enough(run):
+            if run.state.step % run.settings.log_steps == 0 or last or stopping or _enough(run):
                 seconds = max(time.monotonic() - interval_started, 1e-9)
                 loss = publish_interval(run, samples_per_s=interval_samples / seconds)
                 interval_started, interval_samples = time.monotonic(), 0
@@ -88,6 +88,8 @@ def _train_epoch(run: Run) -> bool:
                     progress.label = epoch_label(run, loss)
             if progress is not None:
                 progress.advance(step.samples)
+            if stopping:
+                _leave(run)
             every = run.settings.checkpoint_steps
             if every and run.state.step % every == 0 and not last:
                 _save_state(run)
@@ -97,8 +99,8 @@ def _train_epoch(run: Run) -> bool:
     return True
 
 
-def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
-    """Forward, backward, agree, apply, move the position on; save and leave when asked to."""
+def _one_step(run: Run, step: Step, wait_s: float, started: float) -> bool:
+    """Forward, backward, agree, apply, move the position on; returns whether a rank must stop."""
     state = run.state
     run.rates = run.schedule.rates_at(_done(run))
     run.engine.set_rates(run.rates)
@@ -123,8 +125,7 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> None:
         wait_s=wait_s,
         duration_s=time.monotonic() - started,
     )
-    if stopping:
-        _leave(run)
+    return stopping
 
 
 def _leave(run: Run) -> NoReturn:

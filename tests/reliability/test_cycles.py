@@ -1,0 +1,59 @@
+"""T11: what earlier starts left behind is never in the way: ports, files, shared memory."""
+
+import json
+import os
+import random
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.harness import Job, each_once_an_epoch, record
+
+pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+
+
+def test_a_rendezvous_port_that_is_taken_is_named(config: Path, tmp_path: Path) -> None:
+    job = Job(config, tmp_path)
+    with socket.socket() as other:
+        other.bind(("", int(job.port)))
+        other.listen()
+        start = job.start()
+        assert start.wait() == 74, start.text()
+        start.wait_for_all()
+    assert "ranks cannot meet at" in start.text() and "--master_port" in start.text()
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("cycles", [4, pytest.param(100, marks=pytest.mark.soak)])
+def test_killed_at_random_and_started_again_at_once(
+    config: Path, tmp_path: Path, undisturbed: Job, cycles: int
+) -> None:
+    targets = tmp_path / "targets"
+    job = Job(config, tmp_path, more=["--observability.targets", str(targets)])
+    draw = random.Random(7)
+    shared = set(os.listdir("/dev/shm"))
+    reached = []
+    for _ in range(cycles):
+        start = job.start({"kind": "sleep", "at": "step", "seconds": 0.1, "often": True})
+        time.sleep(draw.uniform(1.0, 16.0))
+        start.kill()  # every process, at once; the same ports and folders again
+        reached.append(max([e["step"] for e in job.events("step")], default=0))
+    start = job.start()
+    assert start.wait() == 0, start.text()
+    start.wait_for_all(timeout_s=5)
+    assert job.bits() == undisturbed.bits()
+    each_once_an_epoch(job.trained(), steps=4)
+    files = left_in(job.run)
+    assert not [name for name in files if ".vlal-tmp-" in name and "checkpoints" in name]
+    folders = sorted(path.name for path in (job.run / "checkpoints").iterdir())
+    assert folders == ["00000010", "00000012"]
+    assert list(targets.glob("*.json")) == []
+    assert set(os.listdir("/dev/shm")) <= shared
+    assert json.loads((job.run / "train.result.json").read_text())["code"] == 0
+    record("start and kill", cycles=cycles, lost=job.lost_steps(), manual_cleaning=0)
