@@ -33,6 +33,21 @@ def test_unfinished_files_are_hidden_and_removed(root: LocalStore, tmp_path: Pat
     assert files_of(root) == [f"{TEMPORARY_PREFIX}left-by-a-killed-process", "k", "k2", "k3"]
 
 
+def test_a_sweep_removes_what_killed_writers_left_and_nothing_else(
+    root: LocalStore, tmp_path: Path
+) -> None:
+    for key in ("other/k", "swept/k", "swept/a/k"):
+        root.create(key, b"x")
+    for folder in ("other", "swept", "swept/a", "swept/empty/deeper"):
+        (tmp_path / "root" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / folder / f"{TEMPORARY_PREFIX}left").write_bytes(b"half")
+    root.sweep("swept")
+    assert root.list_keys() == ["other/k", "swept/a/k", "swept/k"]
+    assert files_of(root) == [f"{TEMPORARY_PREFIX}left", "k", "k", "k"]
+    assert not (tmp_path / "root" / "swept" / "empty").exists()
+    root.sweep("nowhere")
+
+
 def test_a_killed_writer_leaves_no_name(root: LocalStore, tmp_path: Path) -> None:
     """kill -9 in the middle of the copy: no file under the final name, and a repeat succeeds."""
     pipe = tmp_path / "pipe"

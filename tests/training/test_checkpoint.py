@@ -1,4 +1,6 @@
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import S3Server
 from tests.training.cases import SmallClassifier, groups
-from vlal_dist.errors import DataError
+from vlal_dist.errors import DataError, StorageError
+from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.adam import adam_tensors, check_adam, restore_adam
 from vlal_dist.training.checkpoint import (
@@ -17,7 +20,7 @@ from vlal_dist.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from vlal_dist.training.resume import resume_kind
+from vlal_dist.training.resume import holds_best, resume_kind
 from vlal_dist.training.state import Binding, TrainState, check_binding
 
 BINDING = Binding(
@@ -155,6 +158,42 @@ def test_the_leftover_of_a_cut_save_is_no_obstacle(tmp_path: Path) -> None:
     save(store, 2)  # the same step again, as after a stop at an epoch's last step
     found = find_checkpoint(store, "auto")
     assert found is not None and found.state.step == 2
+
+
+def test_a_save_clears_what_killed_saves_left_first(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for step in (1, 2, 3):
+        save(store, step)
+    cut = tmp_path / "checkpoints" / "00000003"
+    (cut / COMPLETE).unlink()
+    (cut / f"{TEMPORARY_PREFIX}half").write_bytes(b"half")
+    save(store, 4)
+    folders = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert folders == {"00000002", "00000004"}
+
+
+def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    save(store, 1)
+    (tmp_path / "checkpoints" / "00000002").write_bytes(b"a file where a folder must be made")
+    with pytest.raises(StorageError):
+        save(store, 2)
+    found = find_checkpoint(store, "auto")
+    assert found is not None and found.state.step == 1
+
+
+def test_a_best_model_counts_only_if_it_is_the_states_and_whole(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    state = TrainState(binding=BINDING, step=4, best_map=0.25, best_step=4)
+    assert not holds_best(store, state)
+    weights = b"weights"
+    info = {"step": 4, "validation_map": 0.25, "sha256": hashlib.sha256(weights).hexdigest()}
+    store.replace("best/model.safetensors", weights)
+    store.replace("best/model.json", json.dumps(info).encode())
+    assert holds_best(store, state)
+    assert not holds_best(store, replace(state, best_step=8))
+    store.replace("best/model.safetensors", b"those of the next save, which was cut")
+    assert not holds_best(store, state)
 
 
 def test_through_s3(moto_s3: S3Server) -> None:
