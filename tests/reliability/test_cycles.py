@@ -5,7 +5,9 @@ import os
 import random
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,10 @@ def test_a_rendezvous_port_that_is_taken_is_named(config: Path, tmp_path: Path) 
     assert "ranks cannot meet at" in start.text() and "--master_port" in start.text()
 
 
+def trains_since(began: float) -> Callable[[list[dict[str, Any]]], bool]:
+    return lambda events: any(e["event"] == "start" and e["t"] > began for e in events)
+
+
 def left_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -41,7 +47,11 @@ def test_killed_at_random_and_started_again_at_once(
     reached = []
     for _ in range(cycles):
         start = job.start({"kind": "sleep", "at": "step", "seconds": 0.1, "often": True})
-        time.sleep(draw.uniform(1.0, 16.0))
+        if draw.random() < 0.5:
+            time.sleep(draw.uniform(0.5, 6.0))  # while it starts
+        else:
+            job.wait_for(start, trains_since(start.began))
+            time.sleep(draw.uniform(0.0, 1.5))
         start.kill()  # every process, at once; the same ports and folders again
         reached.append(max([e["step"] for e in job.events("step")], default=0))
     start = job.start()
