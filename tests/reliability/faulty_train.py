@@ -104,10 +104,10 @@ def install() -> None:
     """Put the moments into the loop. torch is imported here."""
     import torch
 
-    from vlal_dist.training import account, build, run, sources, step
+    from vlal_dist.training import account, best, build, run, sources, step
 
     one_step, train, accumulate = run._one_step, run.train, step.TrainStep.accumulate
-    save, best, batches = build.save_checkpoint, build.save_best, sources.evaluation_batches
+    save, write_model, batches = build.save_checkpoint, best.write_model, sources.evaluation_batches
     check_epoch = account.Account.check_epoch
     now = {"step": 0}
 
@@ -171,11 +171,11 @@ def install() -> None:
 
     def faulty_best(*rest: Any, **more: Any) -> None:
         moment("best", now["step"])
-        best(*rest, **more)
+        write_model(*rest, **more)
 
     run._one_step = faulty_one_step
     build.train = faulty_train
-    build.save_checkpoint, build.save_best = faulty_save, faulty_best
+    build.save_checkpoint, best.write_model = faulty_save, faulty_best
     sources.evaluation_batches = faulty_batches  # type: ignore[assignment]
     account.Account.check_epoch = faulty_check  # type: ignore[method-assign]
     step.TrainStep.accumulate = faulty_accumulate  # type: ignore[method-assign]

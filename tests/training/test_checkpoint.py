@@ -13,6 +13,7 @@ from vlal_dist.errors import DataError, StorageError
 from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.adam import adam_tensors, check_adam, restore_adam
+from vlal_dist.training.best import holds_best
 from vlal_dist.training.checkpoint import (
     COMPLETE,
     complete_checkpoints,
@@ -20,7 +21,7 @@ from vlal_dist.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from vlal_dist.training.resume import holds_best, resume_kind
+from vlal_dist.training.resume import resume_kind
 from vlal_dist.training.state import Binding, TrainState, check_binding
 
 BINDING = Binding(

@@ -61,7 +61,11 @@ def save_model(store: Store, prefix: str, model: nn.Module, info: SavedModelInfo
         model: parameters and buffers are written as they are, from any device.
         info: its description.
     """
-    weights = encode_weights(model)
+    write_model(store, prefix, encode_weights(model), info)
+
+
+def write_model(store: Store, prefix: str, weights: bytes, info: SavedModelInfo) -> None:
+    """`save_model` of `encode_weights`' bytes; StorageError if a file cannot be written."""
     store.replace(f"{prefix}/model.safetensors", weights)
     text = {"format": FORMAT, "sha256": hashlib.sha256(weights).hexdigest(), **asdict(info)}
     store.replace(f"{prefix}/model.json", (json.dumps(text, indent=2) + "\n").encode())

@@ -12,18 +12,18 @@ from vlal_dist.method.model import build_model, parameter_groups
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.account import Account
 from vlal_dist.training.batches import make_batches, make_loader
+from vlal_dist.training.best import BEST, BestModel
 from vlal_dist.training.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.launcher import Launcher
 from vlal_dist.training.objective import Objective, feasible_table
-from vlal_dist.training.outputs import BEST, open_log, open_metrics, record_start, save_best
+from vlal_dist.training.outputs import open_log, open_metrics, record_start
 from vlal_dist.training.parts import Run
 from vlal_dist.training.ranks import Ranks, join_ranks, limit_waits, peers_needed
 from vlal_dist.training.resume import (
     agree_on,
     begin_anew,
     check_resume,
-    holds_best,
     restore,
     resume_kind,
 )
@@ -145,8 +145,7 @@ def _build(
             top_k=settings.top_k,
             threshold=settings.threshold,
         ),
-        save_best=lambda now: _save_best(settings, sources, store, engine, now),
-        holds_best=lambda now: holds_best(store, now),
+        best=_best_model(settings, sources, store, engine),
         save_state=lambda now, optimizer: save_checkpoint(
             store, now, engine.module.state_dict(), optimizer, keep=settings.keep_checkpoints
         ),
@@ -279,13 +278,10 @@ def _schedule_and_engine(
     return schedule, engine
 
 
-def _save_best(
-    settings: RunSettings, sources: Sources, store: Store, engine: Engine, state: TrainState
-) -> None:
-    save_best(
+def _best_model(settings: RunSettings, sources: Sources, store: Store, engine: Engine) -> BestModel:
+    return BestModel(
         store,
         engine.module,
-        state,
         depth=settings.depth,
         width=settings.width,
         object_gate=settings.object_gate,

@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: metrics, its log, what it ran on, and the best model."""
+"""What a run writes besides checkpoints and models: metrics, its log, what it ran on."""
 
 import contextlib
 import importlib.metadata
@@ -16,7 +16,6 @@ import torch
 import vlal_dist
 from vlal_dist import __version__
 from vlal_dist.errors import NotFoundError, Stopped
-from vlal_dist.evaluation.saved_model import SavedModelInfo, save_model
 from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.metrics_log import MetricsLog, lines_until
 from vlal_dist.observability.targets import Target
@@ -24,9 +23,7 @@ from vlal_dist.storage.s3_counts import process_counts
 from vlal_dist.storage.store import Store
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.settings import RunSettings
-from vlal_dist.training.state import TrainState
 
-BEST = "best"
 METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
 
@@ -161,24 +158,3 @@ def open_log(store: Store, *, step: int) -> MetricsLog:
         append_to=store.local_path(METRICS),
         replace=lambda data: store.replace(METRICS, data),
     )
-
-
-def save_best(store: Store, model: torch.nn.Module, state: TrainState, **settings: object) -> None:
-    """Write the best model, for evaluate and predict.
-
-    Args:
-        store: the run root.
-        model: the model as it is now.
-        state: where the run stands.
-        settings: the remaining fields of `SavedModelInfo`.
-    """
-    info = SavedModelInfo(
-        **settings,  # type: ignore[arg-type]
-        vocabulary_digest=state.binding.vocabulary_digest,
-        feasible_digest=state.binding.feasible_digest,
-        seed=state.binding.seed,
-        step=state.step,
-        epoch=state.epoch + 1,
-        validation_map=state.best_map or 0.0,
-    )
-    save_model(store, BEST, model, info)

@@ -11,6 +11,7 @@ from vlal_dist.method.metrics import Evaluation
 from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.metrics_log import MetricsLog
 from vlal_dist.training.account import Account
+from vlal_dist.training.best import BestModel
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.schedule import Schedule
@@ -34,8 +35,7 @@ class Run:
         account: what the ledger and the quarantine hold of it.
         validate: scores the validation split; called by all ranks, which get the same result: None
             if what it is given, asked before each batch, says on any rank that it is to stop.
-        save_best: writes the best model; called on rank 0.
-        holds_best: whether the best model that a state names is there, and whole.
+        best: keeps and writes the best model; used on rank 0.
         save_state: writes a checkpoint with Adam's state, returns its bytes; called on rank 0.
         saved: the state in the newest checkpoint.
         metrics: what this rank exports.
@@ -53,8 +53,7 @@ class Run:
     state: TrainState
     account: Account
     validate: Callable[[Callable[[], bool]], Evaluation | None]
-    save_best: Callable[[TrainState], None]
-    holds_best: Callable[[TrainState], bool]
+    best: BestModel
     save_state: Callable[[TrainState, Mapping[str, Tensor]], int]
     metrics: TrainMetrics
     log: MetricsLog | None

@@ -1,12 +1,11 @@
 """Continuing a run: may it be continued, and from where."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 
-from vlal_dist.errors import DataError, NotFoundError, StorageError
+from vlal_dist.errors import DataError
 from vlal_dist.storage.store import Store
+from vlal_dist.training.best import BEST, holds_best
 from vlal_dist.training.checkpoint import (
     Checkpoint,
     complete_checkpoints,
@@ -66,7 +65,7 @@ def begin_anew(store: Store) -> None:
     if old:
         logger.warning("--resume none: %d checkpoints of an earlier run are removed", len(old))
     # The description goes first: without it evaluate takes the weights for no model.
-    for key in ("best/model.json", "best/model.safetensors"):
+    for key in (f"{BEST}/model.json", f"{BEST}/model.safetensors"):
         if store.exists(key):
             store.delete(key)
     for prefix in old:
@@ -112,19 +111,3 @@ def restore(
     if not holds_best(store, state):
         state.best_map = state.best_step = None
     return state
-
-
-def holds_best(store: Store, state: TrainState) -> bool:
-    """Whether the best model that a state names is in the run root, and whole."""
-    try:
-        info = json.loads(store.read("best/model.json"))
-        weights = store.read("best/model.safetensors")
-    except NotFoundError:
-        return False
-    except StorageError:
-        return True  # out of reach now: nothing says that it was altered
-    return (info.get("step"), info.get("validation_map"), info.get("sha256")) == (
-        state.best_step,
-        state.best_map,
-        hashlib.sha256(weights).hexdigest(),
-    )

@@ -172,21 +172,10 @@ def _validate(run: Run) -> float:
     mean_ap = float(found or 0.0)
     better = state.best_map is None or mean_ap > state.best_map
     if better:
-        _save_best(run, mean_ap)
+        state.best_map, state.best_step = mean_ap, state.step
+        _on_rank_0(run, lambda: _write_best(run, found=True))
     publish_validation(run, evaluation, mean_ap=mean_ap, better=better)
     return mean_ap
-
-
-def _save_best(run: Run, mean_ap: float) -> None:
-    """Write the best model; if that fails, the one before stays the best, if it is still whole."""
-    state = run.state
-    before = state.best_map, state.best_step
-    state.best_map, state.best_step = mean_ap, state.step
-    if _on_rank_0(run, lambda: written(run, lambda: run.save_best(state), what="the best model")):
-        return
-    state.best_map, state.best_step = before
-    if not _on_rank_0(run, lambda: run.holds_best(state)):
-        state.best_map = state.best_step = None
 
 
 def _save_state(run: Run) -> bool:
@@ -199,10 +188,21 @@ def _save_state(run: Run) -> bool:
     if now == run.saved:
         return True
     optimizer = run.engine.optimizer_tensors(keep=run.ranks.rank == 0)
-    if not _on_rank_0(run, lambda: save_and_publish(run, optimizer)):
+    if not _on_rank_0(run, lambda: save_and_publish(run, optimizer) and _write_best(run)):
         return False
     run.saved = now
     return True
+
+
+def _write_best(run: Run, *, found: bool = False) -> bool:
+    """Write the best model, if that is still to be done; returns whether it is done.
+
+    Args:
+        found: it is the present one.
+    """
+    if found:
+        run.best.keep(run.state)
+    return written(run, run.best.write, what="the best model")
 
 
 def _on_rank_0(run: Run, write: Callable[[], bool]) -> bool:
