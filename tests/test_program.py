@@ -8,7 +8,7 @@ import pytest
 
 from vlal_dist.config.config import Config
 from vlal_dist.errors import DataError
-from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.program import EXIT_FILE, Counts, Program, run_program
 
 
 def outcome(folder: Path, work: object, *more: str) -> tuple[int, dict[str, object]]:
@@ -42,6 +42,14 @@ def test_errors_end_with_a_code_that_the_result_tells(
     assert found == result["code"] == code and str(error) in str(result["reason"])
     assert (tmp_path / "try.config.yaml").exists()  # of the success before
     assert str(error) in capsys.readouterr().err
+
+
+def test_the_supervisor_is_told_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "code"))
+    outcome(tmp_path, DataError("bad"))
+    assert (tmp_path / "code").read_text() == "65"
+    monkeypatch.setenv(EXIT_FILE, str(tmp_path / "no/such/folder"))
+    assert outcome(tmp_path, None)[0] == 0
 
 
 def test_an_interruption_can_be_continued(tmp_path: Path) -> None:
