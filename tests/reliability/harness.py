@@ -187,9 +187,9 @@ class Job:
     def bits(self) -> dict[str, str]:
         """Digests of what the run ended with: weights, Adam, best model, every logged loss."""
         newest = sorted(path.parent for path in self.run.glob("checkpoints/*/COMPLETE"))[-1]
-        files = [newest / "model.safetensors", newest / "optimizer.safetensors"]
-        files.append(self.run / "best" / "model.safetensors")
-        found = {path.parent.name + path.name: sha256(path.read_bytes()) for path in files}
+        files = {name: newest / f"{name}.safetensors" for name in ("model", "optimizer")}
+        files["best"] = self.run / "best" / "model.safetensors"
+        found = {name: sha256(path.read_bytes()) for name, path in files.items()}
         lines = [json.loads(x) for x in (self.run / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             line.pop("samples_per_s", None)

@@ -109,9 +109,8 @@ class S3Run:
         store = open_store(self.url)
         newest = max(key for key in store.list_keys("checkpoints/") if key.endswith("COMPLETE"))
         folder = newest.rpartition("/")[0]
-        keys = [f"{folder}/{name}.safetensors" for name in ("model", "optimizer")]
-        found = {key.replace("checkpoints/", "").replace("/", ""): key for key in keys}
-        found["bestmodel.safetensors"] = "best/model.safetensors"
+        found = {name: f"{folder}/{name}.safetensors" for name in ("model", "optimizer")}
+        found["best"] = "best/model.safetensors"
         return {name: sha256(store.read(key)) for name, key in found.items()}
 
 
