@@ -52,6 +52,7 @@ class Exporter:
         """A step, at the end of a log interval."""
         self.steps += 1
         self.metrics.step(epoch=3, step=self.steps, rows=ROWS, wait_s=0.002, duration_s=0.2)
+        self.metrics.times([(0.15, 0.02)])
         self.metrics.interval(
             loss=dict.fromkeys(LOSS_TERMS, 2.5),
             rates={"head": 7e-4, "backbone": 1e-5},

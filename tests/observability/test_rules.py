@@ -53,7 +53,8 @@ def unknown(text: str) -> set[str]:
         name
         for name in NAME.findall(text)
         if name not in NAMES
-        and NAMES.get(suffixes.sub("", name), Metric("gauge", "")).kind != "histogram"
+        and NAMES.get(suffixes.sub("", name), Metric("gauge", "")).kind
+        not in ("histogram", "summary")
     }
 
 

@@ -17,6 +17,7 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
+    Summary,
     start_http_server,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -82,6 +83,11 @@ class TrainMetrics:
             name: Histogram(name, metric.text, buckets=metric.buckets, registry=registry)
             for name, metric in metrics.items()
             if metric.kind == "histogram"
+        }
+        self._summaries = {
+            name: Summary(name, metric.text, registry=registry)
+            for name, metric in metrics.items()
+            if metric.kind == "summary"
         }
         for name, counter in self._counters.items():
             # At 0 from the start: of a series that begins at 1, `increase` sees nothing.
@@ -150,6 +156,12 @@ class TrainMetrics:
         self._histograms["vlal_loader_wait_seconds"].observe(wait_s)
         self._histograms["vlal_train_step_duration_seconds"].observe(duration_s)
         self._gauges["vlal_train_last_step_timestamp_seconds"].set_to_current_time()
+
+    def times(self, steps: Iterable[tuple[float, float]]) -> None:
+        """Publish (seconds of this rank's passes, seconds of the sum over ranks) of steps."""
+        for compute_s, allreduce_s in steps:
+            self._summaries["vlal_train_compute_seconds"].observe(compute_s)
+            self._summaries["vlal_train_allreduce_seconds"].observe(allreduce_s)
 
     def refused(self) -> None:
         """Count a step that was not finite."""

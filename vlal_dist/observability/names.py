@@ -18,7 +18,7 @@ class Metric(NamedTuple):
         buckets: upper bounds of a histogram.
     """
 
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Literal["counter", "gauge", "histogram", "summary"]
     text: str
     labels: Mapping[str, tuple[str, ...]] = {}
     buckets: tuple[float, ...] = ()
@@ -93,6 +93,12 @@ TRAIN: dict[str, Metric] = {
     "vlal_train_global_step": Metric("gauge", "Steps since the run began."),
     "vlal_train_step_duration_seconds": Metric(
         "histogram", "A step, waiting for the loader included.", buckets=STEP_BUCKETS
+    ),
+    "vlal_train_compute_seconds": Metric(
+        "summary", "A step's passes on this rank, without waiting for others; none with ZeRO 1, 2."
+    ),
+    "vlal_train_allreduce_seconds": Metric(
+        "summary", "Summing its gradients over ranks, waiting included; none with ZeRO 1 and 2."
     ),
     "vlal_train_last_step_timestamp_seconds": Metric(
         "gauge", "When a step last ended, or training began or went on."
