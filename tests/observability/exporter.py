@@ -13,6 +13,7 @@ from vlal_dist.observability.names import (
     ATTRIBUTE_STATUS,
     LOADER,
     LOSS_TERMS,
+    S3_REASONS,
     SAVE_FAILURES,
     TERM_KINDS,
 )
@@ -36,7 +37,7 @@ class Exporter:
     def readings(self) -> Readings:
         return {
             ("vlal_s3_requests_total",): 10.0 * self.steps,
-            ("vlal_s3_retries_total",): 1.0 * self.steps,
+            **{("vlal_s3_retries_total", reason): 1.0 * self.steps for reason in S3_REASONS},
             ("vlal_s3_bytes_total", "in"): 1e6 * self.steps,
             ("vlal_s3_bytes_total", "out"): 1e3 * self.steps,
             ("vlal_disk_free_bytes", "cache"): 1e9,

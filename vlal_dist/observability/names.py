@@ -31,6 +31,9 @@ ATTRIBUTE_STATUS = ("scored", "no_positive", "no_negative", "unannotated")
 RESUME_KINDS = ("fresh", "exact", "resharded", "fallback")
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "launcher_gone")
 SAVE_FAILURES = ("disk_full", "io", "other")
+S3_REASONS = (
+    "throttled", "error", "unreachable", "timeout", "truncated", "altered", "commit", "redirected",
+)  # fmt: skip
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 SAVE_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -69,7 +72,7 @@ LOADER: dict[str, Metric] = {
 STORAGE: dict[str, Metric] = {
     "vlal_s3_requests_total": Metric("counter", "HTTP requests to S3, repetitions included."),
     "vlal_s3_retries_total": Metric(
-        "counter", "Requests repeated: after a failure, to read on, or to commit again."
+        "counter", "Requests repeated, and why.", {"reason": S3_REASONS}
     ),
     "vlal_s3_bytes_total": Metric(
         "counter", "Bytes of objects received and of accepted PUTs.", {"direction": ("in", "out")}
