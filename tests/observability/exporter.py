@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from vlal_dist.observability.metrics import Readings, TrainMetrics
+from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.names import (
     ATTRIBUTE_STATUS,
     LOADER,
@@ -16,6 +16,7 @@ from vlal_dist.observability.names import (
     S3_REASONS,
     SAVE_FAILURES,
     TERM_KINDS,
+    Readings,
 )
 from vlal_dist.observability.targets import Target
 

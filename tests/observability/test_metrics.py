@@ -144,6 +144,13 @@ def test_a_taken_port_gives_the_next_one_and_no_port_only_a_warning(
         second.close()
 
 
+def test_a_host_without_an_address_is_asked_for_once(caplog: pytest.LogCaptureFixture) -> None:
+    started = time.monotonic()
+    assert Exporter().metrics.serve(host="no-such-host.invalid", port=9400) is None
+    assert "set observability.metrics_host" in caplog.text
+    assert time.monotonic() - started < 30
+
+
 def test_a_scraper_that_hangs_holds_up_nobody() -> None:
     exporter = Exporter()
     port = served(exporter.metrics)

@@ -1,6 +1,6 @@
 """An HTTP endpoint that cannot cost the work beside it more than a little, whoever asks.
 
-It answers some times a second at most, all others wait in the kernel; what it says is made anew
+It answers ten times a second at most, all others wait in the kernel; what it says is made anew
 once a second at most; of more connections than a few the oldest is ended. So neither a scraper in
 a tight loop nor a hundred that hang take the interpreter's lock, threads or files away from the
 training, and the one that asks properly is answered.
@@ -20,7 +20,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-ANSWERS_PER_S = 20
+ANSWERS_PER_S = 10
 AT_ONCE = 100
 """Answers saved up while fewer were asked for."""
 KEPT_S = 1.0
@@ -52,7 +52,7 @@ class Endpoint(socketserver.ThreadingTCPServer):
         self.address_family, address = found[0][0], found[0][4]
         super().__init__(address, _Handler)  # type: ignore[arg-type]
         self._render = render
-        self._text, self._made_at = b"", 0.0
+        self._text, self._made_at = b"", -KEPT_S
         self._rendering = threading.Lock()
         self._answer_at = 0.0
         self._open: list[socket.socket] = []
@@ -67,7 +67,7 @@ class Endpoint(socketserver.ThreadingTCPServer):
     def text(self) -> bytes:
         """What to send now."""
         with self._rendering:
-            if time.monotonic() - self._made_at > KEPT_S:
+            if time.monotonic() - self._made_at >= KEPT_S:
                 self._text, self._made_at = self._render(), time.monotonic()
             return self._text
 

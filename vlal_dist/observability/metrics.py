@@ -7,6 +7,7 @@ accelerator wait.
 
 import itertools
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -25,14 +26,11 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from vlal_dist.observability.endpoint import Endpoint
-from vlal_dist.observability.names import LOADER, RUN_STATES, STORAGE, TRAIN, Metric
+from vlal_dist.observability.names import LOADER, RUN_STATES, STORAGE, TRAIN, Metric, Readings
 
 logger = logging.getLogger(__name__)
 
 PORTS_TRIED = 64
-
-Readings = Mapping[tuple[str, ...], float]
-"""(name of a metric, *values of its labels) -> value."""
 
 
 class AtScrape(Collector):
@@ -117,6 +115,8 @@ class TrainMetrics:
                 )
             except OSError as error:
                 reason = error
+                if isinstance(error, socket.gaierror):  # slow, and the same for every port
+                    break
                 continue
             logger.info("metrics: http://%s:%d/metrics", host, candidate)
             return candidate

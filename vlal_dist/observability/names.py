@@ -24,6 +24,9 @@ class Metric(NamedTuple):
     buckets: tuple[float, ...] = ()
 
 
+Readings = Mapping[tuple[str, ...], float]
+"""(name of a metric, *values of its labels) -> value."""
+
 RUN_STATES = ("init", "restoring", "training", "evaluating", "saving", "stopping", "done", "failed")
 LOSS_TERMS = ("total", "positive", "negative", "feasible", "infeasible")
 TERM_KINDS = ("positive", "negative", "feasible_negated", "infeasible_negated", "ignored")
@@ -34,6 +37,7 @@ SAVE_FAILURES = ("disk_full", "io", "other")
 S3_REASONS = (
     "throttled", "error", "unreachable", "timeout", "truncated", "altered", "commit", "redirected",
 )  # fmt: skip
+PACK_RESULTS = ("written", "missing", "bad_image", "bad_box", "other")
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 SAVE_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -184,6 +188,34 @@ SCORE: dict[str, Metric] = {
     ),
 }  # fmt: skip
 """What the driver of a scoring job on Ray says, a shard at a time; `run` is its score root."""
+
+PACK: dict[str, Metric] = {
+    "vlal_pack_instances_total": Metric(
+        "counter", "Instances of finished shards; at the end all rows of the input.",
+        {"run": (), "result": PACK_RESULTS},
+    ),
+    "vlal_pack_shards_total": Metric(
+        "counter", "Finished shards: written, or skipped because an earlier run wrote them.",
+        {"run": (), "result": ("written", "skipped")},
+    ),
+    "vlal_pack_bytes_total": Metric("counter", "Bytes of their tars.", {"run": ()}),
+}  # fmt: skip
+"""What pack says through node_exporter, a shard at a time; `run` is its dataset root."""
+
+JOB: dict[str, Metric] = {
+    "vlal_job_last_success_timestamp_seconds": Metric(
+        "gauge", "When it last ended with 0; 0: not yet.", {"job_name": (), "run": ()}
+    ),
+    "vlal_job_duration_seconds": Metric(
+        "gauge", "How long its last run took.", {"job_name": (), "run": ()}
+    ),
+    "vlal_job_exit_code": Metric(
+        "gauge",
+        "Exit code of its last run; 0 done, 75 stopped and resumable.",
+        {"job_name": (), "run": ()},
+    ),
+}
+"""What a program says through node_exporter when it ends; `run` is the root that it writes."""
 
 PROCESS: dict[str, Metric] = {
     "process_cpu_seconds_total": Metric("counter", "CPU of the process, all threads."),
