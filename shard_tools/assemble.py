@@ -63,13 +63,17 @@ class SampleLabels:
 
 @dataclass
 class ShardPart:
-    """A finished shard: its tar's name, size and digest, and one entry per sample in `columns`."""
+    """A finished shard: its tar's name, size and digest, and one entry per sample in `columns`.
+
+    `found`: an earlier run had finished it.
+    """
 
     name: str
     size_bytes: int = 0
     sha256: str = ""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
+    found: bool = False
 
     @property
     def samples(self) -> int:
@@ -155,6 +159,7 @@ def run_tasks(
     unit: str,
     sizes: Sequence[int],
     workers: int,
+    finished: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Run one task per shard in processes, with progress; results in the order of the tasks.
 
@@ -164,6 +169,7 @@ def run_tasks(
         label, unit: for the progress.
         sizes: units in each task.
         workers: processes; 0: one per core.
+        finished: told each result.
 
     Raises:
         VlalError: what a task raised, or a worker was killed.
@@ -179,6 +185,7 @@ def run_tasks(
         ):
             for size, result in zip(sizes, pool.map(work, tasks), strict=True):
                 results.append(result)
+                finished(result)
                 progress.advance(size)
     except BrokenProcessPool:
         raise VlalError(

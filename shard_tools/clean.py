@@ -274,7 +274,7 @@ PROGRAM = Program(
         "Read annotation files, drop small boxes, merge object names, delete attributes, and\n"
         "write instances, vocabulary and feasible sets to paths.instances."
     ),
-    sections=("clean", "paths"),
+    sections=("clean", "paths", "observability"),
     flags=("like", "json"),
     output=lambda config, flags: config.paths.instances,
     work=clean,

@@ -78,7 +78,7 @@ PROGRAM = Program(
     "Reads paths.merged if it is finished, else paths.dataset; opens no image. With --order: print "
     "the samples of a run's steps, one a line, from the settings that training reads; what was "
     "quarantined is printed too, and every epoch begins at its first sample.",
-    sections=("paths", "data", "training"),
+    sections=("paths", "data", "training", "observability"),
     flags=("order", "json"),
     output=lambda config, flags: config.paths.run,
     work=inspect,

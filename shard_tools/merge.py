@@ -247,7 +247,7 @@ PROGRAM = Program(
     purpose="Write self-contained tars that also hold each crop's log-likelihood (Eq. 2). Reads "
     "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
     "interruption: finished shards are kept.",
-    sections=("paths", "pack", "scoring"),
+    sections=("paths", "pack", "scoring", "observability"),
     flags=("json",),
     output=lambda config, flags: config.paths.merged,
     work=merge,

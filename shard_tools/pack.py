@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -29,6 +29,7 @@ from shard_tools.assemble import (
     shard_name,
 )
 from shard_tools.crops import CropSettings, Instance, Photo, decode_photo, make_sample
+from shard_tools.pack_counts import PackCounts
 from shard_tools.photos import PhotoSource
 from vlal_dist.config.config import Config
 from vlal_dist.config.pack import PackSection
@@ -93,9 +94,14 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
             crops,
         )
     ]
-    sizes = [len(task.instances) for task in tasks]
     parts = run_tasks(
-        build_shard, tasks, label="pack", unit="instances", sizes=sizes, workers=config.pack.workers
+        build_shard,
+        tasks,
+        label="pack",
+        unit="instances",
+        sizes=[len(task.instances) for task in tasks],
+        workers=config.pack.workers,
+        finished=PackCounts(config.observability.textfiles, root=target.url).add,
     )
     manifest: dict[str, Any] = {"name": config.pack.name, "likelihood": None, "splits": {}}
     manifest["crops"] = {**asdict(crops), "seed": config.pack.seed}
@@ -148,7 +154,7 @@ def build_shard(task: ShardTask) -> ShardPart:
     store = open_store(task.root)
     key = part_key(task.split, task.name)
     if store.exists(key):
-        return ShardPart.decode(store.read(key))
+        return replace(ShardPart.decode(store.read(key)), found=True)
     photos = _photo_source(tuple(task.images))
     with TarBuilder(task.name) as builder:
         for image_id, group in groupby(task.instances, key=lambda one: one.image_id):
@@ -256,7 +262,7 @@ PROGRAM = Program(
     purpose="Crop every instance out of its photo and pack the crops with their labels into "
     "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
     "command after an interruption: finished shards are kept.",
-    sections=("paths", "pack"),
+    sections=("paths", "pack", "observability"),
     flags=("json",),
     output=lambda config, flags: config.paths.dataset,
     work=pack,

@@ -146,7 +146,7 @@ PROGRAM = Program(
     purpose="Check a dataset end to end: digests, sizes, every tar member, crc32, crop, label and "
     "likelihood. Reads paths.merged if it is finished, else paths.dataset; writes nothing but its "
     "result beside the run.",
-    sections=("paths",),
+    sections=("paths", "observability"),
     flags=("json",),
     output=lambda config, flags: config.paths.run,
     work=verify,

@@ -20,6 +20,14 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 PIECE_BYTES = 64 << 10
+ANSWERS = {
+    "busy": (503, "SlowDown"),
+    "fail": (500, "InternalError"),
+    "refuse": (403, "AccessDenied"),
+    "clash": (409, "ConditionalRequestConflict"),
+    "moved": (301, "PermanentRedirect"),
+}
+"""Faults that are an answer of the proxy's own: status and code."""
 
 
 @dataclass
@@ -29,9 +37,11 @@ class Fault:
     Attributes:
         kind: `reset` (TCP RST), `truncate` (orderly close), `stall` (silence, then close), `flip`
             (one bit), all at body byte `at`; `short` (a reply that ends there, and states that
-            as its length); `busy` (503 SlowDown, not forwarded); `refuse` (403, likewise);
-            `latency` (a wait before forwarding); `lost` (forwarded, then closed without an
-            answer); `away` (this and all requests within `seconds` are closed without one).
+            as its length); `busy` (503 SlowDown, not forwarded); `fail` (500), `refuse` (403),
+            `clash` (409: another commit is under way), `moved` (301: the bucket is in another
+            region), likewise; `latency` (a wait before forwarding); `lost` (forwarded, then closed
+            without an answer); `away` (this and all requests within `seconds` are closed without
+            one).
         match: regular expression searched in `METHOD /path?query`.
         times: how many requests it hits.
         chance: share of the matching requests that it hits, drawn from a fixed seed.
@@ -41,8 +51,9 @@ class Fault:
     """
 
     kind: Literal[
-        "reset", "truncate", "stall", "flip", "short", "busy", "refuse", "latency", "lost", "away"
-    ]
+        "reset", "truncate", "stall", "flip", "short", "busy", "fail", "refuse", "clash", "moved",
+        "latency", "lost", "away",
+    ]  # fmt: skip
     match: str = "^GET "
     times: int = 1
     chance: float = 1.0
@@ -124,10 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.kind == "away":
             self.close_connection = True
             return None
-        if fault is not None and fault.kind == "busy":
-            return self._send_error(503, "SlowDown")
-        if fault is not None and fault.kind == "refuse":
-            return self._send_error(403, "AccessDenied")
+        if fault is not None and fault.kind in ANSWERS:
+            return self._send_error(*ANSWERS[fault.kind])
         if fault is not None and fault.kind == "latency":
             time.sleep(fault.seconds)
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
@@ -147,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         text = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
         self.send_response_only(status)
         self.send_header("Content-Length", str(len(text)))
+        if status == 301:
+            self.send_header("x-amz-bucket-region", "eu-central-1")
         self.end_headers()
         self.wfile.write(b"" if self.command == "HEAD" else text)
 

@@ -1,5 +1,6 @@
 """What every program does with errors: one line, an exit code, a result that says what happened."""
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,3 +69,56 @@ def test_counts_that_cannot_be_written_are_told_after_the_work(tmp_path: Path) -
     assert code == 74 and result["code"] == 0
     assert outcome(tmp_path, None, "--json", str(tmp_path / "n.json"))[0] == 0
     assert json.loads((tmp_path / "n.json").read_text())["samples"] == 3
+
+
+def told(folder: Path) -> str:
+    """What the program's file for node_exporter says; empty where there is none."""
+    found = [path.read_text() for path in folder.glob("vlal-try-*.prom")]
+    return found[0] if found else ""
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [
+        (None, 0),
+        (DataError("bad"), 65),
+        (OSError(28, "No space left on device"), 74),
+        (ValueError("bug"), 1),
+        (KeyboardInterrupt(), 75),
+    ],
+)
+def test_prometheus_is_told_how_it_ended(tmp_path: Path, work: object, code: int) -> None:
+    folder = tmp_path / "text"
+    assert outcome(tmp_path, work, "--observability.textfiles", str(folder))[0] == code
+    label = f'{{job_name="try",run="{tmp_path}"}}'
+    assert f"vlal_job_exit_code{label} {code}\n" in told(folder)
+    assert (f"vlal_job_last_success_timestamp_seconds{label} 0.0\n" in told(folder)) == bool(code)
+
+
+def test_a_plan_and_a_wrong_command_tell_prometheus_nothing(tmp_path: Path) -> None:
+    text = ("--observability.textfiles", str(tmp_path / "text"))
+    assert outcome(tmp_path, None, "--plan", *text)[0] == 0
+    assert outcome(tmp_path, None, "--no-such-flag", *text)[0] == 2
+    assert outcome(tmp_path, None, "--paths.no_such_key", "1", *text)[0] == 64
+    assert outcome(tmp_path, None)[0] == 0
+    assert told(tmp_path / "text") == ""
+
+
+def test_a_file_that_cannot_be_written_changes_no_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    text = ("--observability.textfiles", str(tmp_path / "file"))
+    assert outcome(tmp_path, None, *text)[0] == 0
+    assert "set observability.textfiles" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "module",
+    [f"shard_tools.{name}" for name in ("clean", "inspect_dataset", "merge", "pack", "reshard")]
+    + ["shard_tools.verify"]
+    + [f"vlal_dist.{name}" for name in ("evaluate", "export", "predict", "report", "score_clip")]
+    + ["vlal_dist.train"],
+)
+def test_every_program_knows_the_folder(module: str) -> None:
+    assert "observability" in importlib.import_module(module).PROGRAM.sections

@@ -177,6 +177,7 @@ def _job(row: Variant, seed: int, config: Config, root: Path, resolve: Resolve) 
         "training.seed": str(seed),
         "paths.run": str(place),
         "observability.metrics": "false",
+        "observability.textfiles": "none",  # of this program alone, not of each of its runs
     }
     if not config.training.threads:
         at_once = config.experiments.jobs * config.experiments.ranks

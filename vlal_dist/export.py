@@ -114,7 +114,7 @@ PROGRAM = Program(
     name="export",
     usage="python -m vlal_dist.export",
     purpose=PURPOSE,
-    sections=("paths", "export", "data", "evaluation"),
+    sections=("paths", "export", "data", "evaluation", "observability"),
     flags=("json",),
     # Not the export itself: that is handed on, and a configuration tells folders of this machine.
     output=lambda config, flags: config.paths.run,

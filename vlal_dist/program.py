@@ -1,7 +1,8 @@
 """What every program does around its work: parse, log, run, report, exit with the right code.
 
 A program is a function `(Config, flags) -> counts`; `run_program` turns its errors into one clear
-line and an exit code (design 9), prints the closing summary, and writes `result.json`.
+line and an exit code (design 9), prints the closing summary, writes `result.json`, and tells
+Prometheus how it ended where `observability.textfiles` says so.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from vlal_dist.config.config import Config
 from vlal_dist.config.load import config_yaml
 from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.observability.logs import setup_logging
+from vlal_dist.observability.textfiles import write_job_end
 from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"
@@ -85,15 +87,26 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
         return 0
     setup_logging()
     started = time.monotonic()
-    config: Config | None = None
-    flags: Mapping[str, str] = {}
     try:
         line = _parse(program, argv)
-        config, flags = line.config, line.flags
+    except (VlalError, OSError) as error:
+        sys.stderr.write(f"{program.name}: error: {error}\n")
+        return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code
+    code = _work(program, line.config, line.flags, started=started, quiet=quiet)
+    if not quiet and "plan" not in line.flags:
+        _write_end(program, line, code=code, seconds=time.monotonic() - started)
+    return code
+
+
+def _work(
+    program: Program, config: Config, flags: Mapping[str, str], *, started: float, quiet: bool
+) -> int:
+    """Run the program's work, print the summary and write `result.json`; the exit code."""
+    try:
         counts = program.work(config, flags)
     except VlalError as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")
-        if config is not None and not quiet:
+        if not quiet:
             _write_result(program, config, flags, {"code": error.exit_code, "reason": str(error)})
         return error.exit_code
     except KeyboardInterrupt:
@@ -106,13 +119,13 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     except OSError as error:
         # A full disk or a forbidden folder outside of any store, such as the temporary one.
         sys.stderr.write(f"{program.name}: error: {error}; check disk space and permissions\n")
-        if config is not None and not quiet:
+        if not quiet:
             code = StorageError.exit_code
             _write_result(program, config, flags, {"code": code, "reason": str(error)})
         return StorageError.exit_code
     except Exception as error:
         logger.exception("%s: an error that should not happen; please report it", program.name)
-        if config is not None and not quiet:
+        if not quiet:
             reason = f"{type(error).__name__}: {error}"
             _write_result(program, config, flags, {"code": 1, "reason": reason})
         return 1
@@ -165,6 +178,19 @@ def _write_result(
             store.replace(f"{program.name}.config.yaml", config_text.encode())
     except VlalError as error:
         logger.warning("%s: no result.json was written: %s", program.name, error)
+
+
+def _write_end(program: Program, line: CommandLine, *, code: int, seconds: float) -> None:
+    """Tell node_exporter's textfile collector how the program ended."""
+    folder = line.config.observability.textfiles
+    if folder is None:
+        return
+    try:
+        root = open_store(program.output(line.config, line.flags)).url
+    except VlalError as error:
+        logger.warning("%s: Prometheus is not told how it ended: %s", program.name, error)
+        return
+    write_job_end(Path(folder), program=program.name, root=root, code=code, seconds=seconds)
 
 
 def _short(value: object) -> str:

@@ -277,7 +277,7 @@ PROGRAM = Program(
         "feasible for its object. Runs on the Ray it is submitted to (ray job submit), else starts "
         "one on this machine. Repeat the command to continue."
     ),
-    sections=("paths", "scoring"),
+    sections=("paths", "scoring", "observability"),
     flags=("plan", "json", "retry-quarantined", "object-vectors"),
     output=lambda config, flags: (
         config.paths.instances if "object-vectors" in flags else config.paths.scores

@@ -63,7 +63,7 @@ def _settings(config: Config) -> "RunSettings":
         **data.model_dump(exclude={"likelihood", "threads"}),
         **training.model_dump(exclude={"threads"}),
         **config.model.model_dump(),
-        **config.observability.model_dump(),
+        **config.observability.model_dump(exclude={"textfiles"}),
         **method.model_dump(
             include={"profile", "loss", "draw_over", "draw", "draw_weights"}
             | {"margin", "detach_focal", "psl_prior", "psl_threshold", "psl_topk"}

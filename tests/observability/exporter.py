@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-from vlal_dist.observability.metrics import Readings, TrainMetrics
+from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.names import (
     ATTRIBUTE_STATUS,
     LOADER,
     LOSS_TERMS,
+    S3_REASONS,
     SAVE_FAILURES,
     TERM_KINDS,
+    Readings,
 )
 from vlal_dist.observability.targets import Target
 
@@ -36,7 +38,7 @@ class Exporter:
     def readings(self) -> Readings:
         return {
             ("vlal_s3_requests_total",): 10.0 * self.steps,
-            ("vlal_s3_retries_total",): 1.0 * self.steps,
+            **{("vlal_s3_retries_total", reason): 1.0 * self.steps for reason in S3_REASONS},
             ("vlal_s3_bytes_total", "in"): 1e6 * self.steps,
             ("vlal_s3_bytes_total", "out"): 1e3 * self.steps,
             ("vlal_disk_free_bytes", "cache"): 1e9,
@@ -52,6 +54,7 @@ class Exporter:
         """A step, at the end of a log interval."""
         self.steps += 1
         self.metrics.step(epoch=3, step=self.steps, rows=ROWS, wait_s=0.002, duration_s=0.2)
+        self.metrics.times([(0.15, 0.02)])
         self.metrics.interval(
             loss=dict.fromkeys(LOSS_TERMS, 2.5),
             rates={"head": 7e-4, "backbone": 1e-5},

@@ -39,8 +39,8 @@ def rules() -> list[dict[str, Any]]:
     return [rule for group in read_yaml(RULES)["groups"] for rule in group["rules"]]
 
 
-WATCHED = [path for path in DASHBOARDS if path.stem != "score"]
-"""Dashboards of what ranks export; scoring is exported by Ray."""
+WATCHED = [path for path in DASHBOARDS if path.stem not in ("batch", "score")]
+"""Dashboards of what ranks export; Ray exports scoring, node_exporter programs that end."""
 
 
 def expressions(dashboard: Path) -> list[tuple[str, str]]:
@@ -49,11 +49,19 @@ def expressions(dashboard: Path) -> list[tuple[str, str]]:
     return [(p["title"], target["expr"]) for p in panels for target in p["targets"]]
 
 
-def quick(folder: Path) -> Path:
-    """The shipped configuration and rules at a second's pace, targets in `folder/<job>`."""
+def quick(folder: Path, *, node: str | None = None) -> Path:
+    """The shipped configuration and rules at a second's pace, targets in `folder/<job>`.
+
+    Args:
+        folder: for the files of this server.
+        node: address of a node_exporter; None: there is none.
+    """
     config = read_yaml(PROMETHEUS / "prometheus.yml")
     config["global"] = dict.fromkeys(config["global"], "1s")
     for job in config["scrape_configs"]:
+        if "static_configs" in job:
+            job["static_configs"] = [{"targets": [node] if node else []}]
+            continue
         (discovery,) = job["file_sd_configs"]
         (folder / job["job_name"]).mkdir()
         discovery["files"] = [str(folder / job["job_name"] / Path(discovery["files"][0]).name)]

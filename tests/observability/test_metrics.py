@@ -63,6 +63,9 @@ def test_a_scrape_shows_what_was_counted(text: str) -> None:
         'vlal_train_loss{term="total"}': 2.5,
         'vlal_train_learning_rate{group="head"}': 7e-4,
         "vlal_train_step_duration_seconds_count": 2,
+        "vlal_train_compute_seconds_sum": 0.3,
+        "vlal_train_compute_seconds_count": 2,
+        "vlal_train_allreduce_seconds_sum": 0.04,
         "vlal_train_grad_norm": 0.5,
         "vlal_train_ignored_attributes": 10.5,
         'vlal_train_label_terms_total{kind="ignored"}': 8,
@@ -91,8 +94,7 @@ def test_a_scrape_holds_every_name_with_its_kind_and_text_and_no_other(text: str
     types = dict(re.findall(r"^# TYPE (\S+) (\w+)$", text, re.MULTILINE))
     helps = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE))
     names = {**TRAIN, **LOADER, **STORAGE, **PROCESS}
-    found = {name: kind for name, kind in types.items() if not name.endswith("_created")}
-    assert found == {name: metric.kind for name, metric in names.items()}
+    assert types == {name: metric.kind for name, metric in names.items()}
     for name, metric in {**TRAIN, **LOADER, **STORAGE}.items():
         assert helps[name] == metric.text
 
@@ -140,6 +142,13 @@ def test_a_taken_port_gives_the_next_one_and_no_port_only_a_warning(
     finally:
         first.close()
         second.close()
+
+
+def test_a_host_without_an_address_is_asked_for_once(caplog: pytest.LogCaptureFixture) -> None:
+    started = time.monotonic()
+    assert Exporter().metrics.serve(host="no-such-host.invalid", port=9400) is None
+    assert "set observability.metrics_host" in caplog.text
+    assert time.monotonic() - started < 30
 
 
 def test_a_scraper_that_hangs_holds_up_nobody() -> None:

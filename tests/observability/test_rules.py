@@ -22,7 +22,16 @@ from tests.observability.live import (
     read_yaml,
     rules,
 )
-from vlal_dist.observability.names import LOADER, PROCESS, SCORE, STORAGE, TRAIN, Metric
+from vlal_dist.observability.names import (
+    JOB,
+    LOADER,
+    PACK,
+    PROCESS,
+    SCORE,
+    STORAGE,
+    TRAIN,
+    Metric,
+)
 
 DOCS = ROOT / "docs" / "operations.md"
 TABLES = {
@@ -30,6 +39,8 @@ TABLES = {
     "Loader": LOADER,
     "Storage": STORAGE,
     "Scoring": SCORE,
+    "Packing": PACK,
+    "Programs that end": JOB,
     "Process": PROCESS,
 }
 NAMES: Mapping[str, Metric] = {
@@ -53,7 +64,8 @@ def unknown(text: str) -> set[str]:
         name
         for name in NAME.findall(text)
         if name not in NAMES
-        and NAMES.get(suffixes.sub("", name), Metric("gauge", "")).kind != "histogram"
+        and NAMES.get(suffixes.sub("", name), Metric("gauge", "")).kind
+        not in ("histogram", "summary")
     }
 
 

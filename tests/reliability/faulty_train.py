@@ -136,8 +136,8 @@ def install() -> None:
         moment("applied", it.state.step)
         return stopping
 
-    def faulty_accumulate(it: Any, *rest: Any) -> None:
-        accumulate(it, *rest)
+    def faulty_accumulate(it: Any, *rest: Any, **more: Any) -> None:
+        accumulate(it, *rest, **more)
 
         def spoil() -> None:
             it.engine.gradients()[0].fill_(float("nan"))

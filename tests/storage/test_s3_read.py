@@ -176,7 +176,9 @@ class TestOutages:
         assert 5.0 <= time.monotonic() - started < 8.0
         assert len(proxy.log) == 1
         assert shard.counts == Counts(
-            requests=shard.counts.requests, retries=shard.counts.requests - 1, bytes_in=MIB
+            requests=shard.counts.requests,
+            repeated={"unreachable": shard.counts.requests - 1},
+            bytes_in=MIB,
         )
         assert shard.counts.requests > TRIES
 
@@ -244,7 +246,9 @@ class TestOutages:
             )
             assert b"".join(parts) == DATA[:100_000]
         assert shard.counts == Counts(
-            requests=len(proxy.log), retries=len(proxy.log) - 100, bytes_in=100_000
+            requests=len(proxy.log),
+            repeated={"throttled": len(proxy.log) - 100},
+            bytes_in=100_000,
         )
         assert len(proxy.log) > 100 / (1 - busy) * 0.85
 
@@ -363,7 +367,7 @@ class TestShortObjects:
             store = S3Store("s3://bucket")
             assert store.read("k", offset=10, length=200) == body[10:210]
             assert server.ranges[-4:] == [(10, 209), (70, 209), (130, 209), (190, 209)]
-            assert store.counts == Counts(requests=4, retries=3, bytes_in=200)
+            assert store.counts == Counts(requests=4, repeated={"truncated": 3}, bytes_in=200)
 
     def test_a_cut_that_never_ends_is_an_error_of_the_way(
         self, scripted: Callable[..., Scripted]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from tests.training import cases
@@ -60,6 +61,7 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
                 found[f"gradient{number}.{name}"] = parameter.grad.clone()
         train_step.apply()
         start += samples
+    found["times"] = torch.tensor(train_step.take_times(), dtype=torch.float64)
     tally = train_step.take_tally().over_ranks(ranks)
     found.update(loss=tally.loss, pairs=tally.pairs, rows=tally.rows)
     found.update({f"weight.{k}": v.detach().clone() for k, v in model.state_dict().items()})

@@ -37,6 +37,9 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
+    def reduce(self) -> None:
+        """One process has nothing to sum."""
+
     def step(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import S3Server
 from vlal_dist.errors import DataError, StorageError
 from vlal_dist.method.metrics import AttributeScores
-from vlal_dist.observability.names import ATTRIBUTE_STATUS, SAVE_FAILURES, STORAGE
+from vlal_dist.observability.names import ATTRIBUTE_STATUS, S3_REASONS, SAVE_FAILURES, STORAGE
 from vlal_dist.storage.checks import translated_errors
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.outputs import storage_readings
@@ -50,7 +50,8 @@ def test_readings_are_of_known_metrics_and_of_this_process(
     after = storage_readings(disks)
     grown = {name: after[name] - before[name] for name in after if name[0].startswith("vlal_s3")}
     assert grown["vlal_s3_bytes_total", "in"] == grown["vlal_s3_bytes_total", "out"] == 5
-    assert grown["vlal_s3_requests_total",] >= 2 and grown["vlal_s3_retries_total",] == 0
+    assert grown["vlal_s3_requests_total",] >= 2
+    assert [grown["vlal_s3_retries_total", reason] for reason in S3_REASONS] == [0] * 8
     assert after["vlal_disk_free_bytes", "cache"] > 0
     assert ("vlal_disk_free_bytes", "run") not in after
     for name, *labels in after:

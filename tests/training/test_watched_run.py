@@ -1,14 +1,18 @@
 """A Prometheus that watches two training ranks finds what the run itself wrote down."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.observability.live import Prometheus, needs_prometheus, quick, running
+from tests.observability.live import Prometheus, needs_prometheus, quick, running, wait_until
 from tests.training.processes import free_port
 from tests.training.test_runs import arguments, end, finish, lines, start
 
@@ -19,24 +23,13 @@ ROWS = 16 // 2  # of a rank in each step
 
 
 def test_queried_values_are_the_runs_own(small: Path, tmp_path: Path) -> None:
-    run, port = tmp_path / "run", str(free_port())
-    config = quick(tmp_path)
-    more = ("--observability.targets", str(tmp_path / "vlal"))
-    more += ("--training.epochs", str(EPOCHS), "--model.width", "8")
-    with running(config) as server:
-        ranks = []
-        for rank in ("0", "1"):
-            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            ranks.append(start([sys.executable, *arguments(small, run, *more)], env))
-        try:
+    run = tmp_path / "run"
+    with running(quick(tmp_path)) as server:
+        with two_ranks(small, run, tmp_path / "vlal") as ranks:
             wait_until_seen(server, ranks)
             ranks[1].send_signal(signal.SIGTERM)
             for one in ranks:
                 finish(one, 75)
-        finally:
-            for one in ranks:
-                end(one)
 
         def last(series: str, by: str = "rank") -> dict[str, float]:
             """The value at the last scrape, by a label."""
@@ -61,6 +54,75 @@ def test_queried_values_are_the_runs_own(small: Path, tmp_path: Path) -> None:
         assert last("vlal_resume_total{kind='fresh'}") == {"0": 1.0, "1": 1.0}
         assert last("vlal_train_ledger_visits{kind='trained', rank='0'}")["0"] % (2 * ROWS) == 0
     assert list((tmp_path / "vlal").iterdir()) == []
+
+
+def test_a_slow_rank_alarms_and_the_one_that_waits_for_it_does_not(
+    small: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with (
+        running(quick(tmp_path)) as server,
+        two_ranks(small, run, tmp_path / "vlal") as ranks,
+    ):
+        wait_until_seen(server, ranks)
+        time.sleep(5)
+        assert server.firing("VlalStragglerRank") == []
+
+        def mean(part: str) -> dict[str, float]:
+            """Seconds of a step, by rank."""
+            rate = f"rate(vlal_train_{part}_seconds_{{}}[10s])"
+            found = server.query(f"{rate.format('sum')} / {rate.format('count')}")
+            return {one["metric"]["rank"]: float(one["value"][1]) for one in found}
+
+        def ratio(part: str) -> float:
+            """Rank 1's mean beside rank 0's."""
+            return mean(part)["1"] / mean(part)["0"]
+
+        with slowed(ranks[1], times=5):
+            wait_until(lambda: server.firing("VlalStragglerRank"), what="the alarm", seconds=120)
+            (labels,) = server.firing("VlalStragglerRank")
+            assert (labels["rank"], labels["run"]) == ("1", str(run))
+            wait_until(lambda: ratio("compute") > 3, what="a rank three times as slow")
+            assert ratio("allreduce") < 1  # who waits says it there
+        assert all(rank.poll() is None for rank in ranks)
+
+
+@contextlib.contextmanager
+def two_ranks(small: Path, run: Path, targets: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two ranks of a run that goes on until it is stopped; nothing of them stays."""
+    port, ranks = str(free_port()), []
+    more = ("--observability.targets", str(targets))
+    more += ("--training.epochs", str(EPOCHS), "--model.width", "8")
+    try:
+        for rank in ("0", "1"):
+            env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ranks.append(start([sys.executable, *arguments(small, run, *more)], env))
+        yield ranks
+    finally:
+        for one in ranks:
+            end(one)
+
+
+@contextlib.contextmanager
+def slowed(process: subprocess.Popen[str], *, times: int) -> Iterator[None]:
+    """Within the block the process stands still but for one part in so many."""
+    done, part_s = threading.Event(), 0.01
+
+    def hold() -> None:
+        while not done.is_set():
+            os.kill(process.pid, signal.SIGSTOP)
+            time.sleep((times - 1) * part_s)
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(part_s)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def wait_until_seen(server: Prometheus, ranks: list[subprocess.Popen[str]]) -> None:

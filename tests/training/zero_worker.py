@@ -54,6 +54,7 @@ def round_of(start: str, stage: int, name: str, *, ranks: Ranks, folder: Path) -
     engine.module.eval()
     for step in range(first, first + STEPS):
         engine.backward(engine(*rows(step, ranks)).square().sum(), last=True)
+        engine.reduce()
         assert engine.gradients() and all(bool(one.isfinite().all()) for one in engine.gradients())
         engine.step()
     adam = engine.optimizer_tensors(keep=ranks.rank == 0)

@@ -1,4 +1,4 @@
-"""Knobs of metrics endpoints."""
+"""Knobs of what Prometheus is told."""
 
 from pydantic import Field
 
@@ -6,7 +6,7 @@ from vlal_dist.config.section import Section
 
 
 class ObservabilitySection(Section):
-    """Prometheus endpoints; loopback unless told."""
+    """What Prometheus is told: endpoints of training ranks, files of every program."""
 
     metrics: bool = Field(True, description="serve /metrics on each rank")
     metrics_host: str = Field("127.0.0.1", description="address the endpoint binds to")
@@ -17,4 +17,10 @@ class ObservabilitySection(Section):
         None,
         min_length=1,
         description="local folder in which each rank tells Prometheus its endpoint (file_sd)",
+    )
+    textfiles: str | None = Field(
+        None,
+        min_length=1,
+        description="local folder of node_exporter's textfile collector, in which every program "
+        "says how it ended, and pack what it counts",
     )

@@ -7,9 +7,9 @@ accelerator wait.
 
 import itertools
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,20 +17,20 @@ from prometheus_client import (
     Gauge,
     Histogram,
     ProcessCollector,
-    start_http_server,
+    Summary,
+    disable_created_metrics,
+    generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from vlal_dist.observability.names import LOADER, RUN_STATES, STORAGE, TRAIN, Metric
+from vlal_dist.observability.endpoint import Endpoint
+from vlal_dist.observability.names import LOADER, RUN_STATES, STORAGE, TRAIN, Metric, Readings
 
 logger = logging.getLogger(__name__)
 
 PORTS_TRIED = 64
-
-Readings = Mapping[tuple[str, ...], float]
-"""(name of a metric, *values of its labels) -> value."""
 
 
 class AtScrape(Collector):
@@ -66,6 +66,8 @@ class TrainMetrics:
     """
 
     def __init__(self, build: Mapping[str, str], *, read: Callable[[], Readings]) -> None:
+        # A fifth more series, which nobody looks at.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry = CollectorRegistry()
         metrics = {**TRAIN, **LOADER}
         self._gauges = {
@@ -83,6 +85,11 @@ class TrainMetrics:
             for name, metric in metrics.items()
             if metric.kind == "histogram"
         }
+        self._summaries = {
+            name: Summary(name, metric.text, registry=registry)
+            for name, metric in metrics.items()
+            if metric.kind == "summary"
+        }
         for name, counter in self._counters.items():
             # At 0 from the start: of a series that begins at 1, `increase` sees nothing.
             for values in label_values(metrics[name]):
@@ -91,7 +98,7 @@ class TrainMetrics:
         ProcessCollector(registry=registry)
         self._counted: dict[str, float] = {}
         self._saved_at, self._longest_s = time.time(), 0.0
-        self._server: WSGIServer | None = None
+        self._endpoint: Endpoint | None = None
         self._gauges["vlal_build_info"].labels(**build).set(1)
         self.state("init")
 
@@ -103,9 +110,13 @@ class TrainMetrics:
         """
         for candidate in range(port, min(port + PORTS_TRIED, 65536)):
             try:
-                self._server, _ = start_http_server(candidate, addr=host, registry=self.registry)
+                self._endpoint = Endpoint(
+                    lambda: generate_latest(self.registry), host=host, port=candidate
+                )
             except OSError as error:
                 reason = error
+                if isinstance(error, socket.gaierror):  # slow, and the same for every port
+                    break
                 continue
             logger.info("metrics: http://%s:%d/metrics", host, candidate)
             return candidate
@@ -120,10 +131,9 @@ class TrainMetrics:
 
     def close(self) -> None:
         """Stop serving."""
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
-            self._server = None
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
 
     def state(self, name: str) -> None:
         """Say what the run is doing, one of `RUN_STATES`."""
@@ -150,6 +160,12 @@ class TrainMetrics:
         self._histograms["vlal_loader_wait_seconds"].observe(wait_s)
         self._histograms["vlal_train_step_duration_seconds"].observe(duration_s)
         self._gauges["vlal_train_last_step_timestamp_seconds"].set_to_current_time()
+
+    def times(self, steps: Iterable[tuple[float, float]]) -> None:
+        """Publish (seconds of this rank's passes, seconds of the sum over ranks) of steps."""
+        for compute_s, allreduce_s in steps:
+            self._summaries["vlal_train_compute_seconds"].observe(compute_s)
+            self._summaries["vlal_train_allreduce_seconds"].observe(allreduce_s)
 
     def refused(self) -> None:
         """Count a step that was not finite."""

@@ -18,11 +18,14 @@ class Metric(NamedTuple):
         buckets: upper bounds of a histogram.
     """
 
-    kind: Literal["counter", "gauge", "histogram"]
+    kind: Literal["counter", "gauge", "histogram", "summary"]
     text: str
     labels: Mapping[str, tuple[str, ...]] = {}
     buckets: tuple[float, ...] = ()
 
+
+Readings = Mapping[tuple[str, ...], float]
+"""(name of a metric, *values of its labels) -> value."""
 
 RUN_STATES = ("init", "restoring", "training", "evaluating", "saving", "stopping", "done", "failed")
 LOSS_TERMS = ("total", "positive", "negative", "feasible", "infeasible")
@@ -31,6 +34,10 @@ ATTRIBUTE_STATUS = ("scored", "no_positive", "no_negative", "unannotated")
 RESUME_KINDS = ("fresh", "exact", "resharded", "fallback")
 STOPS = ("SIGTERM", "SIGINT", "SIGUSR1", "launcher_gone")
 SAVE_FAILURES = ("disk_full", "io", "other")
+S3_REASONS = (
+    "throttled", "error", "unreachable", "timeout", "truncated", "altered", "commit", "redirected",
+)  # fmt: skip
+PACK_RESULTS = ("written", "missing", "bad_image", "bad_box", "other")
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 SAVE_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -69,7 +76,7 @@ LOADER: dict[str, Metric] = {
 STORAGE: dict[str, Metric] = {
     "vlal_s3_requests_total": Metric("counter", "HTTP requests to S3, repetitions included."),
     "vlal_s3_retries_total": Metric(
-        "counter", "Requests repeated: after a failure, to read on, or to commit again."
+        "counter", "Requests repeated, and why.", {"reason": S3_REASONS}
     ),
     "vlal_s3_bytes_total": Metric(
         "counter", "Bytes of objects received and of accepted PUTs.", {"direction": ("in", "out")}
@@ -93,6 +100,12 @@ TRAIN: dict[str, Metric] = {
     "vlal_train_global_step": Metric("gauge", "Steps since the run began."),
     "vlal_train_step_duration_seconds": Metric(
         "histogram", "A step, waiting for the loader included.", buckets=STEP_BUCKETS
+    ),
+    "vlal_train_compute_seconds": Metric(
+        "summary", "A step's passes on this rank, without waiting for others; none with ZeRO 1, 2."
+    ),
+    "vlal_train_allreduce_seconds": Metric(
+        "summary", "Summing its gradients over ranks, waiting included; none with ZeRO 1 and 2."
     ),
     "vlal_train_last_step_timestamp_seconds": Metric(
         "gauge", "When a step last ended, or training began or went on."
@@ -175,6 +188,34 @@ SCORE: dict[str, Metric] = {
     ),
 }  # fmt: skip
 """What the driver of a scoring job on Ray says, a shard at a time; `run` is its score root."""
+
+PACK: dict[str, Metric] = {
+    "vlal_pack_instances_total": Metric(
+        "counter", "Instances of finished shards; at the end all rows of the input.",
+        {"run": (), "result": PACK_RESULTS},
+    ),
+    "vlal_pack_shards_total": Metric(
+        "counter", "Finished shards: written, or skipped because an earlier run wrote them.",
+        {"run": (), "result": ("written", "skipped")},
+    ),
+    "vlal_pack_bytes_total": Metric("counter", "Bytes of their tars.", {"run": ()}),
+}  # fmt: skip
+"""What pack says through node_exporter, a shard at a time; `run` is its dataset root."""
+
+JOB: dict[str, Metric] = {
+    "vlal_job_last_success_timestamp_seconds": Metric(
+        "gauge", "When it last ended with 0; 0: not yet.", {"job_name": (), "run": ()}
+    ),
+    "vlal_job_duration_seconds": Metric(
+        "gauge", "How long its last run took.", {"job_name": (), "run": ()}
+    ),
+    "vlal_job_exit_code": Metric(
+        "gauge",
+        "Exit code of its last run; 0 done, 75 stopped and resumable.",
+        {"job_name": (), "run": ()},
+    ),
+}
+"""What a program says through node_exporter when it ends; `run` is the root that it writes."""
 
 PROCESS: dict[str, Metric] = {
     "process_cpu_seconds_total": Metric("counter", "CPU of the process, all threads."),

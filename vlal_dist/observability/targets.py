@@ -5,15 +5,14 @@ complete at once. Whoever ends in order removes it; that of a rank that was kill
 the missing rank is seen. Nothing here ever stops the work: what fails is warned of.
 """
 
-import contextlib
-import hashlib
 import json
 import logging
-import os
 import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+
+from vlal_dist.observability.whole_files import slug, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class Target:
     def __init__(self, folder: Path, *, run: str, role: str, rank: int) -> None:
         self._labels = {"run": run, "role": role, "rank": str(rank), "node": socket.gethostname()}
         self._folder = folder
-        self._prefix = f"{role}-{_slug(run)}-"
+        self._prefix = f"{role}-{slug(run)}-"
         self.path = folder / f"{self._prefix}{rank}.json"
 
     def write(self, *, host: str, port: int) -> None:
@@ -47,15 +46,9 @@ class Target:
         where = socket.gethostname() if host in EVERY_INTERFACE else host
         where = f"[{where}]" if ":" in where else where
         text = json.dumps([{"targets": [f"{where}:{port}"], "labels": self._labels}], indent=1)
-        # Not *.json: Prometheus must not look at a half.
-        unfinished = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            os.replace(unfinished, self.path)
+            write_whole(self.path, text + "\n")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
             logger.warning(
                 "%s: not announced to Prometheus: %s; set observability.targets", self.path, error
             )
@@ -71,12 +64,6 @@ class Target:
             found = pattern.fullmatch(path.name)
             if found and int(found[1]) >= world_size:
                 _remove(path)
-
-
-def _slug(run: str) -> str:
-    """A name for files: readable, and different for different runs."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", run).strip("-")[-60:]
-    return f"{readable}-{hashlib.sha256(run.encode()).hexdigest()[:8]}"
 
 
 def _listed(folder: Path) -> Iterable[Path]:

@@ -94,7 +94,14 @@ class S3Store:
         digests = self._digests(key, data)
         for attempt in range(TRIES):
             if attempt:
-                self._repeat(attempt, key, "another writer was committing")
+                logger.warning(
+                    "%s: %r: another writer was committing; try %d of %d",
+                    self.url,
+                    key,
+                    attempt + 1,
+                    TRIES,
+                )
+                self._client.pause(attempt, "commit")
             status = self._put(name, key, data, digests, passing=(409, 412), IfNoneMatch="*")
             if status == 200:
                 return True
@@ -144,10 +151,6 @@ class S3Store:
 
     def _name(self, key: str) -> str:
         return self._prefix + check_key(key)
-
-    def _repeat(self, attempt: int, key: str, why: str) -> None:
-        logger.warning("%s: %r: %s; try %d of %d", self.url, key, why, attempt + 1, TRIES)
-        self._client.pause(attempt)
 
     def _digests(self, key: str, data: bytes | Path) -> Digests:
         with translated_errors(data if isinstance(data, Path) else Path(key)):

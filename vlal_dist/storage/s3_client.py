@@ -23,8 +23,8 @@ from botocore.exceptions import (
 
 from vlal_dist.errors import StorageError
 from vlal_dist.storage.s3_connections import Connections
-from vlal_dist.storage.s3_counts import Counts, Tally
-from vlal_dist.storage.s3_errors import OutageError, refused, unreachable
+from vlal_dist.storage.s3_counts import Counts, Reason, Tally
+from vlal_dist.storage.s3_errors import OutageError, reason_of, refused, unreachable
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
@@ -83,11 +83,13 @@ class S3Client:
         """Whether the endpoint ever answered this process, be it with a refusal."""
         return self._process().endpoint in _answered
 
-    def add(
-        self, *, requests: int = 0, retries: int = 0, bytes_in: int = 0, bytes_out: int = 0
-    ) -> None:
+    def add(self, *, requests: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
         """Add to the counts."""
-        self._process().tally.add(Counts(requests, retries, bytes_in, bytes_out))
+        self._process().tally.add(Counts(requests=requests, bytes_in=bytes_in, bytes_out=bytes_out))
+
+    def repeating(self, reason: Reason, *, times: int = 1) -> None:
+        """Count requests that are repeated."""
+        self._process().tally.add(Counts(repeated={reason: times}))
 
     def call(
         self,
@@ -131,7 +133,9 @@ class S3Client:
             raise self._unreachable(error, process) from error
         finally:
             sent = process.sent.requests
-            self.add(requests=sent, retries=max(0, sent - 1))
+            self.add(requests=sent)
+            if sent > 1:
+                self.repeating("redirected", times=sent - 1)
 
     def get_range(self, name: str, key: str, *, extent: str, etag: str) -> Any:
         """One ranged GET by a URL that is signed once an hour, over a connection of our own.
@@ -175,7 +179,8 @@ class S3Client:
             if status >= 500 or status == 429:
                 raise OutageError(
                     f"{self._url}: {key!r}: GetObject was refused ({status}): the store is busy; "
-                    "repeat the command later"
+                    "repeat the command later",
+                    reason_of(status),
                 )
             # Expired credentials, or a policy against signed URLs: the long way for a while.
             process.signed[name] = (None, time.monotonic() + _SIGNED_S / 2)
@@ -188,9 +193,9 @@ class S3Client:
             "ResponseMetadata": {"HTTPStatusCode": status},
         }
 
-    def pause(self, attempt: int) -> None:
+    def pause(self, attempt: int, reason: Reason) -> None:
         """Wait before the `attempt`-th repetition (1, 2, ...): doubling, with jitter; counts it."""
-        self.add(retries=1)
+        self.repeating(reason)
         longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 16))
         time.sleep(longest_s * _jitter.uniform(0.5, 1.0))
 

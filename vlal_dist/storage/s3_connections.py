@@ -42,10 +42,13 @@ class Reply:
         """At most `size` further bytes of the body; none at its end.
 
         Raises:
-            HTTPClientError: the connection broke or fell silent.
+            HTTPClientError: the connection broke or (ReadTimeoutError) fell silent.
         """
         try:
             return self._response.read(size)
+        except TimeoutError as error:
+            where = self._connections.endpoint
+            raise ReadTimeoutError(endpoint_url=where, error=error) from None
         except _BROKEN as error:
             raise HTTPClientError(error=type(error).__name__) from None
 
@@ -67,6 +70,7 @@ class Connections:
         ca_bundle: certificates to trust, PEM; None: those that boto3 trusts.
 
     Attributes:
+        endpoint: scheme, host and port.
         direct: whether the environment names no proxy for the endpoint.
     """
 
@@ -80,10 +84,10 @@ class Connections:
         ca_bundle: str | None,
     ) -> None:
         parts = urlsplit(endpoint)
-        self._endpoint, self._netloc = f"{parts.scheme}://{parts.netloc}", parts.netloc
+        self.endpoint, self._netloc = f"{parts.scheme}://{parts.netloc}", parts.netloc
         self._connect_timeout_s, self._read_timeout_s = connect_timeout_s, read_timeout_s
         self._most = most
-        self.direct = not get_environ_proxies(self._endpoint)
+        self.direct = not get_environ_proxies(self.endpoint)
         self._context = None
         if parts.scheme == "https":
             trusted = ca_bundle or get_cert_path(True)
@@ -107,10 +111,10 @@ class Connections:
             return Reply(self, connection)
         except TimeoutError as error:
             connection.close()
-            raise ReadTimeoutError(endpoint_url=self._endpoint, error=error) from None
+            raise ReadTimeoutError(endpoint_url=self.endpoint, error=error) from None
         except _BROKEN:
             connection.close()
-            raise ConnectionClosedError(endpoint_url=self._endpoint) from None
+            raise ConnectionClosedError(endpoint_url=self.endpoint) from None
 
     def keep(self, connection: http.client.HTTPConnection) -> None:
         """Take a connection back that may be used again."""
@@ -139,9 +143,9 @@ class Connections:
         try:
             connection.connect()
         except TimeoutError as error:
-            raise ConnectTimeoutError(endpoint_url=self._endpoint, error=error) from None
+            raise ConnectTimeoutError(endpoint_url=self.endpoint, error=error) from None
         except OSError as error:
-            raise EndpointConnectionError(endpoint_url=self._endpoint, error=error) from None
+            raise EndpointConnectionError(endpoint_url=self.endpoint, error=error) from None
         connection.sock.settimeout(self._read_timeout_s)
         return connection
 

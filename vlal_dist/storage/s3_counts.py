@@ -2,7 +2,22 @@
 
 import os
 import threading
-from dataclasses import astuple, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Reason = Literal[
+    "throttled",  # the store asked for fewer requests (429, 503)
+    "error",  # it failed (5xx), or answered something else than was asked
+    "unreachable",  # no connection, or one that ended before the answer
+    "timeout",  # no answer, or silence within one
+    "truncated",  # the body ended early; what came is kept
+    "altered",  # what arrived had another sha256 than was recorded
+    "commit",  # a create-only PUT met another one, or a delete
+    "redirected",  # the store named another place
+]
+"""Why a request was repeated."""
+REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 @dataclass(frozen=True)
@@ -10,19 +25,32 @@ class Counts:
     """What one store did in this process, or all of them did.
 
     Attributes:
-        requests: HTTP requests sent, retries included.
-        retries: requests repeated: after a failure, to read on, or to commit again.
+        requests: HTTP requests sent, repetitions included.
+        repeated: reason -> requests repeated for it; those of which there were any.
         bytes_in: object bytes received.
         bytes_out: object bytes of accepted PUTs.
     """
 
     requests: int = 0
-    retries: int = 0
+    repeated: Mapping[Reason, int] = field(default_factory=dict)
     bytes_in: int = 0
     bytes_out: int = 0
 
+    @property
+    def retries(self) -> int:
+        """Requests repeated for any reason."""
+        return sum(self.repeated.values())
+
     def __add__(self, more: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
+        repeated = dict(self.repeated)
+        for reason, count in more.repeated.items():
+            repeated[reason] = repeated.get(reason, 0) + count
+        return Counts(
+            self.requests + more.requests,
+            repeated,
+            self.bytes_in + more.bytes_in,
+            self.bytes_out + more.bytes_out,
+        )
 
 
 class Tally:

@@ -2,22 +2,39 @@
 
 from botocore.exceptions import (
     ClientError,
+    ConnectTimeoutError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
+    ReadTimeoutError,
 )
 from botocore.exceptions import (
     ConnectionError as NoConnectionError,
 )
 
 from vlal_dist.errors import NotFoundError, StorageError
+from vlal_dist.storage.s3_counts import Reason
 
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
 _WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 
 
 class OutageError(StorageError):
-    """The store was out of reach or busy: the same request may succeed later."""
+    """The store was out of reach or busy: the same request may succeed later.
+
+    Args:
+        message: in one line, with a remedy.
+        reason: what a repetition is counted under.
+    """
+
+    def __init__(self, message: str, reason: Reason = "error") -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+def reason_of(status: int) -> Reason:
+    """What a repetition after an answer of this HTTP status is counted under."""
+    return "throttled" if status in (429, 503) else "error"
 
 
 def refused(error: ClientError, *, url: str, bucket: str, key: str, status: int) -> StorageError:
@@ -39,7 +56,8 @@ def refused(error: ClientError, *, url: str, bucket: str, key: str, status: int)
             "AWS_PROFILE, and that they may list, read and write this bucket"
         )
     if status >= 500 or status == 429 or code == "RequestTimeout":
-        return OutageError(f"{what}: the store is busy; repeat the command later")
+        reason = "timeout" if code == "RequestTimeout" else reason_of(status)
+        return OutageError(f"{what}: the store is busy; repeat the command later", reason)
     if code == "BadDigest":
         return StorageError(f"{what}: the bytes changed on the way; repeat the command")
     return StorageError(f"{what}: check the settings of the bucket, then repeat the command")
@@ -54,8 +72,10 @@ def unreachable(error: Exception, *, url: str, connected: bool) -> StorageError:
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
         )
     if isinstance(error, HTTPClientError | NoConnectionError) and connected:
+        late = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
         return OutageError(
-            f"{url}: no answer from the store ({kind}): check AWS_ENDPOINT_URL and the network"
+            f"{url}: no answer from the store ({kind}): check AWS_ENDPOINT_URL and the network",
+            "timeout" if late else "unreachable",
         )
     return StorageError(
         f"{url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "

@@ -50,4 +50,4 @@ def patiently(attempt: Callable[[], T], client: S3Client, *, always: bool = Fals
                 f"{problem}; given up after {tries} tries, {failing_s:.0f} s after the first failed"
             ) from problem
         logger.warning("%s; try %d follows", problem, tries + 1)
-        client.pause(tries)
+        client.pause(tries, problem.reason)

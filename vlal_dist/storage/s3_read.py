@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from botocore.exceptions import HTTPClientError, IncompleteReadError
+from botocore.exceptions import HTTPClientError, IncompleteReadError, ReadTimeoutError
 from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import DataError, ReplacedError, StorageError
 from vlal_dist.storage.checks import short_read
 from vlal_dist.storage.s3_client import S3Client
+from vlal_dist.storage.s3_counts import Reason
 from vlal_dist.storage.s3_errors import OutageError
 from vlal_dist.storage.s3_patience import patiently
 
@@ -33,6 +34,7 @@ class _Read:
         etag: the version that every reply must be of; None before the first.
         sha256: digest of the whole object as `S3Store` recorded it; None of other tools' objects.
         parts, got: what came, and its length.
+        broken: how the last body ended early.
     """
 
     name: str
@@ -44,6 +46,7 @@ class _Read:
     sha256: str | None = None
     parts: list[bytes] = field(default_factory=list)
     got: int = 0
+    broken: Reason = "truncated"
 
 
 class S3Reader:
@@ -72,7 +75,9 @@ class S3Reader:
         """
         ranged = offset > 0 or length is not None
         etag = self._versions.get(name) if ranged else None
-        for _ in range(2):  # what arrives altered is asked for once more
+        for again in (False, True):  # what arrives altered is asked for once more
+            if again:
+                self._client.repeating("altered")
             read = _Read(name, key, offset, length, ranged, etag)
             # A store that never answered is rather misnamed than away: that is to be said soon.
             patiently(partial(self._advanced, read), self._client, always=ranged)
@@ -97,7 +102,8 @@ class S3Reader:
         if not self._advance(read):
             raise OutageError(
                 f"{self._url}: {read.key!r}: the body broke off at byte {read.offset + read.got}: "
-                "check the network and the store, then repeat the command"
+                "check the network and the store, then repeat the command",
+                read.broken,
             )
 
     def forget(self, name: str) -> None:
@@ -198,12 +204,14 @@ class S3Reader:
 
     def _drain(self, read: _Read, body: Any) -> None:
         """Keep what the body gives until it ends or breaks."""
-        before = read.got
+        before, read.broken = read.got, "truncated"
         try:
             while part := body.read(_READ_BYTES):
                 read.parts.append(part)
                 read.got += len(part)
         except _BROKEN_BODY as error:
+            if isinstance(error, ReadTimeoutError):
+                read.broken = "timeout"
             logger.debug("%s: body broke off: %s", self._url, type(error).__name__)
         finally:
             self._client.add(bytes_in=read.got - before)

@@ -1,4 +1,4 @@
-"""DeepSpeed behind four methods: forward, backward, step, rates. The only module that imports it.
+"""DeepSpeed behind five methods: forward, backward, reduce, step, rates. Only this imports it.
 
 What we rely on, read in 0.19.8's source and held by `tests/training/test_gradients.py`:
 
@@ -7,6 +7,8 @@ What we rely on, read in 0.19.8's source and held by `tests/training/test_gradie
 - `gradient_clipping` is 1.0 unless told; 0 turns it off.
 - `set_gradient_accumulation_boundary` says which backward pass reduces; DeepSpeed's own counter of
   micro-steps is then unused, so the number of micro-batches of a step is ours to choose.
+- With ZeRO 0 `backward` ends with `allreduce_gradients()`, which does nothing before the boundary.
+  Within `no_sync()` it leaves that out, and we call it afterwards: the same sum, timed by itself.
 """
 
 import gc
@@ -14,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -98,10 +101,21 @@ class Engine:
         """Logits [B, A]."""
         return cast(Tensor, self._engine(image, object_id))
 
+    @property
+    def reduces_apart(self) -> bool:
+        """Whether gradients are summed over ranks by `reduce`; ZeRO 1 and 2 do it in `backward`."""
+        return self.zero_stage == 0
+
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of a micro-batch; the last one of a step also sums over ranks."""
+        """Add the gradient of a micro-batch; `last`: of a step, which `reduce` must follow."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with self._engine.no_sync() if self.reduces_apart else nullcontext():
+            self._engine.backward(loss, scale_wrt_gas=False)
+
+    def reduce(self) -> None:
+        """Sum the gradients of a step over ranks, if that was not done on the way."""
+        if self.reduces_apart:
+            self._engine.allreduce_gradients()
 
     def step(self) -> None:
         """Apply the summed gradient and clear it."""

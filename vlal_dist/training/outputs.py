@@ -19,7 +19,7 @@ from vlal_dist.errors import NotFoundError, Stopped
 from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.metrics_log import MetricsLog, lines_until
 from vlal_dist.observability.targets import Target
-from vlal_dist.storage.s3_counts import process_counts
+from vlal_dist.storage.s3_counts import REASONS, process_counts
 from vlal_dist.storage.store import Store
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.settings import RunSettings
@@ -77,10 +77,11 @@ def storage_readings(disks: Mapping[str, Path | None]) -> dict[tuple[str, ...], 
     counts = process_counts()
     readings: dict[tuple[str, ...], float] = {
         ("vlal_s3_requests_total",): counts.requests,
-        ("vlal_s3_retries_total",): counts.retries,
         ("vlal_s3_bytes_total", "in"): counts.bytes_in,
         ("vlal_s3_bytes_total", "out"): counts.bytes_out,
     }
+    for reason in REASONS:
+        readings["vlal_s3_retries_total", reason] = counts.repeated.get(reason, 0)
     for mount, path in disks.items():
         if path is None:
             continue

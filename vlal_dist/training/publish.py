@@ -42,6 +42,7 @@ def publish_interval(run: Run, *, samples_per_s: float) -> float:
         },
         quarantined=len(run.state.quarantined),
     )
+    run.metrics.times(run.train_step.take_times())
     run.metrics.loader(run.loader.numbers())
     if run.log is not None:
         run.log.write(

@@ -104,7 +104,8 @@ def _one_step(run: Run, step: Step, wait_s: float, started: float) -> bool:
     state = run.state
     run.rates = run.schedule.rates_at(_done(run))
     run.engine.set_rates(run.rates)
-    run.train_step.accumulate(step)
+    logged = (state.step + 1) % run.settings.log_steps == 0
+    run.train_step.accumulate(step, sampled=logged)
     diverged, stopping, damaged = run.ranks.agree(
         not run.train_step.is_finite(), run.stop.requested, bool(step.damaged)
     )

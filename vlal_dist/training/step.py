@@ -41,6 +41,7 @@ from vlal_dist.training.objective import (
     undrawable,
 )
 from vlal_dist.training.ranks import Ranks, name_uids
+from vlal_dist.training.step_clock import StepClock
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,25 @@ class TrainStep:
         self._set_size = feasible.indptr.diff().cpu()
         self.statistics = running_statistics(engine.module)
         self.tally = Tally.empty(ranks.device)
+        self.clock = StepClock(ranks.device)
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._grad_norm: Tensor | None = None
 
-    def accumulate(self, step: Step) -> None:
-        """Forward and backward passes of a step; the gradient is then the global one."""
+    def accumulate(self, step: Step, *, sampled: bool = False) -> None:
+        """Forward and backward passes of a step; the gradient is then the global one.
+
+        Args:
+            step: this rank's rows.
+            sampled: whether the clock also looks at a GPU.
+        """
         self._rows = []
         last = len(step.micro_batches) - 1
+        self.clock.begin(sampled=sampled)
         for number, batch in enumerate(step.micro_batches):
             self._micro_batch(batch, step.sample_index[number], last=number == last)
+        self.clock.mark()
+        self.engine.reduce()
+        self.clock.mark()
 
     def is_finite(self) -> bool:
         """Whether the accumulated losses and (ZeRO 0) the summed gradient are finite."""
@@ -161,6 +172,14 @@ class TrainStep:
         """Sums since the last call."""
         taken, self.tally = self.tally, Tally.empty(self.ranks.device)
         return taken
+
+    def take_times(self) -> list[tuple[float, float]]:
+        """(seconds of own passes, seconds of the sum over ranks) of the steps timed since.
+
+        Empty where the sum is not apart from the passes (ZeRO 1 and 2).
+        """
+        times = self.clock.take()
+        return times if self.engine.reduces_apart else []
 
     def _micro_batch(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
         if len(batch):
