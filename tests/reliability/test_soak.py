@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import S3Server
 from tests.fault_proxy import Fault, FaultProxy
 from tests.reliability.harness import Job, Start, each_once_an_epoch, record
+from vlal_dist.processes import look_at
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.soak]
 
@@ -25,7 +26,8 @@ FAULTS = [
     Fault("reset", times=10**9, chance=0.02, at=1000),
     Fault("truncate", times=10**9, chance=0.01, at=500),
     Fault("busy", match=".", times=10**9, chance=0.02),
-    Fault("flip", match="shards/.*tar", times=10**9, chance=0.01, at=300),
+    # Twice in a row for one sample would be damage, and would rightly end the run.
+    Fault("flip", match="shards/.*tar", times=10**9, chance=0.0005, at=300),
     Fault("lost", match="^PUT ", times=10**9, chance=0.02),
     Fault("stall", times=10**9, chance=0.0005, at=10, seconds=25.0),
     Fault("latency", match=".", times=10**9, chance=0.05, seconds=0.2),
@@ -120,6 +122,7 @@ def test_memory_and_handles_stay_flat(
         while (now := time.monotonic() - began) < MINUTES * 60 / 2:
             assert start.process.poll() is None, start.text()[-5000:]
             for rank, pid in ranks.items():
+                assert look_at(pid) is not None, start.text()[-5000:]
                 seen.append((now, rank, resident_mib(pid), len(os.listdir(f"/proc/{pid}/fd"))))
             time.sleep(2)
         end(start, "stopped", job, random.Random(0))
