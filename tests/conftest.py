@@ -1,5 +1,7 @@
 """S3 servers for all tests: `moto_s3` (in this process) and `ceph_s3` (a real Ceph gateway).
 
+And `small`, a dataset that is packed, scored and merged once for all that only read it.
+
 A test that asks for one of them, directly or through a fixture, runs with its AWS variables set and
 none of the developer's own. What runs outside of a test function (a fixture of a wider scope) uses
 `with server.environment():`; a subprocess gets `server.env`.
@@ -10,6 +12,8 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +57,10 @@ class S3Server:
 
     def client(self) -> Any:
         """A plain boto3 client, to look at or disturb the bucket behind the store's back."""
+        return self._client
+
+    @cached_property
+    def _client(self) -> Any:
         import boto3.session
 
         with self.environment():
@@ -97,6 +105,14 @@ def _remove_bucket(server: S3Server) -> None:
         for entry in page.get("Contents", []):
             client.delete_object(Bucket=server.bucket, Key=entry["Key"])
     client.delete_bucket(Bucket=server.bucket)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `config.yaml`, `dataset`, `scores` and `merged`; leave it as it is."""
+    from tests.scored import write_merged
+
+    return write_merged(tmp_path_factory.mktemp("made") / "small")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from tests.data import oracle
 from tests.data.oracle import Visit
-from tests.small import run_all, write_small_vaw
 from vlal_dist.data import loader as loader_module
 from vlal_dist.data import plan as plan_module
 from vlal_dist.data import stream as stream_module
@@ -329,10 +328,8 @@ def test_a_rank_that_counts_other_peers_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("exactness")
-    run_all(write_small_vaw(folder), ["clean", "pack"])
-    return open_dataset(str(folder / "dataset"), cache=folder / "cache")
+def packed(small: Path) -> Dataset:
+    return open_dataset(str(small / "dataset"), cache=small / "cache")
 
 
 def make_loader(dataset: Dataset, order: Order, start: Start, rank: int) -> TrainLoader:

@@ -26,7 +26,6 @@ from tests.corpus import (
     read_epoch,
     read_ranks,
     upload,
-    write_small_merged,
 )
 from tests.fault_proxy import Fault, FaultProxy
 from vlal_dist.data.block_cache import BlockCache
@@ -41,9 +40,8 @@ Rows = dict[int, tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("faults")
-    return open_dataset(str(write_small_merged(folder)), cache=folder / "cache")
+def merged(small: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=small / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import S3Server
-from tests.corpus import SPLIT, open_remote, upload, write_small_merged
+from tests.corpus import SPLIT, open_remote, upload
 from tests.fault_proxy import Fault, FaultProxy
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.rows import RowReader
@@ -16,9 +16,8 @@ SHARDS = f"^GET .*/{SPLIT}/shards/"
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("rows")
-    return open_dataset(str(write_small_merged(folder)), cache=folder / "cache")
+def merged(small: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=small / "cache")
 
 
 @pytest.fixture

@@ -143,7 +143,7 @@ def test_the_result_depends_on_the_sizes_alone(
 ) -> None:
     again, small, direct = tmp_path / "again", tmp_path / "small", tmp_path / "direct"
     source = f"--paths.merged={resharded}"
-    assert reshard(merged, again, 20_000, source, "--pack.workers=1") == 0
+    assert reshard(merged, again, 20_000, source, "--pack.workers=2") == 0
     assert data_files(again) == data_files(resharded)
     assert reshard(merged, small, 9_000, source) == 0
     assert reshard(merged, direct, 9_000) == 0
