@@ -18,6 +18,10 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported: its threads would wait for each other at every tiny tensor, for as long
+# as other work has the second core. Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from tests.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
 
 _AWS_VARIABLES = (

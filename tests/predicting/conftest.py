@@ -1,12 +1,10 @@
 """A run on the small dataset of `tiny_dataset`: its random model evaluated and exported."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.evaluation import test_saved_model
 from tests.evaluation.tiny_dataset import write_dataset
@@ -44,15 +42,6 @@ class Trained:
     dataset: Path
     run: Path
     export: Path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks: on a busy machine two threads would wait for each other at every layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
