@@ -226,11 +226,24 @@ def draw_starts(
     return [*starts, Start(data.draw(worlds), starts[-1].batch_size)]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shard_sizes, st.integers(0, 2**40), st.data())
 def test_every_visit_once_whatever_stops_and_ranks(
     shards: list[list[int]], seed: int, data: st.DataObject
 ) -> None:
+    check_any(shards, seed, data)
+
+
+@pytest.mark.long
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(shard_sizes, st.integers(0, 2**40), st.data())
+def test_every_visit_once_in_many_examples(
+    shards: list[list[int]], seed: int, data: st.DataObject
+) -> None:
+    check_any(shards, seed, data)
+
+
+def check_any(shards: list[list[int]], seed: int, data: st.DataObject) -> None:
     first = data.draw(st.sampled_from(WORLDS))
     by_rule = choose_lanes(num_blocks=sum(map(len, shards)), world_size=first)
     lanes = data.draw(st.sampled_from(sorted({by_rule, 8, 12, 24, 120})))
@@ -387,14 +400,20 @@ def visits_of(batch: Any) -> list[Visit]:
     return list(zip(uid.tolist(), batch.visit.tolist(), strict=True))
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(st.data())
 def test_the_loaders_read_every_image_once(packed: Dataset, data: st.DataObject) -> None:
+    check_any_loaders(packed, data)
+
+
+@pytest.mark.long
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(st.data())
+def test_the_loaders_in_many_examples(packed: Dataset, data: st.DataObject) -> None:
+    check_any_loaders(packed, data)
+
+
+def check_any_loaders(packed: Dataset, data: st.DataObject) -> None:
     lanes, first = data.draw(st.sampled_from([8, 12, 24])), data.draw(st.sampled_from(WORLDS))
     order = Order(
         seed=data.draw(st.integers(0, 2**40)),

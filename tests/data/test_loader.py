@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import S3Server
-from tests.small import run
+from tests.corpus import upload
 from vlal_dist.data.batch import decoded, on_device
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
@@ -226,11 +226,10 @@ def test_training_on_samples_without_likelihood_says_what_to_do(merged: Dataset)
 
 
 def test_a_remote_epoch_fetches_each_block_once(
-    small: Path, moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Dataset, moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = f"{moto_s3.url()}/dataset"
-    arguments = ("--paths.dataset", root, "--pack.block_bytes", "2048")
-    assert run("pack", small / "config.yaml", *arguments) == 0
+    root = moto_s3.url()
+    upload(merged, root)
     dataset = open_dataset(root, cache=tmp_path / "cache")
     maker = make(dataset, likelihoods=None)
     one = TrainLoader(

@@ -27,12 +27,19 @@ def proxy(moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultP
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def root(moto_s3: S3Server, merged: Dataset) -> str:
+    """The dataset in a bucket; leave it as it is."""
+    with moto_s3.environment():
+        root = moto_s3.url()
+        upload(merged, root)
+    return root
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_sample_that_arrives_altered_is_fetched_once_more(
-    merged: Dataset, moto_s3: S3Server, proxy: FaultProxy, tmp_path: Path, times: int
+    merged: Dataset, root: str, proxy: FaultProxy, tmp_path: Path, times: int
 ) -> None:
-    root = moto_s3.url()
-    upload(merged, root)
     plain = RowReader(open_split(merged, SPLIT))
     remote = RowReader(open_split(open_remote(root, tmp_path), SPLIT))
     offset = int(remote.split.index.offset[0] - remote.split.blocks.offset[0])
