@@ -7,6 +7,7 @@ none of the developer's own. What runs outside of a test function (a fixture of 
 `with server.environment():`; a subprocess gets `server.env`.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -150,6 +151,11 @@ def ceph_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip(f"no Ceph gateway: {error}")
     yield _server("ceph", cluster.endpoint, ACCESS_KEY, SECRET_KEY)
     cluster.stop(kill=True)  # its objects are in memory only
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections need not look through torch's objects every time."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
