@@ -1,18 +1,27 @@
 """S3 servers for all tests: `moto_s3` (in this process) and `ceph_s3` (a real Ceph gateway).
 
+And `small`, a dataset that is packed, scored and merged once for all that only read it.
+
 A test that asks for one of them, directly or through a fixture, runs with its AWS variables set and
 none of the developer's own. What runs outside of a test function (a fixture of a wider scope) uses
 `with server.environment():`; a subprocess gets `server.env`.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported: its threads would wait for each other at every tiny tensor, for as long
+# as other work has the second core. Tests of threads ask for them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
 
@@ -53,6 +62,10 @@ class S3Server:
 
     def client(self) -> Any:
         """A plain boto3 client, to look at or disturb the bucket behind the store's back."""
+        return self._client
+
+    @cached_property
+    def _client(self) -> Any:
         import boto3.session
 
         with self.environment():
@@ -100,6 +113,14 @@ def _remove_bucket(server: S3Server) -> None:
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `config.yaml`, `dataset`, `scores` and `merged`; leave it as it is."""
+    from tests.scored import write_merged
+
+    return write_merged(tmp_path_factory.mktemp("made") / "small")
+
+
+@pytest.fixture(scope="session")
 def moto_s3() -> Iterator[S3Server]:
     """moto on a loopback socket: right semantics, but it checks neither secrets nor checksums."""
     from moto.server import ThreadedMotoServer
@@ -130,6 +151,11 @@ def ceph_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         pytest.skip(f"no Ceph gateway: {error}")
     yield _server("ceph", cluster.endpoint, ACCESS_KEY, SECRET_KEY)
     cluster.stop(kill=True)  # its objects are in memory only
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collections need not look through torch's objects every time."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,8 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.scored import write_scores
-from tests.small import run_all, write_small_vaw
 from vlal_dist.data.batch import Batch
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.block_cache import BlockCache
@@ -55,15 +53,6 @@ class Tar:
     def pieces(self) -> list[bytes]:
         """The range of each sample."""
         return [self.data[start:stop] for start, stop in self.samples]
-
-
-def write_small_merged(folder: Path) -> Path:
-    """A small merged dataset under `folder`, with the `config.yaml` that made it; its root."""
-    config = write_small_vaw(folder)
-    run_all(config, ["clean", "pack"])
-    write_scores(folder)
-    run_all(config, ["merge"])
-    return folder / "merged"
 
 
 def header_flip(tar: Tar) -> bytes:

@@ -1,5 +1,6 @@
 """A small dataset packed, scored without a model, and merged: seeded similarities, real formats."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -60,4 +61,12 @@ def write_merged(folder: Path) -> Path:
     run_all(config, ["clean", "pack"])
     write_scores(folder)
     run_all(config, ["merge"])
+    return folder
+
+
+def copy_merged(source: Path, folder: Path) -> Path:
+    """Another such folder that may be altered, of the same bytes; returns it."""
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("cache", "run"))
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(source), str(folder)))
     return folder

@@ -52,10 +52,10 @@ def write_small_vaw(folder: Path, *, seed: int = 0, images: dict[str, int] = IMA
             "images": [str(photos)],
             "shard_bytes": 60_000,
             "block_bytes": 8_192,
-            "workers": 2,
+            "workers": 1,
         },
         "data": {"image_size": 64},
-        "model": {"depth": 18},
+        "model": {"depth": 18, "width": 8},
         "training": {"epochs": 1, "batch_size": 16, "threads": 1},
     }
     path = folder / "config.yaml"

@@ -1,7 +1,7 @@
 """The whole pipeline as a user runs it, every root on a real Ceph gateway: `s3://` throughout.
 
 clean, pack, verify, `ray job submit` of score_clip on a running head, merge, `deepspeed` on two
-ranks, evaluate, report; and once more locally, for equal bytes.
+ranks, evaluate, report; and once more locally, in this process, for equal bytes.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from tests.conftest import S3Server
 from tests.scoring.conftest import environment, make_tiny_model
 from tests.scoring.on_ray import ROOT, WAIT_S, started, wait_until
 from tests.scoring.test_on_ray import HEAD, free_ports
-from tests.small import write_small_vaw
+from tests.small import run, write_small_vaw
 from vlal_dist.storage.store import open_store
 
 __all__ = ["environment"]
@@ -31,7 +31,7 @@ ROOTS = ("instances", "dataset", "scores", "merged", "run")
 def test_every_root_on_s3(
     ceph_s3: S3Server, tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = write_small_vaw(tmp_path)
+    config = write_small_vaw(tmp_path, images={"train": 12, "val": 4, "test": 8})
     tiny = make_tiny_model(tmp_path / "clip", seed=7)
     # Equal settings give equal bytes; two warm-ups on a busy machine may choose different ones.
     scorer = [*tiny.flags(), "--scoring.batch_size", "8", "--scoring.decode_threads", "1"]
@@ -56,18 +56,17 @@ def test_every_root_on_s3(
     call(sys.executable, "-m", "vlal_dist.evaluate", *arguments)
     call(sys.executable, "-m", "vlal_dist.report", *arguments)
     with ceph_s3.environment():
-        run = open_store(f"{url}/run")
-        result = json.loads(run.read("evaluation/test-model/result.json"))
+        store = open_store(f"{url}/run")
+        result = json.loads(store.read("evaluation/test-model/result.json"))
         assert result["num_samples"] == 24
-        assert b"<html" in run.read("report.html")[:2000]
-        assert any(key.endswith("/COMPLETE") for key in run.list_keys("checkpoints/"))
+        assert b"<html" in store.read("report.html")[:2000]
+        assert any(key.endswith("/COMPLETE") for key in store.list_keys("checkpoints/"))
         stored = _digests(f"{url}/merged")
     local = [word for root in ROOTS for word in (f"--paths.{root}", str(tmp_path / root))]
-    arguments = ["--config", str(config), *scorer, *local]
     for stage in ("clean", "pack"):
-        _tool(stage, arguments)
-    call(sys.executable, "-m", "vlal_dist.score_clip", *arguments, "--scoring.use_ray", "false")
-    _tool("merge", arguments)
+        assert run(stage, config, *local) == 0
+    assert run("vlal_dist.score_clip", config, *scorer, *local, "--scoring.use_ray", "false") == 0
+    assert run("merge", config, *local) == 0
     assert stored == _digests(str(tmp_path / "merged"))
     assert ceph_s3.env["AWS_SECRET_ACCESS_KEY"] not in _everything(tmp_path)
 

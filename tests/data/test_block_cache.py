@@ -292,7 +292,7 @@ def wait_for(path: Path, pattern: str) -> Path:
 
 class TestProcesses:
     def test_ranks_share_a_folder_within_its_limit(self, folder: Path) -> None:
-        ranks = [start(HAMMER, folder, seed, 4.0) for seed in range(3)]
+        ranks = [start(HAMMER, folder, seed, 2.0) for seed in range(3)]
         cache = cache_of(folder, 200_000, 20_000)
         most = looks = 0
         while any(rank.poll() is None for rank in ranks):

@@ -1,4 +1,4 @@
-"""Twenty epochs leave nothing behind: memory, handles and threads stay where they were."""
+"""A dozen epochs leave nothing behind: memory, handles and threads stay where they were."""
 
 import gc
 import os
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import S3Server
-from tests.small import run, write_small_vaw
+from tests.corpus import upload
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.block_cache import BlockCache
 from vlal_dist.data.corpus import Corpus
@@ -18,7 +18,7 @@ from vlal_dist.data.loader import TrainLoader
 from vlal_dist.data.plan import Plan
 from vlal_dist.data.reader import Reader
 
-EPOCHS, WARM = 20, 4
+EPOCHS, WARM = 12, 4
 
 
 def memory_bytes() -> int:
@@ -33,12 +33,14 @@ def handles() -> int:
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_twenty_epochs_leave_nothing_behind(where: str, moto_s3: S3Server, tmp_path: Path) -> None:
-    config = write_small_vaw(tmp_path)
-    root = f"{moto_s3.url()}/dataset" if where == "s3" else str(tmp_path / "dataset")
-    assert run("clean", config) == 0
-    assert run("pack", config, "--paths.dataset", root) == 0
-    dataset = open_dataset(root, cache=tmp_path / "cache")
+def test_a_dozen_epochs_leave_nothing_behind(
+    where: str, small: Path, moto_s3: S3Server, tmp_path: Path
+) -> None:
+    dataset = open_dataset(str(small / "dataset"), cache=tmp_path / "cache")
+    if where == "s3":
+        root = moto_s3.url()
+        upload(dataset, root)
+        dataset = open_dataset(root, cache=tmp_path / "cache")
     corpus = Corpus([open_split(dataset, "train")])
     cache = None
     if where == "s3":
@@ -77,5 +79,7 @@ def test_twenty_epochs_leave_nothing_behind(where: str, moto_s3: S3Server, tmp_p
         assert descriptors.max() == descriptors.min(), found
     else:
         assert descriptors.max() - descriptors.min() <= 64, found
-    # A batch of eight is 1.2 MB: one kept per epoch would show as 19 MB.
-    assert memory[-4:].mean() - memory[:4].mean() < 6e6, found
+    # A batch of eight is 1.2 MB: one kept per epoch would show as 7 MB, without the largest step,
+    # which may be a new thread's arena.
+    grown = np.diff(memory)
+    assert grown.sum() - grown.max() < 3e6, found

@@ -16,7 +16,6 @@ from tests.corpus import (
     open_loader,
     read_epoch,
     read_ranks,
-    write_small_merged,
 )
 from tests.small import run
 from vlal_dist.data.dataset import Dataset, check_shard_sizes, open_dataset, open_split
@@ -28,9 +27,8 @@ LAYOUTS = (1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("damage")
-    return open_dataset(str(write_small_merged(folder)), cache=folder / "cache")
+def merged(small: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=small / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import S3Server
-from tests.small import run, run_all, write_small_vaw
+from tests.small import run
 from vlal_dist.data.dataset import open_dataset, open_split, read_labels
 from vlal_dist.errors import DataError
 
@@ -18,10 +18,8 @@ OPENED = 3  # shards.parquet, index.arrow, blocks.arrow
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    run_all(write_small_vaw(folder), ["clean", "pack"])
-    return folder / "dataset"
+def packed(small: Path) -> Path:
+    return small / "dataset"
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from tests.data import oracle
 from tests.data.oracle import Visit
-from tests.small import run_all, write_small_vaw
 from vlal_dist.data import loader as loader_module
 from vlal_dist.data import plan as plan_module
 from vlal_dist.data import stream as stream_module
@@ -227,11 +226,24 @@ def draw_starts(
     return [*starts, Start(data.draw(worlds), starts[-1].batch_size)]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shard_sizes, st.integers(0, 2**40), st.data())
 def test_every_visit_once_whatever_stops_and_ranks(
     shards: list[list[int]], seed: int, data: st.DataObject
 ) -> None:
+    check_any(shards, seed, data)
+
+
+@pytest.mark.long
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(shard_sizes, st.integers(0, 2**40), st.data())
+def test_every_visit_once_in_many_examples(
+    shards: list[list[int]], seed: int, data: st.DataObject
+) -> None:
+    check_any(shards, seed, data)
+
+
+def check_any(shards: list[list[int]], seed: int, data: st.DataObject) -> None:
     first = data.draw(st.sampled_from(WORLDS))
     by_rule = choose_lanes(num_blocks=sum(map(len, shards)), world_size=first)
     lanes = data.draw(st.sampled_from(sorted({by_rule, 8, 12, 24, 120})))
@@ -329,10 +341,8 @@ def test_a_rank_that_counts_other_peers_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("exactness")
-    run_all(write_small_vaw(folder), ["clean", "pack"])
-    return open_dataset(str(folder / "dataset"), cache=folder / "cache")
+def packed(small: Path) -> Dataset:
+    return open_dataset(str(small / "dataset"), cache=small / "cache")
 
 
 def make_loader(dataset: Dataset, order: Order, start: Start, rank: int) -> TrainLoader:
@@ -390,14 +400,20 @@ def visits_of(batch: Any) -> list[Visit]:
     return list(zip(uid.tolist(), batch.visit.tolist(), strict=True))
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(st.data())
 def test_the_loaders_read_every_image_once(packed: Dataset, data: st.DataObject) -> None:
+    check_any_loaders(packed, data)
+
+
+@pytest.mark.long
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@given(st.data())
+def test_the_loaders_in_many_examples(packed: Dataset, data: st.DataObject) -> None:
+    check_any_loaders(packed, data)
+
+
+def check_any_loaders(packed: Dataset, data: st.DataObject) -> None:
     lanes, first = data.draw(st.sampled_from([8, 12, 24])), data.draw(st.sampled_from(WORLDS))
     order = Order(
         seed=data.draw(st.integers(0, 2**40)),

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import S3Server
-from tests.scored import write_scores
-from tests.small import run, run_all, write_small_vaw
+from tests.corpus import upload
 from vlal_dist.data.batch import decoded, on_device
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
@@ -27,12 +26,8 @@ from vlal_dist.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("loader")
-    run_all(write_small_vaw(folder), ["clean", "pack"])
-    write_scores(folder)
-    run_all(folder / "config.yaml", ["merge"])
-    return open_dataset(str(folder / "merged"), cache=folder / "cache")
+def merged(small: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=small / "cache")
 
 
 def make(
@@ -231,11 +226,10 @@ def test_training_on_samples_without_likelihood_says_what_to_do(merged: Dataset)
 
 
 def test_a_remote_epoch_fetches_each_block_once(
-    moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Dataset, moto_s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, root = write_small_vaw(tmp_path), f"{moto_s3.url()}/dataset"
-    assert run("clean", config) == 0
-    assert run("pack", config, "--paths.dataset", root, "--pack.block_bytes", "2048") == 0
+    root = moto_s3.url()
+    upload(merged, root)
     dataset = open_dataset(root, cache=tmp_path / "cache")
     maker = make(dataset, likelihoods=None)
     one = TrainLoader(

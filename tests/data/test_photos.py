@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import S3Server
-from tests.corpus import SPLIT, open_remote, upload, write_small_merged
+from tests.corpus import SPLIT, open_remote, upload
+from tests.scored import copy_merged
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.photos import image_numbers
 from vlal_dist.data.rows import RowReader
@@ -16,8 +17,9 @@ from vlal_dist.errors import DataError
 
 
 @pytest.fixture
-def merged(tmp_path: Path) -> Dataset:
-    return open_dataset(str(write_small_merged(tmp_path)), cache=tmp_path / "cache")
+def merged(small: Path, tmp_path: Path) -> Dataset:
+    folder = copy_merged(small, tmp_path / "small")
+    return open_dataset(str(folder / "merged"), cache=folder / "cache")
 
 
 def test_rows_of_a_photo_share_a_number(merged: Dataset, moto_s3: S3Server, tmp_path: Path) -> None:

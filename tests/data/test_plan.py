@@ -22,8 +22,6 @@ from hypothesis import strategies as st
 from tests.data import oracle
 from tests.data.oracle import Visit
 from tests.data.test_exactness import open_written, visits_at, visits_of
-from tests.scored import write_scores
-from tests.small import run_all, write_small_vaw
 from vlal_dist.data.batch import Batch
 from vlal_dist.data.batches import BatchMaker
 from vlal_dist.data.corpus import Corpus
@@ -266,12 +264,8 @@ def test_repeat_factors_are_the_papers() -> None:
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("plan")
-    run_all(write_small_vaw(folder), ["clean", "pack"])
-    write_scores(folder)
-    run_all(folder / "config.yaml", ["merge"])
-    return open_dataset(str(folder / "merged"), cache=folder / "cache")
+def merged(small: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=small / "cache")
 
 
 def make_loader(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import S3Server
-from tests.corpus import SPLIT, open_remote, upload, write_small_merged
+from tests.corpus import SPLIT, open_remote, upload
 from tests.fault_proxy import Fault, FaultProxy
 from vlal_dist.data.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.rows import RowReader
@@ -16,9 +16,8 @@ SHARDS = f"^GET .*/{SPLIT}/shards/"
 
 
 @pytest.fixture(scope="module")
-def merged(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("rows")
-    return open_dataset(str(write_small_merged(folder)), cache=folder / "cache")
+def merged(small: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=small / "cache")
 
 
 @pytest.fixture
@@ -28,12 +27,19 @@ def proxy(moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultP
         yield proxy
 
 
+@pytest.fixture(scope="module")
+def root(moto_s3: S3Server, merged: Dataset) -> str:
+    """The dataset in a bucket; leave it as it is."""
+    with moto_s3.environment():
+        root = moto_s3.url()
+        upload(merged, root)
+    return root
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_sample_that_arrives_altered_is_fetched_once_more(
-    merged: Dataset, moto_s3: S3Server, proxy: FaultProxy, tmp_path: Path, times: int
+    merged: Dataset, root: str, proxy: FaultProxy, tmp_path: Path, times: int
 ) -> None:
-    root = moto_s3.url()
-    upload(merged, root)
     plain = RowReader(open_split(merged, SPLIT))
     remote = RowReader(open_split(open_remote(root, tmp_path), SPLIT))
     offset = int(remote.split.index.offset[0] - remote.split.blocks.offset[0])

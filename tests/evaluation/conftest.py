@@ -1,11 +1,10 @@
-"""Fixtures: the small dataset of `tiny_dataset`, opened, its complete labels; a merged one."""
+"""Fixtures: the small dataset of `tiny_dataset`, opened, its complete labels."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.evaluation.tiny_dataset import write_dataset, write_truth
-from tests.scored import write_merged
 from vlal_dist.data.dataset import Dataset, open_dataset
 
 
@@ -22,9 +21,3 @@ def dataset(dataset_root: Path, tmp_path: Path) -> Dataset:
 @pytest.fixture
 def truth_file(tmp_path: Path) -> Path:
     return write_truth(tmp_path / "truth.parquet")
-
-
-@pytest.fixture(scope="session")
-def merged_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `config.yaml`, `dataset`, `scores` and `merged`; leave it as it is."""
-    return write_merged(tmp_path_factory.mktemp("evaluation") / "small")

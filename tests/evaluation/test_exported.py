@@ -106,7 +106,7 @@ def test_what_cannot_be_answered_is_told(store: Store, tmp_path: Path) -> None:
 
 def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "export"))
-    network = build_model(depth=18, num_objects=3, num_attributes=A, object_gate=False)
+    network = build_model(depth=18, width=8, num_objects=3, num_attributes=A, object_gate=False)
     info = replace(EXPORT, model=replace(INFO, object_gate=False))
     write_export(store, info, {WEIGHTS: encode_weights(network)}, card="", remarks={})
     model = load_exported(store.url)

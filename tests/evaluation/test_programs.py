@@ -116,10 +116,10 @@ def test_report_of_a_run_without_training_or_truth(
 
 
 def test_report_of_a_trained_run_counts_what_it_ignored(
-    merged_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = open_store(str(tmp_path / "run"))
-    config = load_config(merged_folder / "config.yaml", {"method.num_ignore": "3"})
+    config = load_config(small / "config.yaml", {"method.num_ignore": "3"})
     store.replace("config.yaml", config_yaml(config).encode())
     start = {"step": 0, "version": "0.1.0", "commit": None, "torch": "2", "device": "Slow & Co"}
     start |= {"ranks": 2, "threads": 1, "cores": 4, "kernel": "cpu"}
@@ -128,7 +128,7 @@ def test_report_of_a_trained_run_counts_what_it_ignored(
     store.replace("train.result.json", json.dumps(result).encode())
     flags = ("--paths.run", store.url, "--evaluation.predictor", "constant")
     for program in ("vlal_dist.evaluate", "vlal_dist.report"):
-        assert run(program, merged_folder / "config.yaml", *flags) == 0, capsys.readouterr().err
+        assert run(program, small / "config.yaml", *flags) == 0, capsys.readouterr().err
     page = (tmp_path / "run/report.html").read_text()
     assert "Left out" not in page and "1 min 15 s" in page and "Slow &amp; Co, 2 ranks" in page
     assert "method.draw_over feasible and seed 99" in page and 'class="calibration"' in page

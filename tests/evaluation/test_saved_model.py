@@ -15,7 +15,7 @@ from vlal_dist.vocabulary import Vocabulary
 
 INFO = SavedModelInfo(
     depth=18,
-    width=64,
+    width=8,
     object_gate=True,
     num_objects=len(VOCABULARY.objects),
     num_attributes=len(VOCABULARY.attributes),
@@ -35,6 +35,7 @@ INFO = SavedModelInfo(
 def tiny_model(seed: int = 0) -> AttributeClassifier:
     return build_model(
         depth=18,
+        width=INFO.width,
         num_objects=INFO.num_objects,
         num_attributes=INFO.num_attributes,
         object_gate=True,

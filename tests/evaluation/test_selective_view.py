@@ -25,13 +25,13 @@ NUM_IGNORE, SEED = 3, 99
 
 
 @pytest.fixture
-def merged(merged_folder: Path, tmp_path: Path) -> Dataset:
-    return open_dataset(str(merged_folder / "merged"), cache=tmp_path / "cache")
+def merged(small: Path, tmp_path: Path) -> Dataset:
+    return open_dataset(str(small / "merged"), cache=tmp_path / "cache")
 
 
 @pytest.fixture
-def run_config(merged_folder: Path) -> dict[str, Any]:
-    config = load_config(merged_folder / "config.yaml", {"method.num_ignore": str(NUM_IGNORE)})
+def run_config(small: Path) -> dict[str, Any]:
+    config = load_config(small / "config.yaml", {"method.num_ignore": str(NUM_IGNORE)})
     values: dict[str, Any] = yaml.safe_load(config_yaml(config))
     return values
 

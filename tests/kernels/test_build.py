@@ -19,7 +19,8 @@ CACHES = (choose, cpu.load)
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """An empty cache folder; nothing remembered, before or after."""
+    """An empty cache folder, quick compilation; nothing remembered, before or after."""
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("VLAL_KERNEL", raising=False)
     monkeypatch.delenv("CXX", raising=False)
@@ -167,7 +168,7 @@ def test_the_library_is_named_after_all_that_goes_into_it(monkeypatch, tmp_path)
 
 def test_processes_that_build_at_once_compile_once(tmp_path):
     log = tmp_path / "log"
-    body = f'case "$*" in *cpu.cpp*) echo one >> {log}; sleep 1;; esac; exec g++ "$@"'
+    body = f'case "$*" in *cpu.cpp*) echo one >> {log}; sleep 1;; esac; exec g++ "$@" -O0'
     environment = {**os.environ, "CXX": script(tmp_path / "cc", body)}
     code = (
         "from vlal_dist.kernels import cpu; from vlal_dist.kernels.build import build;"

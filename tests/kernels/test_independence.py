@@ -10,6 +10,7 @@ import torch
 
 from tests.kernels.cases import FUSED
 from tests.kernels.law import HIGH, LOW, REFUSED, axis, chi_square_p, drawn_ids, indicators
+from tests.wide import some_of
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 ROWS, SIZE, K, SEED = 100_000, 12, 4, 3
@@ -50,7 +51,7 @@ def independence_p(one, other):
     return chi_square_p(float(rows * cross.square().sum() / unit**2), (size - 1) ** 2)
 
 
-@pytest.mark.parametrize("along", ["uid", "visit", "both"])
+@pytest.mark.parametrize("along", some_of(["both", "uid", "visit"], 0))
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_neighbours_are_uncorrelated(name, along):
     one, other = draws(along), draws(along, **NEIGHBOURS[name])
@@ -61,7 +62,7 @@ def test_neighbours_are_uncorrelated(name, along):
     assert correlation < 4.5 / ROWS**0.5
 
 
-@pytest.mark.parametrize("along", ["uid", "visit"])
+@pytest.mark.parametrize("along", some_of(["uid", "visit"], 1))
 @pytest.mark.parametrize("lag", [1, 2, 4, 8, 97])
 def test_a_run_of_rows_has_no_serial_correlation(along, lag):
     drawn = draws(along)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.wide import some_of
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import nvrtc
 from vlal_dist.kernels.build import SOURCES
@@ -151,7 +152,7 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("architecture", each(("sm_75", "sm_90", "sm_100")))
-@pytest.mark.parametrize("changes, most, special", BUDGETS)
+@pytest.mark.parametrize("changes, most, special", some_of(BUDGETS, 0, 2))
 def test_instructions_of_the_main_loop(changes, most, special, architecture, tmp_path):
     program = settings(mode="list", **changes)
     loop = main_loop(nvrtc.compile_program(program.defines(), architecture)[0], tmp_path)

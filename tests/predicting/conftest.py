@@ -1,32 +1,16 @@
 """A run on the small dataset of `tiny_dataset`: its random model evaluated and exported."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.evaluation import test_saved_model
+from tests.evaluation.test_saved_model import INFO, tiny_model
 from tests.evaluation.tiny_dataset import write_dataset
 from tests.small import run
 from vlal_dist.evaluation.saved_model import save_model
-from vlal_dist.method.model import AttributeClassifier, build_model
 from vlal_dist.storage.store import open_store
-
-INFO = replace(test_saved_model.INFO, width=8)
-
-
-def narrow_model() -> AttributeClassifier:
-    """Of random weights."""
-    return build_model(
-        depth=INFO.depth,
-        width=INFO.width,
-        num_objects=INFO.num_objects,
-        num_attributes=INFO.num_attributes,
-        object_gate=INFO.object_gate,
-    )
 
 
 @dataclass(frozen=True)
@@ -46,15 +30,6 @@ class Trained:
     export: Path
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny networks: on a busy machine two threads would wait for each other at every layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
@@ -64,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     values = {"paths": paths, "data": {"validation_split": "test"}, "export": {"min_annotated": 5}}
     config = folder / "config.yaml"
     config.write_text(json.dumps(values))
-    save_model(open_store(str(folder / "run")), "best", narrow_model(), INFO)
+    save_model(open_store(str(folder / "run")), "best", tiny_model(), INFO)
     for program in ("vlal_dist.evaluate", "vlal_dist.export"):
         assert run(program, config) == 0
     return Trained(config, dataset, folder / "run", folder / "export")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import S3Server
+from tests.evaluation.test_saved_model import INFO, tiny_model
 from tests.evaluation.tiny_dataset import HOSTILE, VOCABULARY
-from tests.predicting.conftest import INFO, Trained, narrow_model
+from tests.predicting.conftest import Trained
 from tests.small import run
 from vlal_dist.evaluation import onnx_export
 from vlal_dist.evaluation.exported import load_exported
@@ -64,7 +65,7 @@ def test_what_was_not_evaluated_is_left_out_with_the_reason(
     assert remedy in card and "| overall |" in card
 
     store = open_store(str(tmp_path / "run"))  # trained on since it was evaluated
-    save_model(store, "best", narrow_model(), INFO)
+    save_model(store, "best", tiny_model(), INFO)
     for path in (trained.run / "evaluation/test-model").iterdir():
         store.replace(f"evaluation/test-model/{path.name}", path.read_bytes())
     assert run(EXPORT, trained.config, *flags, "--paths.run", store.url) == 0

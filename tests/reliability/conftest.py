@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.harness import Job, each_once_an_epoch
-from tests.scored import write_merged
 
 
 @pytest.fixture(scope="session")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(small: Path) -> Path:
     """`config.yaml` of a merged dataset; leave it as it is."""
-    return write_merged(tmp_path_factory.mktemp("reliability") / "small") / "config.yaml"
+    return small / "config.yaml"
 
 
 @pytest.fixture(scope="session")

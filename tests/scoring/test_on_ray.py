@@ -33,6 +33,7 @@ HEAD = ROOT / "clusters" / "ray" / "start-local-head.sh"
 pytestmark = pytest.mark.ray_cluster
 
 
+@pytest.mark.long
 def test_ray_with_a_killed_actor_equals_no_ray(
     many_shards: Path, tiny: Model, tmp_path: Path, environment: None
 ) -> None:
@@ -54,6 +55,7 @@ def test_ray_with_a_killed_actor_equals_no_ray(
     assert json.loads((scores / "scores.json").read_text())["splits"]["train"]["samples"] == 300
 
 
+@pytest.mark.long
 def test_a_signal_keeps_what_is_committed(
     many_shards: Path, tiny: Model, tmp_path: Path, environment: None
 ) -> None:

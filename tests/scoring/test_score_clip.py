@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import S3Server
+from tests.corpus import upload
 from tests.scoring.conftest import Model, make_tiny_model
 from tests.small import run
 from vlal_dist.data.dataset import open_dataset, open_split, read_labels
@@ -189,7 +190,7 @@ def test_through_s3(dataset: Path, tiny: Model, tmp_path: Path, moto_s3: S3Serve
     assert run(PROGRAM, dataset, *flags(tiny, local)) == 0
     url, scores = moto_s3.url(), moto_s3.url()
     remote = ["--paths.dataset", url, "--paths.cache", str(tmp_path / "cache")]
-    assert run("pack", dataset, *remote) == 0
+    upload(open_dataset(str(dataset.parent / "dataset"), cache=tmp_path / "cache"), url)
     assert run(PROGRAM, dataset, *flags(tiny, scores, *remote)) == 0
     store = open_store(scores)
     for key, content in data_files(local).items():
@@ -256,10 +257,11 @@ def test_every_thread_that_computes_has_the_threads_of_the_settings(
         return similarities(*arguments, **more)
 
     monkeypatch.setattr(score_shard, "feasible_similarities", observed)
-    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "one")) == 0
-    again = ("--scoring.embeddings", str(tmp_path / "one"))
+    three = ("--scoring.cpus_per_actor", "3")
+    assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "one", *three)) == 0
+    again = ("--scoring.embeddings", str(tmp_path / "one"), *three)
     assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "again", *again)) == 0
-    assert found == {1}
+    assert found == {3}
 
 
 def test_embeddings_of_a_gpu_are_rescored_without_one_and_again(

@@ -312,8 +312,8 @@ def test_a_worker_with_other_weights_refuses(dataset: Path, tiny: Model, tmp_pat
 
 def test_stopping_commits_nothing(dataset: Path, tiny: Model, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    scorer = ShardScorer(job_for(dataset, tiny, tmp_path))
-    scorer.prepare_text(SETTINGS)
+    scorer = ShardScorer(replace(job_for(dataset, tiny, tmp_path), threads=threads + 1))
+    scorer.prepare_text(replace(SETTINGS, threads=threads + 1))
     scorer.stopped = lambda: True
     with pytest.raises(Stopped):
         scorer.score("train", 0, SETTINGS)

@@ -63,7 +63,7 @@ def test_splits_without_scores_are_copied_byte_for_byte(merged: Path) -> None:
 
 def test_merging_is_the_same_for_any_worker_count_and_again(merged: Path, tmp_path: Path) -> None:
     config = merged / "config.yaml"
-    assert run("merge", config, "--paths.merged", str(tmp_path), "--pack.workers", "1") == 0
+    assert run("merge", config, "--paths.merged", str(tmp_path), "--pack.workers", "2") == 0
     assert tree(tmp_path) == tree(merged / "merged")
     assert run("merge", config) == 0
 

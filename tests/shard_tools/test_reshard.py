@@ -143,7 +143,7 @@ def test_the_result_depends_on_the_sizes_alone(
 ) -> None:
     again, small, direct = tmp_path / "again", tmp_path / "small", tmp_path / "direct"
     source = f"--paths.merged={resharded}"
-    assert reshard(merged, again, 20_000, source, "--pack.workers=1") == 0
+    assert reshard(merged, again, 20_000, source, "--pack.workers=2") == 0
     assert data_files(again) == data_files(resharded)
     assert reshard(merged, small, 9_000, source) == 0
     assert reshard(merged, direct, 9_000) == 0
@@ -250,8 +250,10 @@ def test_a_packed_dataset_is_scored_again_after_it(merged: Path, tmp_path: Path)
 
 
 def test_from_s3_to_s3(
-    merged: Path, resharded: Path, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    merged: Path, tmp_path: Path, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    resharded = tmp_path / "resharded"
+    assert reshard(merged, resharded, 100_000) == 0
     source, target = open_store(moto_s3.url()), open_store(moto_s3.url())
     local = open_store(str(merged / "merged"))
     for key in local.list_keys():
@@ -259,7 +261,7 @@ def test_from_s3_to_s3(
     with FaultProxy(moto_s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         arguments = (f"--paths.merged={source.url}", f"--paths.cache={merged / 's3-cache'}")
-        assert reshard(merged, target.url, 20_000, *arguments) == 0
+        assert reshard(merged, target.url, 100_000, *arguments) == 0
         lines = [seen.line for seen in proxy.log]
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto_s3.endpoint)
     for key in data_files(resharded):
@@ -270,7 +272,7 @@ def test_from_s3_to_s3(
     assert len(reads) <= cuts < 114  # samples
     arguments = (f"--paths.merged={target.url}", f"--paths.cache={merged / 's3-cache'}")
     assert run("verify", merged / "config.yaml", *arguments) == 0
-    assert reshard(merged, f"{target.url}/", 20_000, f"--paths.merged={target.url}") == 64
+    assert reshard(merged, f"{target.url}/", 100_000, f"--paths.merged={target.url}") == 64
 
 
 def test_runs_are_those_of_a_plain_loop() -> None:

@@ -1,10 +1,19 @@
 """Start the ranks of a job as real processes, the way a launcher does."""
 
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,34 +35,55 @@ def environment() -> dict[str, str]:
     return {**inherited, "PATH": programs, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
 
+@cache
+def _forks() -> ForkServerContext:
+    """Ranks are forked from a process without threads that has imported what they need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.rank_imports"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        ensure_running()
+    return context
+
+
 def run_ranks(module: str, *arguments: str, world_size: int, timeout_s: float = 240) -> None:
     """Run `python -m module ARGUMENTS` on each rank; all must end with 0."""
-    port = str(free_port())
-    ranks = []
-    for rank in range(world_size):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
-                env={**environment(), **place},
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+    place = {
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, str(rank)) for rank in range(world_size)]
+        ranks = [
+            _forks().Process(
+                target=_be_rank,
+                args=(module, arguments, {**place, "RANK": str(n), "LOCAL_RANK": str(n)}, output),
             )
-        )
-    try:
-        outputs = [process.communicate(timeout=timeout_s)[0] for process in ranks]
-    finally:
+            for n, output in enumerate(outputs)
+        ]
         for process in ranks:
-            process.kill()
-            process.wait()
-    for rank, process in enumerate(ranks):
-        assert process.returncode == 0, f"rank {rank}: {process.returncode}\n{outputs[rank]}"
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        try:
+            for process in ranks:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+        for rank, process in enumerate(ranks):
+            said = outputs[rank].read_text() if outputs[rank].exists() else ""
+            assert process.exitcode == 0, f"rank {rank}: {process.exitcode}\n{said}"
+
+
+def _be_rank(module: str, arguments: Sequence[str], place: dict[str, str], output: Path) -> None:
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(place)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
