@@ -89,6 +89,9 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "onnxruntime": "vlal_dist/evaluation/onnx_export.py",
     "onnxscript": "vlal_dist/evaluation/onnx_export.py",
     "prometheus_client": "vlal_dist/observability/metrics.py",
+    "tensorboard": "vlal_dist/observability/event_files.py",
+    "wandb": "vlal_dist/observability/wandb_run.py",
+    "mlflow": "vlal_dist/observability/mlflow_run.py",
     "pydantic": "vlal_dist/config/",
 }
 

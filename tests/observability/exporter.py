@@ -80,6 +80,7 @@ class Exporter:
             self.metrics.save_failed(reason)
         self.metrics.refused()
         self.metrics.stopped_by("SIGTERM")
+        self.metrics.tracker_dropped("mlflow", 2)
 
 
 def main(folder: Path, rank: int) -> None:

@@ -81,6 +81,8 @@ def test_a_scrape_shows_what_was_counted(text: str) -> None:
         "vlal_checkpoint_duration_seconds_sum": 1.5,
         'vlal_checkpoint_failures_total{reason="disk_full"}': 1,
         'vlal_signal_received_total{signal="SIGTERM"}': 1,
+        'vlal_tracker_dropped_total{tracker="mlflow"}': 2,
+        'vlal_tracker_dropped_total{tracker="wandb"}': 0,
         "vlal_s3_requests_total": 20,
         'vlal_s3_bytes_total{direction="in"}': 2e6,
         'vlal_disk_free_bytes{mount="cache"}': 1e9,

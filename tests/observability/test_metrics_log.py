@@ -6,11 +6,18 @@ from vlal_dist.observability.metrics_log import MetricsLog, lines_until
 
 def test_the_log_is_appended_to_locally_and_replaced_remotely(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    local = MetricsLog(kept=b'{"step": 1}\n', append_to=path, replace=path.write_bytes)  # type: ignore[arg-type]
+    handed_on: list[object] = []
+    local = MetricsLog(
+        kept=b'{"step": 1}\n',
+        append_to=path,
+        replace=path.write_bytes,  # type: ignore[arg-type]
+        also=handed_on.append,
+    )
     local.write({"step": 2, "loss": 0.5})
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert handed_on == [{"step": 2, "loss": 0.5}]
     uploads: list[bytes] = []
-    remote = MetricsLog(kept=b"", append_to=None, replace=uploads.append)
+    remote = MetricsLog(kept=b"", append_to=None, replace=uploads.append, also=handed_on.append)
     remote.write({"step": 1})
     assert uploads == [b""]
     remote.flush()

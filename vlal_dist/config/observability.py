@@ -1,4 +1,6 @@
-"""Knobs of what Prometheus is told."""
+"""Knobs of what Prometheus and trackers are told."""
+
+from typing import Literal
 
 from pydantic import Field
 
@@ -6,7 +8,7 @@ from vlal_dist.config.section import Section
 
 
 class ObservabilitySection(Section):
-    """What Prometheus is told: endpoints of training ranks, files of every program."""
+    """Endpoints of training ranks, files of every program; trackers. Local unless told."""
 
     metrics: bool = Field(True, description="serve /metrics on each rank")
     metrics_host: str = Field("127.0.0.1", description="address the endpoint binds to")
@@ -23,4 +25,9 @@ class ObservabilitySection(Section):
         min_length=1,
         description="local folder of node_exporter's textfile collector, in which every program "
         "says how it ended, and pack what it counts",
+    )
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"],
+        description="where training's numbers go beside metrics.jsonl; wandb and mlflow as WANDB_* "
+        "and MLFLOW_* variables say (docs/operations.md)",
     )

@@ -244,6 +244,10 @@ class TrainMetrics:
         """Count one that was not, for one of `SAVE_FAILURES`."""
         self._counters["vlal_checkpoint_failures_total"].labels(reason).inc()
 
+    def tracker_dropped(self, name: str, count: int) -> None:
+        """Count records that one of `TRACKERS` did not take."""
+        self._counters["vlal_tracker_dropped_total"].labels(name).inc(count)
+
 
 def label_values(metric: Metric) -> Iterator[tuple[str, ...]]:
     """Every combination of a labelled metric's known values; none where values are open."""

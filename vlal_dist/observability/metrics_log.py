@@ -15,16 +15,23 @@ class MetricsLog:
         kept: lines of the run so far.
         append_to: the local file; None for a remote root.
         replace: overwrites the whole file.
+        also: gets each record too.
     """
 
     def __init__(
-        self, *, kept: bytes, append_to: Path | None, replace: Callable[[bytes], None]
+        self,
+        *,
+        kept: bytes,
+        append_to: Path | None,
+        replace: Callable[[bytes], None],
+        also: Callable[[Mapping[str, object]], None],
     ) -> None:
-        self._data, self._append_to, self._replace = kept, append_to, replace
+        self._data, self._append_to, self._replace, self._also = kept, append_to, replace, also
         replace(kept)
 
     def write(self, record: Mapping[str, object]) -> None:
         """Add a line. A disk that is full or gone is warned of, and stops nothing."""
+        self._also(record)
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         if self._append_to is None:
             self._data += line

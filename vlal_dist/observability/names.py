@@ -38,6 +38,7 @@ S3_REASONS = (
     "throttled", "error", "unreachable", "timeout", "truncated", "altered", "commit", "redirected",
 )  # fmt: skip
 PACK_RESULTS = ("written", "missing", "bad_image", "bad_box", "other")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 SAVE_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
@@ -166,6 +167,9 @@ TRAIN: dict[str, Metric] = {
     "vlal_signal_received_total": Metric(
         "counter", "What made this rank stop: a signal, or that its launcher was gone.",
         {"signal": STOPS},
+    ),
+    "vlal_tracker_dropped_total": Metric(
+        "counter", "Records that a tracker did not take in time, on rank 0.", {"tracker": TRACKERS}
     ),
 }  # fmt: skip
 """What a training rank says of itself."""

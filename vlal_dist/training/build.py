@@ -34,6 +34,7 @@ from vlal_dist.training.sources import Sources, make_validation, open_sources, r
 from vlal_dist.training.state import Binding, TrainState
 from vlal_dist.training.step import TrainStep
 from vlal_dist.training.stop import StopRequest
+from vlal_dist.training.tracking import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def run_training(
 
 def _begin(settings: RunSettings, sources: Sources, store: Store, resume: str) -> None:
     """What rank 0 does before the first step: look at the shards, prepare the run root."""
+    check_trackers(settings.trackers)
     for split in sources.corpus.splits:
         check_shard_sizes(split, may_be_damaged=settings.damage == "quarantine")
     check_shard_sizes(sources.validation)
@@ -150,7 +152,7 @@ def _build(
             store, now, engine.module.state_dict(), optimizer, keep=settings.keep_checkpoints
         ),
         metrics=metrics,
-        log=open_log(store, step=state.step) if ranks.rank == 0 else None,
+        log=open_log(stack, settings, ranks, store=store, metrics=metrics, step=state.step),
         stop=stop,
         settings=settings,
         saved=asdict(state) if found and found.where.startswith(f"{store.url}/") else {},

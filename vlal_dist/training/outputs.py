@@ -23,6 +23,7 @@ from vlal_dist.storage.s3_counts import REASONS, process_counts
 from vlal_dist.storage.store import Store
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.settings import RunSettings
+from vlal_dist.training.tracking import open_trackers
 
 METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
@@ -148,8 +149,28 @@ def _processor() -> str:
     return next(names, "") or platform.machine()
 
 
-def open_log(store: Store, *, step: int) -> MetricsLog:
-    """`metrics.jsonl` of a run root, cut back to the step that the run starts from."""
+def open_log(
+    stack: ExitStack,
+    settings: RunSettings,
+    ranks: Ranks,
+    *,
+    store: Store,
+    metrics: TrainMetrics,
+    step: int,
+) -> MetricsLog | None:
+    """`metrics.jsonl` of a run root, cut back to a step, and the trackers; on rank 0.
+
+    Args:
+        stack: closes the trackers.
+        settings: which trackers.
+        ranks: this process among its peers.
+        store: the run root.
+        metrics: told what the trackers drop.
+        step: that the run starts from.
+    """
+    if ranks.rank != 0:
+        return None
+    trackers = open_trackers(stack, settings.trackers, store=store, step=step, metrics=metrics)
     try:
         kept = lines_until(store.read(METRICS), step=step) if step else b""
     except NotFoundError:
@@ -158,4 +179,5 @@ def open_log(store: Store, *, step: int) -> MetricsLog:
         kept=kept,
         append_to=store.local_path(METRICS),
         replace=lambda data: store.replace(METRICS, data),
+        also=trackers.log,
     )

@@ -95,6 +95,7 @@ class RunSettings:
     metrics_host: str
     metrics_port: int
     targets: str | None
+    trackers: list[str]
 
     @property
     def weighted_by(self) -> str | None:

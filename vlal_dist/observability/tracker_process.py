@@ -1,0 +1,166 @@
+"""A tracker that talks to a server, in a process of its own; this module is both of its ends.
+
+The clients of W&B and MLflow change the process that imports them: they hook its exit and wait
+there for their server, start threads and processes, take seconds and 100 MB to import. In their own
+process they cost training nothing, and whatever they hang in can be killed. Records are lines of
+JSON on its standard input; when that ends, however the trainer ended, it has some seconds.
+"""
+
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+from vlal_dist.observability.logs import setup_logging
+from vlal_dist.observability.trackers import CLOSE_S, Record, Tracker, one_line, persist
+
+logger = logging.getLogger(__name__)
+
+GAVE_UP = 3
+NICE = 10
+"""Where cores are few, importing a client for seconds must wait for training, not beside it."""
+ENVIRONMENT = {
+    # Nothing is sent or printed but what is logged: no usage statistics, code, packages, hardware.
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "WANDB_CONSOLE": "off",
+    "WANDB_MAX_END_OF_RUN_HISTORY_METRICS": "0",
+    "WANDB_MAX_END_OF_RUN_SUMMARY_METRICS": "0",
+    "WANDB_DISABLE_CODE": "true",
+    "WANDB_DISABLE_GIT": "true",
+    "WANDB_X_DISABLE_META": "true",
+    "WANDB_X_DISABLE_STATS": "true",
+    "WANDB_X_DISABLE_MACHINE_INFO": "true",
+    "WANDB_X_SAVE_REQUIREMENTS": "false",
+    # Its own 15 s would be lost when a launcher signals all processes below it, W&B's too.
+    "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL": "1",
+}
+"""Defaults of the process; the user's own variables win."""
+
+
+class ProcessTracker:
+    """The trainer's end.
+
+    Args:
+        name: wandb or mlflow.
+        identity: of the run, the same after a resume.
+        folder: of the run, for what the client itself writes; None: not local.
+    """
+
+    def __init__(self, name: str, *, identity: str, folder: Path | None) -> None:
+        package = str(Path(__file__).resolve().parents[2])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=2,  # standard output is the program's own
+            bufsize=0,
+            env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            start_new_session=True,  # Ctrl-C is for the trainer, which still has to log
+        )
+        where = None if folder is None else str(folder)
+        # The trainer's own wait is longer by a second: it can tell how the process ended.
+        self._seconds = CLOSE_S - 1
+        settings = {"name": name, "identity": identity, "folder": where}
+        self._send({"seconds": self._seconds, "settings": settings})
+
+    def log(self, record: Record) -> None:
+        """Send a record; waits while the process is busy with many others.
+
+        Raises:
+            ConnectionError: the process has ended.
+        """
+        self._send(record._asdict())
+
+    def close(self, *, done: bool) -> None:
+        """Wait until the process has ended, which it does within its seconds.
+
+        Raises:
+            ConnectionError: it had not delivered all.
+        """
+        self._send({"done": done})
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if code := self._process.wait():
+            raise ConnectionError(f"{self._ended(code)}; the server may lack records")
+
+    def abandon(self) -> None:
+        """Kill the process; W&B's own ends with it."""
+        assert self._process.stdin is not None
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+
+    def _send(self, message: dict[str, object]) -> None:
+        assert self._process.stdin is not None
+        data = memoryview(json.dumps(message).encode() + b"\n")
+        try:
+            while data:
+                data = data[self._process.stdin.write(data) :]
+        except OSError:
+            raise ConnectionError(self._ended(self._process.poll())) from None
+
+    def _ended(self, code: int | None) -> str:
+        if code == GAVE_UP:
+            return f"it did not deliver all within {self._seconds:.0f} s"
+        return f"its process {self._process.pid} ended with code {code}"
+
+
+def main() -> int:
+    """The tracker's end: open it, feed it, close it."""
+    setup_logging()
+    os.nice(NICE)
+    # A launcher signals all processes below it; this one has to outlive the trainer's last record.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    begin = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_input, args=(begin["seconds"],), daemon=True).start()
+    settings, name, done = begin["settings"], begin["settings"]["name"], False
+    tracker = persist(partial(_open, **settings), name=name, wait=_pause)
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "done" in message:
+            done = message["done"]
+        else:
+            persist(partial(tracker.log, Record(**message)), name=name, wait=_pause)
+    try:
+        tracker.close(done=done)
+    except Exception as error:
+        logger.warning("tracker %s: %s", name, one_line(error))
+        os._exit(GAVE_UP)  # the client's own hooks would only fail again
+    return 0
+
+
+def _open(*, name: str, identity: str, folder: str | None) -> Tracker:
+    if name == "mlflow":
+        from vlal_dist.observability.mlflow_run import MlflowRun
+
+        return MlflowRun(identity)
+    from vlal_dist.observability.wandb_run import WandbRun
+
+    return WandbRun(identity, folder=None if "WANDB_DIR" in os.environ else folder)
+
+
+def _pause(seconds: float) -> bool:
+    time.sleep(seconds)
+    return False
+
+
+def _end_with_input(seconds: float) -> None:
+    """End the process some seconds after its input has ended, whatever it hangs in."""
+    ended = select.poll()
+    ended.register(sys.stdin, 0)  # a hang-up is always told, even with lines still to be read
+    ended.poll()
+    time.sleep(seconds)
+    os._exit(GAVE_UP)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
