@@ -7,7 +7,8 @@ The environment says what happens:
     DIARY    folder; every process appends to a file of its own, a JSON object a line
 
 `at`, in the order of a step's life:
-    start     the ranks have met; `step` is where they go on
+    build     the ranks have met, DeepSpeed's engine is not made yet (`step` 0)
+    start     everything is made; `step` is where they go on
     step      a batch is here, nothing was computed
     gradient  the gradient is summed, nothing was applied
     applied   the step was applied and is in the books
@@ -108,6 +109,7 @@ def install() -> None:
 
     one_step, train, accumulate = run._one_step, run.train, step.TrainStep.accumulate
     save, write_model, batches = build.save_checkpoint, best.write_model, sources.evaluation_batches
+    make_loader = build.make_loader
     check_epoch = account.Account.check_epoch
     now = {"step": 0}
 
@@ -117,6 +119,10 @@ def install() -> None:
         moment("start", it.state.step)
         train(it)
         note("done", step=it.state.step)
+
+    def faulty_loader(*rest: Any) -> Any:
+        moment("build", 0)
+        return make_loader(*rest)
 
     def faulty_one_step(it: Any, batch: Any, *rest: Any) -> bool:
         now["step"] = it.state.step
@@ -174,7 +180,7 @@ def install() -> None:
         write_model(*rest, **more)
 
     run._one_step = faulty_one_step
-    build.train = faulty_train
+    build.train, build.make_loader = faulty_train, faulty_loader
     build.save_checkpoint, best.write_model = faulty_save, faulty_best
     sources.evaluation_batches = faulty_batches  # type: ignore[assignment]
     account.Account.check_epoch = faulty_check  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from vlal_dist.training.launcher import Launcher
 from vlal_dist.training.objective import Objective, feasible_table
 from vlal_dist.training.outputs import open_log, open_metrics, record_start
 from vlal_dist.training.parts import Run
-from vlal_dist.training.ranks import Ranks, join_ranks, limit_waits, peers_needed
+from vlal_dist.training.ranks import Ranks, join_ranks, peers_needed
 from vlal_dist.training.resume import (
     agree_on,
     begin_anew,
@@ -78,9 +78,9 @@ def run_training(
             lambda: _begin(settings, sources, store, resume) if ranks.rank == 0 else None
         )
         how = resume_kind(found, world_size=ranks.world_size)
-        run = _build(settings, sources, found, ranks, stop, store, stack)
-        run.metrics.resumed(how)
         with peers_needed():
+            run = _build(settings, sources, found, ranks, stop, store, stack)
+            run.metrics.resumed(how)
             train(run)
     return run.state, ranks.world_size
 
@@ -113,7 +113,6 @@ def _build(
     loader = ranks.together(lambda: make_loader(settings, sources, found, ranks))
     stack.callback(loader.close)
     schedule, engine = _schedule_and_engine(settings, sources, loader, ranks)
-    limit_waits(timeout_s=settings.peer_timeout_s)
     state = restore(
         found,
         engine=engine,

@@ -162,6 +162,10 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
     if announced and local_size == world_size and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
     timeout = timedelta(seconds=timeout_s)
+    # DeepSpeed makes groups of its own, with torch's default: a rank that hangs would be waited for
+    # half an hour. torch has no public way to set it; tests/reliability/test_peers.py holds this.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     try:
         dist.init_process_group(
             backend, timeout=timeout, device_id=device if device.type == "cuda" else None
@@ -174,16 +178,6 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
         ) from None
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, device, control)
-
-
-def limit_waits(*, timeout_s: float) -> None:
-    """Give every process group this longest wait for a peer.
-
-    DeepSpeed makes groups of its own, with torch's default: a rank that hangs would be waited for
-    half an hour. No public function of torch sets it; `tests/reliability/test_peers.py` holds this.
-    """
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 @contextmanager
