@@ -313,6 +313,10 @@ second, asks, and gives up after {PATIENCE_S} s; in the phases `decoy` it does t
 endpoint of another process: what it costs then is the client's. `ours` is the endpoint of a rank
 (`vlal_dist/observability/endpoint.py`), `prometheus_client` that library's own in its place.
 
+Asked / decoy is what being asked costs a step. Other work on the machine makes such ratios vary by
+more than a hundredth from phase to phase; the CPU seconds of the endpoint's threads, as a share of
+one core, do not depend on it. Answered are also those that had given up.
+
 """
 
 
