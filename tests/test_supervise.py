@@ -16,6 +16,11 @@ from vlal_dist.supervise import resuming
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def ignore_interrupts() -> None:
+    """As for what a script starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def start(*command: str, own: Sequence[str] = ()) -> subprocess.Popen[str]:
     words = ["--supervise.backoff_s", "0.05", *own, "--", *command]
     return subprocess.Popen(
@@ -24,6 +29,7 @@ def start(*command: str, own: Sequence[str] = ()) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=ignore_interrupts,
     )
 
 

@@ -59,7 +59,8 @@ class Job:
         # Orphans become our children: nothing that came of the command is lost from sight.
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            if not (number is signal.SIGHUP and under_nohup):
                 signal.signal(number, self._receive)
 
     def run(self, command: Sequence[str]) -> int:

@@ -38,6 +38,8 @@ class Start:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # What a script starts in the background ignores it, and so would all below it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def processes(self) -> dict[int, list[str]]:
