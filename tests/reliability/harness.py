@@ -10,6 +10,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,15 @@ class Start:
                 continue
             if words != [b""]:  # not a zombie
                 found[int(folder.name)] = [word.decode() for word in words]
+        return found
+
+    def shared_memory(self) -> set[Path]:
+        """The files of shared memory that its processes have mapped."""
+        found = set()
+        for pid in self.processes():
+            with suppress(OSError):
+                lines = (PROC / str(pid) / "maps").read_text().splitlines()
+                found |= {Path(x[x.index("/dev/shm/") :]) for x in lines if "/dev/shm/" in x}
         return found
 
     def find(self, program: str) -> int:
