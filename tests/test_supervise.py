@@ -16,9 +16,10 @@ from vlal_dist.supervise import resuming
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def ignore_interrupts() -> None:
-    """As for what a script starts in the background."""
+def dispositions() -> None:
+    """As for what a script starts in the background, but never as under nohup."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(*command: str, own: Sequence[str] = ()) -> subprocess.Popen[str]:
@@ -29,7 +30,7 @@ def start(*command: str, own: Sequence[str] = ()) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=ignore_interrupts,
+        preexec_fn=dispositions,
     )
 
 

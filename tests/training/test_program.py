@@ -70,8 +70,6 @@ def test_another_seed_is_refused_at_a_resume(
     message = capsys.readouterr().err
     assert "seed is 5, the checkpoint has 99" in message
     assert f"the checkpoint has {'v' * 64}" in message
-    zero = ["--training.zero_stage", "1"]
-    assert train(small, "--paths.run", str(tmp_path), *zero) == 64
 
 
 def test_unknown_things_end_with_their_codes(small: Path) -> None:
