@@ -96,7 +96,7 @@ def marked(pid: int, mark: str) -> bool:
     return False
 
 
-def left_behind(mark: str, *, seconds: float = 3.0) -> list[int]:
+def left_behind(mark: str, *, seconds: float = 10.0) -> list[int]:
     """Processes with that mark in their environment that do not end within some seconds."""
     deadline = time.monotonic() + seconds
     while True:

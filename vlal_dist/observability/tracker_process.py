@@ -24,8 +24,8 @@ from vlal_dist.observability.trackers import CLOSE_S, Record, Tracker, one_line,
 logger = logging.getLogger(__name__)
 
 GAVE_UP = 3
-NICE = 10
-"""Where cores are few, importing a client for seconds must wait for training, not beside it."""
+NICE = 5
+"""Where cores are few, importing a client takes seconds: training goes first, as three to one."""
 ENVIRONMENT = {
     # Nothing is sent or printed but what is logged: no usage statistics, code, packages, hardware.
     "MLFLOW_DISABLE_TELEMETRY": "true",
