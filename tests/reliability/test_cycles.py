@@ -35,7 +35,7 @@ def left_in(folder: Path) -> set[str]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("cycles", [4, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_and_started_again_at_once(
     config: Path, tmp_path: Path, undisturbed: Job, cycles: int
 ) -> None:

@@ -99,6 +99,7 @@ def test_a_hanging_rank_ends_the_job_in_bounded_time(
         resume_and_compare(job, undisturbed, lost=1)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_a_slow_rank_and_a_pause_change_nothing(
     config: Path, tmp_path: Path, undisturbed: Job

@@ -88,6 +88,7 @@ def test_killed_on_a_full_disk_it_resumes_from_what_was_there_before(
     assert weights(job) == weights(undisturbed) and job.lost_steps() == [5]
 
 
+@pytest.mark.soak
 def test_a_disk_that_stays_full_ends_the_run_with_its_code(
     config: Path, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     record("damaged checkpoint", kind=kind, resumed_from=4)
 
 
+@pytest.mark.soak
 def test_damaged_ones_alone_are_refused(config: Path, tmp_path: Path, undisturbed: Job) -> None:
     shutil.copytree(undisturbed.run, tmp_path / "run")
     job = Job(config, tmp_path)

@@ -66,9 +66,7 @@ def check(job: Job, undisturbed: Job, target: str, number: signal.Signals) -> No
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    ("target", "supervised"), [("front", False), ("supervisor", True), ("launch", True)]
-)
+@pytest.mark.parametrize(("target", "supervised"), [("front", False), ("supervisor", True)])
 def test_terminated(
     config: Path, tmp_path: Path, undisturbed: Job, target: str, supervised: bool
 ) -> None:
