@@ -16,12 +16,14 @@ from tests.training.test_runs import arguments, finish, start, weights
 pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 
 HUNG = 40  # of each kind
-STEPS = 8
+EPOCHS, STEPS = 8, 32
+WIDTH = 64  # of the network: it must train for longer than the hundred scrapers stand in line
 
 
 def train(small: Path, run: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
     """A training of one rank, and the port that it was told."""
-    command = arguments(small, run, *more)
+    longer = ("--training.epochs", str(EPOCHS), "--model.width", str(WIDTH))
+    command = arguments(small, run, *longer, *more)
     port = int(command[command.index("--observability.metrics_port") + 1])
     return start([sys.executable, *command], {}), port
 
