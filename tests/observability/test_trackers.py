@@ -270,6 +270,39 @@ def test_wandb_offline_holds_each_step_once(
     assert [row["_step"] for row in histories(tmp_path)] == [2, 4, 6, 2, 4]
 
 
+UNHEARD = """
+import os, sys, time
+from pathlib import Path
+from tests.observability.test_trackers import record
+from vlal_dist.observability.tracker_process import ProcessTracker
+tracker = ProcessTracker("wandb", identity="run1", folder=Path(sys.argv[1]))
+for step in (2, 4, 6):
+    tracker.log(record(step, 0.5))
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("mark")
+def test_wandb_has_all_of_a_trainer_that_was_killed_with_whoever_read_it(tmp_path: Path) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", UNHEARD, str(tmp_path)],
+        env={**environment(), "WANDB_MODE": "offline"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert trainer.stdout is not None and trainer.stderr is not None
+    assert trainer.stdout.readline() == b"begun\n"
+    trainer.stdout.close()
+    trainer.stderr.close()
+    trainer.kill()
+    trainer.wait()
+    assert left_behind(str(tmp_path), seconds=150) == []
+    assert [row["_step"] for row in histories(tmp_path)] == [2, 4, 6]
+
+
 def asked(address: str, path: str, **query: str) -> Any:
     url = f"{address}/api/2.0/mlflow/{path}?{urllib.parse.urlencode(query)}"
     with urllib.request.urlopen(url, timeout=30) as response:

@@ -122,6 +122,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     begin = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, args=(begin["seconds"],), daemon=True).start()
+    threading.Thread(target=_hush_when_unheard, daemon=True).start()
     settings, name, done = begin["settings"], begin["settings"]["name"], False
     tracker = persist(partial(_open, **settings), name=name, wait=_pause)
     for line in sys.stdin:
@@ -160,6 +161,17 @@ def _end_with_input(seconds: float) -> None:
     ended.poll()
     time.sleep(seconds)
     os._exit(GAVE_UP)
+
+
+def _hush_when_unheard() -> None:
+    """Whoever read our words may die with the trainer; a client that prints into a broken pipe
+    fails, and W&B does so before it has written its last second."""
+    heard = select.poll()
+    heard.register(2, 0)
+    heard.poll()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 if __name__ == "__main__":
