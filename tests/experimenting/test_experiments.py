@@ -111,6 +111,7 @@ def test_killed_in_the_middle_and_repeated_the_table_is_the_same(
     """SIGKILL of the queue while a run trains; then of what it left; then the same command."""
     more = ("--experiments.num_ignores", "[]", "--method.num_ignore", "3")
     more += ("--training.epochs", "3", "--training.threads", "1")
+    more += ("--experiments.jobs", "2")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     output = finish(command(small, calm, "table2", *more))
     assert "3 of 3 runs done" in output and output.count("finished ") == 3

@@ -14,9 +14,11 @@ from tests.reliability.harness import Job, each_once_an_epoch, record
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 
+CYCLES = 100
+
 
 def test_a_rendezvous_port_that_is_taken_is_named(config: Path, tmp_path: Path) -> None:
-    job = Job(config, tmp_path)
+    job = Job(config, tmp_path, more=["--training.peer_timeout_s", "5"])  # of the other rank
     with socket.socket() as other:
         other.bind(("", int(job.port)))
         other.listen()
@@ -34,17 +36,17 @@ def left_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("cycles", [2, pytest.param(100, marks=pytest.mark.soak)])
 def test_killed_at_random_and_started_again_at_once(
-    config: Path, tmp_path: Path, undisturbed: Job, cycles: int
+    config: Path, tmp_path: Path, undisturbed: Job
 ) -> None:
     targets = tmp_path / "targets"
     job = Job(config, tmp_path, more=["--observability.targets", str(targets)])
     draw = random.Random(7)
     shared: set[Path] = set()
     reached = []
-    for _ in range(cycles):
+    for _ in range(CYCLES):
         start = job.start({"kind": "sleep", "at": "step", "seconds": 0.1, "often": True})
         if draw.random() < 0.5:
             time.sleep(draw.uniform(0.5, 6.0))  # while it starts
@@ -66,4 +68,4 @@ def test_killed_at_random_and_started_again_at_once(
     assert list(targets.glob("*.json")) == []
     assert not [path for path in shared if path.exists()]
     assert json.loads((job.run / "train.result.json").read_text())["code"] == 0
-    record("start and kill", cycles=cycles, lost=job.lost_steps(), manual_cleaning=0)
+    record("start and kill", cycles=CYCLES, lost=job.lost_steps(), manual_cleaning=0)

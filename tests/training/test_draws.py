@@ -154,8 +154,9 @@ def test_a_run_without_clip(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("weights", ["likelihood", "uniform", "cooccurrence"])
-@pytest.mark.parametrize("draw", ["random", "top"])
+@pytest.mark.parametrize(
+    ("draw", "weights"), [("random", "uniform"), ("random", "cooccurrence"), ("top", "likelihood")]
+)
 def test_runs_of_each_way_by_both_kernels(
     small: Path, tmp_path: Path, draw: str, weights: str
 ) -> None:

@@ -123,25 +123,6 @@ def test_a_run_leaves_what_the_next_stages_read(undisturbed: Path, small: Path) 
 
 
 @pytest.mark.long
-def test_killed_after_an_epoch_and_repeated_it_ends_with_the_same_bits(
-    undisturbed: Path, small: Path, tmp_path: Path
-) -> None:
-    process = launch(small, tmp_path)
-    wait_for(tmp_path / "checkpoints/00000004/COMPLETE", process)
-    end(process)
-    assert not (tmp_path / "checkpoints/00000008").exists()
-    output = finish(launch(small, tmp_path))
-    assert "resuming" in output and "step 4, epoch 2, 0 samples in" in output
-    expected, found = weights(undisturbed, 8), weights(tmp_path, 8)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-    def figures(run: Path) -> list[dict[str, Any]]:
-        return [{k: v for k, v in x.items() if k != "samples_per_s"} for x in lines(run)]
-
-    assert figures(tmp_path) == figures(undisturbed)
-
-
-@pytest.mark.long
 def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     small: Path, tmp_path: Path
 ) -> None:

@@ -86,7 +86,7 @@ def check(
     return record
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_two_ranks_killed_in_a_save_then_stopped_by_a_signal_then_one(
     small: Path, tmp_path: Path, undisturbed: Callable[[str], Ledgers]
 ) -> None:
