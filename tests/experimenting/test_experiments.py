@@ -1,5 +1,6 @@
 """The command as users type it: what it refuses, and a whole table through a kill."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -102,6 +103,12 @@ def predictions(root: Path) -> list[bytes]:
     ]
 
 
+def to_all(groups: dict[str, int], number: signal.Signals) -> None:
+    for group in groups.values():
+        with contextlib.suppress(ProcessLookupError):  # that run has just ended
+            os.killpg(group, number)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.deepspeed
@@ -110,8 +117,7 @@ def test_killed_in_the_middle_and_repeated_the_table_is_the_same(
 ) -> None:
     """SIGKILL of the queue while a run trains; then of what it left; then the same command."""
     more = ("--experiments.num_ignores", "[]", "--method.num_ignore", "3")
-    more += ("--training.epochs", "3", "--training.threads", "1")
-    more += ("--experiments.jobs", "2")
+    more += ("--training.epochs", "3", "--training.threads", "1", "--experiments.jobs", "2")
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     output = finish(command(small, calm, "table2", *more))
     assert "3 of 3 runs done" in output and output.count("finished ") == 3
@@ -124,13 +130,13 @@ def test_killed_in_the_middle_and_repeated_the_table_is_the_same(
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     groups = json.loads((killed / "running.json").read_text())
+    to_all(groups, signal.SIGSTOP)  # else they might be done before the next start is there
     first.kill()
     first.communicate()
     try:
         assert "works in" in finish(again, code=75)
     finally:
-        for group in groups.values():
-            os.killpg(group, signal.SIGKILL)
+        to_all(groups, signal.SIGKILL)
     time.sleep(1)
     assert "begun" in finish([*again, "--plan"])
     assert "3 of 3 runs done" in finish(again)
