@@ -7,6 +7,7 @@ The environment says what happens:
     DIARY    folder; every process appends to a file of its own, a JSON object a line
 
 `at`, in the order of a step's life:
+    begin     the process has begun (`clock` only)
     build     the ranks have met, DeepSpeed's engine is not made yet (`step` 0)
     start     everything is made; `step` is where they go on
     step      a batch is here, nothing was computed
@@ -21,6 +22,8 @@ The environment says what happens:
     signal    `signal` to itself, `times` of them
     stop      SIGSTOP to itself (a process that hangs)
     sleep     `seconds`
+    clock     its clock of the day is wrong by `offset` (`+1d`) for all of its life;
+              `library` is libfaketime
     nan       the step's images become not finite (`step` only)
     nan_gradient  the gradient does (`gradient` only)
     fill      a file takes what is left of the disk of `path`
@@ -191,7 +194,17 @@ def install() -> None:
         s3_patience.OUTAGE_S = float(os.environ["OUTAGE_S"])
 
 
+def set_clock() -> None:
+    """Become this program again, below libfaketime."""
+    for fault in FAULTS:
+        if (fault["kind"], fault.get("rank")) == ("clock", RANK) and "FAKETIME" not in os.environ:
+            more = {"FAKETIME": fault["offset"], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+            more["LD_PRELOAD"] = fault["library"]
+            os.execve(sys.executable, sys.orig_argv, {**os.environ, **more})
+
+
 def main() -> int:
+    set_clock()
     note("begin", pid=os.getpid(), parent=os.getppid())
     look = Launcher.of_this_process
 

@@ -14,6 +14,8 @@ from tests.reliability.test_signals import SLOW
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
 
 def resume_and_compare(job: Job, undisturbed: Job, *, lost: int) -> None:
     again = job.start()
@@ -114,6 +116,26 @@ def test_a_slow_rank_and_a_pause_change_nothing(
     os.kill(rank, signal.SIGCONT)
     assert start.wait() == 0, start.text()
     assert job.bits() == undisturbed.bits()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_a_clock_that_is_wrong_changes_nothing(
+    config: Path, tmp_path: Path, undisturbed: Job
+) -> None:
+    if FAKETIME is None:
+        pytest.skip("Debian's package faketime is not installed")
+    job = Job(config, tmp_path)
+    tomorrow = {"kind": "clock", "rank": 0, "at": "begin", "offset": "+1d"}
+    tomorrow["library"] = str(FAKETIME)
+    start = job.start(tomorrow, {"kind": "signal", "signal": "SIGTERM", "at": "step", "step": 6})
+    assert start.wait() == 75, start.text()
+    saved = next(e["t"] for e in job.events("saved") if e["step"] == 7)
+    assert saved > time.time() + 80_000, "the saving rank's clock is wrong"
+    start = job.start({**tomorrow, "rank": 1, "offset": "-1d"})
+    assert start.wait() == 0, start.text()
+    assert "step 7" in start.text() and job.bits() == undisturbed.bits()
+    record("clock", offsets=["+1d", "-1d"])
 
 
 def in_namespace(start: Start, *command: str) -> None:

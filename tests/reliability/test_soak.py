@@ -106,6 +106,11 @@ def end(start: Start, how: str, job: Job, draw: random.Random) -> None:
     start.wait_for_all(timeout_s=150)
 
 
+def quarters(values: list[float]) -> list[list[float]]:
+    size = len(values) // 4
+    return [values[i * size : (i + 1) * size] for i in range(4)]
+
+
 @pytest.mark.timeout(3600)
 def test_memory_and_handles_stay_flat(
     ceph_s3: S3Server, config: Path, tmp_path: Path, remote: str
@@ -137,6 +142,7 @@ def test_memory_and_handles_stay_flat(
         figures[rank] = {
             "mib_per_minute": round(slope, 3),
             "mib": [round(min(memory), 1), round(max(memory), 1)],
+            "mib_of_quarters": [round(statistics.median(q), 1) for q in quarters(memory)],
             "handles": [min(handles), max(handles)],
             "handles_per_minute": statistics.linear_regression(minutes, handles).slope,
         }

@@ -42,6 +42,7 @@ def ledgers(out: Path) -> dict[int, dict[str, int]]:
     return {line["epoch"]: line["ledger"] for line in lines(out) if line["kind"] == "train"}
 
 
+@pytest.mark.long
 def test_a_mix_trains_what_its_plan_says_and_is_bound_to_it(
     small: Path, second: Path, tmp_path: Path
 ) -> None:

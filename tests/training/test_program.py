@@ -27,6 +27,7 @@ assert names["PROGRAM"].name == "train"
 """
 
 
+@pytest.mark.long
 @pytest.mark.deepspeed
 def test_started_by_path_our_folder_shadows_no_package() -> None:
     folder = str(ROOT / "vlal_dist")

@@ -74,6 +74,7 @@ def check_list(found: dict[str, str], damaged: Damaged) -> None:
     assert all(damaged.key in why and "crc32" in why for why in found.values())
 
 
+@pytest.mark.long
 def test_more_than_the_declared_share_stops_all_ranks(
     small: Path, merged: Dataset, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def two_ranks(small: Path, run: Path, *more: str) -> list[str]:
     return [finish(rank, code=65) for rank in ranks]
 
 
+@pytest.mark.long
 def test_a_damaged_sample_that_one_rank_reads_ends_all_with_its_code(
     small: Path, tmp_path: Path
 ) -> None:
