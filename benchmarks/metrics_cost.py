@@ -167,7 +167,8 @@ def ratios(spans: list[dict[str, Any]], phase: str, beside: str) -> list[float]:
 def rate(spans: list[dict[str, Any]], what: str, *, per: str) -> float:
     """How much of something a second, in the phases in which the training is asked."""
     asked = [span for span in spans if span["phase"] == "asked"]
-    return float(sum(s[what] for s in asked) / sum(s[per] for s in asked))
+    whole = sum(s[per] for s in asked)  # 0: the training validated in every one of them
+    return float(sum(s[what] for s in asked) / whole) if whole else float("nan")
 
 
 def page(results: dict[str, dict[str, Any]], *, cycles: int) -> str:
