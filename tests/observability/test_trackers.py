@@ -271,7 +271,7 @@ def test_wandb_offline_holds_each_step_once(
 
 
 UNHEARD = """
-import os, sys, time
+import sys, time
 from pathlib import Path
 from tests.observability.test_trackers import record
 from vlal_dist.observability.tracker_process import ProcessTracker

@@ -33,7 +33,7 @@ MOMENTS = {
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     "moment",
-    # One of them in CI: it is two signals.
+    # CI has the one that sends a second signal too.
     [pytest.param(m, marks=[pytest.mark.soak] * (m != "its own save, again")) for m in MOMENTS],
 )
 def test_at_any_moment(config: Path, tmp_path: Path, undisturbed: Job, moment: str) -> None:

@@ -144,7 +144,6 @@ def in_namespace(start: Start, *command: str) -> None:
     subprocess.run(["nsenter", "-t", str(pid), "-n", *command], check=True)
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(400)
 def test_ranks_that_cannot_reach_each_other_leave(
     config: Path, tmp_path: Path, undisturbed: Job

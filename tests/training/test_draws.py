@@ -155,7 +155,15 @@ def test_a_run_without_clip(small: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.deepspeed
 @pytest.mark.parametrize(
-    ("draw", "weights"), [("random", "uniform"), ("random", "cooccurrence"), ("top", "likelihood")]
+    ("draw", "weights"),
+    [
+        ("random", "uniform"),
+        ("random", "cooccurrence"),
+        ("top", "likelihood"),
+        pytest.param("random", "likelihood", marks=pytest.mark.soak),
+        pytest.param("top", "uniform", marks=pytest.mark.soak),
+        pytest.param("top", "cooccurrence", marks=pytest.mark.soak),
+    ],
 )
 def test_runs_of_each_way_by_both_kernels(
     small: Path, tmp_path: Path, draw: str, weights: str
