@@ -1,8 +1,9 @@
 """X1: kills, S3 faults and other numbers of ranks, against a real Ceph gateway.
 
-Two runs of SOAK_MINUTES each (20), one after the other, both on S3 behind a proxy that breaks a share of all replies. The
-first is killed and stopped at random and goes on with one to three ranks; its books must hold. The
-second is left alone by everything but the proxy; its memory and handles must stay flat.
+Two runs of SOAK_MINUTES each (20), one after the other, both on S3 behind a proxy that breaks a
+share of all replies. The first is killed and stopped at random and goes on with one to three ranks;
+its books must hold. The second is left alone by everything but the proxy; its memory and handles
+must stay flat.
 """
 
 import os
