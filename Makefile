@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) python -m demo
+	$(RUN) python -m vlal_dist.demo
 
 test: setup
 	$(RUN) python -m pytest $(PYTEST)
@@ -55,7 +55,7 @@ fashion12k: setup
 	$(RUN) python -m shard_tools merge $(CONFIG)
 	$(RUN) python -m vlal_dist.experiments table1 $(CONFIG)
 
-# Only for benchmarks/loader.py. What could not be installed is named in $(PEERS)/peers.json.
+# Only for benchmarks/loader/loader.py. What could not be installed is named in $(PEERS)/peers.json.
 peers: $(PEERS)/.ready
 
 $(PEERS)/.ready: benchmarks/peers/constraints.txt benchmarks/peers/install.py
@@ -64,7 +64,7 @@ $(PEERS)/.ready: benchmarks/peers/constraints.txt benchmarks/peers/install.py
 	$(PEERS)/bin/python benchmarks/peers/install.py
 	@touch $@
 
-# Only for benchmarks/score.py. setuptools: it imports pkg_resources, which later ones lack.
+# Only for benchmarks/scoring/score.py. setuptools: it imports pkg_resources, which later ones lack.
 clip-retrieval: $(CLIP_RETRIEVAL)/.ready
 
 $(CLIP_RETRIEVAL)/.ready: benchmarks/peers/clip_retrieval_constraints.txt

@@ -8,7 +8,10 @@ from vlal_dist.errors import UsageError
 from vlal_dist.program import Program, run_program
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "clean": ("shard_tools.clean", "annotation files -> instances, vocabulary, feasible sets"),
+    "clean": (
+        "shard_tools.clean.program",
+        "annotation files -> instances, vocabulary, feasible sets",
+    ),
     "pack": ("shard_tools.pack", "instances and photos -> WebDataset shards, index, manifest"),
     "merge": ("shard_tools.merge", "shards and score files -> shards that hold likelihoods"),
     "reshard": ("shard_tools.reshard", "the same samples in shards and blocks of other sizes"),

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet
 
-from shard_tools.assemble import (
+from shard_tools.shard_writer import (
     SampleLabels,
     ShardPart,
     TarBuilder,
@@ -29,17 +29,17 @@ from shard_tools.assemble import (
     part_key,
     run_tasks,
 )
-from vlal_dist.config.config import Config
-from vlal_dist.data.dataset import (
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import (
     Dataset,
     Split,
     check_shard_sizes,
     open_dataset,
     open_split,
 )
-from vlal_dist.data.rows import RowReader
-from vlal_dist.data.scores import ShardScores, read_scores_manifest, read_shard_scores
-from vlal_dist.data.shards import encode_sample
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.format.scores import ShardScores, read_scores_manifest, read_shard_scores
+from vlal_dist.data.format.tar import encode_sample
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
 from vlal_dist.program import Counts, Program
@@ -148,7 +148,7 @@ def _merge_rows(
     indptr: npt.NDArray[np.int64],
     ragged: npt.NDArray[np.float32],
 ) -> None:
-    reader = RowReader(split)
+    reader = SampleReader(split)
     for place, row in enumerate(rows.tolist()):
         key, parts = reader.read_parts(row)
         meta = json.loads(parts["json"])

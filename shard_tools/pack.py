@@ -1,4 +1,4 @@
-"""`python -m shard_tools pack`: instances and photos to verified WebDataset tars.
+"""`python -m shard_tools pack`: instances and photos to verified WebDataset shards.
 
 Photos are put in a seeded hash order, the instances of one photo adjacent, and cut into shards by
 an estimate of their bytes. Each shard is then one unit of work whose bytes depend on nothing but
@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+from PIL import Image
 
-from shard_tools.assemble import (
+from shard_tools.shard_writer import (
     SampleLabels,
     ShardPart,
     TarBuilder,
@@ -28,15 +30,151 @@ from shard_tools.assemble import (
     run_tasks,
     shard_name,
 )
-from shard_tools.crops import CropSettings, Instance, Photo, decode_photo, make_sample
-from shard_tools.pack_counts import PackCounts
-from shard_tools.photos import PhotoSource
-from vlal_dist.config.config import Config
-from vlal_dist.config.pack import PackSection
-from vlal_dist.data.dataset import check_digest
+from vlal_dist.config.sections import Config, PackConfig
+from vlal_dist.data.format.dataset import check_digest
+from vlal_dist.data.format.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
+from vlal_dist.data.format.index import sample_uid
+from vlal_dist.data.format.photos import PhotoSource
+from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
 from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
+from vlal_dist.observability.prometheus_files import TextFile
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import Store, open_store
+
+JPEG_SIDE = 65_500  # pixels; the encoder's limit
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One row of `<split>.parquet`: ids as text, box in pixels, labels as sorted attribute ids."""
+
+    instance_id: str
+    image_id: str
+    object_id: int
+    box: tuple[float, float, float, float]
+    positive: list[int]
+    negative: list[int]
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """What fixes the bytes of a crop; recorded in `dataset.json`."""
+
+    jpeg_quality: int
+    box_expansion: float
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo decoded once for all its instances."""
+
+    data: bytes
+    image: Image.Image
+    plain_jpeg: bool
+
+
+def decode_photo(data: bytes, settings: CropSettings) -> Photo:
+    """Decode a whole photo; DataError with the reason when it cannot be."""
+    image = open_photo(data, max_pixels=settings.max_pixels)
+    return Photo(data=data, image=image, plain_jpeg=is_plain_jpeg(data))
+
+
+def make_sample(
+    instance: Instance, photo: Photo, *, dataset_name: str, settings: CropSettings
+) -> tuple[int, str, EncodedSample]:
+    """Crop, encode, and lay out one sample: uid, key, tar bytes.
+
+    The original file's bytes are kept when it is an upright RGB or grey JPEG and the crop is all
+    of it: nothing is lost to a second compression.
+
+    Raises:
+        DataError: the box has no size, lies wholly outside the photo, or is beyond any crop.
+    """
+    image = photo.image
+    bounds = crop_bounds(
+        instance.box, width=image.width, height=image.height, expansion=settings.box_expansion
+    )
+    width, height = bounds[2] - bounds[0], bounds[3] - bounds[1]
+    if max(width, height) > JPEG_SIDE or width * height > settings.max_pixels:
+        raise DataError(f"box too large: a crop of {width}x{height} pixels, see pack.max_pixels")
+    whole = bounds == (0, 0, image.width, image.height)
+    jpg = (
+        photo.data
+        if whole and photo.plain_jpeg
+        else encode_jpeg(image.crop(bounds), quality=settings.jpeg_quality)
+    )
+    x, y, w, h = instance.box
+    meta = {
+        "box_in_crop": [x - bounds[0], y - bounds[1], w, h],
+        "image_id": instance.image_id,
+        "instance_id": instance.instance_id,
+        "negative": instance.negative,
+        "object_id": instance.object_id,
+        "positive": instance.positive,
+    }
+    uid = sample_uid(dataset_name, instance.instance_id)
+    key = sample_key(instance.instance_id, uid)
+    parts = {"jpg": jpg, "json": json.dumps(meta, separators=(",", ":")).encode()}
+    return uid, key, encode_sample(key, parts)
+
+
+RESULTS = {
+    "missing": "missing",
+    "unreadable": "bad_image",
+    "not an image": "bad_image",
+    "too large": "bad_image",
+    "truncated or damaged": "bad_image",
+    "zero size": "bad_box",
+    "box outside": "bad_box",
+    "box too large": "bad_box",
+}
+"""Reason of a reject -> label `result`; any other reason is `other`."""
+
+
+class PackCounts:
+    """Counts finished shards; of a run that goes on, those of the runs before too.
+
+    Args:
+        textfiles: folder of node_exporter's collector; None: the counts are kept only.
+        root: the dataset root, as an absolute path or URL.
+
+    Attributes:
+        instances: result -> instances; with the last shard they are all rows of the input.
+        shards: `written` by this run, or `skipped` because an earlier one did -> shards.
+        size_bytes: of their tars.
+    """
+
+    def __init__(self, textfiles: str | None, *, root: str) -> None:
+        self.instances = dict.fromkeys(PACK_RESULTS, 0)
+        self.shards = {"written": 0, "skipped": 0}
+        self.size_bytes = 0
+        self._root = root
+        self._file = TextFile(Path(textfiles), what="packing", root=root) if textfiles else None
+        self._write()
+
+    def add(self, part: ShardPart) -> None:
+        """Count a finished shard, and say so."""
+        self.instances["written"] += part.samples
+        for reject in part.rejects:
+            self.instances[RESULTS.get(reject["reason"], "other")] += 1
+        self.shards["skipped" if part.found else "written"] += 1
+        self.size_bytes += part.size_bytes
+        self._write()
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        readings: dict[tuple[str, ...], float] = {
+            ("vlal_pack_bytes_total", self._root): self.size_bytes
+        }
+        for result, count in self.instances.items():
+            readings["vlal_pack_instances_total", self._root, result] = count
+        for result, count in self.shards.items():
+            readings["vlal_pack_shards_total", self._root, result] = count
+        self._file.write(PACK, readings)
+
 
 # Bytes of a sample, estimated from its box alone so that a plan reads no photo: JPEG at quality 95
 # takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
@@ -126,7 +264,7 @@ def plan_shards(
     instances: Iterable[Instance],
     split: str,
     root: str,
-    settings: PackSection,
+    settings: PackConfig,
     crops: CropSettings,
 ) -> list[ShardTask]:
     """Cut a split into shards: photos in seeded hash order, never divided between two shards."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shard_tools.assemble import (
+from shard_tools.shard_writer import (
     SampleLabels,
     ShardPart,
     TarBuilder,
@@ -25,8 +25,8 @@ from shard_tools.assemble import (
     run_tasks,
     shard_name,
 )
-from vlal_dist.config.config import Config
-from vlal_dist.data.dataset import (
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import (
     Dataset,
     Split,
     check_digest,
@@ -35,7 +35,7 @@ from vlal_dist.data.dataset import (
     open_split,
     read_labels,
 )
-from vlal_dist.data.index import (
+from vlal_dist.data.format.index import (
     Array,
     Index,
     Shard,
@@ -44,7 +44,7 @@ from vlal_dist.data.index import (
     encode_shards,
     form_blocks,
 )
-from vlal_dist.data.shards import EncodedSample, key_of
+from vlal_dist.data.format.tar import EncodedSample, key_of
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.checks import sha256_of

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from shard_tools.assemble import check_uids
-from vlal_dist.config.config import Config
-from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split, read_labels
-from vlal_dist.data.images import decode_rgb
-from vlal_dist.data.index import sample_uid
-from vlal_dist.data.rows import RowReader, Sample
-from vlal_dist.data.shards import list_members
+from shard_tools.shard_writer import check_uids
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels
+from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.index import sample_uid
+from vlal_dist.data.format.sample_reader import Sample, SampleReader
+from vlal_dist.data.format.tar import list_members
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.observability.progress import Progress
+from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import open_store
 
@@ -56,7 +56,7 @@ def verify(config: Config, flags: Mapping[str, str]) -> Counts:
 
 
 def _samples(split: Split) -> Iterator[Sample]:
-    reader = RowReader(split)
+    reader = SampleReader(split)
     return map(reader.read, range(split.num_samples))
 
 

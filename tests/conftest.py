@@ -23,7 +23,7 @@ import pytest
 # as other work has the second core. Tests of threads ask for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from tests.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
+from tests.fixtures.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
 
 _AWS_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
@@ -115,7 +115,7 @@ def _remove_bucket(server: S3Server) -> None:
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `config.yaml`, `dataset`, `scores` and `merged`; leave it as it is."""
-    from tests.scored import write_merged
+    from tests.fixtures.scored_dataset import write_merged
 
     return write_merged(tmp_path_factory.mktemp("made") / "small")
 

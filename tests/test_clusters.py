@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from vlal_dist.config.cli import CommandLine, parse_command_line
+from vlal_dist.config.load import CommandLine, parse_command_line
 from vlal_dist.score_clip import PROGRAM
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlal_dist.config.config import Config
+from vlal_dist.config.sections import Config
 from vlal_dist.errors import DataError
 from vlal_dist.program import EXIT_FILE, Counts, Program, run_program
 
@@ -115,7 +115,10 @@ def test_a_file_that_cannot_be_written_changes_no_exit_code(
 
 @pytest.mark.parametrize(
     "module",
-    [f"shard_tools.{name}" for name in ("clean", "inspect_dataset", "merge", "pack", "reshard")]
+    [
+        f"shard_tools.{name}"
+        for name in ("clean.program", "inspect_dataset", "merge", "pack", "reshard")
+    ]
     + ["shard_tools.verify"]
     + [f"vlal_dist.{name}" for name in ("evaluate", "export", "predict", "report", "score_clip")]
     + ["vlal_dist.train"],

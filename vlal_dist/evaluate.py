@@ -3,19 +3,21 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from vlal_dist.config.config import Config
-from vlal_dist.data.batches import BatchMaker
-from vlal_dist.data.corpus import Corpus
-from vlal_dist.data.dataset import Dataset, open_dataset, open_split
-from vlal_dist.data.in_order import evaluation_batches
-from vlal_dist.data.reader import Reader
-from vlal_dist.evaluation.predict import predict, predict_clip, predict_constant
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.loading.batch_builder import BatchBuilder
+from vlal_dist.data.loading.loader import evaluation_batches
+from vlal_dist.data.loading.shard_reader import ShardReader
+from vlal_dist.data.order.concat import ConcatSplits
+from vlal_dist.evaluation.dense_labels import read_truth
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions, save_predictions
+from vlal_dist.evaluation.predictors import predict, predict_clip, predict_constant
 from vlal_dist.evaluation.results import (
     attributes_table,
     build_result,
@@ -23,11 +25,10 @@ from vlal_dist.evaluation.results import (
     format_row,
     result_folder,
 )
-from vlal_dist.evaluation.saved_model import SavedModelInfo, load_model
-from vlal_dist.evaluation.truth import read_truth
 from vlal_dist.method.metrics import evaluate_scores
-from vlal_dist.observability.progress import Progress
+from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.release.saved_model import SavedModelInfo, load_model
 from vlal_dist.storage.store import Store, open_store
 
 PURPOSE = """
@@ -60,7 +61,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         dataset=dataset,
         split=settings.split,
         predictor=settings.predictor,
-        model=info,
+        model=None if info is None else asdict(info),
         top_k=settings.top_k,
         threshold=settings.threshold,
         truth=truth,
@@ -95,8 +96,8 @@ def _predictions(
     model, info = load_model(store, "best", vocabulary=dataset.vocabulary)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_split(dataset, split)
-    maker = BatchMaker(
-        Reader(Corpus([opened])),
+    maker = BatchBuilder(
+        ShardReader(ConcatSplits([opened])),
         feasible=dataset.feasible,
         num_attributes=info.num_attributes,
         image_size=info.image_size,

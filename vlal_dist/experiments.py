@@ -11,32 +11,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlal_dist.config.config import Config
 from vlal_dist.config.load import config_yaml, load_config
+from vlal_dist.config.sections import Config
 from vlal_dist.errors import ConfigError, UsageError
-from vlal_dist.experimenting.guard import check_same, flat_settings
-from vlal_dist.experimenting.jobs import (
-    TEST,
-    Job,
-    cuda_devices,
-    is_done,
-    places,
-    read_json,
-    state_of,
-)
-from vlal_dist.experimenting.queue import Outcome, RunsFailedError, run_queue
-from vlal_dist.experimenting.results import Replicates, collect
-from vlal_dist.experimenting.summary import summarise
-from vlal_dist.experimenting.tables import write_table
-from vlal_dist.experimenting.temperature import stored_temperature
-from vlal_dist.experimenting.variants import (
+from vlal_dist.experimenting.grid import (
     Base,
     Variant,
     ablation_rows,
     table1_rows,
     table2_rows,
 )
-from vlal_dist.experimenting.wording import Table
+from vlal_dist.experimenting.jobs import (
+    TEST,
+    Job,
+    check_same,
+    cuda_devices,
+    flat_settings,
+    is_done,
+    places,
+    read_json,
+    state_of,
+    stored_temperature,
+)
+from vlal_dist.experimenting.queue import Outcome, RunsFailedError, run_queue
+from vlal_dist.experimenting.results import Replicates, collect
+from vlal_dist.experimenting.summary import summarise
+from vlal_dist.experimenting.tables import Table, write_table
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.storage.store import open_store
 

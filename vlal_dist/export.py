@@ -7,17 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlal_dist.config.config import Config
-from vlal_dist.data.dataset import Dataset, open_dataset
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import Dataset, open_dataset
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.evaluation.exported import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
-from vlal_dist.evaluation.model_card import model_card
-from vlal_dist.evaluation.onnx_export import export_onnx, require_onnx
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.evaluation.results import result_folder
-from vlal_dist.evaluation.saved_model import SavedModelInfo, encode_weights, load_model
-from vlal_dist.evaluation.thresholds import Thresholds, encode_thresholds, learn_thresholds
 from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.release.model import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
+from vlal_dist.release.model_card import model_card
+from vlal_dist.release.onnx_export import export_onnx, require_onnx
+from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_model
+from vlal_dist.release.thresholds import Thresholds, encode_thresholds, learn_thresholds
 from vlal_dist.storage.store import Store, open_store
 
 PURPOSE = """

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import torch
 
-from vlal_dist.config.config import Config
-from vlal_dist.config.predict import PredictSection
+from vlal_dist.config.sections import Config, PredictConfig
+from vlal_dist.data.format.photos import Photos, open_photos
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.evaluation.exported import ExportedModel, load_exported
-from vlal_dist.observability.progress import Progress
-from vlal_dist.predicting.outputs import open_output, open_rejects
-from vlal_dist.predicting.photos import Photos, open_photos
-from vlal_dist.predicting.requests import (
+from vlal_dist.observability.logs import Progress
+from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.release.model import ExportedModel, load_exported
+from vlal_dist.release.predict import predict_requests
+from vlal_dist.release.prediction_files import open_output, open_rejects
+from vlal_dist.release.requests import (
     Record,
     Reject,
     Request,
@@ -21,8 +22,6 @@ from vlal_dist.predicting.requests import (
     parse_rows,
     read_table,
 )
-from vlal_dist.predicting.run import predict_requests
-from vlal_dist.program import Counts, Program, run_program
 
 PURPOSE = """
 Write the likeliest attributes of objects in photos, with probabilities. Reads a folder that export
@@ -80,7 +79,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
 
 
 def _requests(
-    settings: PredictSection, model: ExportedModel
+    settings: PredictConfig, model: ExportedModel
 ) -> tuple[Photos, Iterable[Request | Reject], int]:
     """Where photos are, what is asked of them, and how much that is (0: not known)."""
     if settings.object is not None:

@@ -15,12 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlal_dist.config.cli import CommandLine, help_text, parse_command_line
-from vlal_dist.config.config import Config
-from vlal_dist.config.load import config_yaml
+from vlal_dist.config.load import CommandLine, config_yaml, help_text, parse_command_line
+from vlal_dist.config.sections import Config
 from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.observability.logs import setup_logging
-from vlal_dist.observability.textfiles import write_job_end
+from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"

@@ -14,24 +14,29 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from vlal_dist.config.config import Config
-from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split
-from vlal_dist.data.photos import image_numbers
-from vlal_dist.data.rows import RowReader
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.format.photo_groups import image_numbers
+from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.evaluation.curves import Line, read_metrics, training_curves
-from vlal_dist.evaluation.examples import Example, build_example, choose_rows, tally
-from vlal_dist.evaluation.experiment_tables import read_tables
-from vlal_dist.evaluation.intervals import REPLICATES, group_intervals
-from vlal_dist.evaluation.page import Page, render_page
-from vlal_dist.evaluation.pr_curves import draw_pr_curves
+from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
+from vlal_dist.evaluation.dense_labels import read_truth
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
-from vlal_dist.evaluation.result_table import Row, result_columns, result_notes, result_row
 from vlal_dist.evaluation.results import read_attributes, result_folder
-from vlal_dist.evaluation.run_card import ignored_sentence, read_object, run_card
-from vlal_dist.evaluation.selective_view import selective_sections
-from vlal_dist.evaluation.truth import read_truth
 from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.reporting.fig4 import Example, build_example, choose_rows, tally
+from vlal_dist.reporting.page import Page, render_page
+from vlal_dist.reporting.pr_curves import draw_pr_curves
+from vlal_dist.reporting.result_table import (
+    Row,
+    read_tables,
+    result_columns,
+    result_notes,
+    result_row,
+)
+from vlal_dist.reporting.run_card import ignored_sentence, read_object, run_card
+from vlal_dist.reporting.selective_sections import selective_sections
+from vlal_dist.reporting.training_curves import Line, read_metrics, training_curves
 from vlal_dist.storage.store import Store, open_store, read_url
 
 PURPOSE = """
@@ -248,7 +253,7 @@ def _read_compared(url: str) -> object:
 
 def _examples(config: Config, inputs: Inputs) -> list[Example]:
     settings, predictions = config.evaluation, inputs.predictions
-    reader = RowReader(inputs.split)
+    reader = SampleReader(inputs.split)
     return [
         build_example(
             reader,

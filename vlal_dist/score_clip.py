@@ -17,33 +17,38 @@ from types import FrameType
 
 import torch
 
-from vlal_dist.config.config import Config
-from vlal_dist.config.scoring import ScoringSection
-from vlal_dist.data.dataset import Dataset, open_dataset, open_split
-from vlal_dist.data.scores import write_scores_manifest
+from vlal_dist.config.sections import Config, ScoringConfig
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.format.scores import write_scores_manifest
 from vlal_dist.errors import ConfigError
-from vlal_dist.observability.progress import Progress
+from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
-from vlal_dist.scoring.actors import ActorPool
 from vlal_dist.scoring.clip import load_clip
+from vlal_dist.scoring.driver import (
+    LocalWorkers,
+    Outcome,
+    Plan,
+    Workers,
+    check_not_taken,
+    closing,
+    forget_quarantined,
+    known_settings,
+    make_plan,
+    new_settings,
+    planned,
+    read_embeddings_manifest,
+    score_all,
+    stored_settings_of,
+)
 from vlal_dist.scoring.identity import ScorerIdentity, ScoreSettings, warn_of_other_settings
 from vlal_dist.scoring.object_vectors import make_object_vectors
-from vlal_dist.scoring.plan import (
-    Plan,
-    check_not_taken,
-    forget_quarantined,
-    make_plan,
-    read_embeddings_manifest,
-)
 from vlal_dist.scoring.quality import QualityTotals, type_names
-from vlal_dist.scoring.ray_session import (
+from vlal_dist.scoring.ray_cluster import (
+    ActorPool,
     on_running_ray,
     ray_session,
     refuse_relative_in_job,
 )
-from vlal_dist.scoring.run import LocalWorkers, Outcome, Workers, score_all
-from vlal_dist.scoring.run_settings import known_settings, new_settings, stored_settings_of
-from vlal_dist.scoring.summary import closing, planned
 from vlal_dist.scoring.worker import ScoringJob, ShardScorer, identify
 from vlal_dist.storage.store import Store, open_store
 
@@ -110,7 +115,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     return closing(plan, outcome, settings, retried, time.monotonic() - started, identity.digest)
 
 
-def _identify(scoring: ScoringSection, dataset: Dataset) -> tuple[ScorerIdentity, float]:
+def _identify(scoring: ScoringConfig, dataset: Dataset) -> tuple[ScorerIdentity, float]:
     """Load the model on the CPU: the scorer's identity and the model's own temperature.
 
     Doing it here, before Ray and before any output, means that absent weights cost two seconds.
@@ -128,7 +133,7 @@ def _identify(scoring: ScoringSection, dataset: Dataset) -> tuple[ScorerIdentity
 
 
 def _job(
-    scoring: ScoringSection,
+    scoring: ScoringConfig,
     dataset: Dataset,
     *,
     scores: str,
@@ -159,7 +164,7 @@ def _job(
 
 
 def _score(
-    scoring: ScoringSection,
+    scoring: ScoringConfig,
     job: ScoringJob,
     plan: Plan,
     known: ScoreSettings | None,
@@ -210,7 +215,7 @@ def _score(
 
 @contextlib.contextmanager
 def _workers(
-    scoring: ScoringSection, job: ScoringJob, plan: Plan, stop: threading.Event
+    scoring: ScoringConfig, job: ScoringJob, plan: Plan, stop: threading.Event
 ) -> Iterator[Workers]:
     if not scoring.use_ray or not plan.pending:
         scorer = ShardScorer(job, stopped=stop.is_set)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from vlal_dist.config.cli import help_text, parse_command_line
+from vlal_dist.config.load import help_text, parse_command_line
 from vlal_dist.errors import ConfigError, DataError, Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.processes import Process, descendants, has_variable
@@ -124,7 +124,7 @@ class Job:
 def supervise(
     command: Sequence[str], *, restarts: int, backoff_s: float, healthy_s: float, grace_s: float
 ) -> int:
-    """Run a command until it ends for good; returns the exit code (config/supervise.py)."""
+    """Run a command until it ends for good; returns the exit code (config/sections.py)."""
     with tempfile.TemporaryDirectory(prefix="vlal-supervise-") as folder:
         job = Job(grace_s=grace_s, exit_file=Path(folder, "code"))
         return _again_and_again(

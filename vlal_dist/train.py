@@ -17,8 +17,8 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from vlal_dist.config.config import Config
 from vlal_dist.config.load import config_yaml
+from vlal_dist.config.sections import Config
 from vlal_dist.program import Counts, Program, run_program
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ paths.run. Repeating the command resumes from the newest whole checkpoint, on an
 
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Train; returns the closing counts."""
-    from vlal_dist.training.launcher import Launcher
+    from vlal_dist.training.stop import Launcher
 
     launcher = Launcher.of_this_process()  # before anything slow: it may die early
-    from vlal_dist.training.build import run_training
+    from vlal_dist.training.trainer import run_training
 
     state, world_size = run_training(
         _settings(config), resume=flags.get("resume", "auto"), launcher=launcher

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from vlal_dist.data.decode import decode_into
+from vlal_dist.data.loading.decode import decode_into
 
 Batch = tuple[Tensor, Tensor]
 

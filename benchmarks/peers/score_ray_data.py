@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.score_cores import Places, choose_cores, pin
-from benchmarks.score_data import CASES, Case, load
-from vlal_dist.data.images import decode_rgb
-from vlal_dist.scoring.clip import ClipEncoder
+from benchmarks.scoring.cores import Places, choose_cores, pin
+from benchmarks.scoring.data import CASES, Case, load
+from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.scoring.clip import ClipEncoder, Seconds
 from vlal_dist.scoring.embed import box_crop
-from vlal_dist.scoring.ray_session import LOCAL_ENVIRONMENT
-from vlal_dist.scoring.seconds import Seconds
+from vlal_dist.scoring.ray_cluster import LOCAL_ENVIRONMENT
 
 Batch = dict[str, Any]
 OBJECT_STORE_BYTES = 1_000_000_000

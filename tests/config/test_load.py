@@ -5,9 +5,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vlal_dist.config.cli import FLAGS, help_text, parse_command_line
-from vlal_dist.config.config import Config
-from vlal_dist.config.load import PROFILES, config_yaml, known_keys, load_config
+from vlal_dist.config.load import (
+    FLAGS,
+    PROFILES,
+    config_yaml,
+    help_text,
+    known_keys,
+    load_config,
+    parse_command_line,
+)
+from vlal_dist.config.sections import Config
 from vlal_dist.errors import ConfigError, UsageError
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.__main__ import StageFailedError, _plan, run_stage
 from vlal_dist.config.load import load_config
+from vlal_dist.demo.__main__ import StageFailedError, _plan, run_stage
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -36,7 +36,7 @@ def test_a_failing_stage_is_named_with_its_code(capfd: pytest.CaptureFixture[str
 
 
 def test_the_demo_refuses_to_run_elsewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "demo"]
+    command = [sys.executable, "-m", "vlal_dist.demo"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
@@ -48,7 +48,7 @@ def test_an_interrupted_stage_leaves_no_process() -> None:
         "import os, signal, sys\n"
         # A shell's background job is started with this signal ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from demo.__main__ import run_stage\n"
+        "from vlal_dist.demo.__main__ import run_stage\n"
         "child = 'import os, subprocess, sys, time;'"
         '\'p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]);\''
         "'print(os.getpid(), p.pid, flush=True); time.sleep(60)'\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from demo import local_ray
+from vlal_dist.demo import local_ray
 from vlal_dist.errors import VlalError
 
 

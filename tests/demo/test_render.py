@@ -12,11 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from demo import render
-from demo.render import render_dataset, render_photo
-from demo.scene import HEIGHT, WIDTH, draw_scene
-from demo.traits import annotate, plausible_attributes, sample_traits
-from demo.world import ATTRIBUTES, KINDS, OBJECTS, STATE_PAIRS, TYPE_OF, TYPES
+from vlal_dist.demo import render
+from vlal_dist.demo.render import render_dataset, render_photo
+from vlal_dist.demo.scene import HEIGHT, WIDTH, draw_scene
+from vlal_dist.demo.world import (
+    ATTRIBUTES,
+    KINDS,
+    OBJECTS,
+    STATE_PAIRS,
+    TYPE_OF,
+    TYPES,
+    annotate,
+    plausible_attributes,
+    sample_traits,
+)
 
 SPLITS = {"train": 6, "val": 2, "test": 3}
 MERGE_TABLE = Path(render.__file__).parent / "merge_table.json"
@@ -163,7 +172,7 @@ def test_most_boxes_pass_the_size_filter_and_some_leave_the_image() -> None:
 
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_every_kind_in_every_form_can_be_drawn(kind: str) -> None:
-    from demo.shading import Light, draw_sprite
+    from vlal_dist.demo.shading import Light, draw_sprite
 
     light = Light(direction=(-0.4, -0.6, 0.69), ambient=0.5, direct=0.6, tint=(1, 1, 1))
     rng = np.random.default_rng(5)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from demo import train_clip
-from demo.train_clip import Crop, caption, crops_of, main
+from vlal_dist.demo import train_clip
+from vlal_dist.demo.train_clip import Crop, caption, crops_of, main
 
 
 @pytest.fixture(scope="module")

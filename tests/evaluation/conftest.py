@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation.tiny_dataset import write_dataset, write_truth
-from vlal_dist.data.dataset import Dataset, open_dataset
+from tests.fixtures.tiny_dataset import write_dataset, write_truth
+from vlal_dist.data.format.dataset import Dataset, open_dataset
 
 
 @pytest.fixture(scope="session")

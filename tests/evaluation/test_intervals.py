@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlal_dist.evaluation.intervals import group_intervals
+from vlal_dist.evaluation.bootstrap import group_intervals
 from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.method.metrics import evaluate_scores
 

@@ -8,16 +8,16 @@ import pyarrow.parquet
 import pytest
 
 from tests.conftest import S3Server
-from tests.evaluation.test_predict import write_scores
-from tests.evaluation.test_saved_model import INFO, tiny_model
-from tests.evaluation.tiny_dataset import SAMPLES, VOCABULARY
-from tests.small import run
+from tests.evaluation.test_predictors import write_scores
+from tests.fixtures.tiny_dataset import SAMPLES, VOCABULARY
+from tests.fixtures.tiny_vaw import run
+from tests.release.test_saved_model import INFO, tiny_model
 from vlal_dist import evaluate, report
 from vlal_dist.config.load import config_yaml, load_config
-from vlal_dist.data.dataset import Dataset
+from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.evaluation.predictions import load_predictions
-from vlal_dist.evaluation.saved_model import save_model
 from vlal_dist.program import run_program
+from vlal_dist.release.saved_model import save_model
 from vlal_dist.storage.store import open_store
 
 CONFIG = "method: {num_ignore: 30, loss: selective}\ntraining: {batch_size: 4, seed: 99}\n"

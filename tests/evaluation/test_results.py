@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from tests.evaluation.test_saved_model import INFO
-from tests.evaluation.tiny_dataset import VOCABULARY, make_instances
-from vlal_dist.data.dataset import Dataset
+from tests.fixtures.tiny_dataset import VOCABULARY, make_instances
+from tests.release.test_saved_model import INFO
+from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import DataError
-from vlal_dist.evaluation.predict import predict_constant
+from vlal_dist.evaluation.dense_labels import Truth
 from vlal_dist.evaluation.predictions import Predictions
+from vlal_dist.evaluation.predictors import predict_constant
 from vlal_dist.evaluation.results import (
     attributes_table,
     build_result,
@@ -20,7 +22,6 @@ from vlal_dist.evaluation.results import (
     format_row,
     percent,
 )
-from vlal_dist.evaluation.truth import Truth
 from vlal_dist.method.metrics import evaluate_scores
 
 LARGE = VOCABULARY.attribute_ids["large"]
@@ -51,7 +52,7 @@ def build(dataset: Dataset, predictions: Predictions, truth: Truth | None = None
         dataset=dataset,
         split="test",
         predictor="model",
-        model=INFO,
+        model=asdict(INFO),
         top_k=3,
         threshold=0.5,
         truth=truth,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.training.processes import ROOT, environment
+from tests.fixtures.rank_processes import ROOT, environment
 from vlal_dist.experiments import main
 
 ROWS = ("selective", "num_ignore-0", "num_ignore-all")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.processes import ROOT
+from tests.fixtures.rank_processes import ROOT
 from vlal_dist.errors import Stopped
 from vlal_dist.experimenting.jobs import Job, Place, Step, places, state_of
 from vlal_dist.experimenting.queue import Outcome, run_queue

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlal_dist.data.dataset import open_dataset, open_split, read_labels
-from vlal_dist.data.photos import image_numbers
+from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.bootstrap import image_weights
 from vlal_dist.evaluation.predictions import Predictions, label_matrix, save_predictions

@@ -8,11 +8,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from vlal_dist.experimenting.grid import Variant, table1_rows, table2_rows
 from vlal_dist.experimenting.results import COMPLETE, RunResult
 from vlal_dist.experimenting.summary import SummaryRow, summarise
-from vlal_dist.experimenting.tables import write_table
-from vlal_dist.experimenting.variants import Variant, table1_rows, table2_rows
-from vlal_dist.experimenting.wording import Table
+from vlal_dist.experimenting.tables import Table, write_table
 
 SEEDS = [1, 2, 3]
 GROUPS = {"overall": 7, "head": 4, "empty": 0, COMPLETE: 8}

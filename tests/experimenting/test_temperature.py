@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.scored import TEMPERATURE
+from tests.fixtures.scored_dataset import TEMPERATURE
 from vlal_dist.errors import DataError
-from vlal_dist.experimenting.temperature import stored_temperature
+from vlal_dist.experimenting.jobs import stored_temperature
 
 
 def test_of_tars_and_of_score_files(small: Path) -> None:

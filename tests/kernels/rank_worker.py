@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.kernels.cases import FUSED, MODES, PAPER, Case, draw_of, make, run
+from tests.fixtures.loss_batches import FUSED, MODES, PAPER, Case, draw_of, make, run
 from vlal_dist.kernels.selective_loss import selective_loss
 
 ROWS, FEATURES, NUM_IGNORE = 61, 12, 7

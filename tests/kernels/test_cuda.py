@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.kernels import emulated
-from tests.kernels.cases import PAPER, draw_of, make, oracle, same_bits, tensors
-from vlal_dist.kernels import cuda, nvrtc
-from vlal_dist.kernels.arguments import _LAYOUT
-from vlal_dist.kernels.inputs import Draw, FeasibleTable
+from tests.fixtures.loss_batches import PAPER, draw_of, make, oracle, same_bits, tensors
+from tests.kernels import emulated_cuda
+from vlal_dist.kernels import cuda
+from vlal_dist.kernels.arguments import _LAYOUT, Draw, FeasibleTable
 from vlal_dist.kernels.selective_loss import draw_ignored, selective_loss
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -64,7 +63,7 @@ class Driver:
         totals = name == b"vlal_totals"
         pointers = (ctypes.c_void_p * (2 if totals else 1)).from_address(address)
         blocks = ctypes.c_int64.from_address(pointers[1]).value if totals else sizes[0]
-        emulated.load(defines)(ctypes.string_at(pointers[0], _LAYOUT.size), blocks)
+        emulated_cuda.load(defines)(ctypes.string_at(pointers[0], _LAYOUT.size), blocks)
         return (self.fine,)
 
 
@@ -79,7 +78,7 @@ def driver(monkeypatch, tmp_path):
         path.write_text(" ".join(defines))
         return path
 
-    monkeypatch.setattr(nvrtc, "compiled", compiled)
+    monkeypatch.setattr(cuda, "compiled", compiled)
     monkeypatch.setattr(cuda, "_driver", lambda: made)
     monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
@@ -96,7 +95,7 @@ def test_a_launch_passes_what_the_programs_read(driver, attributes):
     case = make(rows=11, attributes=attributes, annotated=0.2)
     given = tensors(case, "draw")
     found = cuda.run(given, **SETTINGS)
-    assert same_bits(found, emulated.run(given, **SETTINGS))
+    assert same_bits(found, emulated_cuda.run(given, **SETTINGS))
     assert torch.equal(found[3], oracle(case, margin=0.05, detach_focal=True)[3])
     blocks = 2 if attributes == 131 else 11
     names = [(name, sizes) for name, sizes, _ in driver.launched]
@@ -113,7 +112,7 @@ def without_logits(case):
 def test_a_draw_is_launched_alone(driver):
     given = without_logits(make(rows=11, attributes=131))
     found = cuda.draw(given, 131, 7, False)
-    assert torch.equal(found, emulated.draw(given, 131, 7, False))
+    assert torch.equal(found, emulated_cuda.draw(given, 131, 7, False))
     assert [name for name, *_ in driver.launched] == [b"vlal_rows"]
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.kernels.cases import MODES, PAPER, draw_of, drawn, labels, make, plain
+from tests.fixtures.loss_batches import MODES, PAPER, draw_of, drawn, labels, make, plain
 from vlal_dist.kernels.backend import choose
 from vlal_dist.kernels.selective_loss import selective_loss
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.kernels.cases import (
+from tests.fixtures.loss_batches import (
     EQUAL,
     GAMMAS,
     MODES,
@@ -23,9 +23,9 @@ from tests.kernels.cases import (
     run,
     same_bits,
 )
-from tests.wide import some_of
+from tests.fixtures.wide_matrix import some_of
 from vlal_dist.kernels import cpu
-from vlal_dist.kernels.inputs import FeasibleTable
+from vlal_dist.kernels.arguments import FeasibleTable
 
 
 def drawn_by(backend, case, *, num_ignore=7, over_unannotated=False):

@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from tests.kernels import emulated
-from tests.kernels.cases import draw_of, instruction_sets, labels, make, oracle_mask, tensors
+from tests.fixtures.loss_batches import (
+    draw_of,
+    instruction_sets,
+    labels,
+    make,
+    oracle_mask,
+    tensors,
+)
+from tests.kernels import emulated_cuda
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cpu, reference
 from vlal_dist.kernels.selective_loss import draw_ignored, selective_loss
@@ -12,7 +19,7 @@ from vlal_dist.kernels.selective_loss import draw_ignored, selective_loss
 WAYS = {
     **{name: (lambda *a, _v=name: cpu.draw(*a, variant=_v)) for name in instruction_sets()},
     "reference": reference.draw,
-    "cuda-emulated": emulated.draw,
+    "cuda-emulated": emulated_cuda.draw,
 }
 
 

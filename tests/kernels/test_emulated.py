@@ -11,16 +11,25 @@ from functools import partial
 import pytest
 import torch
 
-from tests.kernels import emulated
-from tests.kernels.cases import PAPER, Backend, make, oracle, oracle_mask, run, same_bits, tensors
+from tests.fixtures.loss_batches import (
+    PAPER,
+    Backend,
+    make,
+    oracle,
+    oracle_mask,
+    run,
+    same_bits,
+    tensors,
+)
+from tests.kernels import emulated_cuda
 from tests.kernels.test_draw import GOLDEN_DRAWN, drawn_by, golden_outputs
 from tests.kernels.test_parity import assert_close
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels import nvrtc
-from vlal_dist.kernels.build import compiler
-from vlal_dist.kernels.launch import STATIC, plan_launch
+from vlal_dist.kernels import cuda
+from vlal_dist.kernels.cpu import compiler
+from vlal_dist.kernels.cuda import STATIC, plan_launch
 
-EMULATED = Backend("cuda-emulated", "cpu", emulated.run)
+EMULATED = Backend("cuda-emulated", "cpu", emulated_cuda.run)
 LONG = 5000  # attributes for which a block works on a row
 
 
@@ -59,7 +68,7 @@ def test_equal_keys_of_both_teams(attributes):
 )
 def test_keys_in_device_memory_draw_the_same(attributes, most_shared):
     case = make(rows=9, attributes=attributes)
-    little = EMULATED._replace(run=partial(emulated.run, most_shared=most_shared))
+    little = EMULATED._replace(run=partial(emulated_cuda.run, most_shared=most_shared))
     launch = {"rows": 9, "attributes": attributes, "drawable": attributes}
     assert not plan_launch(**launch, most_shared=most_shared).keys_shared
     assert same_bits(run(little, case), run(EMULATED, case))
@@ -68,18 +77,18 @@ def test_keys_in_device_memory_draw_the_same(attributes, most_shared):
 def test_less_memory_where_the_greatest_set_is_known():
     case = make(rows=9, attributes=200, density=0.2)
     largest = int(case.feasible.indptr.diff().max())
-    known = EMULATED._replace(run=partial(emulated.run, largest=largest))
+    known = EMULATED._replace(run=partial(emulated_cuda.run, largest=largest))
     assert same_bits(run(known, case), run(EMULATED, case))
 
 
 def test_launches():
     paper = plan_launch(rows=65, attributes=591, drawable=591, most_shared=232_448)
-    assert paper == (nvrtc.WARP, 9, 8 * (592 + 2368), True)
+    assert paper == (cuda.WARP, 9, 8 * (592 + 2368), True)
     assert plan_launch(rows=64, attributes=591, drawable=0, most_shared=48_000).shared == 8 * 592
     long = plan_launch(rows=7, attributes=50_000, drawable=600, most_shared=232_448)
-    assert long == (nvrtc.BLOCK, 7, 50_000 + 2400, True)
+    assert long == (cuda.BLOCK, 7, 50_000 + 2400, True)
     spread = plan_launch(rows=7, attributes=50_000, drawable=50_000, most_shared=232_448)
-    assert spread == (nvrtc.BLOCK, 7, 50_000, False)
+    assert spread == (cuda.BLOCK, 7, 50_000, False)
     with pytest.raises(ConfigError, match=r"300000 attributes"):
         plan_launch(rows=7, attributes=300_000, drawable=0, most_shared=10**9)
     with pytest.raises(ConfigError, match=r"shared memory"):
@@ -97,12 +106,12 @@ def test_counts_of_long_rows(attributes):
 def test_what_the_program_declares_fits(tmp_path):
     """`plan_launch` leaves room for the shared memory of the program itself."""
     try:
-        nvrtc.version()
+        cuda.version()
     except ConfigError as error:
         pytest.skip(str(error))
-    for team in (nvrtc.WARP, nvrtc.BLOCK):
-        program = nvrtc.Settings(0, "draw", PAPER, 0.05, True, team)
-        _, log = nvrtc.compile_program(program.defines(), "sm_90")
+    for team in (cuda.WARP, cuda.BLOCK):
+        program = cuda.Settings(0, "draw", PAPER, 0.05, True, team)
+        _, log = cuda.compile_program(program.defines(), "sm_90")
         assert int(log.split(" bytes smem")[0].split()[-1]) <= STATIC
 
 
@@ -110,10 +119,10 @@ SANITIZED = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.kernels import emulated
-from tests.kernels.cases import Backend, make, run
+from tests.fixtures.loss_batches import Backend, make, run
 flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-load, emulated.load = emulated.load, lambda defines: load(defines, flags)
-backend = Backend("sanitized", "cpu", emulated.run)
+load, emulated_cuda.load = emulated_cuda.load, lambda defines: load(defines, flags)
+backend = Backend("sanitized", "cpu", emulated_cuda.run)
 for attributes in (1, 3, 16, 33, 591, 5000):
     for mode in ("draw", "list", "mask", "ignore", "negatify"):
         for sparse in (False, True):
@@ -159,10 +168,10 @@ def test_arguments_are_as_long_as_the_structure(tmp_path):
         'extern "C" long last(const Arguments* a) { return a->threads; }\n'
     )
     library = tmp_path / "size.so"
-    command = [*compiler(), "-shared", "-fPIC", "-I", str(emulated.SOURCES), str(source)]
+    command = [*compiler(), "-shared", "-fPIC", "-I", str(emulated_cuda.SOURCES), str(source)]
     subprocess.run([*command, "-o", str(library)], check=True)
     case = make(rows=2, attributes=9)
-    packed = emulated.prepare(
+    packed = emulated_cuda.prepare(
         tensors(case, "draw"),
         mode="draw",
         num_ignore=3,

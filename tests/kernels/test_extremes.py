@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.cases import (
+from tests.fixtures.loss_batches import (
     GAMMAS,
     PAPER,
     Case,
@@ -16,7 +16,7 @@ from tests.kernels.cases import (
     oracle,
     run,
 )
-from vlal_dist.kernels.inputs import FeasibleTable
+from vlal_dist.kernels.arguments import FeasibleTable
 
 TERMS = ("positive", "negative", "feasible", "infeasible", "ignored")
 

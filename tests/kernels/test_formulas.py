@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.cases import BACKENDS, PAPER, Case, away_from, feasible_mask, make, run
+from tests.fixtures.loss_batches import BACKENDS, PAPER, Case, away_from, feasible_mask, make, run
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS, ids=[b.name for b in BACKENDS])
 on_settings = pytest.mark.parametrize(

@@ -8,9 +8,17 @@ one word or one block would show as well as a copy. Seeds are fixed.
 import pytest
 import torch
 
-from tests.kernels.cases import FUSED
-from tests.kernels.law import HIGH, LOW, REFUSED, axis, chi_square_p, drawn_ids, indicators
-from tests.wide import some_of
+from tests.fixtures.draw_statistics import (
+    HIGH,
+    LOW,
+    REFUSED,
+    axis,
+    chi_square_p,
+    drawn_ids,
+    indicators,
+)
+from tests.fixtures.loss_batches import FUSED
+from tests.fixtures.wide_matrix import some_of
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 ROWS, SIZE, K, SEED = 100_000, 12, 4, 3

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from tests.kernels.cases import BACKENDS, FUSED, MODES, PAPER, indptr, make, plain, run, same_bits
-from vlal_dist.kernels.inputs import FeasibleTable
+from tests.fixtures.loss_batches import (
+    BACKENDS,
+    FUSED,
+    MODES,
+    PAPER,
+    indptr,
+    make,
+    plain,
+    run,
+    same_bits,
+)
+from vlal_dist.kernels.arguments import FeasibleTable
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS, ids=[b.name for b in BACKENDS])
 on_fused = pytest.mark.parametrize("backend", FUSED, ids=[b.name for b in FUSED])

@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.test_build import script
+from tests.kernels.test_cpu_build import script
 from vlal_dist.kernels import __main__ as program
-from vlal_dist.kernels import cpu, nvrtc, self_test
+from vlal_dist.kernels import cpu, cuda, self_test
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.build import VARIANTS
+from vlal_dist.kernels.cpu import VARIANTS
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_build_fills_the_cache(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     quick = 'if [ "$1" = --version ]; then echo "cc 4"; exit; fi\nfor last; do :; done; : > "$last"'
     monkeypatch.setenv("CXX", script(tmp_path / "cc", quick))  # test_build.py has the real one
-    monkeypatch.setattr(program, "_common", lambda: [nvrtc.Settings(0, "draw", *REST)])
+    monkeypatch.setattr(program, "_common", lambda: [cuda.Settings(0, "draw", *REST)])
     assert run(monkeypatch, "build", "--architecture", "sm_90") == 0
     files = sorted(path.name for path in (tmp_path / "vlal-dist").iterdir())
     told = sorted(line.rsplit("/", 1)[1] for line in capsys.readouterr().out.splitlines())
@@ -91,7 +91,7 @@ def test_build_fills_the_cache(monkeypatch, capsys, tmp_path):
     assert [name.split("-")[0] for name in told] == ["cpu"] * len(VARIANTS) + ["cuda"] * 2
 
 
-REST = ((1.0, 2.0, 4.0, 7.0), 0.05, True, nvrtc.WARP)
+REST = ((1.0, 2.0, 4.0, 7.0), 0.05, True, cuda.WARP)
 
 
 def test_an_unknown_architecture_is_told(monkeypatch, capsys, tmp_path):

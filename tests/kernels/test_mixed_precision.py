@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.kernels.cases import PAPER, Case, draw_of, make
+from tests.fixtures.loss_batches import PAPER, Case, draw_of, make
 from vlal_dist.kernels.backend import choose
 from vlal_dist.kernels.selective_loss import selective_loss
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.wide import some_of
+from tests.fixtures.wide_matrix import some_of
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels import nvrtc
-from vlal_dist.kernels.build import SOURCES
+from vlal_dist.kernels import cuda
+from vlal_dist.kernels.cpu import SOURCES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
 PAPER = (1.0, 2.0, 4.0, 7.0)
@@ -29,22 +29,22 @@ def each(architectures: tuple[str, ...]) -> list[object]:
     return [pytest.param(n, marks=m) for n, m in zip(architectures, marks, strict=True)]
 
 
-def settings(**changes) -> nvrtc.Settings:
+def settings(**changes) -> cuda.Settings:
     given = {
         "kind": 0,
         "mode": "draw",
         "gammas": PAPER,
         "margin": 0.05,
         "detach_focal": True,
-        "team": nvrtc.WARP,
+        "team": cuda.WARP,
     }
-    return nvrtc.Settings(**{**given, **changes})
+    return cuda.Settings(**{**given, **changes})
 
 
 @pytest.fixture(autouse=True)
 def _there():
     try:
-        nvrtc.version()
+        cuda.version()
     except ConfigError as error:
         pytest.skip(str(error))
 
@@ -58,15 +58,15 @@ def resources(log: str) -> tuple[int, int, int]:
     return tuple(found)
 
 
-def assert_within_budget(program: nvrtc.Settings, architecture: str) -> None:
-    cubin, log = nvrtc.compile_program(program.defines(), architecture)
+def assert_within_budget(program: cuda.Settings, architecture: str) -> None:
+    cubin, log = cuda.compile_program(program.defines(), architecture)
     assert cubin[:4] == b"\x7fELF" and b"vlal_rows" in cubin
     registers, *spilled = resources(log)
     assert registers <= REGISTERS and spilled == [0, 0], program
 
 
 @pytest.mark.parametrize("architecture", each(ARCHITECTURES))
-@pytest.mark.parametrize("team", [nvrtc.WARP, nvrtc.BLOCK])
+@pytest.mark.parametrize("team", [cuda.WARP, cuda.BLOCK])
 def test_registers_and_spills(team, architecture):
     for kind in (0, 1):
         assert_within_budget(settings(kind=kind, team=team), architecture)
@@ -89,7 +89,7 @@ def test_registers_of_other_settings(changes, kind, architecture):
 
 @pytest.mark.parametrize("architecture", each(ARCHITECTURES))
 def test_totals(architecture):
-    _, log = nvrtc.compile_program(nvrtc.TOTALS, architecture)
+    _, log = cuda.compile_program(cuda.TOTALS, architecture)
     registers, *spilled = resources(log)
     assert registers <= REGISTERS and spilled == [0, 0]
 
@@ -155,7 +155,7 @@ BUDGETS = [
 @pytest.mark.parametrize("changes, most, special", some_of(BUDGETS, 0, 2))
 def test_instructions_of_the_main_loop(changes, most, special, architecture, tmp_path):
     program = settings(mode="list", **changes)
-    loop = main_loop(nvrtc.compile_program(program.defines(), architecture)[0], tmp_path)
+    loop = main_loop(cuda.compile_program(program.defines(), architecture)[0], tmp_path)
     assert 100 < len(loop) <= most
     assert count(loop, "MUFU") <= special
 
@@ -171,11 +171,11 @@ def test_the_draw_is_not_contracted(tmp_path, monkeypatch):
     """
 
     def contracted() -> bool:
-        cubin, _ = nvrtc.compile_program(("-DVLAL_TEAM=32",), "sm_90", source=source)
+        cubin, _ = cuda.compile_program(("-DVLAL_TEAM=32",), "sm_90", source=source)
         return any("FFMA" in line for line in disassembled(cubin, tmp_path))
 
     assert not contracted()
-    monkeypatch.setattr(nvrtc, "_OPTIONS", ("--std=c++17",))
+    monkeypatch.setattr(cuda, "_OPTIONS", ("--std=c++17",))
     assert contracted()
 
 
@@ -183,7 +183,7 @@ def test_nvcc_compiles_the_same_source(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    for defines in (settings().defines(), settings(kind=1, team=256).defines(), nvrtc.TOTALS):
+    for defines in (settings().defines(), settings(kind=1, team=256).defines(), cuda.TOTALS):
         command = [nvcc, "-cubin", "-arch=sm_90", "-std=c++17", "--fmad=false", *defines]
         command += [str(SOURCES / "cuda.cu"), "-o", str(tmp_path / "program.cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,14 +192,14 @@ def test_nvcc_compiles_the_same_source(tmp_path):
 
 def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = nvrtc.compiled(settings().defines(), "sm_90")
+    first = cuda.compiled(settings().defines(), "sm_90")
     stamp = first.stat().st_mtime_ns
-    assert nvrtc.compiled(settings().defines(), "sm_90") == first
+    assert cuda.compiled(settings().defines(), "sm_90") == first
     assert first.stat().st_mtime_ns == stamp
     others = {
-        nvrtc.compiled(settings(margin=0.0).defines(), "sm_90"),
-        nvrtc.compiled(settings().defines(), "sm_80"),
-        nvrtc.compiled(nvrtc.TOTALS, "sm_90"),
+        cuda.compiled(settings(margin=0.0).defines(), "sm_90"),
+        cuda.compiled(settings().defines(), "sm_80"),
+        cuda.compiled(cuda.TOTALS, "sm_90"),
     }
     assert len(others | {first}) == 4
 
@@ -207,5 +207,5 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
 def test_an_unknown_architecture_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="sm_20"):
-        nvrtc.compiled(settings().defines(), "sm_20")
+        cuda.compiled(settings().defines(), "sm_20")
     assert not list((tmp_path / "vlal-dist").glob("cuda*"))

@@ -7,11 +7,20 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.cases import PAPER, SETTINGS, draw_of, drawn, labels, make, oracle, tensors
-from tests.wide import some_of
+from tests.fixtures.loss_batches import (
+    PAPER,
+    SETTINGS,
+    draw_of,
+    drawn,
+    labels,
+    make,
+    oracle,
+    tensors,
+)
+from tests.fixtures.wide_matrix import some_of
 from vlal_dist.errors import ConfigError
+from vlal_dist.kernels.arguments import NAMES
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.check import NAMES
 from vlal_dist.kernels.operator import compiled_loss
 from vlal_dist.kernels.selective_loss import selective_loss
 

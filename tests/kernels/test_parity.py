@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.cases import (
+from tests.fixtures.loss_batches import (
     GAMMAS,
     MODES,
     PAPER,

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import FUSED, Case, feasible_mask, indptr, oracle, oracle_mask, run
-from vlal_dist.kernels.inputs import FeasibleTable
+from tests.fixtures.loss_batches import FUSED, Case, feasible_mask, indptr, oracle, oracle_mask, run
+from vlal_dist.kernels.arguments import FeasibleTable
 
 WEIGHTS = [0.0, -0.0, -1.0, 1.0, 2.0, 1e-45, 1e-39, 1.2e-38, 1e30, 3e38, 3.4e38]
 WEIGHTS += [float("inf"), float("-inf"), float("nan")]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.kernels.cases import FUSED, MODES, oracle_mask, plain
+from tests.fixtures.loss_batches import FUSED, MODES, oracle_mask, plain
+from tests.fixtures.rank_processes import run_ranks
 from tests.kernels.rank_worker import (
     NUM_IGNORE,
     SPLITS,
@@ -17,7 +18,6 @@ from tests.kernels.rank_worker import (
     rows_of,
     small_model,
 )
-from tests.training.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 

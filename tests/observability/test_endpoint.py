@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.observability.scrapers import hanging, scrape, tight_loop
-from tests.training.processes import free_port
-from vlal_dist.observability.endpoint import (
+from tests.fixtures.rank_processes import free_port
+from tests.fixtures.scrapers import hanging, scrape, tight_loop
+from vlal_dist.observability.metrics import (
     ANSWERS_PER_S,
     AT_ONCE,
     KEPT_S,

@@ -5,9 +5,9 @@ import urllib.request
 
 import pytest
 
-from tests.observability.exporter import Exporter
+from tests.fixtures.rank_exporter import Exporter
+from vlal_dist.observability.metric_definitions import LOADER, PROCESS, STORAGE, TRAIN
 from vlal_dist.observability.metrics import TrainMetrics
-from vlal_dist.observability.names import LOADER, PROCESS, STORAGE, TRAIN
 
 
 def exposed(port: int) -> str:

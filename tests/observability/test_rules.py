@@ -10,8 +10,7 @@ import pytest
 import yaml
 from prometheus_client import generate_latest
 
-from tests.observability.exporter import Exporter
-from tests.observability.live import (
+from tests.fixtures.prometheus_server import (
     CLUSTERS,
     DASHBOARDS,
     PROMETHEUS,
@@ -22,7 +21,8 @@ from tests.observability.live import (
     read_yaml,
     rules,
 )
-from vlal_dist.observability.names import (
+from tests.fixtures.rank_exporter import Exporter
+from vlal_dist.observability.metric_definitions import (
     JOB,
     LOADER,
     PACK,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.observability.live import needs_prometheus
-from vlal_dist.observability.names import JOB, PACK, Metric
-from vlal_dist.observability.textfiles import TextFile, exposition, write_job_end
+from tests.fixtures.prometheus_server import needs_prometheus
+from vlal_dist.observability.metric_definitions import JOB, PACK, Metric
+from vlal_dist.observability.prometheus_files import TextFile, exposition, write_job_end
 
 ROOT = 's3://b/"odd"\\root\n'
 

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginEventAccumulator,
 )
 
-from tests.observability.servers import MARK, black_hole, left_behind, mlflow_server
-from tests.training.processes import ROOT, environment
+from tests.fixtures.rank_processes import ROOT, environment
+from tests.fixtures.tracker_servers import MARK, black_hole, left_behind, mlflow_server
 from vlal_dist.observability import trackers
 from vlal_dist.observability.event_files import EventFiles
 from vlal_dist.observability.tracker_process import ProcessTracker
@@ -413,7 +413,7 @@ def test_a_process_that_dies_is_told(
 
 
 def test_the_trainer_imports_no_client() -> None:
-    code = "import sys, vlal_dist.training.tracking as t\n"
+    code = "import sys, vlal_dist.training.run_log as t\n"
     code += "sys.exit(bool({'wandb', 'mlflow', 'tensorboard'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=False)
     assert done.returncode == 0

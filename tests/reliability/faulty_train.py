@@ -46,7 +46,7 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(ROOT)
 
 import vlal_dist.train  # noqa: E402
-from vlal_dist.training.launcher import Launcher  # noqa: E402
+from vlal_dist.training.stop import Launcher  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
 DIARY = Path(os.environ["DIARY"])
@@ -108,12 +108,16 @@ def install() -> None:
     """Put the moments into the loop. torch is imported here."""
     import torch
 
-    from vlal_dist.training import account, best, build, run, sources, step
+    from vlal_dist.training import best_model, data, epoch_check, step, trainer
 
-    one_step, train, accumulate = run._one_step, run.train, step.TrainStep.accumulate
-    save, write_model, batches = build.save_checkpoint, best.write_model, sources.evaluation_batches
-    make_loader = build.make_loader
-    check_epoch = account.Account.check_epoch
+    one_step, train, accumulate = trainer._one_step, trainer.train, step.TrainStep.accumulate
+    save, write_model, batches = (
+        trainer.save_checkpoint,
+        best_model.write_model,
+        data.evaluation_batches,
+    )
+    make_loader = trainer.make_loader
+    check_epoch = epoch_check.Account.check_epoch
     now = {"step": 0}
 
     def faulty_train(it: Any) -> None:
@@ -182,16 +186,16 @@ def install() -> None:
         moment("best", now["step"])
         write_model(*rest, **more)
 
-    run._one_step = faulty_one_step
-    build.train, build.make_loader = faulty_train, faulty_loader
-    build.save_checkpoint, best.write_model = faulty_save, faulty_best
-    sources.evaluation_batches = faulty_batches  # type: ignore[assignment]
-    account.Account.check_epoch = faulty_check  # type: ignore[method-assign]
+    trainer._one_step = faulty_one_step
+    trainer.train, trainer.make_loader = faulty_train, faulty_loader
+    trainer.save_checkpoint, best_model.write_model = faulty_save, faulty_best
+    data.evaluation_batches = faulty_batches  # type: ignore[assignment]
+    epoch_check.Account.check_epoch = faulty_check  # type: ignore[method-assign]
     step.TrainStep.accumulate = faulty_accumulate  # type: ignore[method-assign]
     if "OUTAGE_S" in os.environ:
-        from vlal_dist.storage import s3_patience
+        from vlal_dist.storage import s3_client
 
-        s3_patience.OUTAGE_S = float(os.environ["OUTAGE_S"])
+        s3_client.OUTAGE_S = float(os.environ["OUTAGE_S"])
 
 
 def set_clock() -> None:

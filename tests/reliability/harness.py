@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tests.training.processes import ROOT, environment, free_port
+from tests.fixtures.rank_processes import ROOT, environment, free_port
 from vlal_dist.processes import PROC
 
 FAULTY = "tests/reliability/faulty_train.py"

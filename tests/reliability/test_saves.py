@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import S3Server
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.reliability.harness import Job, record, sha256
 from tests.reliability.test_signals import SLOW
 from vlal_dist.storage.store import open_store

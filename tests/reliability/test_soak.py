@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import S3Server
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.reliability.harness import Job, Start, each_once_an_epoch, record
 from vlal_dist.processes import look_at
 

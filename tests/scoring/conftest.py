@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.small import run_all, write_small_vaw
+from tests.fixtures.tiny_vaw import run_all, write_small_vaw
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
 
 TINY: dict[str, Any] = {

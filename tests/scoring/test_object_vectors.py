@@ -8,9 +8,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load, save_file
 
-from shard_tools.clean_feasible import VECTORS as READ_NAME
+from shard_tools.clean.vocabulary import VECTORS as READ_NAME
+from tests.fixtures.tiny_vaw import OBJECTS, run, write_small_vaw
 from tests.scoring.conftest import Model, make_tiny_model
-from tests.small import OBJECTS, run, write_small_vaw
 from vlal_dist.errors import ConfigError, ConflictError, DataError
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring.object_vectors import (

@@ -5,7 +5,7 @@ import pytest
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.scoring.prompts import build_prompts, check_templates
+from vlal_dist.scoring.text_bank import build_prompts, check_templates
 from vlal_dist.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(

@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from tests.scored import SCORER, TEMPERATURE, write_scores
-from vlal_dist.data.dataset import Dataset, open_split, read_label_rows, read_labels
-from vlal_dist.data.scores import ShardScores, decode_scores, encode_scores, score_key
+from tests.fixtures.scored_dataset import SCORER, TEMPERATURE, write_scores
+from vlal_dist.data.format.dataset import Dataset, open_split, read_label_rows, read_labels
+from vlal_dist.data.format.scores import ShardScores, decode_scores, encode_scores, score_key
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
 from vlal_dist.scoring.quality import (

@@ -14,14 +14,14 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.conftest import S3Server
-from tests.corpus import upload
+from tests.fixtures.damaged_tars import upload
+from tests.fixtures.tiny_vaw import run
 from tests.scoring.conftest import Model, make_tiny_model
-from tests.small import run
-from vlal_dist.data.dataset import open_dataset, open_split, read_labels
-from vlal_dist.data.scores import read_scores_manifest, read_shard_scores
+from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.format.scores import read_scores_manifest, read_shard_scores
 from vlal_dist.method.likelihood import log_likelihood
-from vlal_dist.scoring import embed, score_shard
-from vlal_dist.scoring.warm_up import CANDIDATES
+from vlal_dist.scoring import embed, shard_task
+from vlal_dist.scoring.worker import CANDIDATES
 from vlal_dist.storage.store import open_store
 
 PROGRAM = "vlal_dist.score_clip"
@@ -248,7 +248,7 @@ def test_every_thread_that_computes_has_the_threads_of_the_settings(
 ) -> None:
     """OpenMP keeps the number by thread; another one gives other last bits."""
     found: set[int] = set()
-    similarities = score_shard.feasible_similarities
+    similarities = shard_task.feasible_similarities
 
     def observed(*arguments: Any, **more: Any) -> Any:
         for pool in threadpoolctl.threadpool_info():
@@ -256,7 +256,7 @@ def test_every_thread_that_computes_has_the_threads_of_the_settings(
                 found.add(pool["num_threads"])
         return similarities(*arguments, **more)
 
-    monkeypatch.setattr(score_shard, "feasible_similarities", observed)
+    monkeypatch.setattr(shard_task, "feasible_similarities", observed)
     three = ("--scoring.cpus_per_actor", "3")
     assert run(PROGRAM, dataset, *flags(tiny, tmp_path / "one", *three)) == 0
     again = ("--scoring.embeddings", str(tmp_path / "one"), *three)

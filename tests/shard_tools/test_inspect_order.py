@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.small import run, run_all, write_small_vaw
-from vlal_dist.data.batches import BatchMaker
-from vlal_dist.data.dataset import open_dataset, open_split, read_labels
-from vlal_dist.data.loader import TrainLoader
-from vlal_dist.data.mixture import Mixture, open_mixture
-from vlal_dist.data.plan import Plan
-from vlal_dist.data.reader import Reader
-from vlal_dist.data.rows import RowReader
+from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
+from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.loading.batch_builder import BatchBuilder
+from vlal_dist.data.loading.loader import TrainLoader
+from vlal_dist.data.loading.shard_reader import ShardReader
+from vlal_dist.data.order.epoch_plan import EpochPlan
+from vlal_dist.data.order.mixture import Mixture, open_mixture
 
 Seen = list[tuple[int, int, int, str, int]]
 """Step, rank, micro-batch, uid and visit of each sample."""
@@ -69,8 +69,8 @@ def seen_by_loaders(
     """What real loaders of all ranks give; lanes and micro-batches are those of a first start."""
 
     def loader(rank: int, world_size: int, **settings: Any) -> TrainLoader:
-        maker = BatchMaker(
-            Reader(mixture.corpus),
+        maker = BatchBuilder(
+            ShardReader(mixture.corpus),
             feasible=mixture.dataset.feasible,
             num_attributes=len(mixture.dataset.vocabulary.attributes),
             image_size=64,
@@ -78,7 +78,7 @@ def seen_by_loaders(
             threads=1,
             read_likelihoods=None,
         )
-        plan = Plan(mixture.corpus, seed=99, passes=mixture.passes, factor=mixture.factor)
+        plan = EpochPlan(mixture.corpus, seed=99, passes=mixture.passes, factor=mixture.factor)
         return TrainLoader(
             maker,
             plan,
@@ -169,7 +169,7 @@ def test_a_line_says_where_its_sample_is(folder: Path, capsys: pytest.CaptureFix
     for name in ("merged", "other"):
         dataset = open_dataset(str(folder / f"whole-{name}"), cache=folder / "cache")
         split = open_split(dataset, "train")
-        reader = RowReader(split)
+        reader = SampleReader(split)
         own = [line for line in lines if line["dataset"] == name]
         assert sorted(int(line["row"]) for line in own) == list(range(72))
         for line in own:

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.scored import TEMPERATURE, write_scores
+from tests.fixtures.scored_dataset import TEMPERATURE, write_scores
+from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from tests.shard_tools.test_pack import tree
-from tests.small import run, run_all, write_small_vaw
-from vlal_dist.data.dataset import open_dataset, open_split
-from vlal_dist.data.likelihoods import ScoreLikelihoods
-from vlal_dist.data.rows import RowReader
-from vlal_dist.data.scores import (
+from vlal_dist.data.format.dataset import open_dataset, open_split
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.format.scores import (
     decode_scores,
     encode_scores,
     read_scores_manifest,
     read_shard_scores,
 )
+from vlal_dist.data.loading.likelihoods import ScoreLikelihoods
 from vlal_dist.errors import DataError
 from vlal_dist.storage.store import open_store
 
@@ -43,7 +43,7 @@ def test_merged_samples_hold_eq_2_and_are_otherwise_unchanged(merged: Path) -> N
         store, "train", shard_sha256=before.shards[0].sha256, manifest=manifest
     )
     for row in range(before.shards[0].samples):
-        old, new = RowReader(before).read(row), RowReader(after).read(row)
+        old, new = SampleReader(before).read(row), SampleReader(after).read(row)
         assert (old.jpg, old.key, old.positive, old.negative) == (
             new.jpg, new.key, new.positive, new.negative,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def test_score_files_give_the_likelihoods_of_the_tars(merged: Path) -> None:
     scores = ScoreLikelihoods(
         packed, scores=store, manifest=manifest, temperature=TEMPERATURE, cache=merged / "cache"
     )
-    reader = RowReader(tars)
+    reader = SampleReader(tars)
     for row in reversed(range(packed.num_samples)):
         values, indptr = scores(np.array([row]), [b""])
         assert np.array_equal(reader.read(row).log_likelihood, values)

@@ -20,14 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shard_tools.crops import CropSettings, Instance, decode_photo, make_sample
-from shard_tools.photos import PhotoSource
-from tests.scored import write_scores
-from tests.small import run, run_all, write_small_vaw
-from vlal_dist.data.dataset import open_dataset, open_split
-from vlal_dist.data.images import crop_bounds, open_photo
-from vlal_dist.data.rows import RowReader
-from vlal_dist.data.shards import sample_key
+from shard_tools.pack import CropSettings, Instance, decode_photo, make_sample
+from tests.fixtures.scored_dataset import write_scores
+from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
+from vlal_dist.data.format.dataset import open_dataset, open_split
+from vlal_dist.data.format.images import crop_bounds, open_photo
+from vlal_dist.data.format.photos import PhotoSource
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.format.tar import sample_key
 from vlal_dist.errors import DataError
 
 SETTINGS = CropSettings(jpeg_quality=95, box_expansion=0.0, max_pixels=10_000_000)
@@ -92,9 +92,9 @@ def test_other_settings_are_not_mixed_into_a_dataset(packed: Path) -> None:
 
 def test_instances_of_a_photo_are_adjacent_and_blocks_cover_the_index(packed: Path) -> None:
     split = open_split(open_dataset(str(packed / "dataset"), cache=packed / "cache"), "train")
-    samples = [RowReader(split).read(row) for row in range(split.num_samples)]
+    samples = [SampleReader(split).read(row) for row in range(split.num_samples)]
     photos = [
-        json.loads(RowReader(split).read_parts(s.row)[1]["json"])["image_id"] for s in samples
+        json.loads(SampleReader(split).read_parts(s.row)[1]["json"])["image_id"] for s in samples
     ]
     changes = sum(one != other for one, other in pairwise(photos))
     assert changes + 1 == len(set(photos)) == 24
@@ -109,7 +109,7 @@ def test_plain_tarfile_and_plain_webdataset_read_the_tars(packed: Path) -> None:
         warnings.simplefilter("ignore")
         import webdataset
     split = open_split(open_dataset(str(packed / "dataset"), cache=packed / "cache"), "train")
-    ours = [RowReader(split).read(row) for row in range(split.num_samples)]
+    ours = [SampleReader(split).read(row) for row in range(split.num_samples)]
     by_key = {sample.key: sample for sample in ours}
     seen = []
     for shard in split.shards:
@@ -142,7 +142,7 @@ def test_bytes_are_those_of_webdatasets_own_writer(packed: Path) -> None:
     sink = io.BytesIO()
     writer = TarWriter(sink, encoder=False, mtime=0, user="", group="", mode=0o444)
     for row in range(split.shards[0].samples):
-        key, parts = RowReader(split).read_parts(row)
+        key, parts = SampleReader(split).read_parts(row)
         writer.write({"__key__": key, **parts})
     writer.close()
     path = packed / "dataset/val/shards" / split.shards[0].name
@@ -367,7 +367,7 @@ def test_verify_and_the_reader_find_damage_that_tarfile_does_not(
     assert run("verify", packed / "config.yaml", *arguments) == 65
     assert path.name in capsys.readouterr().err
     split = open_split(open_dataset(str(root), cache=tmp_path), "train")
-    reader = RowReader(split)
+    reader = SampleReader(split)
     with pytest.raises((DataError, OSError), match=path.name):
         for row in range(split.shards[0].samples):
             reader.read(row)

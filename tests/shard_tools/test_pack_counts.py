@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shard_tools.assemble import ShardPart
-from shard_tools.pack_counts import PackCounts
-from tests.small import run, write_small_vaw
+from shard_tools.pack import PackCounts
+from shard_tools.shard_writer import ShardPart
+from tests.fixtures.tiny_vaw import run, write_small_vaw
 
 ROWS = 3 * (24 + 6 + 8)
 

@@ -20,12 +20,12 @@ from shard_tools import reshard as module
 from shard_tools.__main__ import main
 from shard_tools.reshard import cut_runs, read_samples
 from tests.conftest import S3Server
-from tests.fault_proxy import FaultProxy
-from tests.scored import write_scores
+from tests.fixtures.fault_proxy import FaultProxy
+from tests.fixtures.scored_dataset import write_scores
+from tests.fixtures.tiny_vaw import IMAGES, run, run_all, write_small_vaw
 from tests.shard_tools.test_pack import tree
-from tests.small import IMAGES, run, run_all, write_small_vaw
-from vlal_dist.data.dataset import Dataset, Split, open_dataset, open_split, read_labels
-from vlal_dist.data.rows import RowReader
+from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels
+from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import DataError
 from vlal_dist.storage.store import Store, open_store
 
@@ -83,7 +83,7 @@ def members(root: Path, split: Split) -> list[tuple[str, bytes]]:
 
 
 def samples(split: Split) -> list[dict[str, Any]]:
-    reader = RowReader(split)
+    reader = SampleReader(split)
     found = [dict(vars(reader.read(row))) for row in range(split.num_samples)]
     for one in found:
         if one["log_likelihood"] is not None:
@@ -217,7 +217,7 @@ def test_a_damaged_source_is_refused_by_name(
     row = 40
     split = splits["train"]
     name = split.shards[int(split.index.shard[row])].name
-    expected = RowReader(split).read(row).key if damage == "flip" else name
+    expected = SampleReader(split).read(row).key if damage == "flip" else name
     path = root / "train/shards" / name
     if damage == "labels":
         path, expected = root / "train/labels.parquet", "labels.parquet"
@@ -306,7 +306,7 @@ def test_samples_are_read_many_at_a_time(merged: Path, monkeypatch: pytest.Monke
     dataset, splits = opened(merged / "merged")
     recorder = Recorder(splits["train"].store)
     split = replace(splits["train"], store=recorder)  # type: ignore[arg-type]
-    reader = RowReader(splits["train"])
+    reader = SampleReader(splits["train"])
     found = list(read_samples(dataset, split, 5, 70))
     assert found == [(row, reader.read_range(row)) for row in range(5, 70)]
     assert len(recorder.reads) < 65 / 3

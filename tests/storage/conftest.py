@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import S3Server
-from tests.fault_proxy import FaultProxy
+from tests.fixtures.fault_proxy import FaultProxy
 from vlal_dist.storage import s3_client
 from vlal_dist.storage.s3 import S3Store
 

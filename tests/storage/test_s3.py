@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import S3Server
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.storage.conftest import DATA, MIB, name_of
 from vlal_dist.errors import ConflictError, DataError, StorageError
 from vlal_dist.storage import s3, s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_counts import Counts, process_counts
-from vlal_dist.storage.s3_patience import TRIES
+from vlal_dist.storage.s3_client import TRIES, Counts, process_counts
 
 
 class TestRetries:
@@ -24,7 +23,7 @@ class TestRetries:
         self, root: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         proxy.faults = [Fault("busy", match="^HEAD ", times=99)]
-        monkeypatch.setattr("vlal_dist.storage.s3_patience.OUTAGE_S", 0.0)
+        monkeypatch.setattr("vlal_dist.storage.s3_client.OUTAGE_S", 0.0)
         with pytest.raises(StorageError, match=f"the store is busy.*given up after {TRIES} tries"):
             root.size("shard.tar")
         assert len(proxy.log) == TRIES

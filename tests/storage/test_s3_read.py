@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import S3Server
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.storage.conftest import DATA, MIB, name_of
 from vlal_dist.errors import (
     DataError,
@@ -27,10 +27,9 @@ from vlal_dist.errors import (
     StorageError,
     TruncatedError,
 )
-from vlal_dist.storage import s3_client, s3_patience
+from vlal_dist.storage import s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_counts import Counts
-from vlal_dist.storage.s3_patience import TRIES
+from vlal_dist.storage.s3_client import TRIES, Counts
 from vlal_dist.storage.store import fetch
 
 
@@ -62,7 +61,7 @@ class TestBrokenBodies:
     def test_a_body_that_always_breaks_is_an_error(
         self, root: S3Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(s3_patience, "OUTAGE_S", 0.0)
+        monkeypatch.setattr(s3_client, "OUTAGE_S", 0.0)
         proxy.faults = [Fault("reset", times=99, at=1000)]
         given_up = rf"'shard.tar': the body broke off at byte 0.* given up after {TRIES} tries"
         with pytest.raises(StorageError, match=given_up):
@@ -202,7 +201,7 @@ class TestOutages:
     def test_a_server_that_stays_away(
         self, port: int, shard: S3Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(s3_patience, "OUTAGE_S", 2.0)
+        monkeypatch.setattr(s3_client, "OUTAGE_S", 2.0)
         monkeypatch.setattr(s3_client, "_LONGEST_PAUSE_S", 0.5)
         started = time.monotonic()
         away = r"no answer from the store \(EndpointConnectionError\): check AWS_ENDPOINT_URL"
@@ -222,7 +221,7 @@ class TestOutages:
     def test_an_unknown_host_is_an_outage(
         self, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(s3_patience, "OUTAGE_S", 1.0)
+        monkeypatch.setattr(s3_client, "OUTAGE_S", 1.0)
         monkeypatch.setattr(s3_client, "_LONGEST_PAUSE_S", 0.2)
         with moto_s3.environment(AWS_ENDPOINT_URL="http://no-such-host.invalid"):
             store = S3Store(moto_s3.url())
@@ -348,7 +347,7 @@ class TestShortObjects:
             monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
             return servers[0]
 
-        monkeypatch.setattr(s3_patience, "OUTAGE_S", 0.0)
+        monkeypatch.setattr(s3_client, "OUTAGE_S", 0.0)
         monkeypatch.setattr(s3_client, "_FIRST_PAUSE_S", 0.001)
         yield start
         servers[0].__exit__()
@@ -512,7 +511,7 @@ class TestSignedReads:
     def test_a_thread_whose_first_request_is_signed_meets_an_outage(
         self, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("vlal_dist.storage.s3_patience.OUTAGE_S", 0.0)
+        monkeypatch.setattr("vlal_dist.storage.s3_client.OUTAGE_S", 0.0)
         url, found = moto_s3.url(), []
         with (
             FaultProxy(moto_s3.endpoint) as proxy,

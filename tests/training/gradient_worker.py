@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from tests.training import cases
+from tests.fixtures import tiny_model
 from vlal_dist.errors import DataError
 from vlal_dist.training.engine import Engine, leave_ranks
 from vlal_dist.training.ranks import Ranks, join_ranks
@@ -16,13 +16,13 @@ from vlal_dist.training.step import TrainStep
 
 
 def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
-    model = cases.SmallClassifier()
+    model = tiny_model.SmallClassifier()
     count = -(-case["micro_batches"] // ranks.world_size)
     engine = Engine(
         model,
-        groups=cases.groups(model),
+        groups=tiny_model.groups(model),
         ranks=ranks,
-        batch_size=cases.BATCH,
+        batch_size=tiny_model.BATCH,
         micro_batches=count,
         zero_stage=case["zero"],
         bf16=False,
@@ -30,14 +30,14 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
     train_step = TrainStep(
         engine,
         ranks,
-        objective=cases.objective(case["loss"], kernel=case["kernel"]),
-        feasible=cases.table(),
+        objective=tiny_model.objective(case["loss"], kernel=case["kernel"]),
+        feasible=tiny_model.table(),
         micro_batches=count,
     )
     engine.module.train(case["batch_norm"] == "train")
     start, found = 0, {}
     for number, samples in enumerate(case["samples"]):
-        step = cases.step(
+        step = tiny_model.step(
             start=start,
             samples=samples,
             micro_batches=case["micro_batches"],

@@ -8,21 +8,23 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import S3Server
-from tests.training.cases import SmallClassifier, groups
+from tests.fixtures.tiny_model import SmallClassifier, groups
 from vlal_dist.errors import DataError, StorageError
 from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, open_store
-from vlal_dist.training.adam import adam_tensors, check_adam, restore_adam
-from vlal_dist.training.best import holds_best
+from vlal_dist.training.best_model import holds_best
 from vlal_dist.training.checkpoint import (
     COMPLETE,
+    Binding,
+    TrainState,
+    check_binding,
     complete_checkpoints,
     find_checkpoint,
     load_weights,
     save_checkpoint,
 )
+from vlal_dist.training.optimizer_state import adam_tensors, check_adam, restore_adam
 from vlal_dist.training.resume import resume_kind
-from vlal_dist.training.state import Binding, TrainState, check_binding
 
 BINDING = Binding(
     dataset_digest="d" * 64,

@@ -11,35 +11,37 @@ import pytest
 import torch
 from scipy import stats
 
-from tests.small import run
-from tests.training import cases
+from tests.fixtures import tiny_model
+from tests.fixtures.tiny_vaw import run
+from tests.integration.test_training_runs import arguments, finish, lines, start
 from tests.training.test_kernel import ALONE, CPU, IGNORED, compare
-from tests.training.test_runs import arguments, finish, lines, start
-from vlal_dist.data.batch import Batch
-from vlal_dist.data.likelihoods import ObjectLikelihoods
-from vlal_dist.kernels.inputs import Draw
+from vlal_dist.data.loading.batch import Batch
+from vlal_dist.data.loading.likelihoods import ObjectLikelihoods
+from vlal_dist.kernels.arguments import Draw
 from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set
 from vlal_dist.method.likelihood import inverse_weights
+from vlal_dist.training.data import RunData, open_sources
 from vlal_dist.training.objective import choose_ignored, seed_bits
-from vlal_dist.training.sources import Sources, open_sources
 
 
 def chosen(batch: Batch, **changes: Any) -> torch.Tensor | Draw | str:
     return choose_ignored(
-        cases.objective("selective", **changes),
-        torch.zeros(len(batch), cases.ATTRIBUTES),
+        tiny_model.objective("selective", **changes),
+        torch.zeros(len(batch), tiny_model.ATTRIBUTES),
         batch,
         seed=seed_bits(99, CPU),
         index=np.arange(len(batch)),
         ranks=ALONE,
-        feasible=cases.table(),
+        feasible=tiny_model.table(),
     )
 
 
 def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse weights (0 outside of Omega_o) and Omega_o, [B, A]."""
     assert batch.weight_indptr is not None and batch.inverse_weight is not None
-    drawable = torch.from_numpy(cases.feasible_sets().mask(cases.ATTRIBUTES))[batch.object_id]
+    drawable = torch.from_numpy(tiny_model.feasible_sets().mask(tiny_model.ATTRIBUTES))[
+        batch.object_id
+    ]
     weight = torch.zeros(drawable.shape)
     weight[drawable] = batch.inverse_weight
     return weight, drawable
@@ -48,7 +50,7 @@ def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("draw_over", ["feasible", "unannotated"])
 @pytest.mark.parametrize("num_ignore", [0, 2, None])
 def test_top_is_the_mask_of_the_greatest_weights(num_ignore: int | None, draw_over: str) -> None:
-    batch = cases.rows(np.arange(cases.ROWS))
+    batch = tiny_model.rows(np.arange(tiny_model.ROWS))
     weight, drawable = dense(batch)
     if draw_over == "unannotated":
         drawable &= batch.label == 0
@@ -74,7 +76,7 @@ def test_the_operator_trains_on_the_top_as_the_reference_does(
         assert all(a.pairs[IGNORED] == b.pairs[IGNORED] for a, b in zip(top, drawn, strict=True))
 
 
-def opened(small: Path, weighted_by: str) -> Sources:
+def opened(small: Path, weighted_by: str) -> RunData:
     """The packed dataset, without a look at scores that do not exist."""
     return open_sources(
         str(small / "dataset"),

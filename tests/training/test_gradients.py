@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training import cases
-from tests.training.processes import run_ranks
-from vlal_dist.data.batch import Batch
+from tests.fixtures import tiny_model
+from tests.fixtures.rank_processes import run_ranks
+from vlal_dist.data.loading.batch import Batch
 from vlal_dist.method.baselines import fixed_ignored
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.selective_loss import assign_terms, selective_loss
@@ -62,8 +62,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Omega_o and the inverse weights of each row: bool and float32 [B, A]."""
-    sets = cases.feasible_sets()
-    feasible = torch.from_numpy(sets.mask(cases.ATTRIBUTES)[batch.object_id.numpy()])
+    sets = tiny_model.feasible_sets()
+    feasible = torch.from_numpy(sets.mask(tiny_model.ATTRIBUTES)[batch.object_id.numpy()])
     weight = torch.zeros(feasible.shape)
     assert batch.inverse_weight is not None
     weight[feasible] = batch.inverse_weight  # ascending within a row, in both
@@ -72,14 +72,14 @@ def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def reference(loss: str) -> dict[str, torch.Tensor]:
     """Gradients and weights by autograd and Adam written out, in float64, one row set a step."""
-    model = cases.SmallClassifier().double().eval()
-    goal = cases.objective(loss)
+    model = tiny_model.SmallClassifier().double().eval()
+    goal = tiny_model.objective(loss)
     average = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     square = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     found: dict[str, torch.Tensor] = {}
     start = 0
     for number, samples in enumerate(SAMPLES):
-        batch = cases.in_float64(cases.rows(np.arange(start, start + samples)))
+        batch = tiny_model.in_float64(tiny_model.rows(np.arange(start, start + samples)))
         start += samples
         feasible, weight = dense(batch)
         if loss == "selective":
@@ -102,18 +102,18 @@ def reference(loss: str) -> dict[str, torch.Tensor]:
             detach_focal=True,
         ).per_row
         model.zero_grad()
-        (6 / cases.BATCH * per_row.sum()).backward()
+        (6 / tiny_model.BATCH * per_row.sum()).backward()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 assert parameter.grad is not None
                 found[f"gradient{number}.{name}"] = parameter.grad.clone()
-                decay = cases.DECAY if parameter.ndim > 1 else 0.0
+                decay = tiny_model.DECAY if parameter.ndim > 1 else 0.0
                 gradient = parameter.grad + decay * parameter  # coupled L2
                 average[name].mul_(0.9).add_(gradient, alpha=0.1)
                 square[name].mul_(0.999).addcmul_(gradient, gradient, value=0.001)
                 mean = average[name] / (1 - 0.9 ** (number + 1))
                 spread = (square[name] / (1 - 0.999 ** (number + 1))).sqrt()
-                parameter -= cases.RATE * mean / (spread + 1e-8)
+                parameter -= tiny_model.RATE * mean / (spread + 1e-8)
     found.update({f"weight.{n}": p.detach().clone() for n, p in model.named_parameters()})
     return found
 
@@ -137,7 +137,7 @@ def test_gradient_and_adam_equal_the_single_process_sum(results: Path, world_siz
             assert found["times"].shape == ((0,) if one["zero"] else (len(SAMPLES), 2))
             check(found, expected)
             assert found["rows"].item() == sum(SAMPLES)
-            assert found["pairs"].sum().item() == sum(SAMPLES) * cases.ATTRIBUTES
+            assert found["pairs"].sum().item() == sum(SAMPLES) * tiny_model.ATTRIBUTES
             pairs.append(found["pairs"])
     assert all(torch.equal(one, pairs[0]) for one in pairs) and pairs[0].min() > 0
 
@@ -161,11 +161,11 @@ def test_psl_chooses_over_the_global_batch(results: Path) -> None:
 def test_batch_norm_statistics_are_the_mean_over_ranks(results: Path, samples: int) -> None:
     expected = []
     for rank in (0, 1):
-        model = cases.SmallClassifier()
-        for index in cases.step(
+        model = tiny_model.SmallClassifier()
+        for index in tiny_model.step(
             start=0, samples=samples, micro_batches=2, rank=rank, world_size=2
         ).sample_index:
-            batch = cases.rows(index)
+            batch = tiny_model.rows(index)
             if len(batch):  # a rank without rows leaves its statistics as they were
                 model(batch.image, batch.object_id)
         assert model.bn.running_mean is not None and model.bn.running_var is not None
@@ -182,7 +182,7 @@ def test_batch_norm_statistics_are_the_mean_over_ranks(results: Path, samples: i
 def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_the_row(
     results: Path, world_size: int
 ) -> None:
-    uid = int(cases.rows(np.array([7])).uid)
+    uid = int(tiny_model.rows(np.array([7])).uid)
     for rank in range(world_size):
         message = (results / f"w{world_size}-nan-{rank}.txt").read_text()
         assert f"step 1: the loss is not finite in rows with uid [{uid}]" in message

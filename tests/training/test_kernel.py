@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.training import cases
-from vlal_dist.data.loader import Step
+from tests.fixtures import tiny_model
+from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import DataError
 from vlal_dist.kernels.backend import choose
 from vlal_dist.method.selective_loss import Term
@@ -28,8 +28,8 @@ class PlainEngine:
     """What TrainStep needs of an engine, without DeepSpeed (test_gradients.py has it)."""
 
     def __init__(self) -> None:
-        self.module: nn.Module = cases.SmallClassifier()
-        self.optimizer = torch.optim.Adam(cast(Any, cases.groups(self.module)))
+        self.module: nn.Module = tiny_model.SmallClassifier()
+        self.optimizer = torch.optim.Adam(cast(Any, tiny_model.groups(self.module)))
 
     def __call__(self, image: Tensor, object_id: Tensor) -> Tensor:
         return cast(Tensor, self.module(image, object_id))
@@ -48,7 +48,7 @@ class PlainEngine:
 def steps(*, micro_batches: int, likelihood: bool = True) -> list[Step]:
     found, start = [], 0
     for samples in SAMPLES:
-        step = cases.step(
+        step = tiny_model.step(
             start=start, samples=samples, micro_batches=micro_batches, rank=0, world_size=1
         )
         for batch in step.micro_batches:
@@ -64,8 +64,8 @@ def train(loss: str, *, micro_batches: int, likelihood: bool = True, **changes: 
     train_step = TrainStep(
         cast(Engine, PlainEngine()),
         ALONE,
-        objective=cases.objective(loss, **changes),
-        feasible=cases.table(),
+        objective=tiny_model.objective(loss, **changes),
+        feasible=tiny_model.table(),
         micro_batches=micro_batches,
     )
     found = []
@@ -85,7 +85,7 @@ def compare(loss: str, **changes: Any) -> list[Tally]:
         assert torch.equal(one.pairs, other.pairs), "the drawn pairs differ"
         torch.testing.assert_close(one.loss, other.loss, rtol=1e-5, atol=0)
         assert torch.equal(one.rows, other.rows) and (one.loss >= 0).all()
-    assert [int(one.pairs.sum()) for one in fused] == [n * cases.ATTRIBUTES for n in SAMPLES]
+    assert [int(one.pairs.sum()) for one in fused] == [n * tiny_model.ATTRIBUTES for n in SAMPLES]
     return fused
 
 
@@ -128,16 +128,16 @@ def test_without_likelihoods_only_the_whole_set_can_be_ignored(num_ignore: int |
 
 
 def test_rows_that_cannot_draw_have_weights_as_long_as_their_sets() -> None:
-    batch = cases.rows(np.arange(5))
-    made = undrawable(batch, cases.table().indptr.diff())
+    batch = tiny_model.rows(np.arange(5))
+    made = undrawable(batch, tiny_model.table().indptr.diff())
     assert made.weight_indptr is not None and made.inverse_weight is not None
     assert batch.weight_indptr is not None
     assert made.weight_indptr.tolist() == batch.weight_indptr.tolist()
     assert not made.inverse_weight.any() and made.inverse_weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("change", [{"num_objects": cases.OBJECTS + 1}, {"num_attributes": 3}])
+@pytest.mark.parametrize("change", [{"num_objects": tiny_model.OBJECTS + 1}, {"num_attributes": 3}])
 def test_feasible_sets_of_another_vocabulary_are_refused(change: dict[str, int]) -> None:
-    fits = {"num_objects": cases.OBJECTS, "num_attributes": cases.ATTRIBUTES}
+    fits = {"num_objects": tiny_model.OBJECTS, "num_attributes": tiny_model.ATTRIBUTES}
     with pytest.raises(DataError, match="pack again"):
-        feasible_table(cases.feasible_sets(), **(fits | change), device=CPU)
+        feasible_table(tiny_model.feasible_sets(), **(fits | change), device=CPU)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.processes import ROOT
+from tests.fixtures.rank_processes import ROOT
 
 RANK = """
 import sys, time
-from vlal_dist.training.launcher import Launcher
+from vlal_dist.training.stop import Launcher
 launcher = Launcher.of_this_process()
 print(len(launcher._watched), flush=True)
 while not launcher.is_gone():

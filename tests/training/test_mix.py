@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.scored import write_scores
-from tests.small import run, write_small_vaw
-from tests.training.test_runs import arguments, finish, lines, start
-from vlal_dist.data.corpus import Corpus
-from vlal_dist.data.dataset import open_dataset, open_split, read_labels
-from vlal_dist.data.plan import Plan
+from tests.fixtures.scored_dataset import write_scores
+from tests.fixtures.tiny_vaw import run, write_small_vaw
+from tests.integration.test_training_runs import arguments, finish, lines, start
+from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.order.concat import ConcatSplits
+from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.training.sources import open_sources
+from vlal_dist.training.data import open_sources
 
 pytestmark = pytest.mark.deepspeed
 
@@ -51,8 +51,8 @@ def test_a_mix_trains_what_its_plan_says_and_is_bound_to_it(
     output = train(small, tmp_path / "run", *wanted)
     assert output.count("ledger equals the plan") == 2
     opened = [open_dataset(root, cache=tmp_path / "cache") for root in mix]
-    corpus = Corpus([open_split(one, "train") for one in opened])
-    plan = Plan(corpus, seed=5, passes=(0.5, 2.0))
+    corpus = ConcatSplits([open_split(one, "train") for one in opened])
+    plan = EpochPlan(corpus, seed=5, passes=(0.5, 2.0))
     found = ledgers(tmp_path / "run")
     assert found == {epoch: plan.ledger(epoch).to_json() for epoch in (0, 1)}
     assert found[0]["count"] + found[1]["count"] == 72 + 2 * 2 * 24

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.small import run
-from tests.training.cases import objective
-from tests.training.processes import ROOT, environment
+from tests.fixtures.rank_processes import ROOT, environment
+from tests.fixtures.tiny_model import objective
+from tests.fixtures.tiny_vaw import run
 from tests.training.test_checkpoint import save
 from vlal_dist.errors import ConfigError
 from vlal_dist.storage.store import open_store

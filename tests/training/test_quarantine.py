@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.corpus import Damaged, damaged_copy
-from tests.training.test_runs import arguments, finish, launch, lines, start, two_ranks
-from vlal_dist.data.dataset import Dataset, open_dataset
+from tests.fixtures.damaged_tars import Damaged, damaged_copy
+from tests.integration.test_training_runs import arguments, finish, launch, lines, start, two_ranks
+from vlal_dist.data.format.dataset import Dataset, open_dataset
 
 pytestmark = pytest.mark.deepspeed
 

@@ -3,7 +3,7 @@ import time
 import pytest
 import torch
 
-from vlal_dist.training.step_clock import StepClock
+from vlal_dist.training.step import StepClock
 
 
 def test_the_parts_of_each_step_are_told_apart() -> None:

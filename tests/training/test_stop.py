@@ -3,8 +3,7 @@ import signal
 
 import pytest
 
-from vlal_dist.training.launcher import Launcher
-from vlal_dist.training.stop import SIGNALS, StopRequest
+from vlal_dist.training.stop import SIGNALS, Launcher, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.processes import run_ranks
+from tests.fixtures.rank_processes import run_ranks
 
 pytestmark = pytest.mark.deepspeed
 

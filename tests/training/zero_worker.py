@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.training import cases
+from tests.fixtures import tiny_model
 from vlal_dist.training.engine import Engine, leave_ranks
 from vlal_dist.training.ranks import Ranks, join_ranks
 
@@ -23,14 +23,14 @@ def rows(step: int, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's part of a step's batch, which does not depend on the number of ranks."""
     own = torch.arange(ranks.rank, ROWS, ranks.world_size)
     image = torch.linspace(0, 1 + step, ROWS * 3 * 8 * 8).reshape(ROWS, 3, 8, 8).cos()
-    return image[own], (own + step) % cases.OBJECTS
+    return image[own], (own + step) % tiny_model.OBJECTS
 
 
 def round_of(start: str, stage: int, name: str, *, ranks: Ranks, folder: Path) -> None:
-    model = cases.SmallClassifier()
+    model = tiny_model.SmallClassifier()
     engine = Engine(
         model,
-        groups=cases.groups(model),
+        groups=tiny_model.groups(model),
         ranks=ranks,
         batch_size=ROWS,
         micro_batches=1,

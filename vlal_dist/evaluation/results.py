@@ -4,7 +4,7 @@ Shares are of 1 in the files and percent where people read them. Sec. 3.1; Table
 """
 
 import io
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from vlal_dist.data.dataset import Dataset
+from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import DataError
+from vlal_dist.evaluation.dense_labels import Truth
 from vlal_dist.evaluation.predictions import Predictions
-from vlal_dist.evaluation.saved_model import SavedModelInfo
-from vlal_dist.evaluation.truth import Truth
 from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate_scores
 from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
@@ -49,7 +48,7 @@ def build_result(
     dataset: Dataset,
     split: str,
     predictor: str,
-    model: SavedModelInfo | None,
+    model: Mapping[str, Any] | None,
     top_k: int,
     threshold: float,
     truth: Truth | None,
@@ -62,7 +61,7 @@ def build_result(
         dataset: they are of.
         split: evaluated.
         predictor: model, constant or clip.
-        model: the model behind them; None for constant and clip.
+        model: `model.json` of the model behind them; None for constant and clip.
         top_k: k of mR@k and F1@k.
         threshold: score above which mA counts a positive.
         truth: complete labels, if known: adds `truth`, the mAP on them.
@@ -86,7 +85,7 @@ def build_result(
             "vocabulary_digest": dataset.vocabulary.digest,
             "feasible_digest": dataset.feasible.digest,
         },
-        "model": None if model is None else asdict(model),
+        "model": None if model is None else dict(model),
         "num_samples": len(predictions.row),
         "num_positive": int(evaluation.attributes.num_positive.sum()),
         "num_negative": int(evaluation.attributes.num_negative.sum()),
@@ -221,7 +220,7 @@ def _on_truth(
     }
 
 
-def _name(predictor: str, model: SavedModelInfo | None) -> str:
+def _name(predictor: str, model: Mapping[str, Any] | None) -> str:
     if model is not None:
-        return f"{model.loss} ({model.profile})"
+        return f"{model['loss']} ({model['profile']})"
     return {"constant": "constant 0.5", "clip": "CLIP, zero-shot"}.get(predictor, predictor)

@@ -1,8 +1,4 @@
-"""One run of the experiments: its folder, the commands that make it, and how far it is.
-
-Every command reads `queued.yaml` of the run's folder, the whole resolved configuration: what ran
-can be repeated by hand.
-"""
+"""Tau of Eq. (2) of the likelihoods that training reads, for the rows at other temperatures."""
 
 import json
 import os
@@ -13,7 +9,78 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import vlal_dist
-from vlal_dist.errors import ConfigError
+from vlal_dist.data.format.dataset import open_dataset
+from vlal_dist.data.format.scores import finished_manifest
+from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.storage.store import open_store
+
+
+def stored_temperature(*, dataset_url: str, scores_url: str | None, cache: Path) -> float:
+    """The scorer's, as merge or score_clip recorded it.
+
+    Args:
+        dataset_url: merged dataset.
+        scores_url: score root, where the likelihoods come from there; None: from the tars.
+        cache: local folder for index files.
+
+    Raises:
+        DataError: samples without likelihood, or scoring has not finished.
+    """
+    if scores_url is not None:
+        return float(finished_manifest(open_store(scores_url))["temperature"])
+    likelihood = open_dataset(dataset_url, cache=cache).manifest["likelihood"]
+    if likelihood is None:
+        raise DataError(
+            f"{dataset_url} holds samples without likelihood; run score_clip and shard_tools "
+            "merge, or point paths.merged at what merge wrote"
+        )
+    return float(likelihood["temperature"])
+
+
+EXECUTION = frozenset(
+    {
+        "data.threads",
+        "data.cache_bytes",
+        "data.decoded_bytes",
+        "training.threads",
+        "training.log_steps",
+        "training.checkpoint_epochs",
+        "training.checkpoint_steps",
+        "training.keep_checkpoints",
+        "method.psl_prior",
+    }
+)
+"""Keys that do not decide what is learned (the prior's place follows from the root)."""
+
+
+def flat_settings(sections: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
+    """Dotted key -> value of everything that decides a run's result, in the given order."""
+    flat = {
+        f"{section}.{key}": value
+        for section, keys in sections.items()
+        for key, value in keys.items()
+    }
+    return {key: value for key, value in flat.items() if key not in EXECUTION}
+
+
+def check_same(recorded: Mapping[str, object], now: Mapping[str, object], *, where: str) -> None:
+    """Refuse to count a run that was trained with other settings.
+
+    Args:
+        recorded: `flat_settings` of the configuration that training wrote.
+        now: those of the run as it would be started now.
+        where: the run root, for the error.
+
+    Raises:
+        ConfigError: names the first key that differs, both values, and the remedy.
+    """
+    for key, value in now.items():
+        if recorded.get(key) != value:
+            raise ConfigError(
+                f"{where} was trained with {key} {recorded.get(key)!r}, now it is {value!r}; set "
+                "it back, or give another paths.experiments"
+            )
+
 
 QUEUED, LOG, FAILED, SECONDS = "queued.yaml", "log.txt", "failed.json", "seconds.json"
 TEST = "evaluation/test-model"

@@ -1,10 +1,6 @@
-"""The queue: runs as processes of their own, some at a time, ended in order, never doubled.
+"""One queue per root, and a stop that waits for a good moment."""
 
-Each command runs in a session of its own, writes to the run's `log.txt`, and has the lock file of
-the root as its standard input: that descriptor passes to all its children, through DeepSpeed's
-launcher too. Were this program killed, the lock would be held as long as anything still trains.
-"""
-
+import fcntl
 import json
 import os
 import re
@@ -12,11 +8,13 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-from vlal_dist.errors import VlalError
+from vlal_dist.errors import Stopped, VlalError
 from vlal_dist.experimenting.jobs import (
     FAILED,
     LOG,
@@ -28,8 +26,50 @@ from vlal_dist.experimenting.jobs import (
     read_json,
     steps_of,
 )
-from vlal_dist.experimenting.lock import RUNNING, locked, stop_signals
 from vlal_dist.storage.store import open_store
+
+LOCK, RUNNING = "lock", "running.json"
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[int]:
+    """The root's lock, held as long as this descriptor or a child's copy of it is open.
+
+    Raises:
+        Stopped: somebody else holds it; names the process groups that the holder noted.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            groups = read_json(root / RUNNING) or {}
+            who = ", ".join(f"{title} (process group {pid})" for title, pid in groups.items())
+            raise Stopped(
+                f"another queue, or a run that it left behind, works in {root}: {who or 'starting'}"
+                "; wait for it, or end it (kill -TERM -GROUP), then repeat the command"
+            ) from None
+        yield lock
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that fills with the signals that ask to stop; looked at between two polls."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 
 STOP_S = 30.0
 """How long a run may take to save and leave."""

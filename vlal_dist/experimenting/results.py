@@ -10,8 +10,8 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from vlal_dist.data.dataset import Dataset, open_dataset, open_split
-from vlal_dist.data.photos import image_numbers
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.bootstrap import (
     image_weights,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlal_dist.evaluation.bootstrap import interval
+from vlal_dist.experimenting.grid import REFERENCE, Variant
 from vlal_dist.experimenting.results import Float64, RunResult
-from vlal_dist.experimenting.variants import REFERENCE, Variant
 
 Runs = Mapping[tuple[str, int], RunResult]
 """(row, seed) -> finished run."""

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels import nvrtc
+from vlal_dist.kernels import cuda
 from vlal_dist.kernels.backend import VARIABLE, choose
-from vlal_dist.kernels.build import VARIANTS, build, cache_folder, compiler
+from vlal_dist.kernels.cpu import VARIANTS, build, cache_folder, compiler
 from vlal_dist.kernels.self_test import self_test
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
@@ -52,7 +52,7 @@ def _report() -> int:
         _say(device, *choose(device))
     if not torch.cuda.is_available():
         _say("cuda", "none", "torch sees no GPU")
-    for name, ask in (("compiler", _compiler), ("nvrtc", nvrtc.version)):
+    for name, ask in (("compiler", _compiler), ("nvrtc", cuda.version)):
         try:
             _say(name, ask(), "")
         except ConfigError as error:
@@ -77,17 +77,17 @@ def _compiler() -> str:
 def _build(architectures: list[str]) -> int:
     made: list[Path] = [build(variant) for variant in VARIANTS]
     for architecture in architectures:
-        made.append(nvrtc.compiled(nvrtc.TOTALS, architecture))
-        made += [nvrtc.compiled(one.defines(), architecture) for one in _common()]
+        made.append(cuda.compiled(cuda.TOTALS, architecture))
+        made += [cuda.compiled(one.defines(), architecture) for one in _common()]
     for path in made:
         sys.stdout.write(f"{path}\n")
     return 0
 
 
-def _common() -> list[nvrtc.Settings]:
+def _common() -> list[cuda.Settings]:
     """What the rows of Table 1 run with by default; other settings are compiled at first use."""
     return [
-        nvrtc.Settings(kind, mode, gammas, 0.05, True, nvrtc.WARP)
+        cuda.Settings(kind, mode, gammas, 0.05, True, cuda.WARP)
         for kind in (0, 1, 2)
         for name, gammas in GAMMAS.items()
         for mode in (("draw", "list") if name == "selective" else ("ignore", "negatify", "mask"))

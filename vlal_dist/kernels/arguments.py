@@ -1,10 +1,63 @@
-"""The operator's arguments as the C structure that CPU and CUDA share."""
+"""Arguments of the fused operator: types, checks, and the C structure shared by CPU and CUDA.
+
+Legend: B rows, A attributes, O objects, S feasible pairs, F feasible pairs of the batch's rows.
+"""
 
 import struct
-from typing import TypedDict, Unpack
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
+
+
+class FeasibleTable(NamedTuple):
+    """Omega_o of every object, resident on the device.
+
+    Attributes:
+        indptr: int64 [O + 1].
+        indices: int32 [S], attributes ascending within an object.
+        largest: attributes of the greatest set, which decides how much of a GPU's memory a draw
+            takes; 0: not known, all attributes are provided for.
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    largest: int = 0
+
+
+class Draw(NamedTuple):
+    """The draw of Fig. 3, inside of the operator.
+
+    Attributes:
+        weight_indptr: int64 [B + 1]; each row is as long as its object's feasible set.
+        inverse_weight: float32 [F], max likelihood / likelihood (`inverse_weights`); what is not
+            positive and finite cannot be drawn.
+        num_ignore: NUM_IGNORE >= 0; -1: the whole drawing set.
+        over_unannotated: draw among the unannotated feasible attributes alone.
+        uid, visit: int64 [B].
+        seed: int64 [1].
+    """
+
+    weight_indptr: Tensor
+    inverse_weight: Tensor
+    num_ignore: int
+    over_unannotated: bool
+    uid: Tensor
+    visit: Tensor
+    seed: Tensor
+
+
+class Labels(NamedTuple):
+    """Annotations as a CSR matrix.
+
+    Attributes:
+        indptr: int64 [B + 1].
+        code: int32, attribute * 2 + 1 for present, attribute * 2 for absent.
+    """
+
+    indptr: Tensor
+    code: Tensor
+
 
 Tensors = dict[str, Tensor | None]
 """By their names in the structure."""
@@ -95,3 +148,63 @@ def pack(
         asked["over_unannotated"],
         threads,
     )
+
+
+TYPES = {
+    "label": (torch.int8, "[B, A]"),
+    "label_indptr": (torch.int64, "[B + 1]"),
+    "label_code": (torch.int32, ""),
+    "object_id": (torch.int64, "[B]"),
+    "feasible_indptr": (torch.int64, ""),
+    "feasible_index": (torch.int32, ""),
+    "weight_indptr": (torch.int64, "[B + 1]"),
+    "inverse_weight": (torch.float32, ""),
+    "uid": (torch.int64, "[B]"),
+    "visit": (torch.int64, "[B]"),
+    "seed": (torch.int64, "[1]"),
+    "drawn": (torch.int32, "[B, k]"),
+    "ignored": (torch.bool, "[B, A]"),
+    "row_weight": (torch.float32, "[B]"),
+}
+"""Name -> type, and shape where there is one to hold it to."""
+NAMES = ("logits", *TYPES)
+
+
+def check_logits(logits: Tensor) -> None:
+    """Type and dimensions.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if logits.dim() != 2 or logits.dtype not in KINDS:
+        raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}, floating [B, A] is needed")
+
+
+def check(tensors: Tensors, *, rows: int, attributes: int, device: torch.device) -> None:
+    """Shapes, types and devices; values (ids within their tables) are the caller's.
+
+    Args:
+        tensors: of `TYPES`, by name.
+        rows: B.
+        attributes: A.
+        device: of all.
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    shapes = {
+        "[B, A]": (rows, attributes),
+        "[B]": (rows,),
+        "[B + 1]": (rows + 1,),
+        "[1]": (1,),
+    }
+    for name, tensor in tensors.items():
+        if tensor is None or name == "logits":
+            continue
+        dtype, form = TYPES[name]
+        wanted = (rows, tensor.shape[-1]) if form == "[B, k]" else shapes.get(form, tensor.shape)
+        if tensor.dtype != dtype or tensor.shape != wanted or tensor.device != device:
+            raise ValueError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; {dtype} "
+                f"{form} with B = {rows}, A = {attributes} on {device} is needed"
+            )

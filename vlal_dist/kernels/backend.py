@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels import cpu, cuda, nvrtc
-from vlal_dist.kernels.build import instruction_set
+from vlal_dist.kernels import cpu, cuda
+from vlal_dist.kernels.cpu import instruction_set
 
 logger = logging.getLogger(__name__)
 
@@ -66,4 +66,4 @@ def _try_cuda() -> str:
         raise ConfigError("torch sees no GPU")
     cuda.load(None, torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability()
-    return f"compiled for sm_{major}{minor} by NVRTC {nvrtc.version()}"
+    return f"compiled for sm_{major}{minor} by NVRTC {cuda.version()}"

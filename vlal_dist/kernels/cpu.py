@@ -1,18 +1,139 @@
-"""The operator on the CPU: the C++ library behind tensors.
+"""The selective loss on the CPU: compile the C++ library once, call it on tensors.
+
+Nothing is compiled at install: at first use, under a file lock, g++ (or $CXX) makes a library of
+plain C functions without any header of torch or Python, so that it outlives their versions.
 
 Arguments are checked by `selective_loss.py`; here they are laid into the C structure.
 """
 
 import ctypes
+import fcntl
 import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from vlal_dist.errors import ConfigError
 from vlal_dist.kernels.arguments import Asked, Outputs, Tensors, draw_alone, pack
-from vlal_dist.kernels.build import build, instruction_set
+
+SOURCES = Path(__file__).with_name("src")
+# No contraction: the draw's bits are single multiplications and additions. The loss says itself
+# where it wants fma, so that AVX2 and AVX-512 agree.
+FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wall", "-Wextra"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
+)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "avx512": (
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "baseline": (),
+}
+"""Instruction set -> its flags, the widest first."""
+_NAMES = {"AVX512": "avx512", "AVX2": "avx2"}
+
+
+def instruction_set() -> str:
+    """The widest variant that this processor runs."""
+    return _NAMES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: $CXX, which may have arguments, else g++ or clang++.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    wanted = os.environ.get("CXX")
+    for command in (shlex.split(wanted),) if wanted else (["g++"], ["clang++"]):
+        path = shutil.which(command[0]) if command else None
+        if path is not None:
+            return [path, *command[1:]]
+    if wanted:
+        raise ConfigError(f"CXX={wanted} is no program; name a C++ compiler, or unset it")
+    raise ConfigError("no C++ compiler: install g++, or set CXX")
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: $XDG_CACHE_HOME/vlal-dist, else ~/.cache/vlal-dist."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "vlal-dist"
+
+
+def build(variant: str) -> Path:
+    """The library of a variant, compiled unless it is there.
+
+    Args:
+        variant: a name of `VARIANTS`.
+
+    Raises:
+        ConfigError: no compiler, or it failed, or the cache cannot be written.
+    """
+    name = f"cpu-{variant}-{digest_of(FLAGS, VARIANTS[variant])}.so"
+    return kept(name, lambda target: _compile(compiler(), variant, target))
+
+
+def digest_of(*settings: object) -> str:
+    """Of the sources and of whatever else decides what becomes of them."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def kept(name: str, make: Callable[[Path], None]) -> Path:
+    """The file of that name in the cache, made unless it is there.
+
+    Args:
+        name: tells apart whatever it can be made of.
+        make: writes the file to the path given.
+
+    Raises:
+        ConfigError: the cache cannot be written; and what `make` raises.
+    """
+    folder = cache_folder()
+    target = folder / name
+    if target.exists():  # an image may bring it, without a compiler
+        return target
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one node start together
+            try:
+                if not target.exists():
+                    make(partial)
+                    partial.replace(target)
+            finally:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME") from None
+    return target
+
+
+def _compile(command: list[str], variant: str, target: Path) -> None:
+    program = command[0]
+    command = [*command, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(target)], capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise ConfigError(f"{program} cannot be started: {error.strerror}") from None
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line]
+        raise ConfigError(f"{program} failed: {(lines or ['no message'])[0][:300]}")
+
 
 WORTH_A_THREAD = 16_384
 """Elements below which another thread costs more than it saves."""

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from vlal_dist.kernels import cpu, cuda, reference
-from vlal_dist.kernels.arguments import Asked, Outputs, Tensors
+from vlal_dist.kernels.arguments import NAMES, Asked, Outputs, Tensors
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.check import NAMES
 
 Settings = tuple[str, int, bool, list[float], float, bool, int, str]
 """mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest, kernel."""

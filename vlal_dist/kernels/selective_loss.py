@@ -13,10 +13,16 @@ from torch import Tensor
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cpu, cuda, reference
-from vlal_dist.kernels.arguments import Tensors
+from vlal_dist.kernels.arguments import (
+    NAMES,
+    Draw,
+    FeasibleTable,
+    Labels,
+    Tensors,
+    check,
+    check_logits,
+)
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.check import NAMES, check, check_logits
-from vlal_dist.kernels.inputs import Draw, FeasibleTable, Labels
 from vlal_dist.kernels.operator import EagerLoss, compiled_loss
 from vlal_dist.method.baselines import check_settings
 from vlal_dist.method.selective_loss import LossTerms

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vlal_dist.kernels.inputs import Draw, FeasibleTable
+from vlal_dist.kernels.arguments import Draw, FeasibleTable
 from vlal_dist.kernels.selective_loss import draw_ignored, selective_loss
 
 ROWS, ATTRIBUTES, OBJECTS, NUM_IGNORE = 64, 591, 5, 30

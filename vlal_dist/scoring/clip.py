@@ -1,4 +1,8 @@
-"""The vision-language model: open_clip's encoders as plain functions to unit vectors.
+"""The vision-language model: open_clip encoders to unit vectors, shared by shards in turn.
+
+With two shards under way the second is fetched and decoded while the first is encoded, and begins
+to be encoded while the first is written. If they took turns evenly, both would be written at the
+same time and the encoder would have nothing to do meanwhile.
 
 The only importer of open_clip. Weights come from a local `.safetensors` file, or from an open_clip
 tag that open_clip itself finds in its cache or downloads. Every call has one fixed batch shape, the
@@ -7,11 +11,16 @@ last batch padded, so that a row's bits do not depend on how many rows came with
 
 import contextlib
 import hashlib
+import heapq
 import json
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +30,53 @@ import torch
 from PIL import Image
 
 from vlal_dist.errors import ConfigError
-from vlal_dist.scoring.seconds import Seconds
+
+
+@dataclass
+class Seconds:
+    """Where the time of a shard went; of threads side by side the sum.
+
+    Attributes:
+        fetch, decode: reading crops from the store; JPEG to the encoder's input.
+        copy, encode: gathering a batch and sending it off; the encoder, until its vectors are here.
+        write: similarities, and the commit of the file.
+    """
+
+    fetch: float = 0.0
+    decode: float = 0.0
+    copy: float = 0.0
+    encode: float = 0.0
+    write: float = 0.0
+
+
+class Turns:
+    """Lets one thread at a time pass, the holder of the lowest ticket first."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._numbers = count()
+        self._waiting: list[int] = []
+        self._taken = False
+
+    def ticket(self) -> int:
+        """A ticket that comes after all that were given out before."""
+        return next(self._numbers)
+
+    @contextmanager
+    def turn(self, ticket: int) -> Iterator[None]:
+        """Wait until nobody with a lower ticket waits, and keep the others out meanwhile."""
+        with self._condition:
+            heapq.heappush(self._waiting, ticket)
+            self._condition.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+            heapq.heappop(self._waiting)
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._taken = False
+                self._condition.notify_all()
+
 
 Embedding = npt.NDArray[np.float32]
 

@@ -19,14 +19,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from vlal_dist.data.dataset import Split
-from vlal_dist.data.images import decode_rgb
-from vlal_dist.data.rows import RowReader
-from vlal_dist.data.scores import quarantined_of, read_shard_scores
+from vlal_dist.data.format.dataset import Split
+from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.format.scores import quarantined_of, read_shard_scores
 from vlal_dist.errors import DataError, Stopped
-from vlal_dist.scoring.clip import ClipEncoder, Embedding
-from vlal_dist.scoring.seconds import Seconds
-from vlal_dist.scoring.turns import Turns
+from vlal_dist.scoring.clip import ClipEncoder, Embedding, Seconds, Turns
 from vlal_dist.storage.store import Store
 
 BATCHES_AHEAD = 2
@@ -76,7 +74,7 @@ def box_crop(pixels: npt.NDArray[np.uint8], box: tuple[float, ...]) -> Image.Ima
 
 
 def embed_crops(
-    reader: RowReader,
+    reader: SampleReader,
     rows: range,
     *,
     encoder: ClipEncoder,
@@ -166,7 +164,7 @@ def stored_embeddings(
 
 
 def _ahead(
-    reader: RowReader, rows: range, *, encoder: ClipEncoder, ahead: int, pool: Executor
+    reader: SampleReader, rows: range, *, encoder: ClipEncoder, ahead: int, pool: Executor
 ) -> Iterator[Prepared]:
     """Preprocessed crops in row order, decoded ahead in threads."""
     queue: deque[Future[Prepared]] = deque()
@@ -182,7 +180,7 @@ def _ahead(
             future.cancel()
 
 
-def prepare_row(reader: RowReader, row: int, encoder: ClipEncoder) -> Prepared:
+def prepare_row(reader: SampleReader, row: int, encoder: ClipEncoder) -> Prepared:
     """Read, cut and preprocess one crop; a poison one comes back with its reason.
 
     Raises:

@@ -13,13 +13,13 @@ import numpy as np
 import safetensors.numpy
 
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
-from vlal_dist.observability.progress import Progress
+from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
 from vlal_dist.storage.store import open_store
 from vlal_dist.vocabulary import Vocabulary
 
 VECTORS = "object_vectors"
-"""Name of the tensor, as `shard_tools.clean_feasible` reads it."""
+"""Name of the tensor, as `shard_tools.clean.vocabulary` reads it."""
 
 BATCH_SIZE = 64
 """Names per encoder call: fixed, because the shape of a batch decides the last bits of its rows."""

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlal_dist.data.dataset import Dataset, Split, read_label_rows
-from vlal_dist.data.score_files import open_scores
-from vlal_dist.data.scores import quarantined_of, score_key
+from vlal_dist.data.format.dataset import Dataset, Split, read_label_rows
+from vlal_dist.data.format.mapped_scores import open_scores
+from vlal_dist.data.format.scores import quarantined_of, score_key
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
 from vlal_dist.scoring.embed import shard_rows

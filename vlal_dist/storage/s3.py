@@ -23,9 +23,7 @@ from vlal_dist.storage.checks import (
     digests_of,
     translated_errors,
 )
-from vlal_dist.storage.s3_client import S3Client
-from vlal_dist.storage.s3_counts import Counts
-from vlal_dist.storage.s3_patience import TRIES, patiently
+from vlal_dist.storage.s3_client import TRIES, Counts, S3Client, patiently
 from vlal_dist.storage.s3_read import S3Reader
 
 logger = logging.getLogger(__name__)

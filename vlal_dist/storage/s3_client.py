@@ -1,16 +1,19 @@
-"""One request to S3: the client of this process, its counts, and clear errors.
+"""S3 requests: the client of this process, retries during outages, counts, and error messages.
+
+All repetition happens here, in one loop; the client below sends each request once.
 
 The only file that imports boto3. Credentials, region and endpoint come from the AWS variables and
 profiles; no message repeats one of their values.
 """
 
+import logging
 import os
 import random
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import boto3.session
@@ -19,12 +22,198 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ReadTimeoutError,
+)
+from botocore.exceptions import (
+    ConnectionError as NoConnectionError,
 )
 
-from vlal_dist.errors import StorageError
+from vlal_dist.errors import NotFoundError, StorageError
 from vlal_dist.storage.s3_connections import Connections
-from vlal_dist.storage.s3_counts import Counts, Reason, Tally
-from vlal_dist.storage.s3_errors import OutageError, reason_of, refused, unreachable
+
+logger = logging.getLogger(__name__)
+
+Reason = Literal[
+    "throttled",  # the store asked for fewer requests (429, 503)
+    "error",  # it failed (5xx), or answered something else than was asked
+    "unreachable",  # no connection, or one that ended before the answer
+    "timeout",  # no answer, or silence within one
+    "truncated",  # the body ended early; what came is kept
+    "altered",  # what arrived had another sha256 than was recorded
+    "commit",  # a create-only PUT met another one, or a delete
+    "redirected",  # the store named another place
+]
+"""Why a request was repeated."""
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one store did in this process, or all of them did.
+
+    Attributes:
+        requests: HTTP requests sent, repetitions included.
+        repeated: reason -> requests repeated for it; those of which there were any.
+        bytes_in: object bytes received.
+        bytes_out: object bytes of accepted PUTs.
+    """
+
+    requests: int = 0
+    repeated: Mapping[Reason, int] = field(default_factory=dict)
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    @property
+    def retries(self) -> int:
+        """Requests repeated for any reason."""
+        return sum(self.repeated.values())
+
+    def __add__(self, more: "Counts") -> "Counts":
+        repeated = dict(self.repeated)
+        for reason, count in more.repeated.items():
+            repeated[reason] = repeated.get(reason, 0) + count
+        return Counts(
+            self.requests + more.requests,
+            repeated,
+            self.bytes_in + more.bytes_in,
+            self.bytes_out + more.bytes_out,
+        )
+
+
+class Tally:
+    """Counts that threads add to; of the process that made it."""
+
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self._lock = threading.Lock()
+        _tallies.append((os.getpid(), self))
+
+    def add(self, more: Counts) -> None:
+        """Count."""
+        with self._lock:
+            self.counts += more
+
+
+_tallies: list[tuple[int, Tally]] = []
+"""With the process of each: a forked child inherits the list, not the work."""
+
+
+def process_counts() -> Counts:
+    """What all stores did in this process so far, those that are gone included."""
+    own = os.getpid()
+    return sum((tally.counts for pid, tally in list(_tallies) if pid == own), Counts())
+
+
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
+
+
+class OutageError(StorageError):
+    """The store was out of reach or busy: the same request may succeed later.
+
+    Args:
+        message: in one line, with a remedy.
+        reason: what a repetition is counted under.
+    """
+
+    def __init__(self, message: str, reason: Reason = "error") -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+
+
+def reason_of(status: int) -> Reason:
+    """What a repetition after an answer of this HTTP status is counted under."""
+    return "throttled" if status in (429, 503) else "error"
+
+
+def refused(error: ClientError, *, url: str, bucket: str, key: str, status: int) -> StorageError:
+    """The error for an answer; its text may hold a key id, so only its code is used."""
+    code = error.response["Error"]["Code"]
+    what = f"{url}: {key!r}: {error.operation_name} was refused ({status} {code})"
+    if code == "NoSuchBucket":
+        return StorageError(
+            f"{what}: there is no bucket {bucket!r}; create it, or check the name "
+            "and AWS_ENDPOINT_URL"
+        )
+    if status == 404:
+        return NotFoundError(f"{what}: no such object; check the root and the key")
+    if code in _WRONG_REGION or status == 301:
+        return StorageError(f"{what}: the bucket is in another region; set AWS_DEFAULT_REGION")
+    if status == 403 or code in _DENIED:
+        return StorageError(
+            f"{what}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or "
+            "AWS_PROFILE, and that they may list, read and write this bucket"
+        )
+    if status >= 500 or status == 429 or code == "RequestTimeout":
+        reason = "timeout" if code == "RequestTimeout" else reason_of(status)
+        return OutageError(f"{what}: the store is busy; repeat the command later", reason)
+    if code == "BadDigest":
+        return StorageError(f"{what}: the bytes changed on the way; repeat the command")
+    return StorageError(f"{what}: check the settings of the bucket, then repeat the command")
+
+
+def unreachable(error: Exception, *, url: str, connected: bool) -> StorageError:
+    """The error for a request that got no answer, or could not be sent."""
+    kind = type(error).__name__
+    if isinstance(error, NoCredentialsError | PartialCredentialsError):
+        return StorageError(
+            f"{url}: no AWS credentials ({kind}): set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        )
+    if isinstance(error, HTTPClientError | NoConnectionError) and connected:
+        late = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
+        return OutageError(
+            f"{url}: no answer from the store ({kind}): check AWS_ENDPOINT_URL and the network",
+            "timeout" if late else "unreachable",
+        )
+    return StorageError(
+        f"{url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
+        "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
+    )
+
+
+T = TypeVar("T")
+
+TRIES = 5
+"""Times that a request, a body or a commit is tried at least before giving up."""
+OUTAGE_S = 60.0
+"""Seconds after a request's first failure at which it gives up (and not before `TRIES` tries)."""
+
+
+def patiently(attempt: Callable[[], T], client: "S3Client", *, always: bool = False) -> T:
+    """Repeat an attempt while the store is out of reach or busy.
+
+    Args:
+        attempt: raises OutageError where another one may succeed; may be carried out by the store
+            although it failed here.
+        client: waits between attempts.
+        always: wait for a store that has never answered this process, too. Without it such a
+            store, which is rather misnamed than away, is given up after `TRIES` tries.
+
+    Raises:
+        StorageError: `OUTAGE_S` after the first failure it still fails.
+    """
+    tries, failing_since = 0, 0.0
+    while True:
+        try:
+            return attempt()
+        except OutageError as error:
+            problem = error
+        patient = always or client.answered
+        tries += 1
+        failing_since = failing_since or time.monotonic()
+        failing_s = time.monotonic() - failing_since
+        if tries >= TRIES and not (patient and failing_s < OUTAGE_S):
+            raise StorageError(
+                f"{problem}; given up after {tries} tries, {failing_s:.0f} s after the first failed"
+            ) from problem
+        logger.warning("%s; try %d follows", problem, tries + 1)
+        client.pause(tries, problem.reason)
+
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0

@@ -12,10 +12,7 @@ from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import DataError, ReplacedError, StorageError
 from vlal_dist.storage.checks import short_read
-from vlal_dist.storage.s3_client import S3Client
-from vlal_dist.storage.s3_counts import Reason
-from vlal_dist.storage.s3_errors import OutageError
-from vlal_dist.storage.s3_patience import patiently
+from vlal_dist.storage.s3_client import OutageError, Reason, S3Client, patiently
 
 logger = logging.getLogger(__name__)
 

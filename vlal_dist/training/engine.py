@@ -23,9 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from vlal_dist.errors import ConfigError
-from vlal_dist.training.adam import adam_tensors, check_adam, restore_adam
+from vlal_dist.training.optimizer_state import (
+    adam_tensors,
+    check_adam,
+    gather_adam,
+    own_gradients,
+    restore_adam,
+    scatter_adam,
+)
 from vlal_dist.training.ranks import Ranks
-from vlal_dist.training.zero import gather_adam, own_gradients, scatter_adam
 
 
 def deepspeed_json(

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vlal_dist.data.batch import Batch
+from vlal_dist.data.loading.batch import Batch
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.kernels.inputs import Draw, FeasibleTable
+from vlal_dist.kernels.arguments import Draw, FeasibleTable
 from vlal_dist.kernels.reference import dense_rows, feasible_rows
 from vlal_dist.kernels.selective_loss import Kernel, Treatment
 from vlal_dist.method.baselines import LossSettings, psl_ignored

@@ -6,17 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from vlal_dist.data.loader import TrainLoader
+from vlal_dist.data.loading.loader import TrainLoader
 from vlal_dist.method.metrics import Evaluation
 from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.metrics_log import MetricsLog
-from vlal_dist.training.account import Account
-from vlal_dist.training.best import BestModel
+from vlal_dist.training.best_model import BestModel
+from vlal_dist.training.checkpoint import TrainState
 from vlal_dist.training.engine import Engine
+from vlal_dist.training.epoch_check import EpochCheck
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.schedule import Schedule
 from vlal_dist.training.settings import RunSettings
-from vlal_dist.training.state import TrainState
 from vlal_dist.training.step import TrainStep
 from vlal_dist.training.stop import StopRequest
 
@@ -51,7 +51,7 @@ class Run:
     train_step: TrainStep
     schedule: Schedule
     state: TrainState
-    account: Account
+    account: EpochCheck
     validate: Callable[[Callable[[], bool]], Evaluation | None]
     best: BestModel
     save_state: Callable[[TrainState, Mapping[str, Tensor]], int]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vlal_dist.errors import ConflictError, StorageError, VlalError
 from vlal_dist.method.metrics import AttributeScores, Evaluation
-from vlal_dist.observability.names import TERM_KINDS
-from vlal_dist.observability.progress import Progress
+from vlal_dist.observability.logs import Progress
+from vlal_dist.observability.metric_definitions import TERM_KINDS
 from vlal_dist.training.parts import Run
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 
 from vlal_dist.errors import DataError
 from vlal_dist.storage.store import Store
-from vlal_dist.training.best import BEST, holds_best
+from vlal_dist.training.best_model import BEST, holds_best
 from vlal_dist.training.checkpoint import (
+    Binding,
     Checkpoint,
+    TrainState,
+    check_binding,
     complete_checkpoints,
     discard,
     load_weights,
@@ -15,7 +18,6 @@ from vlal_dist.training.checkpoint import (
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.ranks import Ranks
 from vlal_dist.training.schedule import Schedule
-from vlal_dist.training.state import Binding, TrainState, check_binding
 
 logger = logging.getLogger(__name__)
 

@@ -1,37 +1,26 @@
-"""One optimizer step, in the order of the paper's Section 2.
+"""BatchNorm's running statistics across ranks and dummy rows (design 8).
 
-    logits  = f(x, o)                          Sec. 2.1
-    ignored = what Omega_Ignore is drawn from  Fig. 3, or a baseline's choice
-    loss    = sum over rows and attributes     Eq. (1), of the term of each pair: Eq. (3), Eq. (4)
-
-The last line is one operator (kernels/), which draws, assigns terms and adds up in one pass. To
-read it, read its oracle: method/ignore_set.py draws, method/selective_loss.py has the table of
-terms; `training.kernel reference` runs these.
-
-Gradients of the objective (objective.py) are summed over micro-batches and ranks, so world size,
-accumulation and uneven rows change nothing but rounding (and BatchNorm's micro-batches).
-
-Shapes: B rows of a micro-batch, A attributes, O objects, S image side.
+Every rank normalises by its own micro-batch; only the running statistics that evaluation uses are
+made equal, after every step, so that a save or an evaluation at any step changes nothing.
 """
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vlal_dist.data.batch import Batch, on_device
-from vlal_dist.data.loader import Step
+from vlal_dist.data.loading.batch import Batch, on_device
+from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import DataError
-from vlal_dist.kernels.inputs import FeasibleTable
+from vlal_dist.kernels.arguments import FeasibleTable
 from vlal_dist.kernels.selective_loss import selective_loss
 from vlal_dist.method.selective_loss import LossTerms, Term
-from vlal_dist.training.batch_norm import (
-    average_statistics,
-    restored_statistics,
-    running_statistics,
-)
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import (
     Objective,
@@ -41,7 +30,100 @@ from vlal_dist.training.objective import (
     undrawable,
 )
 from vlal_dist.training.ranks import Ranks, name_uids
-from vlal_dist.training.step_clock import StepClock
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """running_mean and running_var of every BatchNorm layer, in the model's order.
+
+    `num_batches_tracked` is left out: with a fixed momentum nothing reads it, and as each rank runs
+    equally many micro-batches it is equal everywhere anyway.
+    """
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
+    ]
+
+
+def average_statistics(statistics: list[Tensor], ranks: Ranks) -> None:
+    """Replace each statistic by its mean over ranks; one flat all-reduce, nothing for one rank."""
+    if ranks.world_size == 1 or not statistics:
+        return
+    flat = ranks.sum(torch.cat([tensor.flatten() for tensor in statistics])) / ranks.world_size
+    means = torch.split(flat, [tensor.numel() for tensor in statistics])
+    for tensor, mean in zip(statistics, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+@contextmanager
+def restored_statistics(statistics: list[Tensor]) -> Iterator[None]:
+    """Undo what a forward pass inside does to the statistics; for dummy rows.
+
+    The backward pass belongs inside too: autograd refuses buffers that changed before it.
+    """
+    before = [tensor.clone() for tensor in statistics]
+    yield
+    for tensor, old in zip(statistics, before, strict=True):
+        tensor.copy_(old)
+
+
+class StepClock:
+    """Times the two parts of steps; nothing waits for a device because of it.
+
+    On a CPU every step, by the monotonic clock. A GPU works behind the host's clock: there events
+    go into its stream, in some steps only, and are read once the device has passed them.
+
+    Args:
+        device: where the model lives.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._timing = False
+        self._marks: list[Any] = []
+        self._times: list[tuple[float, float]] = []
+
+    def begin(self, *, sampled: bool) -> None:
+        """A step's first pass begins.
+
+        Args:
+            sampled: whether to time the step on a GPU, too.
+        """
+        self._timing, self._marks = sampled or not self._on_gpu, []
+        self.mark()
+
+    def mark(self) -> None:
+        """A part ends: first the passes, then the sum."""
+        if not self._timing:
+            return
+        if not self._on_gpu:
+            self._marks.append(time.monotonic())
+            self._settle()
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append(event)
+
+    def take(self) -> list[tuple[float, float]]:
+        """(seconds of the passes, seconds of the sum) of each step timed since the last call.
+
+        On a GPU a step is in it once the device has finished both.
+        """
+        if self._on_gpu and self._marks and self._marks[-1].query():
+            self._settle()
+        taken, self._times = self._times, []
+        return taken
+
+    def _settle(self) -> None:
+        """Turn the marks of a whole step into seconds."""
+        if len(self._marks) < 3:
+            return
+        begin, passed, summed = self._marks
+        self._times.append((self._seconds(begin, passed), self._seconds(passed, summed)))
+        self._marks = []
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""All that is owed of the selective loss on a GPU, by one command: right, clean, fast.
+
+    python benchmarks/loss/gpu.py [--markdown docs/benchmarks/selective-loss-gpu.md] [--quick]
+
+The backend's report, every test of `tests/kernels` (with a GPU each test of a backend runs on it),
+compute-sanitizer's four tools over the self-test, bytes and issue slots of the main program by
+ncu once, and the table of `benchmarks/loss/selective_loss.py`. Tools that are not there are named.
+"""
+
+import argparse
+import datetime
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = (sys.executable, "-m", "vlal_dist.kernels")
+METRICS = (
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "gpu__time_duration.sum",
+    "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+)
+# One batch of 16,384 rows, drawn before and drawn inside: what ncu looks at.
+ONCE = """
+import torch
+from benchmarks.loss.ways import make, ours
+for dtype in (torch.float32, torch.bfloat16):
+    data = make(16384, 591).to("cuda", dtype)
+    with torch.no_grad():
+        for ignored in (data.drawn, data.draw):
+            ours(data, ignored)
+torch.cuda.synchronize()
+"""
+
+
+def told(*command: str) -> tuple[bool, str]:
+    """Whether a command succeeds, and what it says."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLAL_KERNEL": ""}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    print(f"{done.returncode} {' '.join(command)[:100]}", file=sys.stderr, flush=True)
+    return done.returncode == 0, done.stdout + ("" if done.returncode == 0 else done.stderr)
+
+
+def sanitized() -> list[tuple[str, bool, str]]:
+    """compute-sanitizer over the self-test; nothing where it is not there."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return [("compute-sanitizer", False, "not in PATH")]
+    found = []
+    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        good, text = told(tool, "--tool", name, "--error-exitcode", "9", *REPORT)
+        found.append((f"compute-sanitizer {name}", good, text[-1500:]))
+    return found
+
+
+def counted() -> tuple[str, bool, str]:
+    """ncu's counters of the main program."""
+    tool = shutil.which("ncu")
+    if tool is None:
+        return ("ncu", False, "not in PATH")
+    command = (tool, "--clock-control", "none", "--metrics", ",".join(METRICS))
+    good, text = told(*command, "--kernel-name", "vlal_rows", sys.executable, "-c", ONCE)
+    return ("ncu", good, text[-6000:])
+
+
+def main() -> int:
+    """Run all, write the page; 1 where something failed, 64 without a GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: torch sees no GPU", file=sys.stderr)
+        return 64
+    quick = ["--quick"] if arguments.quick else []
+    steps = [
+        ("report", *told(*REPORT)),
+        (
+            "tests",
+            *told(sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not soak"),
+        ),
+        *sanitized(),
+        counted(),
+        ("benchmark", *told(sys.executable, "benchmarks/loss/selective_loss.py", *quick)),
+    ]
+    page = [
+        "# The selective loss on a GPU",
+        f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}:",
+        "    python benchmarks/loss/gpu.py",
+        "| step | good |\n|---|---|\n"
+        + "\n".join(f"| {name} | {'yes' if good else 'no'} |" for name, good, _ in steps),
+    ]
+    for name, _, text in steps:
+        shown = text[-3000:] if name == "tests" else text
+        fence = "" if name == "benchmark" else "```\n"
+        page.append(f"## {name}\n\n{fence}{shown.strip()}\n{fence.strip()}")
+    text = "\n\n".join(page).rstrip() + "\n"
+    print(text)
+    if arguments.markdown:
+        arguments.markdown.write_text(text)
+    return 0 if all(good for name, good, said in steps if said != "not in PATH") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""One measurement of our own scoring, or of what it is held against; started by score.py.
+
+Prints one JSON object: `count` images (or similarities) and the `seconds` that they took.
+
+    actors      Ray actors of our `ActorPool`, each on a core of its own; the driver and Ray's
+                services on the others, if there are any
+    processes   plain processes with `LocalWorkers`, each on a core of its own
+    encoder     `ClipEncoder.encode_batch` alone, on one core, one random batch again and again
+    naive       the authors' notebook: for each image all its prompts again, on one core
+    program     `python -m vlal_dist.score_clip` with one actor from start to end, on all cores
+    rescore     `feasible_similarities` at VAW's size, CPU seconds of one core
+
+Of actors and processes the clock runs from the first shard handed out to the last result; models
+are loaded and text banks read before. It includes reading, decoding, encoding, similarities, the
+statistics of likelihoods and committed score files.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.scoring.cores import Places, choose_cores, pin
+from benchmarks.scoring.data import CASES, TEMPLATE, Case, begun, load, weights_path
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.scoring import ray_cluster
+from vlal_dist.scoring.clip import Seconds
+from vlal_dist.scoring.driver import LocalWorkers, stored_settings_of
+from vlal_dist.scoring.embed import box_crop
+from vlal_dist.scoring.identity import ScoreSettings
+from vlal_dist.scoring.ray_cluster import ActorPool, Call, ray_session
+from vlal_dist.scoring.shard_task import feasible_similarities
+from vlal_dist.scoring.worker import ScoringJob, ShardScorer, never
+from vlal_dist.storage.store import open_store
+
+Found = dict[str, float]
+
+VAW_OBJECTS, VAW_FEASIBLE, RESCORED_CROPS, WIDTH = 1763, (20, 181), 5000, 512
+RESCORE_S = 5.0
+
+
+def on_actors(folder: Path, case: Case, number: int) -> Found:
+    """Score half of the shards per actor."""
+    from benchmarks.scoring.actor import PinnedActor
+
+    cores, others = choose_cores(number)
+    pin(others)
+    ray_cluster.ScoringActor = PinnedActor  # type: ignore[misc]
+    os.environ.pop("RAY_ADDRESS", None)
+    with begun(folder, case) as job, ray_session(actors=number, cpus_per_actor=1):
+        Places(Path(job.scores).parent, cores).write()
+        pool = ActorPool(
+            job, size=number, cpus_per_actor=1, gpus_per_actor=0, max_retries=0, stopped=never
+        )
+        settings = settings_of(job)
+        # Answered when all have the model and the text bank: see `PinnedActor`.
+        list(pool.run([("prepare_text", (settings,))]))
+        started = time.perf_counter()
+        images = sum(result.images for result in pool.run(calls(case, settings, number)))
+        seconds = time.perf_counter() - started
+    return {"count": images, "seconds": seconds}
+
+
+def in_processes(folder: Path, case: Case, number: int) -> Found:
+    """Score half of the shards per process, without Ray."""
+    cores, _ = choose_cores(number)
+    with (
+        begun(folder, case) as job,
+        ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool,
+    ):
+        places = Places(Path(job.scores).parent, cores)
+        futures = [
+            pool.submit(
+                in_one_process, job, calls(case, settings_of(job), number)[n::number], places
+            )
+            for n in range(number)
+        ]
+        images, started, ended = zip(*(future.result() for future in futures), strict=True)
+    return {"count": sum(images), "seconds": max(ended) - min(started)}
+
+
+def in_one_process(job: ScoringJob, mine: list[Call], places: Places) -> tuple[int, float, float]:
+    """Images scored by this process, and its clock at start and end."""
+    places.take()
+    scorer = ShardScorer(job)
+    scorer.prepare_text(settings_of(job))
+    started = places.wait()
+    images = sum(result.images for result in LocalWorkers(scorer).run(mine))
+    ended = time.perf_counter()
+    scorer.close()
+    return images, started, ended
+
+
+def settings_of(job: ScoringJob) -> ScoreSettings:
+    """The settings that stand in the begun score root."""
+    settings = stored_settings_of(open_store(job.scores), job)
+    assert settings is not None
+    return settings
+
+
+def calls(case: Case, settings: ScoreSettings, number: int) -> list[Call]:
+    """What `number` workers are to do: half of the shards each."""
+    return [("score", ("train", n, settings)) for n in range(case.shards * number // 2)]
+
+
+def bare_encoder(folder: Path, case: Case) -> Found:
+    """Encode as many random crops as one actor does."""
+    cores, _ = choose_cores(1)
+    pin(cores)
+    torch.set_num_threads(1)
+    encoder = load(folder, case)
+    side = encoder.prepare(_grey()).shape[-1]
+    batch = list(torch.randn(case.batch, 3, side, side, generator=torch.Generator().manual_seed(0)))
+    encoder.encode_batch(batch, seconds=Seconds())
+    number = case.shards // 2 * case.shard_samples // case.batch
+    started = time.perf_counter()
+    for _ in range(number):
+        encoder.encode_batch(batch, seconds=Seconds())
+    return {"count": number * case.batch, "seconds": time.perf_counter() - started}
+
+
+def naively(folder: Path, case: Case, seconds: float) -> Found:
+    """Score image after image, two at least, until the time is over."""
+    import open_clip
+
+    cores, _ = choose_cores(1)
+    pin(cores)
+    torch.set_num_threads(1)
+    model, _, preprocess = open_clip.create_model_and_transforms(
+        case.model, pretrained=str(weights_path(folder, case))
+    )
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(case.model)
+    here = folder / case.name
+    dataset = open_dataset(str(here / "dataset"), cache=here / "cache")
+    reader, row = SampleReader(open_split(dataset, "train")), 0
+    started = time.perf_counter()
+    while row < 2 or time.perf_counter() - started < seconds:
+        sample = reader.read(row)
+        image = preprocess(box_crop(decode_rgb(sample.jpg), sample.box_in_crop))[None]
+        text = tokenizer(prompts_of(dataset, sample.object_id))
+        with torch.no_grad():
+            images, texts = model.encode_image(image), model.encode_text(text)
+            images /= images.norm(dim=-1, keepdim=True)
+            texts /= texts.norm(dim=-1, keepdim=True)
+            (model.logit_scale.exp() * images @ texts.T).softmax(dim=-1)
+        row += 1
+    return {"count": row, "seconds": time.perf_counter() - started}
+
+
+def prompts_of(dataset: Dataset, object_id: int) -> list[str]:
+    """Prompts of the attributes that are feasible for an object."""
+    words = dataset.vocabulary
+    return [
+        TEMPLATE.format(attribute=words.attributes[n], object=words.objects[object_id])
+        for n in dataset.feasible.of(object_id).tolist()
+    ]
+
+
+def whole_program(folder: Path, case: Case) -> Found:
+    """Run `score_clip` on all shards; its text bank is there already."""
+    with begun(folder, case) as job:
+        values: dict[str, Any] = {
+            "paths.dataset": job.dataset,
+            "paths.scores": job.scores,
+            "paths.cache": job.cache,
+            "scoring.model": job.model,
+            "scoring.weights": job.weights,
+            "scoring.device": "cpu",
+            "scoring.actors": 1,
+            "scoring.cpus_per_actor": 1,
+            "scoring.batch_size": case.batch,
+            "scoring.decode_threads": 1,
+        }
+        command = [sys.executable, "-m", "vlal_dist.score_clip"]
+        command += [word for key, value in values.items() for word in (f"--{key}", str(value))]
+        started = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+    return {"count": case.shards * case.shard_samples, "seconds": seconds}
+
+
+def rescore() -> Found:
+    """Similarities of 5,000 crops with the prompts of their objects, for some seconds.
+
+    1,763 objects with 100 feasible attributes on average; crops per object fall as 1 / rank.
+    """
+    cores, _ = choose_cores(1)
+    pin(cores)
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    indptr = np.concatenate([[0], np.cumsum(rng.integers(*VAW_FEASIBLE, VAW_OBJECTS))])
+    pairs = int(indptr[-1])
+    indices = np.concatenate([np.arange(size) for size in np.diff(indptr)]).astype(np.int32)
+    zeros = np.zeros(pairs, np.int32)
+    feasible = FeasibleSets(indptr.astype(np.int64), indices, zeros, zeros)
+    share = 1 / np.arange(1, VAW_OBJECTS + 1)
+    object_id = rng.choice(VAW_OBJECTS, RESCORED_CROPS, p=share / share.sum()).astype(np.int64)
+    bank = rng.standard_normal((pairs, WIDTH), dtype=np.float32)
+    embedding = rng.standard_normal((RESCORED_CROPS, WIDTH), dtype=np.float32)
+    feasible_similarities(embedding, object_id, bank=bank, feasible=feasible)
+    count, started, cpu = 0, time.perf_counter(), time.process_time()
+    while time.perf_counter() - started < RESCORE_S:
+        _, found = feasible_similarities(embedding, object_id, bank=bank, feasible=feasible)
+        count += len(found)
+    wall = time.perf_counter() - started
+    return {"count": count, "seconds": time.process_time() - cpu, "wall_seconds": wall}
+
+
+def _grey() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (500, 375), "grey")
+
+
+def main() -> None:
+    """Measure one thing and print it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "what", choices=("actors", "processes", "encoder", "naive", "program", "rescore")
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--case", choices=CASES, required=True)
+    parser.add_argument("--number", type=int, default=1, help="actors or processes")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the naive way")
+    arguments = parser.parse_args()
+    folder, case = arguments.folder, CASES[arguments.case]
+    measured = {
+        "actors": lambda: on_actors(folder, case, arguments.number),
+        "processes": lambda: in_processes(folder, case, arguments.number),
+        "encoder": lambda: bare_encoder(folder, case),
+        "naive": lambda: naively(folder, case, arguments.seconds),
+        "program": lambda: whole_program(folder, case),
+        "rescore": rescore,
+    }
+    print(json.dumps(measured[arguments.what]()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

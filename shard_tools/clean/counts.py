@@ -1,0 +1,120 @@
+"""What each cleaning step leaves, and the first step that departs from the expected counts.
+
+Counts follow the authors' notebook: pairs are distinct (object, attribute) pairs, taken from the
+lists as they stand, before a clash is resolved (only `hide` comes after that).
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from shard_tools.clean.records import Instance
+from vlal_dist.errors import ConfigError
+
+SPLITS = ("train", "val", "test")
+
+STEPS = (
+    "read",
+    "min_side",
+    "merge",
+    "rename",
+    "delete_attributes",
+    "known_names",
+    "require_positive",
+    "hide",
+    "feasible",
+)
+"""Steps in order; `known_names` occurs with `--like` only, `hide` with `clean.hide` only."""
+
+QUANTITIES = (
+    "instances",
+    "objects",
+    "attributes",
+    "positive_attributes",
+    "positive_pairs",
+    "annotated_pairs",
+    "positive_annotations",
+    "negative_annotations",
+)
+"""Counted over all splits, and per split as `train_instances` and so on. `attributes` and
+`annotated_pairs` take both lists, `positive_...` the positive list alone."""
+
+HIDE_QUANTITIES = ("kept_positives", "hidden_positives", "kept_negatives", "hidden_negatives")
+"""Of the step `hide`, besides the others: labels of the training split."""
+
+FEASIBLE_QUANTITIES = ("pairs",)
+
+StepCounts = dict[str, dict[str, int]]
+
+
+def count_instances(instances: Sequence[Instance]) -> dict[str, int]:
+    """All quantities over all splits, then per split that has instances."""
+    by_split: dict[str, list[Instance]] = defaultdict(list)
+    for instance in instances:
+        by_split[instance.split].append(instance)
+    counts = _count(instances)
+    for split in SPLITS:
+        if split in by_split:
+            of_split = _count(by_split[split])
+            counts.update({f"{split}_{name}": value for name, value in of_split.items()})
+    return counts
+
+
+def check_expected(expected: Mapping[str, Mapping[str, int]]) -> None:
+    """Refuse names of steps or counts that do not exist, before any work.
+
+    Raises:
+        ConfigError: naming the unknown one and the known ones.
+    """
+    names = [*QUANTITIES, *(f"{split}_{name}" for split in SPLITS for name in QUANTITIES)]
+    for step, values in expected.items():
+        if step not in STEPS:
+            raise ConfigError(f"clean.expected has the step {step!r}; known are {', '.join(STEPS)}")
+        more = HIDE_QUANTITIES if step == "hide" else ()
+        known = FEASIBLE_QUANTITIES if step == "feasible" else (*names, *more)
+        for name in values:
+            if name not in known:
+                raise ConfigError(
+                    f"clean.expected.{step} has the count {name!r}; known are {', '.join(known)}"
+                )
+
+
+def first_departure(
+    counts: Mapping[str, Mapping[str, int]], expected: Mapping[str, Mapping[str, int]]
+) -> str | None:
+    """Name the first step whose counts are not the expected ones.
+
+    Returns:
+        `merge: objects 1764 instead of 1765`, or None when all agree. A step that did not run is
+        not compared; a count of a split without instances is 0.
+    """
+    for step in counts:
+        wrong = [
+            f"{name} {counts[step].get(name, 0)} instead of {value}"
+            for name, value in expected.get(step, {}).items()
+            if counts[step].get(name, 0) != value
+        ]
+        if wrong:
+            return f"{step}: {', '.join(wrong)}"
+    return None
+
+
+def _count(instances: Sequence[Instance]) -> dict[str, int]:
+    positive: dict[str, set[str]] = defaultdict(set)
+    annotated: dict[str, set[str]] = defaultdict(set)
+    num_positive = num_negative = 0
+    for instance in instances:
+        positive[instance.object_name].update(instance.positive)
+        annotated[instance.object_name].update(instance.positive, instance.negative)
+        num_positive += len(instance.positive)
+        num_negative += len(instance.negative)
+    values = (
+        len(instances),
+        len(positive),
+        len(set().union(*annotated.values())),
+        len(set().union(*positive.values())),
+        sum(map(len, positive.values())),
+        sum(map(len, annotated.values())),
+        num_positive,
+        num_negative,
+    )
+    return dict(zip(QUANTITIES, values, strict=True))

@@ -1,0 +1,179 @@
+"""Files that `clean` reads and writes: annotation JSON in, the instances root out.
+
+Every output is a pure function of the input: same annotations, same bytes, so that repeating the
+command finds its own files and changes nothing.
+"""
+
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from shard_tools.clean.records import Instance, Reject
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.storage.store import Store, open_store
+from vlal_dist.vocabulary import Vocabulary
+
+FORMAT = 1
+MANIFEST = "clean.json"
+
+INSTANCE_SCHEMA = pa.schema(
+    [
+        pa.field("instance_id", pa.string(), nullable=False),
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("object_id", pa.uint32(), nullable=False),
+        pa.field("box", pa.list_(pa.float64(), 4), nullable=False),
+        pa.field("positive", pa.list_(pa.uint32()), nullable=False),
+        pa.field("negative", pa.list_(pa.uint32()), nullable=False),
+    ]
+)
+"""`box` is x, y, width, height in pixels; `positive` and `negative` are ascending attribute ids."""
+
+REJECT_SCHEMA = pa.schema(
+    [pa.field(name, pa.string()) for name in ("split", "instance_id", "reason", "detail")]
+)
+
+logger = logging.getLogger(__name__)
+
+
+def read_json(url: str, *, setting: str) -> object:
+    """Parse a JSON file, local or `s3://`.
+
+    Args:
+        url: path or URL.
+        setting: the config key that names it, for messages.
+
+    Raises:
+        DataError: there is no such file, or it is not JSON.
+        StorageError: the store cannot be read.
+    """
+    root, _, key = url.rpartition("/") if "://" in url else ("", "", "")
+    if not root:
+        root, key = str(Path(url).parent), Path(url).name
+    try:
+        data = open_store(root).read(key)
+    except NotFoundError:
+        raise DataError(
+            f"{setting}: {url} does not exist; download it, or correct {setting}"
+        ) from None
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{setting}: {url} is not JSON ({error}); download it again, or correct {setting}"
+        ) from None
+
+
+def read_records(url: str, *, setting: str) -> list[object]:
+    """The records of one annotation file: a JSON list.
+
+    Raises:
+        DataError: absent, not JSON, or not a list.
+    """
+    records = read_json(url, setting=setting)
+    if not isinstance(records, list):
+        raise DataError(
+            f"{setting}: {url} holds a JSON {type(records).__name__}, not a list of annotation "
+            f"records; correct {setting}"
+        )
+    return records
+
+
+def read_name_lists(url: str, *, setting: str) -> dict[str, list[str]]:
+    """A JSON object from group name to a list of names (VAW's type and head/tail files).
+
+    Raises:
+        DataError: absent, not JSON, or of another form.
+    """
+    groups = read_json(url, setting=setting)
+    if not isinstance(groups, dict) or not all(
+        isinstance(members, list) and all(isinstance(name, str) for name in members)
+        for members in groups.values()
+    ):
+        raise DataError(f"{setting}: {url} must map each group to a list of names")
+    return groups
+
+
+def read_merge_table(url: str, *, setting: str) -> dict[str, str]:
+    """A merge table: plain JSON name -> representative, or a `vocabulary.json` with `merges`.
+
+    Raises:
+        DataError: absent, not JSON, or of another form.
+    """
+    table = read_json(url, setting=setting)
+    if isinstance(table, dict) and isinstance(table.get("merges"), dict):
+        table = table["merges"]
+    return check_merge_table(table, what=f"{setting}: {url}")
+
+
+def check_merge_table(table: object, *, what: str) -> dict[str, str]:
+    """Return `table` if it maps names to names; `what` opens the message of the DataError."""
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise DataError(
+            f"{what} must map object names to representatives (or be a vocabulary.json written by "
+            "clean); correct it"
+        )
+    return table
+
+
+def instances_table(instances: Sequence[Instance], vocabulary: Vocabulary) -> pa.Table:
+    """Rows of `<split>.parquet`; names become ids."""
+    objects, attributes = vocabulary.object_ids, vocabulary.attribute_ids
+    columns = {
+        "instance_id": [i.instance_id for i in instances],
+        "image_id": [i.image_id for i in instances],
+        "object_id": [objects[i.object_name] for i in instances],
+        "box": [i.box for i in instances],
+        "positive": [sorted(attributes[name] for name in i.positive) for i in instances],
+        "negative": [sorted(attributes[name] for name in i.negative) for i in instances],
+    }
+    return pa.Table.from_pydict(columns, schema=INSTANCE_SCHEMA)
+
+
+def rejects_table(rejects: Sequence[Reject]) -> pa.Table:
+    """Rows of `rejects.parquet`, in the order found."""
+    columns = {name: [getattr(r, name) for r in rejects] for name in REJECT_SCHEMA.names}
+    return pa.Table.from_pydict(columns, schema=REJECT_SCHEMA)
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """Parquet with fixed settings: the bytes depend on the rows and on pyarrow's version alone."""
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=3)
+    return buffer.getvalue()
+
+
+def json_bytes(values: object) -> bytes:
+    """JSON text in the order given, one line per entry."""
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, object]) -> bool:
+    """Write the files, then `clean.json` with the sha256 of each; create-only.
+
+    Args:
+        store: the instances root.
+        files: key -> bytes.
+        manifest: further entries of `clean.json`.
+
+    Returns:
+        False when an equal root was there already.
+
+    Raises:
+        ConflictError: the root holds another cleaning's files; nothing of it is changed.
+    """
+    digests = {key: hashlib.sha256(data).hexdigest() for key, data in files.items()}
+    closing = json_bytes({"format": FORMAT, **manifest, "files": digests})
+    if store.exists(MANIFEST):
+        # A finished root of another cleaning is refused before a new split is added to it.
+        store.create(MANIFEST, closing)
+    files = {**files, MANIFEST: closing}
+    created = [store.create(key, data) for key, data in files.items()]
+    if not any(created):
+        logger.info("%s already holds exactly these files; nothing was changed", store.url)
+    return any(created)

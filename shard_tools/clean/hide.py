@@ -1,0 +1,210 @@
+"""The step `hide`: training labels are put away until a dataset is as sparsely annotated as VAW.
+
+A densely annotated dataset leaves little to disclose: whoever wants to know what a loss does with
+unannotated labels needs many of them, and their truth. So a training instance keeps a few labels,
+their numbers and their choice drawn by hashes of (seed, instance id, attribute name): not of the
+order of instances, the vocabulary, or any library's generator, whose stream may change. Validation
+and test stay whole.
+
+What is hidden goes to a file that this module alone names. Nothing that packs, scores, trains or
+evaluates may open it (tests remove it and get the same bytes); it is for looking afterwards.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from decimal import Context, Decimal, localcontext
+from itertools import chain, compress, pairwise
+from operator import not_
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from shard_tools.clean.counts import HIDE_QUANTITIES
+from shard_tools.clean.files import instances_table, parquet_bytes
+from shard_tools.clean.records import Instance
+from vlal_dist.data.hashing import HIDE_NEGATIVES, HIDE_POSITIVES, keyed_hash, uniform
+from vlal_dist.vocabulary import Vocabulary
+
+HIDDEN = "hidden.parquet"
+HIDDEN_COLUMNS = ("instance_id", "positive", "negative")
+SPLIT = "train"
+
+U64 = npt.NDArray[np.uint64]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Density:
+    """How many labels an instance keeps, at most those that it has.
+
+    Attributes:
+        least_positives: positives kept at least.
+        more_positives: mean of the Poisson number of further positives.
+        negatives: mean of the Poisson number of negatives.
+    """
+
+    least_positives: int
+    more_positives: Decimal
+    negatives: Decimal
+
+
+DENSITIES = {"vaw_density": Density(1, Decimal("0.8"), Decimal("1.2"))}
+"""Named densities. VAW: 3.0 annotations per training instance, 1.8 of them positive."""
+
+
+@dataclass(frozen=True)
+class HideRule:
+    """Which labels are hidden: a named density (a key of `DENSITIES`) and a seed."""
+
+    name: str
+    seed: int
+
+    def to_json(self) -> dict[str, object]:
+        """What `vocabulary.json` and `clean.json` say: every digest after them covers the rule."""
+        return {"hide": self.name, "hide_seed": self.seed}
+
+
+def hide_rule(name: str, *, seed: int) -> HideRule | None:
+    """The rule of `clean.hide` and `clean.hide_seed`; None when nothing is hidden."""
+    return None if name == "none" else HideRule(name, seed)
+
+
+def hide_labels(
+    instances: Sequence[Instance], rule: HideRule
+) -> tuple[list[Instance], list[Instance]]:
+    """Hide labels of training instances.
+
+    Args:
+        instances: of all splits; lists sorted and disjoint (`resolve_clashes`).
+        rule: what is kept.
+
+    Returns:
+        All instances with the labels that they keep, in the order given; and the training
+        instances alone with those that were hidden, as their lists.
+    """
+    train = [instance for instance in instances if instance.split == SPLIT]
+    uid = _hashes([instance.instance_id for instance in train])
+    density = DENSITIES[rule.name]
+    positive = _part(
+        [instance.positive for instance in train],
+        uid=uid,
+        least=density.least_positives,
+        mean=density.more_positives,
+        seed=rule.seed,
+        purpose=HIDE_POSITIVES,
+    )
+    negative = _part(
+        [instance.negative for instance in train],
+        uid=uid,
+        least=0,
+        mean=density.negatives,
+        seed=rule.seed,
+        purpose=HIDE_NEGATIVES,
+    )
+    parts = list(zip(train, positive, negative, strict=True))
+    kept = iter([replace(i, positive=p[0], negative=n[0]) for i, p, n in parts])
+    hidden = [replace(i, positive=p[1], negative=n[1]) for i, p, n in parts]
+    return [next(kept) if i.split == SPLIT else i for i in instances], hidden
+
+
+def count_hidden(instances: Sequence[Instance], hidden: Sequence[Instance]) -> dict[str, int]:
+    """Training labels kept and hidden, of each polarity (`clean_counts.HIDE_QUANTITIES`).
+
+    Args:
+        instances: after hiding, of all splits.
+        hidden: training instances with their hidden labels.
+    """
+    train = [instance for instance in instances if instance.split == SPLIT]
+    numbers = [
+        sum(len(getattr(instance, polarity)) for instance in some)
+        for polarity in ("positive", "negative")
+        for some in (train, hidden)
+    ]
+    logger.info(
+        "hide: of %d training instances, %d positives kept and %d hidden, %d negatives kept and "
+        "%d hidden",
+        len(train),
+        *numbers,
+    )
+    return dict(zip(HIDE_QUANTITIES, numbers, strict=True))
+
+
+def hidden_files(hidden: Sequence[Instance] | None, vocabulary: Vocabulary) -> dict[str, bytes]:
+    """The file of hidden labels: instance id and hidden ids, in the order of the training split.
+
+    Args:
+        hidden: training instances with their hidden labels; None: nothing was to be hidden.
+        vocabulary: names to ids; it is of the names before hiding, so it knows them all.
+    """
+    if hidden is None:
+        return {}
+    table: pa.Table = instances_table(hidden, vocabulary).select(list(HIDDEN_COLUMNS))
+    return {HIDDEN: parquet_bytes(table)}
+
+
+def poisson_limits(mean: Decimal) -> npt.NDArray[np.float64]:
+    """P(n <= 0), P(n <= 1), ... of a Poisson number, rounded down to multiples of 2^-53.
+
+    `searchsorted(limits, u, side="right")` of a uniform u in [0, 1) of 53 bits has the law (inverse
+    transform). Decimal's exp is correctly rounded, as no libm's is: the same bits everywhere.
+
+    Args:
+        mean: above 0.
+
+    Returns:
+        float64 [K], ascending, the last one 1 - 2^-53: larger numbers are rarer than that.
+    """
+    with localcontext(Context(prec=60)):
+        term = (-mean).exp()
+        total, limits = term, [_floor(term)]
+        while limits[-1] < 2**53 - 1:
+            term = term * mean / len(limits)
+            total += term
+            limits.append(_floor(total))
+    return np.array(limits, np.float64) * 2.0**-53
+
+
+def _part(
+    lists: Sequence[tuple[str, ...]],
+    *,
+    uid: U64,
+    least: int,
+    mean: Decimal,
+    seed: int,
+    purpose: int,
+) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """The names kept and hidden of each list: `least` + Poisson(`mean`) kept, by lowest rank."""
+    once = np.zeros(len(uid), np.int64)
+    draw = uniform(uid, once, seed=seed, purpose=purpose)
+    wanted = least + np.searchsorted(poisson_limits(mean), draw, side="right")
+    names = list(chain.from_iterable(lists))
+    lengths = np.array([len(one) for one in lists], np.int64)
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    row = np.repeat(np.arange(len(lists)), lengths)
+    salted = keyed_hash(uid, seed, purpose)[row] + _hashes(names)
+    order = np.lexsort((keyed_hash(salted, seed, purpose), row))
+    place = np.arange(len(names)) - ends[row]
+    keep = np.empty(len(names), np.bool_)
+    keep[order] = place < wanted[row]
+    kept = keep.tolist()
+    return [
+        (tuple(compress(names[a:b], kept[a:b])), tuple(compress(names[a:b], map(not_, kept[a:b]))))
+        for a, b in pairwise(ends.tolist())
+    ]
+
+
+def _hashes(texts: Sequence[str]) -> U64:
+    """64 bits of each text: the first 8 bytes of its sha256, as a sample's uid has them."""
+    known = {
+        text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+        for text in dict.fromkeys(texts)
+    }
+    return np.fromiter((known[text] for text in texts), np.uint64, len(texts))
+
+
+def _floor(probability: Decimal) -> int:
+    return int(probability * 2**53)

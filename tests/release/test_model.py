@@ -1,0 +1,178 @@
+"""An export loads whole or not at all, and answers alike for a path, an image and a tensor."""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.fixtures.tiny_dataset import VOCABULARY
+from tests.release.test_saved_model import INFO, tiny_model
+from vlal_dist.data.loading.batch import to_floats
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.method.model import build_model
+from vlal_dist.release.model import (
+    CONFIG,
+    THRESHOLDS,
+    WEIGHTS,
+    ExportInfo,
+    load_exported,
+    write_export,
+)
+from vlal_dist.release.saved_model import encode_weights
+from vlal_dist.release.thresholds import Thresholds, encode_thresholds
+from vlal_dist.storage.store import Store, open_store
+
+EXPORT = ExportInfo(model=INFO, vocabulary=VOCABULARY, dataset="tiny", box_expansion=0.0)
+A = len(VOCABULARY.attributes)
+LEARNED = Thresholds([0.5] * A, [False] * A, [1] * A, [1] * A, 0.5, "val", 10)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = open_store(str(tmp_path / "export"))
+    files = {WEIGHTS: encode_weights(tiny_model(3))}
+    files[THRESHOLDS] = encode_thresholds(LEARNED, VOCABULARY.attributes)
+    write_export(store, EXPORT, files, card="# card", remarks={})
+    return store
+
+
+def photo() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_it_answers_like_the_network_for_every_kind_of_image(store: Store, tmp_path: Path) -> None:
+    model = load_exported(store.url)
+    assert model.info == EXPORT and model.thresholds == LEARNED
+    image = photo()
+    image.save(tmp_path / "photo.png")
+    found = model(image, "box", top_k=3)
+    assert found == model(tmp_path / "photo.png", "box", top_k=3)
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    assert found == model(planes, "box", top_k=3)
+
+    small = image.resize((64, 64))
+    pixels = to_floats(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None], normalize=False)
+    expected = torch.sigmoid(tiny_model(3).eval()(pixels, torch.tensor([1])))[0]
+    best = expected.argsort(descending=True).tolist()
+    answer = model(small, "box", top_k=0)
+    assert [one.name for one in answer] == [VOCABULARY.attributes[i] for i in best]
+    values = [one.probability for one in answer]
+    assert values == pytest.approx(expected[best].tolist(), abs=1e-6)
+    assert [one.present for one in answer] == [value >= 0.5 for value in values]
+
+
+def test_a_box_is_a_part_of_the_upright_photo(store: Store) -> None:
+    model = load_exported(store.url)
+    part = model(photo().crop((10, 20, 70, 80)), "ball")
+    assert model(photo(), "ball", box=(10, 20, 60, 60)) == part
+    sink = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned a quarter to the right
+    photo().rotate(90, expand=True).save(sink, "PNG", exif=exif)
+    assert model(Image.open(sink), "ball", box=(10, 20, 60, 60)) == part
+
+
+def test_ties_go_to_the_lower_id(store: Store) -> None:
+    ids, values, present = load_exported(store.url).top(
+        np.array([[0.5, 0.75, 0.5, 0.25]], np.float32), k=3
+    )
+    assert ids.tolist() == [[1, 0, 2]] and values.tolist() == [[0.75, 0.5, 0.5]]
+    assert present is not None and present.tolist() == [[True, True, True]]
+
+
+def test_what_cannot_be_answered_is_told(store: Store, tmp_path: Path) -> None:
+    model = load_exported(store.url)
+    with pytest.raises(DataError, match=r"unknown object: 'bal'; .* 'ball'"):
+        model(photo(), "bal")
+    with pytest.raises(DataError, match="needs the object's name"):
+        model(photo())
+    with pytest.raises(ConfigError, match=r"uint8 \[3, H, W\]"):
+        model(torch.rand(3, 64, 64), "ball")
+    with pytest.raises(NotFoundError):
+        model(tmp_path / "none.jpg", "ball")
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"bad\.jpg: not an image"):
+        model(tmp_path / "bad.jpg", "ball")
+
+
+def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "export"))
+    network = build_model(depth=18, width=8, num_objects=3, num_attributes=A, object_gate=False)
+    info = replace(EXPORT, model=replace(INFO, object_gate=False))
+    write_export(store, info, {WEIGHTS: encode_weights(network)}, card="", remarks={})
+    model = load_exported(store.url)
+    answer = model(photo())
+    assert answer == model(photo(), "anything") and answer[0].present is None
+
+
+def test_an_export_cut_in_two_is_none(store: Store) -> None:
+    class Cut(Exception):
+        pass
+
+    def fail(key: str, data: bytes) -> None:
+        raise Cut
+
+    interrupted = open_store(store.url)
+    interrupted.replace = fail  # type: ignore[method-assign]
+    with pytest.raises(Cut):
+        write_export(interrupted, EXPORT, {WEIGHTS: b"new"}, card="", remarks={})
+    with pytest.raises(NotFoundError, match="not to the end"):
+        load_exported(store.url)
+
+
+def test_a_repeated_export_leaves_nothing_of_the_earlier_one(store: Store) -> None:
+    write_export(store, EXPORT, {WEIGHTS: encode_weights(tiny_model())}, card="", remarks={})
+    assert store.list_keys() == ["README.md", CONFIG, WEIGHTS]
+    assert load_exported(store.url).thresholds is None
+
+
+def test_altered_files_are_refused(store: Store) -> None:
+    text = store.read(CONFIG)
+    values = json.loads(text)
+    for name in (WEIGHTS, THRESHOLDS):
+        data = store.read(name)
+        store.replace(name, data[:-1] + b"?")
+        with pytest.raises(DataError, match=f"{name} has sha256"):
+            load_exported(store.url)
+        store.replace(name, data)
+    for change in ({"format": 2}, {"model": {}}, {"vocabulary": {}}, {"box_expansion": "wide"}):
+        store.replace(CONFIG, json.dumps({**values, **change}).encode())
+        with pytest.raises(DataError, match="config"):
+            load_exported(store.url)
+    values["model"]["depth"] = 34
+    store.replace(CONFIG, json.dumps(values).encode())
+    with pytest.raises(DataError, match="does not fit"):
+        load_exported(store.url)
+    store.replace(CONFIG, text[:50])
+    with pytest.raises(DataError, match="damaged"):
+        load_exported(store.url)
+
+
+class Malicious:
+    """Leaves a folder behind where it is unpickled."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_is_never_run(store: Store, tmp_path: Path) -> None:
+    data = pickle.dumps(Malicious(str(tmp_path / "executed")))
+    store.replace(WEIGHTS, data)
+    values = json.loads(store.read(CONFIG))
+    values["files"][WEIGHTS] = hashlib.sha256(data).hexdigest()
+    store.replace(CONFIG, json.dumps(values).encode())
+    with pytest.raises(DataError, match="does not fit"):
+        load_exported(store.url)
+    assert not (tmp_path / "executed").exists()

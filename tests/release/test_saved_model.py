@@ -1,0 +1,95 @@
+"""Save and load; nothing that does not belong together is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.fixtures.tiny_dataset import VOCABULARY
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.method.model import AttributeClassifier, build_model
+from vlal_dist.release.saved_model import SavedModelInfo, load_model, save_model
+from vlal_dist.storage.store import Store, open_store
+from vlal_dist.vocabulary import Vocabulary
+
+INFO = SavedModelInfo(
+    depth=18,
+    width=8,
+    object_gate=True,
+    num_objects=len(VOCABULARY.objects),
+    num_attributes=len(VOCABULARY.attributes),
+    image_size=64,
+    normalize=False,
+    vocabulary_digest=VOCABULARY.digest,
+    feasible_digest="f" * 64,
+    profile="paper",
+    loss="selective",
+    seed=99,
+    step=120,
+    epoch=2,
+    validation_map=0.5,
+)
+
+
+def tiny_model(seed: int = 0) -> AttributeClassifier:
+    return build_model(
+        depth=18,
+        width=INFO.width,
+        num_objects=INFO.num_objects,
+        num_attributes=INFO.num_attributes,
+        object_gate=True,
+        seed=seed,
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "run"))
+
+
+def test_round_trip_and_replacement(store: Store) -> None:
+    save_model(store, "best", tiny_model(1), INFO)
+    model = tiny_model(2)
+    model(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))  # moves the BatchNorm buffers
+    save_model(store, "best", model, INFO)
+    loaded, info = load_model(store, "best", vocabulary=VOCABULARY)
+    assert info == INFO
+    assert not loaded.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert store.list_keys() == ["best/model.json", "best/model.safetensors"]
+
+
+def test_another_vocabulary_is_refused_with_both_digests(store: Store) -> None:
+    save_model(store, "best", tiny_model(), INFO)
+    other = Vocabulary(("ball",), VOCABULARY.attributes, VOCABULARY.attribute_type,
+                       VOCABULARY.prevalence)  # fmt: skip
+    with pytest.raises(DataError, match=f"{VOCABULARY.digest}.*{other.digest}"):
+        load_model(store, "best", vocabulary=other)
+
+
+def test_a_save_cut_in_two_is_noticed(store: Store) -> None:
+    save_model(store, "best", tiny_model(1), INFO)
+    first = store.read("best/model.json")
+    save_model(store, "best", tiny_model(2), INFO)
+    store.replace("best/model.json", first)
+    with pytest.raises(DataError, match="cut in two"):
+        load_model(store, "best", vocabulary=VOCABULARY)
+
+
+def test_absent_damaged_or_newer_description(store: Store) -> None:
+    with pytest.raises(NotFoundError):
+        load_model(store, "best", vocabulary=VOCABULARY)
+    save_model(store, "best", tiny_model(), INFO)
+    values = json.loads(store.read("best/model.json"))
+    store.replace("best/model.json", json.dumps({**values, "format": 2}).encode())
+    with pytest.raises(DataError, match="format 2"):
+        load_model(store, "best", vocabulary=VOCABULARY)
+    store.replace("best/model.json", json.dumps({**values, "depth": 34}).encode())
+    with pytest.raises(DataError, match="does not fit a depth-34"):
+        load_model(store, "best", vocabulary=VOCABULARY)
+    del values["depth"]
+    store.replace("best/model.json", json.dumps(values).encode())
+    with pytest.raises(DataError, match="damaged"):
+        load_model(store, "best", vocabulary=VOCABULARY)

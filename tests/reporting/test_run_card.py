@@ -1,0 +1,89 @@
+"""The run card says what the run left behind, and nothing that it did not."""
+
+from typing import Any
+
+import pytest
+
+from vlal_dist.errors import DataError
+from vlal_dist.reporting.run_card import read_object, run_card, samples_seen
+from vlal_dist.reporting.training_curves import Line
+
+START: Line = {
+    "step": 0,
+    "version": "1.2",
+    "commit": "abc",
+    "torch": "2.9",
+    "device": "A GPU",
+    "ranks": 4,
+    "threads": 2,
+    "cores": 8,
+    "kernel": "cuda",
+}
+RESULT: dict[str, Any] = {
+    "dataset": {"name": "tiny", "digest": "0123456789abcdef0"},
+    "split": "test",
+    "num_samples": 9,
+    "num_positive": 1234,
+    "num_negative": 5,
+    "model": None,
+}
+MANIFEST = {"splits": {"train": {"samples": 10_000, "rejected": 2}, "test": {"samples": 9}}}
+
+
+def card(**given: Any) -> dict[str, str]:
+    known: dict[str, Any] = {"run_config": {}, "lines": [], "starts": [], "finished": {}}
+    return dict(run_card(RESULT, MANIFEST, **{**known, **given}))
+
+
+def train(epoch: int, step: int, count: int) -> Line:
+    return {
+        "kind": "train",
+        "epoch": epoch,
+        "step": step,
+        "loss": 1.0,
+        "quarantined": 3,
+        "ledger": {"count": count, "sum": 1},
+    }
+
+
+def test_without_training_only_the_data_is_described() -> None:
+    assert card() == {
+        "Dataset": "tiny",
+        "Dataset digest": "0123456789ab",
+        "Crops": "train 10,000, test 9",
+        "Rejected at packing": "2",
+        "Evaluated": "test: 9 crops",
+        "Labels": "1,234 positive, 5 negative",
+    }
+
+
+def test_samples_are_summed_over_epochs() -> None:
+    lines = [train(0, 1, 64), train(0, 2, 128), train(1, 3, 64), {"kind": "validation"}]
+    assert samples_seen(lines) == 192
+    assert samples_seen([{"kind": "train", "step": 1, "loss": 1.0}]) is None
+    shown = card(lines=lines)
+    assert shown["Trained"] == "3 steps" and shown["Quarantined"] == "3"
+    assert shown["Samples seen"].startswith("192 crops")
+
+
+def test_hardware_of_every_start_and_the_time_of_the_last() -> None:
+    finished = {"code": 0, "counts": {"seconds": 3725.2}}
+    shown = card(starts=[START], finished=finished)
+    assert shown["Hardware"].startswith("A GPU, 4 ranks with 2 threads")
+    assert shown["Software"] == "vlal_dist 1.2 (abc), torch 2.9, loss by cuda"
+    assert shown["Wall time of training"] == "1 h 2 min"
+    resumed = START | {"step": 50, "device": "a CPU", "commit": None, "ranks": 1, "threads": 1}
+    shown = card(starts=[START, START, resumed], finished={"code": 0, "counts": {"seconds": 61}})
+    assert (
+        shown["Hardware"].count("A GPU") == 1
+        and "; then a CPU, 1 rank with 1 thread;" in shown["Hardware"]
+    )
+    assert shown["Wall time of training"] == "1 min 1 s, of the last of 3 starts (from step 50)"
+    assert "ended with code 75" in card(finished={"code": 75, "reason": "x"})["Wall time"]
+
+
+def test_a_damaged_record_is_told() -> None:
+    assert read_object("", where="w") == {}
+    for text in ("{", "[]"):
+        with pytest.raises(DataError, match="w is"):
+            read_object(text, where="w")

@@ -1,0 +1,203 @@
+"""Each cleaning step on a few made-up instances, and the counts after it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+
+from shard_tools.clean.counts import check_expected, count_instances, first_departure
+from shard_tools.clean.records import Instance
+from shard_tools.clean.steps import (
+    Cleaned,
+    clean_instances,
+    delete_attributes,
+    keep_large,
+    keep_positive,
+    reject_unknown,
+    rename_objects,
+    resolve_clashes,
+)
+from vlal_dist.errors import ConfigError
+from vlal_dist.vocabulary import Vocabulary
+
+BASE = Instance("train", "0", "0", "car", (0.0, 0.0, 60.0, 60.0), ("red",), ("blue",))
+
+
+def instance(name: str, **changes: object) -> Instance:
+    return replace(BASE, instance_id=name, **changes)  # type: ignore[arg-type]
+
+
+def run(instances: list[Instance], **changes: object) -> Cleaned:
+    settings: dict[str, object] = {
+        "min_side": 50,
+        "merge": lambda counts: {},
+        "renames": {},
+        "deleted_attributes": [],
+        "known": None,
+        "require_positive": True,
+    }
+    return clean_instances(instances, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "kept"),
+    [(50, 50, True), (49.99, 500, False), (500, 49.99, False), (50.01, 50, True)],
+)
+def test_either_side_below_the_limit_drops(width: float, height: float, kept: bool) -> None:
+    assert bool(keep_large([instance("a", box=(0.0, 0.0, width, height))], min_side=50)) is kept
+
+
+def test_rename_leaves_other_names() -> None:
+    renamed = rename_objects([instance("a"), instance("b", object_name="bus")], {"car": "auto"})
+    assert [i.object_name for i in renamed] == ["auto", "bus"]
+
+
+def test_deleted_attributes_leave_both_lists() -> None:
+    left = delete_attributes(
+        [instance("a", positive=("red", "worn"), negative=("worn",))], ["worn"]
+    )
+    assert (left[0].positive, left[0].negative) == (("red",), ())
+
+
+def test_unknown_names_are_rejected_with_the_name() -> None:
+    instances = [
+        instance("a"),
+        instance("b", object_name="bus"),
+        instance("c", positive=("red", "odd"), negative=("odd", "new")),
+    ]
+    kept, rejects = reject_unknown(instances, objects={"car"}, attributes={"red", "blue"})
+    assert [i.instance_id for i in kept] == ["a"]
+    assert [(r.instance_id, r.reason, r.detail) for r in rejects] == [
+        ("b", "unknown_object", "bus"),
+        ("c", "unknown_attribute", "odd, new"),
+    ]
+
+
+def test_only_negatives_are_not_enough() -> None:
+    assert keep_positive([instance("a", positive=())]) == []
+
+
+def test_negative_wins_a_clash_and_is_counted() -> None:
+    given = instance("a", positive=("red", "big", "red"), negative=("big", "blue", "blue"))
+    resolved, clashes = resolve_clashes([given])
+    assert (resolved[0].positive, resolved[0].negative) == (("red",), ("big", "blue"))
+    assert clashes == 1
+
+
+def test_an_instance_whose_only_positive_clashes_stays() -> None:
+    cleaned = run([instance("a", positive=("red",), negative=("red",))])
+    assert (cleaned.instances[0].positive, cleaned.clashes) == ((), 1)
+
+
+def test_merge_sees_large_instances_in_order_and_counts() -> None:
+    seen: list[tuple[str, int]] = []
+
+    def merge(counts: Mapping[str, int]) -> dict[str, str]:
+        seen.extend(counts.items())
+        return {"cars": "car", "unseen": "x", "car": "car"}
+
+    instances = [
+        instance("a", object_name="tiny", box=(0.0, 0.0, 9.0, 9.0)),
+        instance("b", object_name="cars"),
+        instance("c"),
+        instance("d"),
+    ]
+    cleaned = run(instances, merge=merge)
+    assert seen == [("cars", 1), ("car", 2)]
+    assert cleaned.merges == {"cars": "car"}
+    assert cleaned.objects == ("car",)
+
+
+def test_steps_in_order_with_counts() -> None:
+    instances = [
+        instance("a", object_name="cars"),
+        instance("b", positive=("worn",)),
+        instance("c", object_name="tee shirt", split="test", positive=("red", "big")),
+        instance("d", object_name="pin", box=(0.0, 0.0, 10.0, 60.0)),
+    ]
+    cleaned = run(
+        instances,
+        merge=lambda counts: {"cars": "car"},
+        renames={"tee shirt": "t shirt"},
+        deleted_attributes=["worn"],
+    )
+    shown = ("instances", "objects", "attributes", "positive_pairs", "negative_annotations")
+    table = {step: [counts[name] for name in shown] for step, counts in cleaned.counts.items()}
+    assert table == {
+        "read": [4, 4, 4, 5, 4],
+        "min_side": [3, 3, 4, 4, 3],
+        "merge": [3, 2, 4, 4, 3],
+        "rename": [3, 2, 4, 4, 3],
+        "delete_attributes": [3, 2, 3, 3, 3],
+        "require_positive": [2, 2, 3, 3, 2],
+    }
+    # The vocabulary is taken before instances without positives go.
+    assert (cleaned.objects, cleaned.attributes) == (("car", "t shirt"), ("big", "blue", "red"))
+    last = cleaned.counts["require_positive"]
+    assert (last["train_instances"], last["test_instances"]) == (1, 1)
+    assert (last["test_positive_attributes"], last["test_annotated_pairs"]) == (2, 3)
+    assert "val_instances" not in last
+
+
+def test_vocabulary_keeps_names_of_instances_dropped_for_want_of_positives() -> None:
+    cleaned = run([instance("a"), instance("b", object_name="bus", positive=(), negative=("odd",))])
+    assert (cleaned.objects, cleaned.attributes) == (("bus", "car"), ("blue", "odd", "red"))
+    assert [i.instance_id for i in cleaned.instances] == ["a"]
+
+
+def test_instances_without_positives_can_stay() -> None:
+    cleaned = run([instance("a", positive=())], require_positive=False)
+    assert len(cleaned.instances) == 1
+    assert "require_positive" not in cleaned.counts
+
+
+def test_known_names_come_after_merge_and_deletion() -> None:
+    known = Vocabulary(("car",), ("blue", "red"), ("other", "other"), ("head", "tail"))
+    instances = [instance("a", object_name="cars", positive=("red", "worn")), instance("b")]
+    cleaned = run(
+        [*instances, instance("c", object_name="bus")],
+        merge=lambda counts: {"cars": "car"},
+        deleted_attributes=["worn"],
+        known=known,
+    )
+    assert [i.instance_id for i in cleaned.instances] == ["a", "b"]
+    assert [r.instance_id for r in cleaned.rejects] == ["c"]
+    assert cleaned.counts["known_names"]["instances"] == 2
+
+
+def test_facts_do_not_depend_on_the_order_of_instances() -> None:
+    instances = [
+        instance(str(i), object_name=f"o{i % 3}", positive=(f"a{i % 4}",)) for i in range(9)
+    ]
+    forward, backward = run(instances), run(instances[::-1])
+    assert forward.counts == backward.counts
+    assert (forward.objects, forward.attributes) == (backward.objects, backward.attributes)
+
+
+def test_the_first_departing_step_is_named() -> None:
+    counts = {
+        "read": count_instances([BASE]),
+        "min_side": count_instances([BASE]),
+        "merge": count_instances([BASE]),
+    }
+    good = {"read": {"instances": 1, "val_instances": 0}}
+    assert first_departure(counts, good) is None
+    # In the order of the steps, whatever the order of the file.
+    bad = {"merge": {"objects": 2}, "min_side": {"objects": 3, "instances": 1}}
+    assert first_departure(counts, {**bad, **good}) == "min_side: objects 1 instead of 3"
+    assert first_departure(counts, {"known_names": {"instances": 5}}) is None
+
+
+@pytest.mark.parametrize(
+    ("expected", "message"),
+    [
+        ({"reed": {}}, "step 'reed'; known are read, min_side"),
+        ({"read": {"cars": 1}}, "count 'cars'; known are instances"),
+        ({"feasible": {"instances": 1}}, "count 'instances'; known are pairs"),
+    ],
+)
+def test_misspelt_expectations_are_refused(
+    expected: dict[str, dict[str, int]], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_expected(expected)

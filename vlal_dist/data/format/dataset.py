@@ -1,0 +1,296 @@
+"""Opening a dataset root: manifest, vocabulary, feasible sets, and the files of each split.
+
+Everything read here is checked against the digests in `dataset.json` before it is used; the shards
+are checked sample by sample when they are read. An index of many gigabytes is hashed once per node,
+not at every start: `cache/verified` notes which files were found right.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from vlal_dist.data.format.index import Blocks, Index, Shard, decode_shards, map_blocks, map_index
+from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.storage.checks import TEMPORARY_PREFIX
+from vlal_dist.storage.store import Store, fetch, open_store
+from vlal_dist.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SPLIT_FILES = ("shards.parquet", "index.arrow", "blocks.arrow", "labels.parquet")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened dataset root.
+
+    Attributes:
+        url: the root.
+        store: its store.
+        manifest: `dataset.json`.
+        digest: sha256 (hex) of `dataset.json`'s bytes.
+        vocabulary: names and groups.
+        feasible: Omega_o of every object.
+        cache: local folder for index files of a remote root, and for notes of what was verified.
+    """
+
+    url: str
+    store: Store
+    manifest: dict[str, Any]
+    digest: str
+    vocabulary: Vocabulary
+    feasible: FeasibleSets
+    cache: Path
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, part of every uid."""
+        return str(self.manifest["name"])
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits, in order."""
+        return list(self.manifest["splits"])
+
+
+@dataclass(frozen=True)
+class Split:
+    """One opened split: shard list, memory-mapped index and blocks."""
+
+    name: str
+    store: Store
+    shards: list[Shard]
+    index: Index
+    blocks: Blocks
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples."""
+        return len(self.index)
+
+    def shard_key(self, shard: int) -> str:
+        """Storage key of a shard, by position."""
+        return f"{self.name}/shards/{self.shards[shard].name}"
+
+
+def open_dataset(url: str, *, cache: Path) -> Dataset:
+    """Open a dataset root (written by pack, merge or reshard).
+
+    Raises:
+        DataError: no dataset there, another format, or files that differ from their digests.
+        StorageError: the store cannot be read.
+    """
+    store = open_store(url)
+    try:
+        data = store.read("dataset.json")
+    except NotFoundError:
+        raise DataError(
+            f"{url} holds no dataset.json: pack (or merge) has not finished there; run it, "
+            "or correct paths.dataset / paths.merged"
+        ) from None
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{url}/dataset.json is damaged ({error}); pack again") from None
+    if manifest.get("format") != FORMAT:
+        raise DataError(
+            f"{url}: dataset format {manifest.get('format')}, this version reads {FORMAT}; "
+            "pack it again, or use the version that wrote it"
+        )
+    contents = {name: store.read(name) for name in ("vocabulary.json", "feasible.npz")}
+    for name, content in contents.items():
+        found = hashlib.sha256(content).hexdigest()
+        check_digest(f"{url}/{name}", manifest["files"][name], found)
+    vocabulary = Vocabulary.from_json(json.loads(contents["vocabulary.json"]))
+    feasible = FeasibleSets.from_npz(contents["feasible.npz"])
+    check_digest(f"{url}: vocabulary", manifest["vocabulary_digest"], vocabulary.digest)
+    check_digest(f"{url}: feasible sets", manifest["feasible_digest"], feasible.digest)
+    digest = hashlib.sha256(data).hexdigest()
+    return Dataset(url, store, manifest, digest, vocabulary, feasible, cache)
+
+
+def check_digest(what: str, expected: str, found: str) -> None:
+    """Raise a DataError naming both digests when they differ."""
+    if expected != found:
+        raise DataError(
+            f"{what}: digest {found} where {expected} is expected; the files do not belong "
+            "together: rebuild the later stage from the earlier one"
+        )
+
+
+def open_split(dataset: Dataset, split: str) -> Split:
+    """Open one split; index and blocks are memory-mapped (downloaded once from a remote root).
+
+    Raises:
+        DataError: no such split, or a file that differs from its digest.
+    """
+    if split not in dataset.manifest["splits"]:
+        raise DataError(f"{dataset.url} has no split {split!r}; it has {', '.join(dataset.splits)}")
+    entry = dataset.manifest["splits"][split]
+    paths = {name: _verified(dataset, f"{split}/{name}") for name in SPLIT_FILES[:3]}
+    shards = decode_shards(paths["shards.parquet"].read_bytes())
+    index, blocks = map_index(paths["index.arrow"]), map_blocks(paths["blocks.arrow"])
+    for what, samples in (
+        ("index.arrow", len(index)),
+        ("blocks.arrow", int(blocks.samples.sum())),
+        ("shards.parquet", sum(shard.samples for shard in shards)),
+    ):
+        if samples != entry["samples"]:
+            raise DataError(
+                f"{dataset.url}: {split}/{what} holds {samples} samples, dataset.json says "
+                f"{entry['samples']}; run shard_tools verify, and pack again"
+            )
+    return Split(split, dataset.store, shards, index, blocks)
+
+
+def _verified(dataset: Dataset, key: str) -> Path:
+    """A local file with what is stored under a split's key, of the digest that `dataset.json` says.
+
+    A file whose digest was found right once is not hashed again while its name, device, inode, size
+    and times stay. That is enough against replaced and cut files, which is what happens; rotten
+    bytes of an index are told when the samples it points to fail their crc32, and `verify` hashes
+    everything.
+
+    Raises:
+        DataError: another digest.
+        StorageError: the file cannot be read.
+    """
+    split, _, name = key.partition("/")
+    expected = dataset.manifest["splits"][split]["files"][name]
+    copied = dataset.store.local_path(key) is None
+    downloaded = copied and not (dataset.cache / expected).is_file()
+    path = fetch(dataset.store, key, cache=dataset.cache, sha256=expected)
+    note, stat = dataset.cache / "verified" / expected, _stat_note(path)
+    if _read_note(note) == stat:
+        return path
+    if not downloaded:  # else hashed on its way here
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if copied and found != expected:
+            raise DataError(
+                f"{path}, the local copy of {dataset.url}/{key}, has sha256 {found}: it was "
+                "altered; delete it, and it is fetched again"
+            )
+        check_digest(f"{dataset.url}/{key}", expected, found)
+    _write_note(note, stat)
+    return path
+
+
+def _stat_note(path: Path) -> list[str | int]:
+    """What tells a file from another one, and from itself after a change."""
+    path = path.absolute()
+    stat = path.stat()
+    return [
+        str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    ]  # fmt: skip
+
+
+def _read_note(note: Path) -> object:
+    """What a note says; None where there is none that can be read."""
+    try:
+        return json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_note(note: Path, stat: list[str | int]) -> None:
+    """Write a note, if the cache can be written: without it the next start hashes again."""
+    temporary = note.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    with suppress(OSError):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(json.dumps(stat))
+            os.replace(temporary, note)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_shard_sizes(split: Split, *, may_be_damaged: bool = False) -> None:
+    """Tell a missing or truncated shard before work begins, not in the middle of an epoch.
+
+    Args:
+        split: the opened split.
+        may_be_damaged: warn of another size, because damaged samples will be left out.
+
+    Raises:
+        DataError: a shard is absent, or has another size.
+    """
+
+    def check(number: int) -> None:
+        shard, key = split.shards[number], split.shard_key(number)
+        try:
+            found = split.store.size(key)
+        except NotFoundError:
+            raise DataError(
+                f"{split.store.url}/{key} is missing; restore it, or pack again"
+            ) from None
+        if found != shard.bytes:
+            problem = (
+                f"{split.store.url}/{key}: {found} bytes where {shard.bytes} are expected; the "
+                "shard was altered or cut: restore it, or pack again"
+            )
+            if not may_be_damaged:
+                raise DataError(problem)
+            logger.warning("%s; its damaged samples will be left out", problem)
+
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        list(pool.map(check, range(len(split.shards))))
+
+
+def read_labels(dataset: Dataset, split: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+    """`labels.parquet` of a split: key, instance_id, positive, negative; row-aligned.
+
+    Args:
+        dataset: the opened dataset.
+        split: name.
+        columns: those that are decoded; None: all.
+
+    Raises:
+        DataError: a file that differs from its digest.
+    """
+    data = dataset.store.read(f"{split}/labels.parquet")
+    expected = dataset.manifest["splits"][split]["files"]["labels.parquet"]
+    check_digest(
+        f"{dataset.url}: {split}/labels.parquet", expected, hashlib.sha256(data).hexdigest()
+    )
+    chosen = None if columns is None else list(columns)
+    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=chosen)
+
+
+def read_label_rows(
+    dataset: Dataset, split_name: str, start: int, stop: int, columns: Sequence[str]
+) -> pa.Table:
+    """Rows `start` up to `stop` of a split's `labels.parquet`; reads their row groups alone.
+
+    The file is hashed once per node, like an index; a remote one is copied to the cache once.
+
+    Raises:
+        DataError: no such rows, or a file that differs from its digest.
+    """
+    with pyarrow.parquet.ParquetFile(_verified(dataset, f"{split_name}/labels.parquet")) as file:
+        groups = range(file.num_row_groups)
+        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
+        if not 0 <= start <= stop <= file.metadata.num_rows:
+            raise DataError(
+                f"{dataset.url}: {split_name}/labels.parquet has {file.metadata.num_rows} rows, "
+                f"not those from {start} to {stop}; run shard_tools verify, and pack again"
+            )
+        first, last = bisect_right(ends, start), bisect_left(ends, stop)
+        wanted = list(groups[first : last + 1])
+        table = file.read_row_groups(wanted, columns=list(columns), use_threads=False)
+    return table.slice(start - ends[first - 1] if first else start, stop - start)

@@ -1,0 +1,126 @@
+"""Decode JPEG crops into model inputs: on the CPU, on the GPU (nvJPEG), or cropped from a photo.
+
+The measure is Pillow's decoder and its antialiased bilinear resize (what torchvision's `Resize`
+does with a Pillow image): every value is within 1 of 255 of it, and equal where nothing is resized.
+The comparison with the other decoders is in docs/benchmarks/decode.md.
+
+The way of pack and of training but for one step: pack stores a crop as a JPEG of quality 95, and
+here its pixels are squashed at once. A whole photo that is an upright JPEG is stored as it is, so
+for it nothing differs.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from vlal_dist.data.format.images import crop_bounds
+from vlal_dist.errors import DataError
+
+_resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bilinear2d_aa
+
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
+    """Decode a JPEG, squash it to S x S (bilinear, antialiased) and write it into `out`.
+
+    Most of the time is spent without the interpreter's lock.
+
+    Args:
+        jpg: a whole file, RGB or grey.
+        out: uint8 [S, S, 3], contiguous.
+
+    Raises:
+        DataError: the bytes are no whole JPEG.
+    """
+    try:
+        pixels = simplejpeg.decode_jpeg(jpg, "RGB")
+    except ValueError as error:
+        raise DataError(f"a crop cannot be decoded: {error}") from None
+    resize_into(pixels, out)
+
+
+def resize_into(pixels: Pixels, out: Pixels) -> None:
+    """Squash pixels to S x S (bilinear, antialiased), written into `out`.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        out: uint8 [S, S, 3], contiguous.
+    """
+    if pixels.shape == out.shape:
+        out[:] = pixels
+        return
+    # numpy turns axes in a tenth of torch's time, which small crops feel.
+    planes = torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
+    target = torch.from_numpy(out[None].transpose(0, 3, 1, 2))
+    # What torch.nn.functional.interpolate(antialias=True) calls; only it can write into `out`.
+    _resize(planes, out.shape[:2], False, None, out=target)
+
+
+Box = tuple[float, float, float, float]
+
+
+def square_into(
+    image: Image.Image, box: Box | None, out: Pixels, *, expansion: float, max_pixels: int
+) -> None:
+    """Crop as pack does, and squash.
+
+    Args:
+        image: upright RGB (`open_photo`).
+        box: x, y, width, height in pixels of it; None: all of it.
+        out: uint8 [S, S, 3], contiguous; written.
+        expansion: as in `crop_bounds`.
+        max_pixels: of the crop, which may be larger than the photo.
+
+    Raises:
+        DataError: the box has no size, lies wholly outside the photo, or is too large.
+    """
+    if box is not None:
+        left, top, right, bottom = crop_bounds(
+            box, width=image.width, height=image.height, expansion=expansion
+        )
+        if (right - left) * (bottom - top) > max_pixels:
+            raise DataError(
+                f"box too large: a crop of {right - left}x{bottom - top} pixels, limit {max_pixels}"
+            )
+        image = image.crop((left, top, right, bottom))
+    resize_into(np.array(image), out)  # a copy: torch warns of memory that it must not write
+
+
+def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tensor:
+    """Decode and squash (bilinear, antialiased) on a device.
+
+    Close to `decode_into`, not equal to it: nvJPEG's colours and rounding differ from
+    libjpeg-turbo's, and the resize is done in float32.
+
+    Args:
+        jpgs: whole files, at least one.
+        side: S, pixels.
+        device: where to.
+
+    Returns:
+        float32 [B, 3, S, S], 0 to 255.
+
+    Raises:
+        DataError: one of them is no whole JPEG.
+    """
+    # Imported where it is used: torchvision takes as long to import as torch does.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    files = [torch.frombuffer(bytearray(jpg), dtype=torch.uint8) for jpg in jpgs]
+    try:
+        images = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        raise DataError(f"a crop cannot be decoded on {device}: {error}") from None
+    squares = [
+        functional.interpolate(one[None].float(), (side, side), mode="bilinear", antialias=True)
+        for one in images
+    ]
+    return torch.cat(squares)

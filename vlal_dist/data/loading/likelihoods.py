@@ -1,0 +1,162 @@
+"""Where log-likelihoods come from: the merged tars, or straight from score files.
+
+Both give the same float32 values: `merge` and `ScoreLikelihoods` apply the same Eq. (2) to the
+same similarities. `ObjectLikelihoods` stand in for them where CLIP is to be done without. Each is
+called with the rows of a batch and the `likelihood.npy` parts of their
+samples, and gives ragged values: float32 [S], and indptr int64 [B + 1].
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlal_dist.data.format.dataset import Split
+from vlal_dist.data.format.mapped_scores import MappedScores, open_scores
+from vlal_dist.data.hashing import I64
+from vlal_dist.data.loading.labels import Data, Ragged, join_likelihoods
+from vlal_dist.data.order.concat import ConcatSplits
+from vlal_dist.errors import DataError
+from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.method.likelihood import log_likelihood, rescale
+from vlal_dist.storage.store import Store
+
+ReadLikelihoods = Callable[[I64, Sequence[Data]], Ragged]
+
+
+def tar_likelihoods(rows: I64, parts: Sequence[Data]) -> Ragged:
+    """The log-likelihoods inside merged tars.
+
+    Raises:
+        DataError: a sample has none, or one that cannot be read.
+    """
+    for row, part in zip(rows.tolist(), parts, strict=True):
+        if not len(part):
+            raise DataError(
+                f"the sample in row {row} has no likelihood: run score_clip and shard_tools merge, "
+                "or set method.loss to one that ignores none"
+            )
+    return join_likelihoods(parts)
+
+
+def rescaled_tar_likelihoods(*, merged_at: float, temperature: float) -> ReadLikelihoods:
+    """The log-likelihoods inside merged tars, at another temperature than merge's."""
+    if merged_at == temperature:
+        return tar_likelihoods
+
+    def read(rows: I64, parts: Sequence[Data]) -> Ragged:
+        values, indptr = tar_likelihoods(rows, parts)
+        return (
+            rescale(values, indptr, temperature_from=merged_at, temperature_to=temperature),
+            indptr,
+        )
+
+    return read
+
+
+class ObjectLikelihoods:
+    """Log-weights that depend on the object alone: what the draw does without CLIP (ablation).
+
+    Args:
+        corpus: what the rows are of.
+        feasible: Omega_o of every object.
+        cooccurrence: log(positive_count + 1) of (object, attribute) instead of 0 for all. The 1
+            keeps what was only ever annotated absent drawable: every feasible attribute is, in
+            Eq. (2).
+    """
+
+    def __init__(self, corpus: ConcatSplits, feasible: FeasibleSets, *, cooccurrence: bool) -> None:
+        self._corpus, self._indptr = corpus, feasible.indptr
+        count = feasible.positive_count if cooccurrence else np.zeros(len(feasible.indices))
+        self._value = np.log1p(count.astype(np.float64)).astype(np.float32)
+
+    def __call__(self, rows: I64, parts: Sequence[Data]) -> Ragged:
+        """The log-weights of some rows of the corpus; `parts` is not looked at."""
+        object_id = self._corpus.column("object_id", rows).astype(np.int64)
+        length = np.diff(self._indptr)[object_id]
+        indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        shift = np.repeat(self._indptr[object_id] - indptr[:-1], length)
+        return self._value[np.arange(indptr[-1]) + shift], indptr
+
+
+class ScoreLikelihoods:
+    """Log-likelihoods of the similarities in score files; safe to call from many threads.
+
+    Score files stay mapped once they are opened. No lock is held while one is read.
+
+    Args:
+        split: the opened split.
+        scores: store of the score root.
+        manifest: its checked `scores.json`.
+        temperature: tau of Eq. (2).
+        cache: local folder for copies of remote score files.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        scores: Store,
+        manifest: Mapping[str, Any],
+        temperature: float,
+        cache: Path,
+    ) -> None:
+        if split.name not in manifest["splits"]:
+            raise DataError(
+                f"{scores.url} scores the splits {', '.join(manifest['splits'])}, not "
+                f"{split.name}; run score_clip with scoring.splits including it"
+            )
+        self._split, self._scores, self._manifest = split, scores, manifest
+        self._temperature, self._cache = temperature, cache
+        self._lock = threading.Lock()
+        self._shards: dict[int, Future[MappedScores]] = {}
+        self._first_row = np.concatenate(
+            [[0], np.cumsum([shard.samples for shard in split.shards])]
+        ).astype(np.int64)
+
+    def __call__(self, rows: I64, parts: Sequence[Data]) -> Ragged:
+        """The log-likelihoods of some rows of the split; `parts` is not looked at.
+
+        Raises:
+            DataError: a score file is absent, damaged, or of another shard, scorer or dataset.
+            StorageError: a score file cannot be read.
+        """
+        shards = self._split.index.shard[rows]
+        places = (rows - self._first_row[shards]).tolist()
+        values = [
+            self._shard(shard).row(place)
+            for shard, place in zip(shards.tolist(), places, strict=True)
+        ]
+        ends = np.cumsum([len(one) for one in values])
+        indptr = np.concatenate([[0], ends]).astype(np.int64)
+        joined = np.concatenate(values) if values else np.zeros(0, np.float32)
+        return log_likelihood(joined, indptr, temperature=self._temperature), indptr
+
+    def _shard(self, shard: int) -> MappedScores:
+        """The scores of a shard, opened by the first thread that asks; the others wait for it."""
+        with self._lock:
+            found = self._shards.get(shard)
+            if opens := found is None:
+                found = self._shards[shard] = Future()
+        if opens:
+            try:
+                found.set_result(self._open(shard))
+            except BaseException as error:
+                with self._lock:  # A later batch tries again.
+                    del self._shards[shard]
+                found.set_exception(error)
+        return found.result()
+
+    def _open(self, shard: int) -> MappedScores:
+        first, last = self._first_row[shard : shard + 2]
+        return open_scores(
+            self._scores,
+            self._split.name,
+            shard_sha256=self._split.shards[shard].sha256,
+            uid=self._split.index.uid[first:last],
+            manifest=self._manifest,
+            cache=self._cache,
+        )

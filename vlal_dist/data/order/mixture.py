@@ -1,0 +1,131 @@
+"""What is trained on: one dataset or a mix of several, some keys of it, tail samples repeated.
+
+Training and `shard_tools inspect --order` open it here, so that both speak of the same epochs.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split, read_labels
+from vlal_dist.data.order.concat import ConcatSplits
+from vlal_dist.data.order.epoch_plan import ONE, fixed_rate
+from vlal_dist.data.order.sampling_rates import repeat_factors, subset_factors
+from vlal_dist.errors import DataError
+from vlal_dist.storage.store import read_url
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The opened training samples, and how often each is wanted.
+
+    Attributes:
+        dataset: vocabulary, feasible sets, digests; its validation split selects the model.
+        trained: the datasets whose training splits the corpus holds, in order.
+        corpus: what is trained on.
+        passes: passes per epoch over each split of the corpus.
+        factor: float64 [N], what each row's passes are multiplied by; None: 1.
+        mix, subset: what a run's binding says of them.
+    """
+
+    dataset: Dataset
+    trained: list[Dataset]
+    corpus: ConcatSplits
+    passes: tuple[float, ...]
+    factor: npt.NDArray[np.float64] | None
+    mix: str
+    subset: str
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are trained on at all."""
+        return len(self.corpus) if self.factor is None else int(np.count_nonzero(self.factor))
+
+
+def open_mixture(
+    url: str,
+    *,
+    mix: Mapping[str, float],
+    subset: str | None,
+    repeat_threshold: float,
+    cache: Path,
+    split: str,
+) -> Mixture:
+    """Open what is trained on.
+
+    Args:
+        url: root of merge, or of pack when likelihoods come from score files.
+        mix: roots trained on together -> passes per epoch; empty: `url` once.
+        subset: file with a sample key per line; None: all samples.
+        repeat_threshold: of `repeat_factors`; 0: none.
+        cache: local folder for files of a remote root.
+        split: name of the training split.
+
+    Raises:
+        ConfigError: keys that are of no sample.
+        DataError: no such dataset or split, or datasets that do not belong together.
+    """
+    dataset = open_dataset(url, cache=cache)
+    trained = [dataset if root == url else open_dataset(root, cache=cache) for root in mix or [url]]
+    check_mix(dataset, trained)
+    corpus = ConcatSplits([open_split(one, split) for one in trained])
+    factor, digest = _factors(trained, split, subset=subset, threshold=repeat_threshold)
+    named = [
+        f"{one.digest[:16]} x {fixed_rate(p)}/{ONE}"
+        for one, p in zip(trained, mix.values(), strict=False)
+    ]
+    return Mixture(
+        dataset=dataset,
+        trained=trained,
+        corpus=corpus,
+        passes=tuple(mix.values()) or (1.0,),
+        factor=factor,
+        mix=", ".join(named),
+        subset=digest,
+    )
+
+
+def check_mix(dataset: Dataset, trained: Sequence[Dataset]) -> None:
+    """Refuse datasets that cannot be trained on together.
+
+    Raises:
+        DataError: another vocabulary or other feasible sets, or two datasets of one name (their
+            samples could share uids).
+    """
+    for one in trained:
+        for what in ("vocabulary", "feasible"):
+            digests = [getattr(d, what).digest for d in (one, dataset)]
+            if digests[0] != digests[1]:
+                raise DataError(
+                    f"data.mix: {one.url} has {what} digest {digests[0]}, {dataset.url} has "
+                    f"{digests[1]}; clean it again with --like {dataset.url}, then pack and merge"
+                )
+    names = [one.name for one in trained]
+    if len(set(names)) < len(names):
+        raise DataError(
+            f"data.mix: the datasets are named {', '.join(names)}; give each its own pack.name: "
+            "the uid of a sample depends on it"
+        )
+
+
+def _factors(
+    trained: Sequence[Dataset], split: str, *, subset: str | None, threshold: float
+) -> tuple[npt.NDArray[np.float64] | None, str]:
+    """The factor of each row (None: 1 everywhere), and the digest of the list of keys."""
+    if subset is None and threshold == 0:
+        return None, ""
+    columns = (["key"] if subset is not None else []) + (["positive"] if threshold else [])
+    tables = [read_labels(one, split, columns=columns) for one in trained]
+    kept, digest = np.ones(sum(len(table) for table in tables), dtype=np.bool_), ""
+    if subset is not None:
+        wanted = sorted(set(read_url(subset).decode().split()))
+        kept = subset_factors([table["key"] for table in tables], wanted)
+        digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
+    if threshold == 0:
+        return kept.astype(np.float64), digest
+    repeats = repeat_factors([table["positive"] for table in tables], kept, threshold=threshold)
+    return repeats * kept, digest

@@ -1,0 +1,170 @@
+"""Files read by Prometheus (file_sd targets) and by node_exporter (text files).
+
+A file of `file_sd`: `[{"targets": ["HOST:PORT"], "labels": {"run": ..., "role": ..., ...}}]`,
+complete at once. Whoever ends in order removes it; that of a rank that was killed stays, so that
+the missing rank is seen. Nothing here ever stops the work: what fails is warned of.
+
+A file `vlal-WHAT-ROOT.prom` per program and root, in a folder of the machine. node_exporter shows
+what the last run wrote, until the next one or until somebody removes the file. Nothing here ever
+stops the work: what fails is warned of.
+"""
+
+import json
+import logging
+import re
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vlal_dist.observability.metric_definitions import JOB, Metric, Readings
+from vlal_dist.storage.local import slug, write_whole
+
+logger = logging.getLogger(__name__)
+
+EVERY_INTERFACE = ("", "0.0.0.0", "::")
+
+
+class Target:
+    """The file of one process.
+
+    Args:
+        folder: where all runs of the machine (or of a shared file system) announce themselves.
+        run: root of the run, as an absolute path or URL.
+        role: what the process does, such as `train`.
+        rank: its number in the run.
+    """
+
+    def __init__(self, folder: Path, *, run: str, role: str, rank: int) -> None:
+        self._labels = {"run": run, "role": role, "rank": str(rank), "node": socket.gethostname()}
+        self._folder = folder
+        self._prefix = f"{role}-{slug(run)}-"
+        self.path = folder / f"{self._prefix}{rank}.json"
+
+    def write(self, *, host: str, port: int) -> None:
+        """Announce an endpoint.
+
+        Args:
+            host: address that it is bound to; if that is every interface, this machine's name is
+                announced.
+            port: the one that it really has.
+        """
+        where = socket.gethostname() if host in EVERY_INTERFACE else host
+        where = f"[{where}]" if ":" in where else where
+        text = json.dumps([{"targets": [f"{where}:{port}"], "labels": self._labels}], indent=1)
+        try:
+            write_whole(self.path, text + "\n")
+        except OSError as error:
+            logger.warning(
+                "%s: not announced to Prometheus: %s; set observability.targets", self.path, error
+            )
+
+    def remove(self) -> None:
+        """Take the announcement back."""
+        _remove(self.path)
+
+    def remove_others(self, *, world_size: int) -> None:
+        """Remove what an earlier start of this run on more ranks left behind."""
+        pattern = re.compile(re.escape(self._prefix) + r"(\d+)\.json")
+        for path in _listed(self._folder):
+            found = pattern.fullmatch(path.name)
+            if found and int(found[1]) >= world_size:
+                _remove(path)
+
+
+def _listed(folder: Path) -> Iterable[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: not removed: %s; remove it by hand", path, error)
+
+
+LAST_SUCCESS = "vlal_job_last_success_timestamp_seconds"
+
+
+class TextFile:
+    """One file of the collector.
+
+    Args:
+        folder: that of the collector (`--collector.textfile.directory`).
+        what: whose figures these are, such as `pack`.
+        root: that the figures are of, as an absolute path or URL.
+    """
+
+    def __init__(self, folder: Path, *, what: str, root: str) -> None:
+        self.path = folder / f"vlal-{what}-{slug(root)}.prom"
+        self._warned = False
+
+    def write(self, table: Mapping[str, Metric], readings: Readings) -> None:
+        """Replace the file; a failure is told once.
+
+        Args:
+            table: metrics by name.
+            readings: their values; a metric without any is left out.
+        """
+        try:
+            write_whole(self.path, exposition(table, readings))
+        except OSError as error:
+            if not self._warned:
+                logger.warning(
+                    "%s: not written for Prometheus: %s; set observability.textfiles",
+                    self.path,
+                    error,
+                )
+            self._warned = True
+
+    def last_success(self) -> float:
+        """When the job of this file last ended well, as the file says; 0: never."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return 0.0
+        found = re.search(rf"^{LAST_SUCCESS}{{.*}} ([0-9.e+]+)$", text, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+def write_job_end(folder: Path, *, program: str, root: str, code: int, seconds: float) -> None:
+    """Say how a program ended.
+
+    Args:
+        folder: of the collector.
+        program: its name.
+        root: that it wrote, as an absolute path or URL.
+        code: exit code; 0 makes this the last success.
+        seconds: how long it took.
+    """
+    file = TextFile(folder, what=program, root=root)
+    labels = (program, root)
+    readings: dict[tuple[str, ...], float] = {
+        (LAST_SUCCESS, *labels): time.time() if code == 0 else file.last_success(),
+        ("vlal_job_duration_seconds", *labels): seconds,
+        ("vlal_job_exit_code", *labels): code,
+    }
+    file.write(JOB, readings)
+
+
+def exposition(table: Mapping[str, Metric], readings: Readings) -> str:
+    """Metrics in Prometheus' text format."""
+    lines = []
+    for name, metric in table.items():
+        series = [(labels, value) for (of, *labels), value in readings.items() if of == name]
+        if not series:
+            continue
+        lines += [f"# HELP {name} {_escaped(metric.text)}", f"# TYPE {name} {metric.kind}"]
+        for labels, value in series:
+            pairs = zip(metric.labels, labels, strict=True)
+            shown = ",".join(f'{label}="{_escaped(text, quote=True)}"' for label, text in pairs)
+            lines.append(f"{name}{{{shown}}} {value!r}" if shown else f"{name} {value!r}")
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str, *, quote: bool = False) -> str:
+    text = text.replace("\\", r"\\").replace("\n", r"\n")
+    return text.replace('"', r"\"") if quote else text

@@ -1,0 +1,152 @@
+"""The crops of the paper's Fig. 4: which are shown, and what is said of each.
+
+Shown are the crops with at least one annotated positive that come first when all are ordered by
+sha256 of seed and uid: a rule fixed before any score is known.
+"""
+
+import base64
+import hashlib
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.evaluation.predictions import Predictions
+from vlal_dist.vocabulary import Vocabulary
+
+CROP_SIDE = 176
+JPEG_QUALITY = 82
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One of the highest attributes of a crop.
+
+    Attributes:
+        name: attribute.
+        score: in [0, 1].
+        kind: present, absent or unannotated (of the annotation).
+        truth: present, absent, or empty where complete labels are not known.
+    """
+
+    name: str
+    score: float
+    kind: str
+    truth: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One cell of the grid.
+
+    Attributes:
+        image: data URI of a small JPEG.
+        width, height: its pixels.
+        object_name: the object's name.
+        uid: hexadecimal name of the sample.
+        positives: names annotated present.
+        guesses: highest first.
+    """
+
+    image: str
+    width: int
+    height: int
+    object_name: str
+    uid: str
+    positives: list[str]
+    guesses: list[Guess]
+
+
+def choose_rows(predictions: Predictions, *, count: int, seed: int) -> npt.NDArray[np.int64]:
+    """Positions in `predictions` of the examples, by the module's rule."""
+    candidates = np.flatnonzero((predictions.label == 1).any(axis=1))
+    keys = [
+        hashlib.sha256(f"{seed}:{uid}".encode()).digest() for uid in predictions.uid[candidates]
+    ]
+    order = sorted(range(len(keys)), key=keys.__getitem__)[:count]
+    return np.asarray(candidates[order], dtype=np.int64)
+
+
+def top_attributes(score: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
+    """Ids of the k highest scores of each row, highest first, ties to the lower id; [N, k]."""
+    return np.argsort(-score, axis=-1, kind="stable")[..., :k]
+
+
+def build_example(
+    reader: SampleReader,
+    predictions: Predictions,
+    position: int,
+    *,
+    vocabulary: Vocabulary,
+    truth: npt.NDArray[np.int8] | None,
+    k: int,
+) -> Example:
+    """Read one crop and put its best k attributes beside its annotation.
+
+    Args:
+        reader: of the split.
+        predictions: of the split.
+        position: index into the predictions.
+        vocabulary: names.
+        truth: complete labels [N, A], aligned with the predictions, if known.
+        k: attributes listed.
+    """
+    sample = reader.read(int(predictions.row[position]))
+    image, width, height = _small_jpeg(sample.jpg)
+    label, score = predictions.label[position], predictions.score[position]
+    words = {1: "present", -1: "absent", 0: "unannotated"}
+    guesses = [
+        Guess(
+            name=vocabulary.attributes[attribute],
+            score=float(score[attribute]),
+            kind=words[int(label[attribute])],
+            truth="" if truth is None else words[int(truth[position, attribute])],
+        )
+        for attribute in top_attributes(score, k)
+    ]
+    return Example(
+        image=image,
+        width=width,
+        height=height,
+        object_name=vocabulary.objects[sample.object_id],
+        uid=f"{sample.uid:016x}",
+        positives=[vocabulary.attributes[i] for i in np.flatnonzero(label == 1)],
+        guesses=guesses,
+    )
+
+
+def tally(
+    predictions: Predictions, truth: npt.NDArray[np.int8] | None, *, k: int
+) -> dict[str, float]:
+    """Shares of the k highest attributes of all crops, by annotation.
+
+    Returns:
+        `present`, `absent`, `unannotated` (they sum to 1), and with complete labels
+        `unannotated_true`: the share of the unannotated ones that are truly present.
+    """
+    top = top_attributes(predictions.score, k)
+    label = np.take_along_axis(predictions.label, top, axis=1)
+    total = max(label.size, 1)
+    shares = {
+        "present": float((label == 1).sum() / total),
+        "absent": float((label == -1).sum() / total),
+        "unannotated": float((label == 0).sum() / total),
+    }
+    if truth is not None:
+        blue = np.take_along_axis(truth, top, axis=1)[label == 0]
+        shares["unannotated_true"] = float((blue == 1).mean()) if len(blue) else 0.0
+    return shares
+
+
+def _small_jpeg(jpg: bytes) -> tuple[str, int, int]:
+    """Data URI of the crop shrunk to fit `CROP_SIDE`, with its width and height."""
+    image = Image.fromarray(decode_rgb(jpg))
+    image.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
+    sink = io.BytesIO()
+    image.save(sink, "JPEG", quality=JPEG_QUALITY)
+    text = base64.b64encode(sink.getvalue()).decode("ascii")
+    return f"data:image/jpeg;base64,{text}", image.width, image.height
