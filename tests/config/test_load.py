@@ -10,7 +10,7 @@ from vlal_dist.config.load import (
     PROFILES,
     config_yaml,
     help_text,
-    known_keys,
+    known_fields,
     load_config,
     parse_command_line,
 )
@@ -78,7 +78,7 @@ def test_profiles_fill_only_what_nobody_set() -> None:
     corrected = load_config(None, {"method.profile": "corrected", "pack.box_expansion": "0.1"})
     assert corrected.method.draw_over == "unannotated" and corrected.data.normalize
     assert corrected.pack.box_expansion == 0.1
-    assert {key for values in PROFILES.values() for key in values} <= set(known_keys())
+    assert {key for values in PROFILES.values() for key in values} <= set(known_fields())
 
 
 def test_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +150,11 @@ def test_default_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         parse_command_line([], flags=())
 
 
-def test_help_describes_every_knob() -> None:
+def test_help_describes_every_key() -> None:
     text = help_text(
         usage="x", purpose="y", sections=tuple(Config.model_fields), flags=tuple(FLAGS)
     )
-    for key in known_keys():
+    for key in known_fields():
         assert f"--{key} " in text
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]

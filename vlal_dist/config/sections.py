@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
-    """One group of knobs; immutable once read, and strict about names."""
+    """Base of all sections: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PathsConfig(Section):
-    """Roots of the pipeline; a stage reads one and writes the next, and edits nothing in place."""
+    """Roots of the pipeline: each stage reads some and writes one, and never edits its input."""
 
     instances: str = Field("runs/vaw/instances", description="root written by clean (URL or path)")
     dataset: str = Field("runs/vaw/dataset", description="root written by pack (URL or path)")
@@ -72,12 +72,12 @@ class CleanConfig(Section):
     )
     hide: Literal["none", "vaw_density"] = Field(
         "none",
-        description="training labels that are hidden, before anything is derived from them; "
-        "vaw_density: an instance keeps 1 + Poisson(0.8) positives and Poisson(1.2) negatives, at "
-        "most its own, as many as VAW's training crops carry (1.8 and 1.2); none: nothing is",
+        description="training labels hidden before anything is derived from them; vaw_density: an "
+        "instance keeps 1 + Poisson(0.8) positives and Poisson(1.2) negatives, at most its own, "
+        "as many as VAW's training crops carry (1.8 and 1.2); none: keep all labels",
     )
     hide_seed: int = Field(
-        0, ge=0, description="which labels are hidden; another seed is another dataset"
+        0, ge=0, description="seed of the hidden labels; another seed is another dataset"
     )
     feasible_splits: list[str] = Field(
         default_factory=lambda: ["train"],
@@ -97,10 +97,13 @@ class CleanConfig(Section):
     )
     expected: dict[str, dict[str, int]] = Field(
         default_factory=dict,
-        description="step -> counts to compare with; the first that departs is named",
+        description="step -> expected counts; clean names the first that differs",
     )
     max_rejected: float = Field(
-        0.001, ge=0, le=1, description="share of rejected instances that is still success"
+        0.001,
+        ge=0,
+        le=1,
+        description="largest share of rejected instances that still counts as success",
     )
 
 
@@ -113,10 +116,12 @@ class PackConfig(Section):
         description="folders or zip files searched for `{image_id}.jpg`, in order (paths)",
     )
     shard_bytes: int = Field(
-        256_000_000, ge=1024, description="tar size aimed at (bytes; stores like 100 MB-1 GB)"
+        256_000_000,
+        ge=1024,
+        description="target tar size (bytes; 100 MB to 1 GB suits object stores)",
     )
     block_bytes: int = Field(
-        524_288, ge=1024, description="neighbouring samples read together (bytes; design 4)"
+        524_288, ge=1024, description="neighbouring samples read together (bytes; docs/stream.md)"
     )
     jpeg_quality: int = Field(95, ge=1, le=100, description="quality of re-encoded crops (4:4:4)")
     box_expansion: float = Field(
@@ -127,12 +132,15 @@ class PackConfig(Section):
         "0.3, bug gives 0)",
     )
     max_pixels: int = Field(
-        64_000_000, ge=1, description="largest photo decoded (pixels; decompression bombs)"
+        64_000_000, ge=1, description="largest photo decoded (pixels; against decompression bombs)"
     )
     workers: int = Field(0, ge=0, description="processes, 0: one per core")
-    seed: int = Field(0, ge=0, description="order of photos in the shards")
+    seed: int = Field(0, ge=0, description="seed of the photos' order in the shards")
     max_rejected: float = Field(
-        0.001, ge=0, le=1, description="share of rejected instances that is still success"
+        0.001,
+        ge=0,
+        le=1,
+        description="largest share of rejected instances that still counts as success",
     )
 
 
@@ -172,35 +180,35 @@ class ScoringConfig(Section):
     )
     embeddings: str | None = Field(
         None,
-        description="finished score root whose stored embeddings are taken instead of images: for "
-        "other templates, temperature or feasible sets (path or URL)",
+        description="finished score root whose stored embeddings replace the images: for other "
+        "templates, temperature or feasible sets (path or URL)",
     )
     max_quarantined: float = Field(
         0.001,
         ge=0,
         le=1,
-        description="share of the crops that may be unusable before the run stops; above 0, one at "
-        "least",
+        description="largest share of unusable crops before the run stops; above 0, at least one "
+        "crop",
     )
     actors: int = Field(1, ge=1, description="Ray actors")
-    gpus_per_actor: float = Field(1.0, ge=0, description="GPUs each actor asks for, device cuda")
-    cpus_per_actor: float = Field(0.5, gt=0, description="CPUs each actor asks for")
+    gpus_per_actor: float = Field(1.0, ge=0, description="GPUs reserved per actor, device cuda")
+    cpus_per_actor: float = Field(0.5, gt=0, description="CPUs reserved per actor")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="auto: on a Ray that was running, cuda (waits for GPUs); else cuda where this "
-        "machine has one, else cpu",
+        description="auto: cuda on a Ray cluster that was already running (waits for GPUs); "
+        "otherwise cuda if this machine has a GPU, else cpu",
     )
     use_ray: bool = Field(True, description="false: score in this process, without Ray")
-    max_retries: int = Field(3, ge=0, description="attempts after a lost actor, per shard")
+    max_retries: int = Field(3, ge=0, description="retries per shard after an actor is lost")
 
 
 class DataConfig(Section):
     """From shards to batches."""
 
     likelihood: Literal["tar", "scores"] = Field(
-        "tar", description="likelihoods from merged tars, or straight from score files"
+        "tar", description="likelihoods from merged tars, or directly from score files"
     )
-    train_split: str = Field("train", description="split that is trained on")
+    train_split: str = Field("train", description="split used for training")
     validation_split: str = Field("val", description="split that selects the model")
     image_size: int = Field(
         224, ge=64, description="square input side (pixels; authors: 224; below 64 BatchNorm fails)"
@@ -210,18 +218,20 @@ class DataConfig(Section):
     )
     flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (authors)")
     decode: Literal["cpu", "gpu"] = Field(
-        "cpu", description="where crops are decoded for training; gpu: nvJPEG, close but not equal"
+        "cpu", description="where training crops are decoded; gpu: nvJPEG, close but not equal"
     )
     threads: int = Field(2, ge=1, description="decoding threads per rank")
     prefetch_steps: int = Field(4, ge=1, description="batches prepared ahead, per rank (steps)")
-    window_blocks: int = Field(3, ge=1, description="shuffle window of a lane (blocks; design 4)")
+    window_blocks: int = Field(
+        3, ge=1, description="shuffle window of a lane (blocks; docs/stream.md)"
+    )
     mix: dict[str, float] = Field(
         default_factory=dict,
-        description="merged roots trained on together -> passes over each per epoch, fractions "
-        "allowed; empty: paths.merged once (one vocabulary: clean --like)",
+        description="merged root -> passes over it per epoch, fractions allowed; the roots share "
+        "one vocabulary (clean --like); empty: paths.merged once",
     )
     subset: str | None = Field(
-        None, description="file with a sample key per line: only these are trained on (path, URL)"
+        None, description="file with a sample key per line: train on these alone (path, URL)"
     )
     repeat_threshold: float = Field(
         0.0,
@@ -232,27 +242,30 @@ class DataConfig(Section):
     )
     damage: Literal["strict", "quarantine"] = Field(
         "strict",
-        description="a sample that fails its checksum twice: stop, or leave it out and count it",
+        description="a sample that fails its checksum twice: stop, or skip it and count it",
     )
     max_quarantined: float = Field(
         0.001,
         ge=0,
         le=1,
-        description="share of the samples quarantined before the run stops; above 0, one at least",
+        description="largest share of quarantined samples before the run stops; above 0, at least "
+        "one",
     )
     cache_bytes: int = Field(
         0,
         ge=0,
-        description="limit of the disk cache for remote shards in paths.cache, shared by the ranks "
-        "of a node (bytes; 0: off)",
+        description="limit of the disk cache for remote shards in paths.cache, shared by the "
+        "ranks of a node (bytes; 0: off)",
     )
     decoded_bytes: int = Field(
         0,
         ge=0,
-        description="limit of the decoded crops that each rank keeps in memory, S x S x 3 bytes "
-        "each: decoded once, not every epoch; the same bits (bytes; 0: off; docs/experiments.md)",
+        description="memory per rank for decoded crops, S x S x 3 bytes each, so that each is "
+        "decoded once instead of every epoch; same bits (bytes; 0: off; docs/experiments.md)",
     )
-    lanes: int = Field(0, ge=0, description="parallel lanes of an epoch, 0: design 4's rule")
+    lanes: int = Field(
+        0, ge=0, description="parallel lanes of an epoch, 0: by the rule in docs/stream.md"
+    )
     epoch_end: Literal["drop", "exact"] = Field(
         "drop", description="last incomplete batch: dropped (authors) or shorter"
     )
@@ -325,11 +338,13 @@ class TrainingConfig(Section):
     """Optimiser, schedule, batch, checkpoints."""
 
     epochs: int = Field(12, ge=1, description="passes over the training split (Sec. 3.2)")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps (smoke)")
+    max_steps: int | None = Field(
+        None, ge=1, description="stop after this many steps (smoke tests)"
+    )
     batch_size: int = Field(64, ge=1, description="global batch B (samples; Sec. 3.2)")
     accumulation: int = Field(1, ge=1, description="micro-batches per rank, at first start")
     reference_batch: int = Field(
-        64, ge=1, description="B at which the loss is the authors' plain sum (design 5)"
+        64, ge=1, description="B at which the loss is the authors' plain sum (docs/method.md)"
     )
     lr_new: float = Field(7e-4, gt=0, description="learning rate of new layers (Sec. 3.2)")
     lr_pretrained: float = Field(1e-5, gt=0, description="learning rate of the backbone (Sec. 3.2)")
@@ -343,12 +358,14 @@ class TrainingConfig(Section):
     plateau_factor: float = Field(0.1, gt=0, lt=1, description="cut of the rate (authors)")
     seed: int = Field(99, ge=0, description="order, draws, flips, initial weights (authors: 99)")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on GPU, fp32 on CPU (design 8)"
+        "auto", description="auto: bf16 autocast on GPU, fp32 on CPU (docs/training.md)"
     )
     kernel: Literal["auto", "reference"] = Field(
-        "auto", description="selective loss: fastest backend that works, or the readable one"
+        "auto",
+        description="selective loss: auto: the fastest backend that works; reference: plain "
+        "PyTorch",
     )
-    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage (design 8)")
+    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage (docs/training.md)")
     threads: int = Field(0, ge=0, description="torch threads per rank, 0: cores / local ranks")
     checkpoint_epochs: int = Field(1, ge=1, description="epochs between checkpoints")
     checkpoint_steps: int = Field(
@@ -358,14 +375,14 @@ class TrainingConfig(Section):
     peer_timeout_s: float = Field(
         600.0,
         gt=0,
-        description="longest wait of a rank for another, seconds; a rank that hangs ends the job "
-        "after it (must exceed the time of a save and of a step)",
+        description="longest wait of a rank for another, then the job ends (seconds; longer than "
+        "a save and than a step)",
     )
     log_steps: int = Field(20, ge=1, description="steps between log lines and metric updates")
 
 
 class EvaluationConfig(Section):
-    """What is evaluated, and what the page shows."""
+    """Evaluation of a split, and the content of the report."""
 
     split: str = Field("test", description="split evaluated")
     predictor: Literal["model", "constant", "clip"] = Field(
@@ -399,14 +416,14 @@ class ExportConfig(Section):
 
     onnx: bool = Field(
         False,
-        description="also write model.onnx, and refuse it when onnxruntime computes something else "
-        "than torch (pip install '.[onnx]')",
+        description="also write model.onnx, and refuse it when onnxruntime computes something "
+        "else than torch (pip install '.[onnx]')",
     )
     min_annotated: int = Field(
         10,
         ge=1,
-        description="annotated positives, and negatives, on validation from which on an attribute "
-        "has a threshold of its own; below, one label moves its F1 too far, and it takes the "
+        description="annotated positives, and negatives, that an attribute needs on validation "
+        "for a threshold of its own; with fewer, one label moves its F1 too far, and it gets the "
         "threshold of all attributes pooled",
     )
 
@@ -419,8 +436,8 @@ class PredictConfig(Section):
     )
     images: str | None = Field(
         None,
-        description="photos: a folder, searched with all below it, or a zip (path), or s3://; "
-        "with a table where its photos are, absent: the table's own folder",
+        description="photos: a folder, searched recursively, or a zip (path), or s3://; with "
+        "predict.table, absent: the table's own folder",
     )
     table: str | None = Field(
         None,
@@ -430,24 +447,24 @@ class PredictConfig(Section):
     )
     object: str | None = Field(
         None,
-        description="name of the object, where no table says it; needed unless the model has no "
-        "object gate",
+        description="name of the object, without a table; needed unless the model has no object "
+        "gate",
     )
     output: str = Field(
         "runs/predictions.jsonl",
-        description="file written, .jsonl, .parquet or .csv (path); beside it, if rows could not "
-        "be used, NAME.rejects.jsonl with the reasons",
+        description="output file, .jsonl, .parquet or .csv (path); unusable rows go to "
+        "NAME.rejects.jsonl beside it, with reasons",
     )
     top_k: int = Field(10, ge=0, description="attributes listed per object, 0: all")
     thresholds: bool = Field(
         False,
-        description="also say which of them are present, by the model's thresholds (F1 on "
+        description="also report which of them are present, by the model's thresholds (F1 on "
         "validation)",
     )
     batch_size: int = Field(64, ge=1, description="crops per forward pass")
     threads: int = Field(2, ge=1, description="threads that read, decode and crop")
     max_pixels: int = Field(
-        64_000_000, ge=1, description="largest photo decoded (pixels; decompression bombs)"
+        64_000_000, ge=1, description="largest photo decoded (pixels; against decompression bombs)"
     )
 
 
@@ -455,7 +472,7 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 
 
 class ExperimentsConfig(Section):
-    """Which runs stand behind a table, and how many of them run at a time."""
+    """The runs behind each table, and how many of them run at a time."""
 
     seeds: list[Count] = Field(
         default_factory=lambda: [99, 100, 101, 102, 103],
@@ -475,7 +492,7 @@ class ExperimentsConfig(Section):
 
 
 class ObservabilityConfig(Section):
-    """Endpoints of training ranks, files of every program; trackers. Local unless told."""
+    """Metrics of ranks and programs, and trackers. Nothing leaves the machine by default."""
 
     metrics: bool = Field(True, description="serve /metrics on each rank")
     metrics_host: str = Field("127.0.0.1", description="address the endpoint binds to")
@@ -485,18 +502,19 @@ class ObservabilityConfig(Section):
     targets: str | None = Field(
         None,
         min_length=1,
-        description="local folder in which each rank tells Prometheus its endpoint (file_sd)",
+        description="local folder in which each rank announces its endpoint to Prometheus "
+        "(file_sd)",
     )
     textfiles: str | None = Field(
         None,
         min_length=1,
-        description="local folder of node_exporter's textfile collector, in which every program "
-        "says how it ended, and pack what it counts",
+        description="local folder of node_exporter's textfile collector: every program writes how "
+        "it ended, and pack its counts",
     )
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
         ["tensorboard"],
-        description="where training's numbers go beside metrics.jsonl; wandb and mlflow as WANDB_* "
-        "and MLFLOW_* variables say (docs/operations.md)",
+        description="trackers that get training's numbers too, beside metrics.jsonl; wandb and "
+        "mlflow are configured by WANDB_* and MLFLOW_* variables (docs/operations.md)",
     )
 
 
@@ -504,24 +522,29 @@ class SuperviseConfig(Section):
     """Restarts of a command that failed, and how long its processes may take to end."""
 
     restarts: int = Field(
-        10, ge=0, description="failures in a row after which it is started again; 0: never"
+        10,
+        ge=0,
+        description="consecutive failures that are followed by a restart; 0: never restart",
     )
     backoff_s: float = Field(
         1.0, gt=0, description="wait before the first restart; doubles each time, to 60 (seconds)"
     )
     healthy_s: float = Field(
-        600.0, gt=0, description="a start that lasted so long ends the row of failures (seconds)"
+        600.0,
+        gt=0,
+        description="a start that lasts this long resets the count of failures (seconds)",
     )
     grace_s: float = Field(
         120.0,
         gt=0,
-        description="time to save and leave, once asked to stop or once the command itself has "
-        "ended; what is left is then killed (seconds; above a save, below the scheduler's own)",
+        description="time to save and exit after a stop signal, and for processes left when the "
+        "command has ended, before they are killed (seconds; longer than a save, shorter than the "
+        "scheduler's own limit)",
     )
 
 
 class Config(Section):
-    """Every knob of the pipeline; a program reads its own sections."""
+    """Every setting of the pipeline; a program reads its own sections."""
 
     paths: PathsConfig = PathsConfig()
     clean: CleanConfig = CleanConfig()
