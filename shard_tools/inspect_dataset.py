@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split, read_labels
-from vlal_dist.data.hashing import I64
+from vlal_dist.data.hashing import I64, uid_to_hex
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.mixture import Mixture, open_mixture
 from vlal_dist.data.order.rank_split import choose_micro_batches, epoch_samples, plan_step
@@ -113,11 +113,8 @@ def inspect_order(config: Config, text: str) -> Counts:
     data, paths = config.data, config.paths
     mixture = open_mixture(
         paths.merged if data.likelihood == "tar" else paths.dataset,
-        mix=data.mix,
-        subset=data.subset,
-        repeat_threshold=data.repeat_threshold,
+        data,
         cache=Path(paths.cache),
-        split=data.train_split,
     )
     order = _lay_out(config, mixture, asked)
     if not asked.step < order.steps:
@@ -202,7 +199,7 @@ def _samples(
             mixture.trained[dataset].name,
             corpus.splits[dataset].shards[int(columns["shard"][n])].name,
             row,
-            f"{int(columns['uid'][n]):016x}",
+            uid_to_hex(int(columns["uid"][n])),
             keys[dataset][row].as_py(),
             objects[int(columns["object_id"][n])],
         )

@@ -33,9 +33,9 @@ from shard_tools.shard_writer import (
 from vlal_dist.config.sections import Config, PackConfig
 from vlal_dist.data.format.dataset import check_digest
 from vlal_dist.data.format.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
-from vlal_dist.data.format.index import sample_uid
 from vlal_dist.data.format.photos import PhotoSource
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
+from vlal_dist.data.hashing import sample_uid
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
 from vlal_dist.observability.prometheus_files import TextFile

@@ -39,6 +39,7 @@ from vlal_dist.data.format.index import (
     index_from_columns,
 )
 from vlal_dist.data.format.tar import EncodedSample, tar_end
+from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.errors import DataError, VlalError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.storage.store import Store
@@ -282,8 +283,8 @@ def check_uids(indexes: Mapping[str, Index]) -> None:
     if len(values) != len(uids):
         twice = int(values[counts > 1][0])
         raise DataError(
-            f"two samples share the uid {twice:016x}: duplicate instance ids, or (1 in 10^7 at a "
-            "million samples) a collision; choose another pack.name"
+            f"two samples share the uid {uid_to_hex(twice)}: duplicate instance ids, or (1 in 10^7 "
+            "at a million samples) a collision; choose another pack.name"
         )
 
 

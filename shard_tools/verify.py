@@ -16,9 +16,9 @@ from shard_tools.shard_writer import check_uids
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels
 from vlal_dist.data.format.images import decode_rgb
-from vlal_dist.data.format.index import sample_uid
 from vlal_dist.data.format.sample_reader import Sample, SampleReader
 from vlal_dist.data.format.tar import list_members
+from vlal_dist.data.hashing import sample_uid, uid_to_hex
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program
@@ -111,7 +111,9 @@ def _check_shard(dataset: Dataset, split: Split, shard: int) -> None:
 def _check_sample(dataset: Dataset, split: Split, sample: Sample) -> None:
     where = f"{dataset.url}: split {split.name}, sample {sample.key}"
     if sample.uid != sample_uid(dataset.name, sample.instance_id):
-        raise DataError(f"{where}: uid {sample.uid:016x} is not that of its instance; pack again")
+        raise DataError(
+            f"{where}: uid {uid_to_hex(sample.uid)} is not that of its instance; pack again"
+        )
     width = len(dataset.vocabulary.attributes)
     ids = sample.positive + sample.negative
     if len(set(ids)) != len(ids) or any(not 0 <= one < width for one in ids):

@@ -32,6 +32,7 @@ Result = dict[str, float]
 
 def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) -> Result:
     """What a rank does until its first batch: seconds of each part, memory in MB."""
+    from vlal_dist.config.sections import DataConfig
     from vlal_dist.data.loading.batch_builder import BatchBuilder
     from vlal_dist.data.loading.loader import TrainLoader
     from vlal_dist.data.loading.shard_reader import ShardReader
@@ -39,9 +40,7 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
     from vlal_dist.data.order.mixture import open_mixture
 
     times = [started, time.monotonic()]
-    mixture = open_mixture(
-        root, mix={}, subset=None, repeat_threshold=repeat_threshold, cache=cache, split="train"
-    )
+    mixture = open_mixture(root, DataConfig(repeat_threshold=repeat_threshold), cache=cache)
     times.append(time.monotonic())
     maker = BatchBuilder(
         ShardReader(mixture.corpus),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
+from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.loading.batch_builder import BatchBuilder
@@ -133,11 +134,12 @@ def test_the_printed_order_is_what_loaders_give(
     subset = str(folder / data.pop("subset")) if "subset" in data else None
     mixture = open_mixture(
         str(folder / ("whole-other" if "likelihood" in data else "whole-merged")),
-        mix={str(folder / f"whole-{name}"): passes for name, passes in mix.items()},
-        subset=subset,
-        repeat_threshold=data.get("repeat_threshold", 0.0),
+        DataConfig(
+            mix={str(folder / f"whole-{name}"): passes for name, passes in mix.items()},
+            subset=subset,
+            repeat_threshold=data.get("repeat_threshold", 0.0),
+        ),
         cache=folder / "cache",
-        split="train",
     )
     named = ("lanes", "epoch_end", "window_blocks")
     expected = seen_by_loaders(

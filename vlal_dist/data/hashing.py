@@ -1,8 +1,10 @@
-"""Keyed 64-bit hashes of our own: every order and draw of the stream is a function of these.
+"""Uids of samples, and keyed 64-bit hashes: every order and draw of training is a function of them.
 
-No library's generator is used, whose stream may change: what is keyed here is the same on every
-machine and in every version, or no run could be resumed. What `clean` hides is keyed likewise.
+The hashes are written here because the stream of a library's generator may change between versions,
+and a run must be resumable on another machine years later. `clean` hides labels by the same hashes.
 """
+
+import hashlib
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +20,38 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
+def text_hash(text: str) -> int:
+    """The first 8 bytes of a text's sha256, as an unsigned integer."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def sample_uid(dataset_name: str, instance_id: str) -> int:
+    """The unsigned 64-bit name of an instance (docs/formats.md)."""
+    return text_hash(f"{dataset_name}\0{instance_id}")
+
+
+def uid_to_hex(uid: int) -> str:
+    """A uid as files and messages spell it: 16 hex digits. Takes int64 values of a batch too."""
+    return f"{uid & _MASK:016x}"
+
+
+def uid_from_hex(text: str) -> int:
+    """The unsigned uid that `uid_to_hex` spelled."""
+    return int(text, 16)
+
+
+def signed_uids(uid: U64) -> I64:
+    """uint64 as the int64 of the same bits: torch computes with no unsigned integers."""
+    return uid.view(np.int64)
+
+
+def unsigned_uids(uid: I64) -> U64:
+    """The uint64 of the same bits, undoing `signed_uids`."""
+    return uid.view(np.uint64)
+
+
 def mix(values: U64) -> U64:
-    """The finaliser of splitmix64: a bijection on 64 bits, ours for good (no library's stream)."""
+    """The finaliser of splitmix64: a bijection on 64 bits."""
     x = values.astype(np.uint64, copy=True)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -54,7 +86,7 @@ def uniform(uid: U64, visit: I64, *, seed: int, purpose: int) -> npt.NDArray[np.
 
 
 def mix_visits(uid: U64, visit: I64) -> U64:
-    """What the ledger adds up: 64 well-mixed bits of each (sample, visit), uint64 [n].
+    """64 well-mixed bits of each (sample, visit), which the ledger adds up: uint64 [n].
 
     For one visit it is a bijection of the uid, so that a single missing sample can be named.
     """

@@ -12,6 +12,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_split
 from vlal_dist.data.format.scores import read_scores_manifest
 from vlal_dist.data.loading.batch import Batch
@@ -84,11 +85,13 @@ def open_sources(
     """
     mixture = open_mixture(
         url,
-        mix=mix,
-        subset=subset,
-        repeat_threshold=repeat_threshold,
+        DataConfig(
+            mix=dict(mix),
+            subset=subset,
+            repeat_threshold=repeat_threshold,
+            train_split=train_split,
+        ),
         cache=cache,
-        split=train_split,
     )
     read: ReadLikelihoods | None = None
     if weighted_by == "likelihood":

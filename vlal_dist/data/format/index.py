@@ -4,7 +4,6 @@
 integers, memory-mapped without a copy. `blocks.arrow` is all that the order of an epoch needs.
 """
 
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -95,12 +94,6 @@ class Shard:
     bytes: int
     sha256: str
     samples: int
-
-
-def sample_uid(dataset_name: str, instance_id: str) -> int:
-    """The unsigned 64-bit name of an instance (design 3)."""
-    digest = hashlib.sha256(f"{dataset_name}\0{instance_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
 
 
 def index_from_columns(columns: Mapping[str, Any]) -> Index:

@@ -17,6 +17,7 @@ from isal.isal_zlib import crc32
 
 from vlal_dist.data.format.dataset import Split
 from vlal_dist.data.format.tar import key_of
+from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.errors import DataError, StorageError
 
 
@@ -180,9 +181,8 @@ class SampleReader:
         return mine.result()
 
     def _damaged(self, row: int, check: str) -> None:
-        shard = self.split.shards[int(self.split.index.shard[row])].name
+        key, uid = self.split.shard_key(int(self.split.index.shard[row])), self.split.index.uid[row]
         raise DataError(
-            f"{self.split.store.url}/{self.split.name}/shards/{shard}: sample row {row} (uid "
-            f"{int(self.split.index.uid[row]):016x}): {check}; shard or index was altered or cut: "
-            "restore it, or pack the dataset again"
+            f"{self.split.store.url}/{key}: sample row {row} (uid {uid_to_hex(int(uid))}): {check}; "
+            "shard or index was altered or cut: restore it, or pack the dataset again"
         )

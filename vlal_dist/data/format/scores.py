@@ -10,6 +10,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from vlal_dist.data.hashing import uid_from_hex
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.storage.store import Store
 
@@ -90,7 +91,7 @@ def decode_scores(data: bytes, *, where: str) -> ShardScores:
 def quarantined_of(header: Mapping[str, str]) -> dict[int, str]:
     """uid -> why its crop could not be scored; its similarities are all 0, its embedding too."""
     found: dict[str, str] = json.loads(header.get("quarantined", "{}"))
-    return {int(uid, 16): why for uid, why in found.items()}
+    return {uid_from_hex(uid): why for uid, why in found.items()}
 
 
 def read_shard_scores(

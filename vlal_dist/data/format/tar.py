@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -37,7 +38,7 @@ class EncodedSample:
 
 def sample_key(instance_id: str, uid: int) -> str:
     """The instance id where webdataset and USTAR can hold it, else the hex of the uid."""
-    return instance_id if KEY_PATTERN.fullmatch(instance_id) else f"{uid:016x}"
+    return instance_id if KEY_PATTERN.fullmatch(instance_id) else uid_to_hex(uid)
 
 
 def encode_sample(key: str, parts: Mapping[str, bytes]) -> EncodedSample:

@@ -4,13 +4,14 @@ Training and `shard_tools inspect --order` open it here, so that both speak of t
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split, read_labels
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import ONE, fixed_rate
@@ -46,43 +47,33 @@ class Mixture:
         return len(self.corpus) if self.factor is None else int(np.count_nonzero(self.factor))
 
 
-def open_mixture(
-    url: str,
-    *,
-    mix: Mapping[str, float],
-    subset: str | None,
-    repeat_threshold: float,
-    cache: Path,
-    split: str,
-) -> Mixture:
-    """Open what is trained on.
+def open_mixture(url: str, data: DataConfig, *, cache: Path) -> Mixture:
+    """Open the training samples.
 
     Args:
         url: root of merge, or of pack when likelihoods come from score files.
-        mix: roots trained on together -> passes per epoch; empty: `url` once.
-        subset: file with a sample key per line; None: all samples.
-        repeat_threshold: of `repeat_factors`; 0: none.
+        data: `mix`, `subset`, `repeat_threshold` and `train_split` are read.
         cache: local folder for files of a remote root.
-        split: name of the training split.
 
     Raises:
-        ConfigError: keys that are of no sample.
+        ConfigError: `data.subset` lists keys that no sample has.
         DataError: no such dataset or split, or datasets that do not belong together.
     """
     dataset = open_dataset(url, cache=cache)
-    trained = [dataset if root == url else open_dataset(root, cache=cache) for root in mix or [url]]
+    roots = data.mix or {url: 1.0}
+    trained = [dataset if root == url else open_dataset(root, cache=cache) for root in roots]
     check_mix(dataset, trained)
-    corpus = ConcatSplits([open_split(one, split) for one in trained])
-    factor, digest = _factors(trained, split, subset=subset, threshold=repeat_threshold)
+    corpus = ConcatSplits([open_split(one, data.train_split) for one in trained])
+    factor, digest = _factors(trained, data)
     named = [
         f"{one.digest[:16]} x {fixed_rate(p)}/{ONE}"
-        for one, p in zip(trained, mix.values(), strict=False)
+        for one, p in zip(trained, data.mix.values(), strict=False)
     ]
     return Mixture(
         dataset=dataset,
         trained=trained,
         corpus=corpus,
-        passes=tuple(mix.values()) or (1.0,),
+        passes=tuple(roots.values()),
         factor=factor,
         mix=", ".join(named),
         subset=digest,
@@ -113,13 +104,14 @@ def check_mix(dataset: Dataset, trained: Sequence[Dataset]) -> None:
 
 
 def _factors(
-    trained: Sequence[Dataset], split: str, *, subset: str | None, threshold: float
+    trained: Sequence[Dataset], data: DataConfig
 ) -> tuple[npt.NDArray[np.float64] | None, str]:
     """The factor of each row (None: 1 everywhere), and the digest of the list of keys."""
+    subset, threshold = data.subset, data.repeat_threshold
     if subset is None and threshold == 0:
         return None, ""
     columns = (["key"] if subset is not None else []) + (["positive"] if threshold else [])
-    tables = [read_labels(one, split, columns=columns) for one in trained]
+    tables = [read_labels(one, data.train_split, columns=columns) for one in trained]
     kept, digest = np.ones(sum(len(table) for table in tables), dtype=np.bool_), ""
     if subset is not None:
         wanted = sorted(set(read_url(subset).decode().split()))
