@@ -96,26 +96,30 @@ def _predictions(
     model, info = load_model(store, "best", vocabulary=dataset.vocabulary)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = open_split(dataset, split)
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         ShardReader(ConcatSplits([opened])),
-        feasible=dataset.feasible,
-        num_attributes=info.num_attributes,
-        image_size=info.image_size,
-        normalize=info.normalize,
-        threads=config.data.threads,
+        dataset,
+        # The model's own input; each crop is seen once, so that none is worth keeping.
+        config.data.model_copy(
+            update={
+                "image_size": info.image_size,
+                "normalize": info.normalize,
+                "decoded_bytes": 0,
+            }
+        ),
     )
     rows = np.arange(opened.num_samples, dtype=np.int64)
     try:
         with Progress(f"evaluate {split}", total=len(rows), unit="samples") as progress:
             found = predict(
                 model.to(device),
-                evaluation_batches(maker, rows, batch_size=config.evaluation.batch_size),
+                evaluation_batches(builder, rows, batch_size=config.evaluation.batch_size),
                 num_attributes=info.num_attributes,
                 device=device,
                 advance=progress.advance,
             )
     finally:
-        maker.close()
+        builder.close()
     return merge_predictions([found], num_samples=opened.num_samples), info
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.peers.measure import measure
+from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.decode import decode_into
@@ -33,20 +34,15 @@ def ours(arguments: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Te
     corpus = ConcatSplits([open_split(dataset, "train")])
     maker = BatchBuilder(
         ShardReader(corpus),
-        feasible=dataset.feasible,
-        num_attributes=len(dataset.vocabulary.attributes),
-        image_size=arguments.side,
-        normalize=False,
-        threads=1,
+        dataset,
+        DataConfig(image_size=arguments.side, threads=1),
     )
     loader = TrainLoader(
         maker,
         EpochPlan(corpus, seed=SEED),
-        batch_size=arguments.batch * arguments.ranks,
-        accumulation=1,
+        TrainingConfig(batch_size=arguments.batch * arguments.ranks, seed=SEED),
         rank=arguments.rank,
         world_size=arguments.ranks,
-        seed=SEED,
     )
     epoch = 0
     while True:

@@ -32,7 +32,7 @@ Result = dict[str, float]
 
 def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) -> Result:
     """What a rank does until its first batch: seconds of each part, memory in MB."""
-    from vlal_dist.config.sections import DataConfig
+    from vlal_dist.config.sections import DataConfig, TrainingConfig
     from vlal_dist.data.loading.batch_builder import BatchBuilder
     from vlal_dist.data.loading.loader import TrainLoader
     from vlal_dist.data.loading.shard_reader import ShardReader
@@ -44,15 +44,11 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
     times.append(time.monotonic())
     maker = BatchBuilder(
         ShardReader(mixture.corpus),
-        feasible=mixture.dataset.feasible,
-        num_attributes=len(mixture.dataset.vocabulary.attributes),
-        image_size=224,
-        normalize=False,
-        threads=2,
+        mixture.dataset,
+        DataConfig(),
     )
     plan = EpochPlan(mixture.corpus, seed=SEED, passes=mixture.passes, factor=mixture.factor)
-    one = {"batch_size": BATCH, "accumulation": 1, "rank": 0, "world_size": 1, "seed": SEED}
-    loader = TrainLoader(maker, plan, **one)
+    loader = TrainLoader(maker, plan, TrainingConfig(batch_size=BATCH, seed=SEED))
     start = loader.stream.length(EPOCH) // 3
     times.append(time.monotonic())
     steps = loader.epoch(EPOCH, start)

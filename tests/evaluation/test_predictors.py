@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.fixtures.tiny_dataset import SAMPLES, VOCABULARY, make_instances
+from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import Dataset, open_split
 from vlal_dist.data.format.scores import (
     ShardScores,
@@ -49,11 +50,8 @@ class Colour(nn.Module):
 def maker(dataset: Dataset):  # type: ignore[no-untyped-def]
     made = BatchBuilder(
         ShardReader(ConcatSplits([open_split(dataset, "test")])),
-        feasible=dataset.feasible,
-        num_attributes=WIDTH,
-        image_size=64,
-        normalize=False,
-        threads=2,
+        dataset,
+        DataConfig(image_size=64),
     )
     yield made
     made.close()

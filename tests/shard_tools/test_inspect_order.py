@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
-from vlal_dist.config.sections import DataConfig
+from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.loading.batch_builder import BatchBuilder
@@ -65,30 +65,24 @@ def identities(lines: list[dict[str, str]]) -> Seen:
 
 
 def seen_by_loaders(
-    mixture: Mixture, what: dict[str, int], *, first: int, batch_size: int, **options: Any
+    mixture: Mixture, what: dict[str, int], *, first: int, training: TrainingConfig, **data: Any
 ) -> Seen:
     """What real loaders of all ranks give; lanes and micro-batches are those of a first start."""
 
-    def loader(rank: int, world_size: int, **settings: Any) -> TrainLoader:
+    def loader(rank: int, world_size: int, **fixed: Any) -> TrainLoader:
         maker = BatchBuilder(
             ShardReader(mixture.corpus),
-            feasible=mixture.dataset.feasible,
-            num_attributes=len(mixture.dataset.vocabulary.attributes),
-            image_size=64,
-            normalize=False,
-            threads=1,
-            read_likelihoods=None,
+            mixture.dataset,
+            DataConfig(image_size=64, threads=1, prefetch_steps=1, **data),
         )
         plan = EpochPlan(mixture.corpus, seed=99, passes=mixture.passes, factor=mixture.factor)
         return TrainLoader(
             maker,
             plan,
+            training,
             rank=rank,
             world_size=world_size,
-            seed=99,
-            batch_size=batch_size,
-            prefetch_steps=1,
-            **{**options, **settings},
+            **fixed,
         )
 
     begun = loader(0, first)
@@ -97,7 +91,7 @@ def seen_by_loaders(
     found: Seen = []
     for rank in range(what["ranks"]):
         one = loader(rank, what["ranks"], **fixed)
-        start = what["step"] * batch_size
+        start = what["step"] * training.batch_size
         steps = zip(range(what["steps"]), one.epoch(what["epoch"], start), strict=False)
         for number, step in steps:
             for micro_batch, batch in enumerate(step.micro_batches):
@@ -146,8 +140,7 @@ def test_the_printed_order_is_what_loaders_give(
         mixture,
         what,
         first=what.get("first", what["ranks"]),
-        batch_size=14,
-        accumulation=accumulation,
+        training=TrainingConfig(batch_size=14, accumulation=accumulation),
         **{name: data[name] for name in named if name in data},
     )
     assert len(expected) > 14

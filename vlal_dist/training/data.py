@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,13 +13,12 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from vlal_dist.config.sections import DataConfig
+from vlal_dist.config.sections import DataConfig, Section, TrainingConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_split
 from vlal_dist.data.format.scores import read_scores_manifest
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.disk_cache import DiskCache
-from vlal_dist.data.loading.image_cache import ImageCache
 from vlal_dist.data.loading.likelihoods import (
     ObjectLikelihoods,
     ReadLikelihoods,
@@ -271,28 +271,21 @@ def make_batches(
     corpus = sources.corpus if train else ConcatSplits([sources.validation])
     return BatchBuilder(
         ShardReader(corpus, cache=_block_cache(settings, corpus)),
-        feasible=sources.dataset.feasible,
-        num_attributes=len(sources.dataset.vocabulary.attributes),
-        image_size=settings.image_size,
-        normalize=settings.normalize,
-        threads=settings.decode_threads,
+        sources.dataset,
+        _section(DataConfig, settings, threads=settings.decode_threads),
+        training=train,
         read_likelihoods=sources.read_likelihoods if train else None,
-        leave_out_damaged=train and settings.damage == "quarantine",
         pinned=ranks.device.type == "cuda",
-        decode_later=train and settings.decode == "gpu",
-        decoded=_decoded(settings, corpus),
     )
 
 
-def _decoded(settings: RunSettings, corpus: ConcatSplits) -> ImageCache | None:
-    """Memory for decoded crops, where the settings want one; validation has its own, as large."""
-    if not settings.decoded_bytes:
-        return None
-    return ImageCache(
-        side=settings.image_size,
-        num_rows=len(corpus),
-        limit_bytes=settings.decoded_bytes,
-    )
+S = TypeVar("S", bound=Section)
+
+
+def _section(kind: type[S], settings: RunSettings, *, threads: int) -> S:
+    """The section whose fields the settings repeat."""
+    named = {name: value for name, value in vars(settings).items() if name in kind.model_fields}
+    return kind(**{**named, "threads": threads})
 
 
 def _block_cache(settings: RunSettings, corpus: ConcatSplits) -> DiskCache | None:
@@ -312,17 +305,11 @@ def make_loader(
     loader = TrainLoader(
         make_batches(settings, sources, ranks, train=True),
         EpochPlan(sources.corpus, seed=settings.seed, passes=sources.passes, factor=sources.factor),
-        batch_size=settings.batch_size,
-        accumulation=settings.accumulation,
+        _section(TrainingConfig, settings, threads=settings.torch_threads),
         rank=ranks.rank,
         world_size=ranks.world_size,
-        seed=settings.seed,
-        lanes=first.lanes if first else settings.lanes,
+        lanes=first.lanes if first else 0,
         micro_batches=first.micro_batches if first else 0,
-        window_blocks=settings.window_blocks,
-        epoch_end=settings.epoch_end,
-        flip=settings.flip,
-        prefetch_steps=settings.prefetch_steps,
     )
     if loader.micro_batches % ranks.world_size:
         logger.info(

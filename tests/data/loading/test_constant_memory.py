@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import S3Server
 from tests.fixtures.damaged_tars import upload
+from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.disk_cache import DiskCache
@@ -48,21 +49,13 @@ def test_a_dozen_epochs_leave_nothing_behind(
         cache = DiskCache(tmp_path / "c", limit_bytes=4 * largest, largest_bytes=largest)
     maker = BatchBuilder(
         ShardReader(corpus, cache=cache),
-        feasible=dataset.feasible,
-        num_attributes=len(dataset.vocabulary.attributes),
-        image_size=224,
-        normalize=False,
-        threads=2,
+        dataset,
+        DataConfig(epoch_end="exact"),
     )
     loader = TrainLoader(
         maker,
         EpochPlan(corpus, seed=1),
-        batch_size=8,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=1,
-        epoch_end="exact",
+        TrainingConfig(batch_size=8, seed=1),
     )
     found = []
     for epoch in range(EPOCHS):

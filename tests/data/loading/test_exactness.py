@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from tests.fixtures import epoch_oracle
 from tests.fixtures.epoch_oracle import Visit
+from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
 from vlal_dist.data.format.index import map_blocks, map_index
 from vlal_dist.data.loading import loader as loader_module
@@ -350,25 +351,23 @@ def packed(small: Path) -> Dataset:
 def make_loader(dataset: Dataset, order: Order, start: Start, rank: int) -> TrainLoader:
     maker = BatchBuilder(
         ShardReader(ConcatSplits([open_split(dataset, "train")])),
-        feasible=dataset.feasible,
-        num_attributes=len(dataset.vocabulary.attributes),
-        image_size=64,
-        normalize=False,
-        threads=1,
+        dataset,
+        DataConfig(
+            image_size=64,
+            threads=1,
+            window_blocks=order.window_blocks,
+            epoch_end=order.epoch_end,
+            prefetch_steps=2,
+        ),
     )
     return TrainLoader(
         maker,
         EpochPlan(maker.reader.corpus, seed=order.seed, passes=(order.passes,)),
-        batch_size=start.batch_size,
-        accumulation=1,
+        TrainingConfig(batch_size=start.batch_size, seed=order.seed),
         rank=rank,
         world_size=start.world_size,
-        seed=order.seed,
         lanes=order.lanes,
         micro_batches=order.micro_batches,
-        window_blocks=order.window_blocks,
-        epoch_end=order.epoch_end,
-        prefetch_steps=2,
     )
 
 

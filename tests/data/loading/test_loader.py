@@ -10,12 +10,12 @@ import torch
 
 from tests.conftest import S3Server
 from tests.fixtures.damaged_tars import upload
+from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.loading.batch import decoded, on_device
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.decode import decode_into
-from vlal_dist.data.loading.image_cache import ImageCache
 from vlal_dist.data.loading.likelihoods import tar_likelihoods
 from vlal_dist.data.loading.loader import TrainLoader, evaluation_batches
 from vlal_dist.data.loading.shard_reader import ShardReader
@@ -33,25 +33,31 @@ def make(
     dataset: Dataset,
     split: str = "train",
     likelihoods: Any = tar_likelihoods,
-    decoded: ImageCache | None = None,
+    **data: Any,
 ) -> BatchBuilder:
     return BatchBuilder(
         ShardReader(ConcatSplits([open_split(dataset, split)])),
-        feasible=dataset.feasible,
-        num_attributes=len(dataset.vocabulary.attributes),
-        image_size=64,
-        normalize=False,
-        threads=2,
+        dataset,
+        DataConfig(image_size=64, **data),
+        training=True,
         read_likelihoods=likelihoods,
-        decoded=decoded,
     )
 
 
-def loader(dataset: Dataset, rank: int = 0, world_size: int = 1, **options: Any) -> TrainLoader:
-    settings: dict[str, Any] = {"batch_size": 16, "accumulation": 1, "seed": 3, **options}
-    maker = make(dataset)
-    plan = EpochPlan(maker.reader.corpus, seed=settings["seed"])
-    return TrainLoader(maker, plan, rank=rank, world_size=world_size, **settings)
+def loader(
+    dataset: Dataset,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    batch_size: int = 16,
+    seed: int = 3,
+    epoch_end: str = "drop",
+    **first: int,
+) -> TrainLoader:
+    maker = make(dataset, epoch_end=epoch_end)
+    plan = EpochPlan(maker.reader.corpus, seed=seed)
+    training = TrainingConfig(batch_size=batch_size, seed=seed)
+    return TrainLoader(maker, plan, training, rank=rank, world_size=world_size, **first)
 
 
 def samples(steps: Iterator[Any]) -> list[dict[tuple[int, int], torch.Tensor]]:
@@ -80,8 +86,9 @@ def test_kept_pixels_are_those_of_a_decoding(
     plain = make(merged)
     rows = np.arange(len(plain.reader.corpus))
     visit, flip = np.zeros(len(rows), np.int64), rows % 2 == 0
-    kept = ImageCache(side=64, num_rows=len(rows), limit_bytes=places * 64 * 64 * 3 + 5)
-    keeping = make(merged, decoded=kept)
+    keeping = make(merged, decoded_bytes=places * 64 * 64 * 3 + 5)
+    kept = keeping.decoded
+    assert kept is not None
     expected = plain.make(rows, visit, flip).image.clone()
     for order in (rows, rows[::-1].copy(), rows):
         calls[0] = 0
@@ -133,8 +140,7 @@ def test_a_likelihood_over_another_feasible_set_is_refused(merged: Dataset) -> N
 
 
 def test_what_a_device_will_decode_travels_as_it_is(merged: Dataset) -> None:
-    ready, later = make(merged), make(merged)
-    later.decode_later = True
+    ready, later = make(merged), make(merged, decode="gpu")
     rows, zeros = np.arange(5), np.zeros(5, np.int64)
     batches = [one.make(rows, zeros, np.ones(5, np.bool_)) for one in (ready, later)]
     assert batches[1].image.shape == (0, 3, 64, 64) and len(batches[1].jpgs or []) == 5
@@ -230,17 +236,9 @@ def test_a_remote_epoch_fetches_each_block_once(
     root = moto_s3.url()
     upload(merged, root)
     dataset = open_dataset(root, cache=tmp_path / "cache")
-    maker = make(dataset, likelihoods=None)
-    one = TrainLoader(
-        maker,
-        EpochPlan(maker.reader.corpus, seed=3),
-        batch_size=16,
-        accumulation=1,
-        rank=0,
-        world_size=1,
-        seed=3,
-        epoch_end="exact",
-    )
+    maker = make(dataset, likelihoods=None, epoch_end="exact")
+    plan = EpochPlan(maker.reader.corpus, seed=3)
+    one = TrainLoader(maker, plan, TrainingConfig(batch_size=16, seed=3))
     fetched: list[int] = []
     (split,) = maker.reader.corpus.splits
     read = type(split.store).read

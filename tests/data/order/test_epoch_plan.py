@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tests.data.loading.test_exactness import open_written, visits_at, visits_of
 from tests.fixtures import epoch_oracle
 from tests.fixtures.epoch_oracle import Visit
+from vlal_dist.config.sections import DataConfig, Section, TrainingConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels
 from vlal_dist.data.format.index import INDEX_TYPES, Blocks, Index
 from vlal_dist.data.loading.batch import Batch
@@ -280,21 +281,21 @@ def make_loader(
     **options: Any,
 ) -> TrainLoader:
     """A loader of splits that are taken for a mix; likelihoods are read where it is train alone."""
+
+    def of(section: type[Section]) -> dict[str, Any]:
+        return {name: options[name] for name in options if name in section.model_fields}
+
     corpus = ConcatSplits([open_split(dataset, name) for name in passes])
     maker = BatchBuilder(
         ShardReader(corpus),
-        feasible=dataset.feasible,
-        num_attributes=len(dataset.vocabulary.attributes),
-        image_size=64,
-        normalize=False,
-        threads=1,
+        dataset,
+        DataConfig(**{"image_size": 64, "threads": 1, "epoch_end": "exact", **of(DataConfig)}),
         read_likelihoods=tar_likelihoods if list(passes) == ["train"] else None,
     )
     plan = EpochPlan(corpus, seed=SEED, passes=tuple(passes.values()), factor=factor)
-    settings: dict[str, Any] = {"batch_size": 16, "accumulation": 1, "epoch_end": "exact"}
-    return TrainLoader(
-        maker, plan, rank=rank, world_size=world_size, seed=SEED, **(settings | options)
-    )
+    training = TrainingConfig(**{"batch_size": 16, "seed": SEED, **of(TrainingConfig)})
+    first = {name: options[name] for name in ("micro_batches",) if name in options}
+    return TrainLoader(maker, plan, training, rank=rank, world_size=world_size, **first)
 
 
 def batches(loader: TrainLoader, epoch: int, start: int = 0) -> Iterator[Batch]:

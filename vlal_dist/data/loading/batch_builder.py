@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vlal_dist.config.sections import DataConfig
+from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.hashing import I64
 from vlal_dist.data.loading.batch import Batch, ImageBuffers
 from vlal_dist.data.loading.decode import decode_into
@@ -23,7 +25,6 @@ from vlal_dist.data.loading.labels import Data, label_rows, parse_json
 from vlal_dist.data.loading.likelihoods import ReadLikelihoods
 from vlal_dist.data.loading.shard_reader import Damage, DamagedError, SampleLocations, ShardReader
 from vlal_dist.errors import DataError
-from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.method.likelihood import inverse_weights
 
 _LARGEST_PIECE = 64
@@ -68,42 +69,39 @@ class BatchBuilder:
 
     Args:
         reader: reads the rows.
-        feasible: Omega_o of every object; likelihoods must be as long.
-        num_attributes: A.
-        image_size: S, pixels.
-        normalize: ImageNet mean and standard deviation.
-        threads: decoding threads.
-        read_likelihoods: where log-likelihoods come from; None: not needed.
-        leave_out_damaged: damaged rows are left out and told of, instead of raised.
-        pinned: page-locked image memory, for a GPU.
-        decode_later: hand on JPEGs, which `on_device` decodes.
-        decoded: keeps what was decoded; None: every visit decodes.
+        dataset: its vocabulary and feasible sets; likelihoods must be as long as these.
+        config: image size, normalisation, decoding threads, memory for decoded images.
+        training: follow `config.damage` and `config.decode`; otherwise the CPU decodes and the
+            first damaged sample raises.
+        read_likelihoods: where log-likelihoods come from; None: batches have none.
+        pinned: page-locked image memory, for copies to a GPU.
     """
 
     def __init__(
         self,
         reader: ShardReader,
+        dataset: Dataset,
+        config: DataConfig,
         *,
-        feasible: FeasibleSets,
-        num_attributes: int,
-        image_size: int,
-        normalize: bool,
-        threads: int,
+        training: bool = False,
         read_likelihoods: ReadLikelihoods | None = None,
-        leave_out_damaged: bool = False,
         pinned: bool = False,
-        decode_later: bool = False,
-        decoded: ImageCache | None = None,
     ) -> None:
-        self.reader, self.num_attributes = reader, num_attributes
-        self.set_size = np.diff(feasible.indptr)
-        self.image_size, self.normalize, self.threads = image_size, normalize, threads
-        self.read_likelihoods, self.leave_out_damaged = read_likelihoods, leave_out_damaged
-        self.decode_later, self.decoded = decode_later, decoded
+        self.reader, self.config, self.read_likelihoods = reader, config, read_likelihoods
+        self.num_attributes = len(dataset.vocabulary.attributes)
+        self.set_size = np.diff(dataset.feasible.indptr)
+        self.quarantines = training and config.damage == "quarantine"
+        self.decode_later = training and config.decode == "gpu"
+        side = config.image_size
+        self.decoded: ImageCache | None = None
+        if config.decoded_bytes:
+            self.decoded = ImageCache(
+                side=side, num_rows=len(reader.corpus), limit_bytes=config.decoded_bytes
+            )
         self.counts = StageCounts()
         self._lock = threading.Lock()
-        self._buffers = ImageBuffers(side=image_size, pinned=pinned)
-        self._pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="decode")
+        self._buffers = ImageBuffers(side=side, pinned=pinned)
+        self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
 
     def start(
         self, at: SampleLocations, visit: I64, flip: npt.NDArray[np.bool_]
@@ -119,7 +117,7 @@ class BatchBuilder:
             The batch once it is made; DamagedError, DataError or StorageError if it cannot be.
         """
         job, count = _Job(self, at, visit, flip), len(at.rows)
-        size = max(1, min(_LARGEST_PIECE, -(-count // self.threads)))
+        size = max(1, min(_LARGEST_PIECE, -(-count // self.config.threads)))
         pieces = [(low, min(low + size, count)) for low in range(0, count, size)]
         job.left = len(pieces)
         if not pieces:
@@ -222,7 +220,7 @@ class _Job:
             decoded.keep(row, out)
 
     def _leave_out(self, place: int, damage: Damage) -> None:
-        if not self.maker.leave_out_damaged:
+        if not self.maker.quarantines:
             raise DamagedError(damage)
         self.damage[place] = damage
 
@@ -251,7 +249,7 @@ class _Job:
             weight_indptr=weights[0],
             inverse_weight=weights[1],
             jpgs=[bytes(one) for one in _members(data, at.jpg)] if maker.decode_later else None,
-            normalize=maker.normalize,
+            normalize=maker.config.normalize,
         )
         return BuiltBatch(batch, kept, list(self.damage.values()))
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.data.hashing import FLIP, I64, U64, uniform
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.batch_builder import BatchBuilder, BuiltBatch
@@ -82,18 +83,12 @@ class TrainLoader:
     """The training stream of one rank.
 
     Args:
-        maker: makes the batches.
+        builder: builds the batches; its configuration also states the order of an epoch.
         plan: which samples an epoch holds.
-        batch_size: B, samples of a step over all ranks.
-        accumulation: micro-batches per rank and step at the first start.
-        rank, world_size: this rank, and how many.
-        seed: order and flips.
-        lanes: 0 for design 4's rule.
-        micro_batches: M, 0 for design 4's rule.
-        window_blocks: shuffle window of a lane, blocks.
-        epoch_end: `drop` or `exact`.
-        flip: probability of a horizontal flip.
-        prefetch_steps: steps made ahead.
+        training: batch size, micro-batches per rank at the first start, and seed of the order and
+            the flips.
+        rank, world_size: this rank, and how many there are.
+        lanes, micro_batches: those of the run's first start; 0: chosen now (docs/stream.md).
 
     Raises:
         ConfigError: more ranks than lanes, or a batch larger than an epoch that drops its end.
@@ -101,41 +96,39 @@ class TrainLoader:
 
     def __init__(
         self,
-        maker: BatchBuilder,
+        builder: BatchBuilder,
         plan: EpochPlan,
+        training: TrainingConfig,
         *,
-        batch_size: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
         lanes: int = 0,
         micro_batches: int = 0,
-        window_blocks: int = 3,
-        epoch_end: str = "drop",
-        flip: float = 0.5,
-        prefetch_steps: int = 4,
     ) -> None:
-        blocks = len(plan.corpus.samples)
-        self.lanes = lanes or choose_lanes(num_blocks=blocks, world_size=world_size)
+        self.builder, self.plan, self.data, self.training = builder, plan, builder.config, training
+        self._rank, self._world_size, self.ready_steps = rank, world_size, 0
+        blocks, batch_size = len(plan.corpus.samples), training.batch_size
+        self.lanes = (
+            lanes or self.data.lanes or choose_lanes(num_blocks=blocks, world_size=world_size)
+        )
         if world_size > self.lanes:
             raise ConfigError(
                 f"{world_size} ranks but {self.lanes} lanes; start at most {self.lanes} ranks"
             )
         self.micro_batches = micro_batches or choose_micro_batches(
-            lanes=self.lanes, world_size=world_size, accumulation=accumulation
+            lanes=self.lanes, world_size=world_size, accumulation=training.accumulation
         )
         self.micro_batches_per_step = micro_batches_per_rank(
             micro_batches=self.micro_batches, world_size=world_size
         )
-        self.stream = Shuffle(plan, lanes=self.lanes, window_blocks=window_blocks, seed=seed)
-        self.maker, self.plan, self.ready_steps = maker, plan, 0
-        self._batch_size, self._seed, self._flip = batch_size, seed, flip
-        self._rank, self._world_size = rank, world_size
-        self._prefetch, self._epoch_end = prefetch_steps, epoch_end
+        self.stream = Shuffle(
+            plan, lanes=self.lanes, window_blocks=self.data.window_blocks, seed=training.seed
+        )
         mean_block = max(1, self.stream.length(0) // max(1, blocks))
         # Far enough ahead that each rank has as many reads in flight as it has fetching threads.
-        self._horizon = max(prefetch_steps * batch_size, FETCHES * mean_block * world_size)
+        self._horizon = max(
+            self.data.prefetch_steps * batch_size, FETCHES * mean_block * world_size
+        )
         if self.end_of_epoch(0, 0) == 0:
             raise ConfigError(
                 f"training.batch_size {batch_size} exceeds the {self.stream.length(0)} samples of "
@@ -149,7 +142,7 @@ class TrainLoader:
         """
         left = self.stream.length(epoch) - start
         return start + epoch_samples(
-            num_samples=left, batch_size=self._batch_size, epoch_end=self._epoch_end
+            num_samples=left, batch_size=self.training.batch_size, epoch_end=self.data.epoch_end
         )
 
     def epoch(self, epoch: int, start: int, quarantined: Set[int] = frozenset()) -> Iterator[Step]:
@@ -160,16 +153,16 @@ class TrainLoader:
             start: visits of this epoch already consumed.
             quarantined: uids of samples that are left out; may grow while the epoch runs.
         """
-        reader, end = self.maker.reader, self.end_of_epoch(epoch, start)
+        reader, end = self.builder.reader, self.end_of_epoch(epoch, start)
         coming: deque[_Coming] = deque()
         wanted = start
         try:
             for first, samples, rows in self._cut(epoch, start, end, quarantined):
                 if reader.remote and wanted < min(end, first + self._horizon):
                     wanted = self._want(epoch, wanted, min(end, first + 2 * self._horizon))
-                asked = [(one, self.maker.start(one.at, one.visit, one.flip)) for one in rows]
+                asked = [(one, self.builder.start(one.at, one.visit, one.flip)) for one in rows]
                 coming.append(_Coming(first, samples, asked))
-                if len(coming) > self._prefetch:
+                if len(coming) > self.data.prefetch_steps:
                     yield self._finish(coming)
             while coming:
                 yield self._finish(coming)
@@ -189,7 +182,7 @@ class TrainLoader:
 
     def numbers(self) -> dict[str, float]:
         """What this rank's stream did so far, for its metrics: counts, seconds, and the queue."""
-        made, reader, remote = self.maker.counts, self.maker.reader, self.maker.reader.remote
+        made, reader, remote = self.builder.counts, self.builder.reader, self.builder.reader.remote
         cache = None if reader.cache is None else reader.cache.counts
         return {
             "samples": made.samples,
@@ -208,7 +201,7 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the threads."""
-        self.maker.close()
+        self.builder.close()
 
     def _cut(
         self, epoch: int, start: int, end: int, quarantined: Set[int]
@@ -217,19 +210,19 @@ class TrainLoader:
 
         Looked up for many steps at once: one step alone is too small for numpy to be quick.
         """
-        own_rows = max(1, self._batch_size // self._world_size)
-        stretch = max(1, _STRETCH_ROWS // own_rows) * self._batch_size
+        own_rows = max(1, self.training.batch_size // self._world_size)
+        stretch = max(1, _STRETCH_ROWS // own_rows) * self.training.batch_size
         for begin in range(start, end, stretch):
             steps = [
                 plan_step(
                     start=first,
-                    samples=min(self._batch_size, end - first),
+                    samples=min(self.training.batch_size, end - first),
                     lanes=self.lanes,
                     micro_batches=self.micro_batches,
                     rank=self._rank,
                     world_size=self._world_size,
                 )
-                for first in range(begin, min(begin + stretch, end), self._batch_size)
+                for first in range(begin, min(begin + stretch, end), self.training.batch_size)
             ]
             pieces = [positions for step in steps for positions in step.micro_batches]
             rows = self._look_up(epoch, pieces, quarantined)
@@ -238,10 +231,10 @@ class TrainLoader:
 
     def _look_up(self, epoch: int, pieces: list[I64], quarantined: Set[int]) -> Iterator[_Rows]:
         """The rows of consecutive micro-batches."""
-        reader, every = self.maker.reader, np.concatenate(pieces)
+        reader, every = self.builder.reader, np.concatenate(pieces)
         places = self.stream.at(epoch, every)
         uid = self._uids(places.row)
-        flip = uniform(uid, places.visit, seed=self._seed, purpose=FLIP) < self._flip
+        flip = uniform(uid, places.visit, seed=self.training.seed, purpose=FLIP) < self.data.flip
         away = np.isin(uid, np.fromiter(quarantined, np.uint64, len(quarantined)))
         parts = self.stream.parts(epoch, every[~away]) if reader.remote else None
         at = reader.locate(places.row[~away], parts)
@@ -264,7 +257,7 @@ class TrainLoader:
     def _finish(self, coming: deque[_Coming]) -> Step:
         """The oldest step, waited for."""
         step = coming.popleft()
-        self.maker.reader.retire(step.start)
+        self.builder.reader.retire(step.start)
         self.ready_steps = sum(all(made.done() for _, made in s.asked) for s in coming)
         left_out, index, damaged, batches = Ledger(), [], [], []
         for rows, future in step.asked:
@@ -291,11 +284,11 @@ class TrainLoader:
         mine = positions[(positions % self.lanes) % self._world_size == self._rank]
         if len(mine):
             rows = self.stream.at(epoch, mine).row
-            self.maker.reader.want(rows, self.stream.parts(epoch, mine))
+            self.builder.reader.want(rows, self.stream.parts(epoch, mine))
         return stop
 
     def _uids(self, rows: I64) -> U64:
-        return self.maker.reader.corpus.column("uid", rows)
+        return self.builder.reader.corpus.column("uid", rows)
 
 
 _AHEAD = 2
@@ -303,28 +296,28 @@ _AHEAD = 2
 
 
 def evaluation_batches(
-    maker: BatchBuilder, rows: I64, *, batch_size: int
+    builder: BatchBuilder, rows: I64, *, batch_size: int
 ) -> Generator[Batch, None, None]:
     """Batches of the given ascending rows in order, without augmentation, made ahead."""
     pending: deque[tuple[int, Future[BuiltBatch]]] = deque()
     try:
         for start in range(0, len(rows), batch_size):
             piece = rows[start : start + batch_size]
-            maker.reader.want(piece, maker.reader.blocks(piece))
+            builder.reader.want(piece, builder.reader.blocks(piece))
             zeros = np.zeros(len(piece), dtype=np.int64)
-            future = maker.start(maker.reader.locate(piece), zeros, zeros.astype(np.bool_))
+            future = builder.start(builder.reader.locate(piece), zeros, zeros.astype(np.bool_))
             pending.append((int(piece[0]), future))
             if len(pending) > _AHEAD:
-                yield _next(maker, pending)
+                yield _next(builder, pending)
         while pending:
-            yield _next(maker, pending)
+            yield _next(builder, pending)
     finally:
         for _, future in pending:
             future.cancel()
-        maker.reader.forget()
+        builder.reader.forget()
 
 
-def _next(maker: BatchBuilder, pending: "deque[tuple[int, Future[BuiltBatch]]]") -> Batch:
+def _next(builder: BatchBuilder, pending: "deque[tuple[int, Future[BuiltBatch]]]") -> Batch:
     first_row, future = pending.popleft()
-    maker.reader.retire(first_row)
+    builder.reader.retire(first_row)
     return future.result().batch
