@@ -183,6 +183,6 @@ class SampleReader:
     def _damaged(self, row: int, check: str) -> None:
         key, uid = self.split.shard_key(int(self.split.index.shard[row])), self.split.index.uid[row]
         raise DataError(
-            f"{self.split.store.url}/{key}: sample row {row} (uid {uid_to_hex(int(uid))}): {check}; "
-            "shard or index was altered or cut: restore it, or pack the dataset again"
+            f"{self.split.store.url}/{key}: sample row {row} (uid {uid_to_hex(int(uid))}): {check}"
+            "; shard or index was altered or cut: restore it, or pack the dataset again"
         )
