@@ -150,8 +150,8 @@ def _merge_rows(
 ) -> None:
     reader = SampleReader(split)
     for place, row in enumerate(rows.tolist()):
-        key, parts = reader.read_parts(row)
-        meta = json.loads(parts["json"])
+        key, members = reader.read_members(row)
+        meta = json.loads(members["json"])
         values = ragged[indptr[place] : indptr[place + 1]]
         expected = len(dataset.feasible.of(meta["object_id"]))
         if len(values) != expected:
@@ -161,10 +161,10 @@ def _merge_rows(
             )
         sink = io.BytesIO()
         np.lib.format.write_array(sink, values, version=(1, 0), allow_pickle=False)
-        parts["likelihood.npy"] = sink.getvalue()
+        members["likelihood.npy"] = sink.getvalue()
         labels = SampleLabels(key, meta["instance_id"], meta["positive"], meta["negative"])
         uid = int(split.index.uid[row])
-        builder.add(uid, meta["object_id"], encode_sample(key, parts), labels)
+        builder.add(uid, meta["object_id"], encode_sample(key, members), labels)
 
 
 def _check_alignment(

@@ -1,7 +1,7 @@
 """`python -m shard_tools reshard`: the same samples, in the same order, in tars of another size.
 
 A sample's tar bytes are copied verbatim after their crc32 check, so uids, keys, labels, likelihoods
-and the offsets of parts within a sample stay; which sample goes where follows from the source's
+and the offsets of members within a sample stay; which sample goes where follows from the source's
 index alone. The result depends on the samples and the sizes, not on how they were cut before. The
 unit of work is a shard of the target; a killed reshard continues.
 """
@@ -241,15 +241,11 @@ def _reads(index: Index, first: int, stop: int) -> Iterator[Run]:
 
 def _add(builder: TarBuilder, index: Index, row: int, data: bytes) -> None:
     """Append a sample as it is; its part file's entry says what pack's or merge's said."""
-    parts = {
-        "jpg": (int(index.jpg_offset[row]), int(index.jpg_length[row])),
-        "json": (int(index.json_offset[row]), int(index.json_length[row])),
-        "likelihood.npy": (int(index.likelihood_offset[row]), int(index.likelihood_length[row])),
-    }
-    offset, length = parts["json"]
+    members = index.members(row)
+    offset, length = members["json"]
     meta = json.loads(data[offset : offset + length])
     labels = SampleLabels(key_of(data), meta["instance_id"], meta["positive"], meta["negative"])
-    sample = EncodedSample(data, parts, int(index.crc32[row]))
+    sample = EncodedSample(data, members, int(index.crc32[row]))
     builder.add(int(index.uid[row]), int(index.object_id[row]), sample, labels)
 
 

@@ -38,7 +38,7 @@ from vlal_dist.data.format.index import (
     form_blocks,
     index_from_columns,
 )
-from vlal_dist.data.format.tar import EncodedSample, tar_end
+from vlal_dist.data.format.tar import MEMBERS, EncodedSample, tar_end
 from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.errors import DataError, VlalError
 from vlal_dist.observability.logs import Progress
@@ -133,8 +133,9 @@ class TarBuilder:
             "crc32": sample.crc32,
             **vars(labels),
         }
-        for part, column in (("jpg", "jpg"), ("json", "json"), ("likelihood.npy", "likelihood")):
-            entry[f"{column}_offset"], entry[f"{column}_length"] = sample.parts.get(part, (0, 0))
+        for name in MEMBERS:
+            place, column = sample.members.get(name, (0, 0)), name.removesuffix(".npy")
+            entry[f"{column}_offset"], entry[f"{column}_length"] = place
         for column, values in self.part.columns.items():
             values.append(entry[column])
         self._write(sample.data)

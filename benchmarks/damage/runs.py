@@ -61,7 +61,7 @@ def read_clean(folder: Path) -> Clean:
     rows = [read_epoch(loader, epoch).rows for epoch in range(BURST_EPOCHS)]
     loader.close()
     split = open_split(dataset, SPLIT)
-    samples = [SampleReader(split).read_parts(row) for row in range(split.num_samples)]
+    samples = [SampleReader(split).read_members(row) for row in range(split.num_samples)]
     contents = {key: tuple(parts[name] for name in FIELDS) for key, parts in samples}
     urls = [str(dataset.store.local_path(split.shard_key(n))) for n in range(len(split.shards))]
     undamaged = webdataset_cell([read_webdataset(urls, contents, HANDLERS[0])], contents)

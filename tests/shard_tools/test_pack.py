@@ -94,7 +94,7 @@ def test_instances_of_a_photo_are_adjacent_and_blocks_cover_the_index(packed: Pa
     split = open_split(open_dataset(str(packed / "dataset"), cache=packed / "cache"), "train")
     samples = [SampleReader(split).read(row) for row in range(split.num_samples)]
     photos = [
-        json.loads(SampleReader(split).read_parts(s.row)[1]["json"])["image_id"] for s in samples
+        json.loads(SampleReader(split).read_members(s.row)[1]["json"])["image_id"] for s in samples
     ]
     changes = sum(one != other for one, other in pairwise(photos))
     assert changes + 1 == len(set(photos)) == 24
@@ -142,7 +142,7 @@ def test_bytes_are_those_of_webdatasets_own_writer(packed: Path) -> None:
     sink = io.BytesIO()
     writer = TarWriter(sink, encoder=False, mtime=0, user="", group="", mode=0o444)
     for row in range(split.shards[0].samples):
-        key, parts = SampleReader(split).read_parts(row)
+        key, parts = SampleReader(split).read_members(row)
         writer.write({"__key__": key, **parts})
     writer.close()
     path = packed / "dataset/val/shards" / split.shards[0].name
@@ -161,10 +161,10 @@ def test_crops_are_cut_as_the_authors_cut_them() -> None:
     assert crop_bounds(box, width=80, height=60, expansion=0.3) == (7, 2, 34, 39)
     _, key, sample = make_sample(instance(box), decoded, dataset_name="d", settings=SETTINGS)
     assert key == "7"
-    offset, length = sample.parts["jpg"]
+    offset, length = sample.members["jpg"]
     crop = open_photo(sample.data[offset : offset + length], max_pixels=10**6)
     assert crop.size == (21, 31)
-    offset, length = sample.parts["json"]
+    offset, length = sample.members["json"]
     meta = json.loads(sample.data[offset : offset + length])
     assert np.allclose(meta["box_in_crop"], [0.9, 0.2, 20.4, 30.9])
 
@@ -174,7 +174,7 @@ def test_outside_the_photo_the_crop_is_zero() -> None:
     _, _, sample = make_sample(
         instance((-10, 30, 30, 30)), decoded, dataset_name="d", settings=SETTINGS
     )
-    offset, length = sample.parts["jpg"]
+    offset, length = sample.members["jpg"]
     pixels = np.asarray(Image.open(io.BytesIO(sample.data[offset : offset + length])))
     assert pixels.shape == (30, 30, 3)
     assert pixels[15:, :].mean() < 3 and pixels[:8, 15:].mean() > 60
@@ -186,7 +186,7 @@ def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
     _, _, sample = make_sample(
         instance((0, 0, 40, 30)), decoded, dataset_name="d", settings=SETTINGS
     )
-    offset, length = sample.parts["jpg"]
+    offset, length = sample.members["jpg"]
     assert sample.data[offset : offset + length] == data
     exif = Image.Exif()
     exif[0x0112] = 6

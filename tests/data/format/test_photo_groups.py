@@ -26,7 +26,8 @@ def test_rows_of_a_photo_share_a_number(merged: Dataset, moto_s3: S3Server, tmp_
     split = open_split(merged, SPLIT)
     reader = SampleReader(split)
     photos = [
-        json.loads(reader.read_parts(row)[1]["json"])["image_id"] for row in range(len(split.index))
+        json.loads(reader.read_members(row)[1]["json"])["image_id"]
+        for row in range(len(split.index))
     ]
     found = image_numbers(split)
     assert found.dtype == np.int64 and len(set(photos)) < len(photos)

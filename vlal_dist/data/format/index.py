@@ -30,7 +30,7 @@ class Index:
         shard: uint32, position in the split's shard list.
         offset, length: uint64, uint32, the sample's tar range.
         jpg_offset, jpg_length, json_offset, json_length, likelihood_offset, likelihood_length:
-            uint32, contents of the parts, counted from `offset`; 0, 0 where a part is absent.
+            uint32, contents of the members, counted from `offset`; 0, 0 where one is absent.
         object_id: uint32.
         crc32: uint32, zlib.crc32 of the whole range.
     """
@@ -50,6 +50,22 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.uid)
+
+    def members(self, row: int) -> dict[str, tuple[int, int]]:
+        """Member of a sample -> offset and length of its contents in the tar range, bytes."""
+        found = {
+            name: (int(offset[row]), int(length[row]))
+            for name, offset, length in (
+                ("jpg", self.jpg_offset, self.jpg_length),
+                ("json", self.json_offset, self.json_length),
+                ("likelihood.npy", self.likelihood_offset, self.likelihood_length),
+            )
+        }
+        return {name: place for name, place in found.items() if place[1]}
+
+    def rows_of_shard(self, shard: int) -> range:
+        """The rows of a shard, which are adjacent."""
+        return range(*np.searchsorted(self.shard, [shard, shard + 1]).tolist())
 
 
 @dataclass(frozen=True)

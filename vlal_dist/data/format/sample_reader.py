@@ -5,7 +5,6 @@ Local shards are read sample by sample; remote ones block by block, the last few
 
 import io
 import json
-import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -18,7 +17,8 @@ from isal.isal_zlib import crc32
 from vlal_dist.data.format.dataset import Split
 from vlal_dist.data.format.tar import key_of
 from vlal_dist.data.hashing import uid_to_hex
-from vlal_dist.errors import DataError, StorageError
+from vlal_dist.errors import DataError, TruncatedError
+from vlal_dist.storage.store import Store
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,30 @@ class Sample:
     log_likelihood: npt.NDArray[np.float32] | None
 
 
+def read_again(store: Store, key: str, *, offset: int, length: int, expected: int) -> bytes | str:
+    """Read a sample whose tar range failed its check once more, past every cache.
+
+    Args:
+        store: holds the shard.
+        key: the shard.
+        offset: of the sample's tar range, bytes.
+        length: of that range, bytes.
+        expected: its crc32.
+
+    Returns:
+        The bytes; or, where they fail the check again, what is wrong with them.
+
+    Raises:
+        StorageError: the shard cannot be read.
+    """
+    try:
+        data = store.read(key, offset=offset, length=length)
+    except TruncatedError:
+        return f"the shard ends before its {length} bytes at offset {offset} do"
+    found = crc32(data)
+    return data if found == expected else f"crc32 {found:08x} where {expected:08x} is expected"
+
+
 class SampleReader:
     """Reads samples of one split by row.
 
@@ -64,51 +88,43 @@ class SampleReader:
         self._blocks: OrderedDict[int, Future[bytes]] = OrderedDict()
 
     def read_range(self, row: int) -> bytes:
-        """The sample's tar range, checked by length and crc32; what fails is fetched once more.
+        """The sample's tar range, checked by length and crc32; a failed check is retried once.
 
         Raises:
             DataError: the bytes are not those that were packed; names shard, sample and check.
             StorageError: the shard cannot be read.
         """
-        index = self.split.index
-        shard, offset, length = (
-            int(index.shard[row]),
-            int(index.offset[row]),
-            int(index.length[row]),
-        )
-        data = self._read(row, shard, offset, length)
-        if self._fault(row, data):  # perhaps altered on the way: once more
-            self._forget_block(row)
-            data = self._read(row, shard, offset, length)
-        if fault := self._fault(row, data):
-            self._damaged(row, fault)
-        return data
+        index, key = self.split.index, self.split.shard_key(int(self.split.index.shard[row]))
+        offset, length = int(index.offset[row]), int(index.length[row])
+        expected = int(index.crc32[row])
+        try:
+            data = self._read(row, key, offset, length)
+            if len(data) == length and crc32(data) == expected:
+                return data
+        except TruncatedError:
+            pass
+        with self._lock:
+            self._blocks.pop(self._block_of(row), None)
+        again = read_again(self.split.store, key, offset=offset, length=length, expected=expected)
+        if isinstance(again, str):
+            raise self._damaged(row, again)
+        return again
 
-    def read_parts(self, row: int) -> tuple[str, dict[str, bytes]]:
-        """The key and the contents of every part of a sample; errors as `read_range`."""
-        data = self.read_range(row)
-        index = self.split.index
-        where = {
-            "jpg": (index.jpg_offset[row], index.jpg_length[row]),
-            "json": (index.json_offset[row], index.json_length[row]),
-            "likelihood.npy": (index.likelihood_offset[row], index.likelihood_length[row]),
-        }
-        parts = {
-            name: data[int(offset) : int(offset) + int(length)]
-            for name, (offset, length) in where.items()
-            if int(length)
-        }
-        return key_of(data), parts
+    def read_members(self, row: int) -> tuple[str, dict[str, bytes]]:
+        """The key and the contents of every member of a sample; errors as `read_range`."""
+        data, members = self.read_range(row), self.split.index.members(row)
+        contents = {name: data[at : at + length] for name, (at, length) in members.items()}
+        return key_of(data), contents
 
     def read(self, row: int) -> Sample:
         """One verified sample; errors as `read_range`."""
-        key, parts = self.read_parts(row)
-        meta = json.loads(parts["json"])
+        key, members = self.read_members(row)
+        meta = json.loads(members["json"])
         if meta["object_id"] != int(self.split.index.object_id[row]):
-            self._damaged(row, f"object {meta['object_id']} where index.arrow has another")
+            raise self._damaged(row, f"object {meta['object_id']} where index.arrow has another")
         likelihood = None
-        if "likelihood.npy" in parts:
-            stream = io.BytesIO(parts["likelihood.npy"])
+        if "likelihood.npy" in members:
+            stream = io.BytesIO(members["likelihood.npy"])
             likelihood = np.lib.format.read_array(stream, allow_pickle=False)
         x, y, w, h = meta["box_in_crop"]
         return Sample(
@@ -117,41 +133,19 @@ class SampleReader:
             key=key,
             instance_id=meta["instance_id"],
             object_id=int(meta["object_id"]),
-            jpg=parts["jpg"],
+            jpg=members["jpg"],
             box_in_crop=(x, y, w, h),
             positive=meta["positive"],
             negative=meta["negative"],
             log_likelihood=likelihood,
         )
 
-    def _read(self, row: int, shard: int, offset: int, length: int) -> bytes:
-        key = self.split.shard_key(shard)
-        path = self.split.store.local_path(key)
-        if path is None:
-            block = self._block_of(row)
-            start = offset - int(self.split.blocks.offset[block])
-            return self._block(block)[start : start + length]
-        # Opened for each read: a split may have more shards than a process may have open files.
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                return os.pread(descriptor, length, offset)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise StorageError(f"shard {path}: {error.strerror}; restore it") from None
-
-    def _fault(self, row: int, data: bytes) -> str:
-        """What is wrong with a sample's bytes; empty: nothing."""
-        expected, length = int(self.split.index.crc32[row]), int(self.split.index.length[row])
-        if len(data) != length:
-            return f"{len(data)} bytes where {length} are expected"
-        crc = crc32(data)
-        return "" if crc == expected else f"crc32 {crc:08x} where {expected:08x} is expected"
-
-    def _forget_block(self, row: int) -> None:
-        with self._lock:
-            self._blocks.pop(self._block_of(row), None)
+    def _read(self, row: int, key: str, offset: int, length: int) -> bytes:
+        if self.split.store.local_path(key) is not None:
+            return self.split.store.read(key, offset=offset, length=length)
+        block = self._block_of(row)
+        start = offset - int(self.split.blocks.offset[block])
+        return self._block(block)[start : start + length]
 
     def _block_of(self, row: int) -> int:
         return int(np.searchsorted(self.split.blocks.first_row, row, side="right")) - 1
@@ -180,9 +174,10 @@ class SampleReader:
                 self._blocks.pop(block, None)
         return mine.result()
 
-    def _damaged(self, row: int, check: str) -> None:
-        key, uid = self.split.shard_key(int(self.split.index.shard[row])), self.split.index.uid[row]
-        raise DataError(
-            f"{self.split.store.url}/{key}: sample row {row} (uid {uid_to_hex(int(uid))}): {check}"
-            "; shard or index was altered or cut: restore it, or pack the dataset again"
+    def _damaged(self, row: int, check: str) -> DataError:
+        index = self.split.index
+        key, uid = self.split.shard_key(int(index.shard[row])), uid_to_hex(int(index.uid[row]))
+        return DataError(
+            f"{self.split.store.url}/{key}: sample row {row} (uid {uid}): {check}; "
+            "shard or index was altered or cut: restore it, or pack the dataset again"
         )

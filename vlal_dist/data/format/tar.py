@@ -1,9 +1,9 @@
 """Tar shards: the exact bytes of a sample, and reading one sample back, verified.
 
-A sample is a run of adjacent tar members `KEY.PART`, parts sorted. Headers are USTAR with every
-field fixed, so the same sample is the same bytes on any machine; a test compares them with
-webdataset's own `TarWriter`. Python's `tarfile` ends quietly on a damaged header, so nothing here
-parses a tar to find samples: the index says where each lies, and its crc32 says that it is whole.
+A sample is a run of adjacent tar members, `KEY.jpg`, `KEY.json` and after merge
+`KEY.likelihood.npy`. Headers are USTAR with every field fixed, so the same sample is the same bytes
+on any machine; a test compares them with webdataset's own `TarWriter`. Python's `tarfile` ends
+quietly on a damaged header, so samples are found by the index and verified by their crc32.
 """
 
 import io
@@ -27,12 +27,12 @@ class EncodedSample:
 
     Attributes:
         data: headers, contents and padding; a multiple of 512 bytes.
-        parts: part name -> (offset in `data`, length) of its contents, bytes.
+        members: member -> (offset in `data`, length) of its contents, bytes.
         crc32: zlib.crc32 of `data`.
     """
 
     data: bytes
-    parts: dict[str, tuple[int, int]]
+    members: dict[str, tuple[int, int]]
     crc32: int
 
 
@@ -41,21 +41,21 @@ def sample_key(instance_id: str, uid: int) -> str:
     return instance_id if KEY_PATTERN.fullmatch(instance_id) else uid_to_hex(uid)
 
 
-def encode_sample(key: str, parts: Mapping[str, bytes]) -> EncodedSample:
+def encode_sample(key: str, members: Mapping[str, bytes]) -> EncodedSample:
     """The tar bytes of one sample.
 
     Raises:
-        DataError: a key that a tar or webdataset cannot hold, or an unknown part.
+        DataError: a key that a tar or webdataset cannot hold, or an unknown member.
     """
     if not KEY_PATTERN.fullmatch(key):
         raise DataError(f"sample key {key!r} must match {KEY_PATTERN.pattern}; use its uid")
     pieces: list[bytes] = []
     where: dict[str, tuple[int, int]] = {}
     position = 0
-    for name in sorted(parts):
+    for name in sorted(members):
         if name not in MEMBERS:
-            raise DataError(f"sample {key}: part {name!r} is not one of {', '.join(MEMBERS)}")
-        content = parts[name]
+            raise DataError(f"sample {key}: member {name!r} is not one of {', '.join(MEMBERS)}")
+        content = members[name]
         info = tarfile.TarInfo(f"{key}.{name}")
         info.size, info.mode, info.mtime = len(content), 0o444, 0
         header = info.tobuf(tarfile.USTAR_FORMAT)
@@ -64,11 +64,11 @@ def encode_sample(key: str, parts: Mapping[str, bytes]) -> EncodedSample:
         where[name] = (position + len(header), len(content))
         position += len(header) + len(content) + len(padding)
     data = b"".join(pieces)
-    return EncodedSample(data=data, parts=where, crc32=zlib.crc32(data))
+    return EncodedSample(data=data, members=where, crc32=zlib.crc32(data))
 
 
 def tar_end(size: int) -> bytes:
-    """What closes a tar whose samples take `size` bytes: two zero blocks, padded to a record."""
+    """The end of a tar whose samples take `size` bytes: two zero blocks, padded to a record."""
     closed = size + 2 * BLOCK
     return bytes(2 * BLOCK + -closed % tarfile.RECORDSIZE)
 
@@ -86,7 +86,7 @@ def key_of(data: bytes) -> str:
     except UnicodeDecodeError:
         text = ""
     if not dot or not KEY_PATTERN.fullmatch(text):
-        raise DataError(f"a sample's first header names {name!r}, not KEY.PART; verify the shard")
+        raise DataError(f"a sample's first header names {name!r}, not KEY.MEMBER; verify the shard")
     return text
 
 

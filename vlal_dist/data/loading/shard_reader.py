@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32
 
+from vlal_dist.data.format.sample_reader import read_again
 from vlal_dist.data.hashing import I64, U64
 from vlal_dist.data.loading.disk_cache import DiskCache
 from vlal_dist.data.loading.prefetch import ByteRange, Prefetcher, as_tuples
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.shuffle import BlockRanges
-from vlal_dist.errors import DataError, StorageError, TruncatedError
+from vlal_dist.errors import DataError, StorageError
 
 
 @dataclass(frozen=True)
@@ -285,26 +286,18 @@ class ShardReader:
 
     def _again(self, at: SampleLocations, place: int) -> Data | Damage:
         """Read one sample past every cache; if that fails the check too, it is damaged."""
-        shard, offset, length = at.shard[place], at.offset[place], at.length[place]
-        path = self._paths[shard]
+        shard = at.shard[place]
         with self._lock:
             self.refetched += 1
             self._files.pop(shard, None)
-        data: Data
-        try:
-            if path is not None:
-                file = self._open(shard, path)
-                data = os.pread(file.descriptor, length, offset)
-            else:
-                assert self.remote is not None
-                self.remote.discard(at.part[place], shard)
-                data = self._stores[shard].read(self._keys[shard], offset=offset, length=length)
-        except TruncatedError:
-            data = b""
-        if len(data) != length:
-            check = f"the shard ends before its {length} bytes at offset {offset} do"
-        elif (crc := crc32(data)) != at.crc32[place]:
-            check = f"crc32 {crc:08x} where {at.crc32[place]:08x} is expected"
-        else:
-            return data
-        return self.damage(at, place, check)
+        if self._paths[shard] is None:
+            assert self.remote is not None
+            self.remote.discard(at.part[place], shard)
+        found = read_again(
+            self._stores[shard],
+            self._keys[shard],
+            offset=at.offset[place],
+            length=at.length[place],
+            expected=at.crc32[place],
+        )
+        return self.damage(at, place, found) if isinstance(found, str) else found
