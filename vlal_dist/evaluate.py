@@ -15,21 +15,21 @@ from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.loader import evaluation_batches
 from vlal_dist.data.loading.shard_reader import ShardReader
 from vlal_dist.data.order.concat import ConcatSplits
-from vlal_dist.evaluation.dense_labels import read_truth
+from vlal_dist.evaluation.dense_labels import read_dense_labels
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions, save_predictions
 from vlal_dist.evaluation.predictors import predict, predict_clip, predict_constant
 from vlal_dist.evaluation.results import (
-    attributes_table,
     build_result,
     encode_attributes,
     format_row,
     result_folder,
 )
 from vlal_dist.method.metrics import evaluate_scores
+from vlal_dist.method.model import AttributeClassifier
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.saved_model import SavedModelInfo, load_model
-from vlal_dist.storage.store import Store, open_store
+from vlal_dist.storage.store import open_store
 
 PURPOSE = """
 Score every crop of a split (paths.dataset) with the run's best model, a constant, or zero-shot
@@ -44,10 +44,17 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     settings = config.evaluation
     dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
     store = open_store(config.paths.run)
-    predictions, info = _predictions(config, dataset, store)
-    truth = None
+    info = dense = None
+    if settings.predictor == "constant":
+        predictions = predict_constant(dataset, settings.split)
+    elif settings.predictor == "clip":
+        scores = open_store(config.paths.scores)
+        predictions = predict_clip(dataset, settings.split, scores=scores)
+    else:
+        model, info = load_model(store, "best", vocabulary=dataset.vocabulary)
+        predictions = _predict_split(model, info, dataset, config)
     if settings.truth is not None:
-        truth = read_truth(settings.truth, dataset, settings.split)
+        dense = read_dense_labels(settings.truth, dataset, settings.split)
     evaluation = evaluate_scores(
         predictions.score,
         predictions.label,
@@ -55,21 +62,12 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         top_k=settings.top_k,
         threshold=settings.threshold,
     )
-    result = build_result(
-        evaluation,
-        predictions,
-        dataset=dataset,
-        split=settings.split,
-        predictor=settings.predictor,
-        model=None if info is None else asdict(info),
-        top_k=settings.top_k,
-        threshold=settings.threshold,
-        truth=truth,
-    )
+    described = None if info is None else asdict(info)
+    result = build_result(settings, dataset, predictions, evaluation, model=described, dense=dense)
     folder = result_folder(settings.split, settings.predictor)
     save_predictions(store, f"{folder}/predictions.safetensors", predictions)
-    table = attributes_table(evaluation.attributes, predictions.score, dataset.vocabulary)
-    store.replace(f"{folder}/attributes.parquet", encode_attributes(table))
+    table = encode_attributes(evaluation.attributes, predictions.score, dataset.vocabulary)
+    store.replace(f"{folder}/attributes.parquet", table)
     store.replace(f"{folder}/result.json", (json.dumps(result, indent=2) + "\n").encode())
     sys.stdout.write(format_row(result) + "\n")
     overall = result["groups"][0]
@@ -80,37 +78,24 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         "mAP": overall["mAP"],
         "result": f"{config.paths.run}/{folder}/result.json",
     }
-    if result["truth"] is not None:
+    if dense is not None:
         counts["mAP_complete_labels"] = result["truth"]["groups"][0]["mAP"]
     return counts
 
 
-def _predictions(
-    config: Config, dataset: Dataset, store: Store
-) -> tuple[Predictions, SavedModelInfo | None]:
-    split = config.evaluation.split
-    if config.evaluation.predictor == "constant":
-        return predict_constant(dataset, split), None
-    if config.evaluation.predictor == "clip":
-        return predict_clip(dataset, split, scores=open_store(config.paths.scores)), None
-    model, info = load_model(store, "best", vocabulary=dataset.vocabulary)
+def _predict_split(
+    model: AttributeClassifier, info: SavedModelInfo, dataset: Dataset, config: Config
+) -> Predictions:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = open_split(dataset, split)
+    split = open_split(dataset, config.evaluation.split)
+    # The model's own input; each crop is seen once, so that none is worth keeping.
+    own = {"image_size": info.image_size, "normalize": info.normalize, "decoded_bytes": 0}
     builder = BatchBuilder(
-        ShardReader(ConcatSplits([opened])),
-        dataset,
-        # The model's own input; each crop is seen once, so that none is worth keeping.
-        config.data.model_copy(
-            update={
-                "image_size": info.image_size,
-                "normalize": info.normalize,
-                "decoded_bytes": 0,
-            }
-        ),
+        ShardReader(ConcatSplits([split])), dataset, config.data.model_copy(update=own)
     )
-    rows = np.arange(opened.num_samples, dtype=np.int64)
+    rows = np.arange(split.num_samples, dtype=np.int64)
     try:
-        with Progress(f"evaluate {split}", total=len(rows), unit="samples") as progress:
+        with Progress(f"evaluate {split.name}", total=len(rows), unit="samples") as progress:
             found = predict(
                 model.to(device),
                 evaluation_batches(builder, rows, batch_size=config.evaluation.batch_size),
@@ -120,7 +105,7 @@ def _predictions(
             )
     finally:
         builder.close()
-    return merge_predictions([found], num_samples=opened.num_samples), info
+    return merge_predictions([found], num_samples=len(rows))
 
 
 PROGRAM = Program(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlal_dist.config.sections import Config
-from vlal_dist.data.format.dataset import Dataset, open_dataset
+from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.evaluation.results import result_folder
@@ -34,73 +34,56 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     if config.export.onnx:
         require_onnx()
     dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
-    run, target = open_store(config.paths.run), open_store(config.paths.export)
+    run = open_store(config.paths.run)
     network, model = load_model(run, "best", vocabulary=dataset.vocabulary)
+    files, remarks, difference = {WEIGHTS: encode_weights(network)}, {}, None
+
+    split = config.data.validation_split
+    thresholds: Thresholds | str
+    validation = _result(run, split, model, dataset.digest)
+    if isinstance(validation, str):
+        thresholds = validation
+    else:
+        key = f"{result_folder(split, 'model')}/predictions.safetensors"
+        found = load_predictions(run, key)
+        thresholds = learn_thresholds(
+            found.score, found.label, split=split, min_annotated=config.export.min_annotated
+        )
+    if isinstance(thresholds, Thresholds):
+        files[THRESHOLDS] = encode_thresholds(thresholds, dataset.vocabulary.attributes)
+
+    if config.export.onnx:
+        files[ONNX], difference = export_onnx(network, model)
+        remarks = {"onnx": {"largest_difference": difference}}
+
     info = ExportInfo(
         model=model,
         vocabulary=dataset.vocabulary,
         dataset=dataset.name,
         box_expansion=float(dataset.manifest["crops"].get("box_expansion", 0.0)),
     )
-    files = {WEIGHTS: encode_weights(network)}
-    thresholds = _thresholds(config, run, model, dataset)
-    if isinstance(thresholds, Thresholds):
-        files[THRESHOLDS] = encode_thresholds(thresholds, dataset.vocabulary.attributes)
-    remarks: dict[str, Any] = {}
-    onnx: str | None = None
-    if config.export.onnx:
-        files[ONNX], difference = export_onnx(
-            network,
-            image_size=model.image_size,
-            normalize=model.normalize,
-            num_objects=model.num_objects,
-        )
-        remarks["onnx"] = {"largest_difference": difference}
-        onnx = (
-            "`image` float32 [B, 3, S, S], RGB in [0, 1], and `object_id` int64 [B] to "
-            "`probability` float32 [B, A]; over random inputs onnxruntime and torch differed by "
-            f"at most {difference:.1e}"
-        )
-    result = _result(run, config.evaluation.split, model, dataset)
-    card = model_card(info, result=result, thresholds=thresholds, onnx=onnx)
-    write_export(target, info, files, card=card, remarks=remarks)
+    result = _result(run, config.evaluation.split, model, dataset.digest)
+    card = model_card(info, result=result, thresholds=thresholds, onnx_difference=difference)
+    write_export(open_store(config.paths.export), info, files, card=card, remarks=remarks)
     return {
         "model": config.paths.export,
         "objects": model.num_objects,
         "attributes": model.num_attributes,
         "validation_mAP": model.validation_map,
         "thresholds": thresholds if isinstance(thresholds, str) else thresholds.describe(),
-        **({"onnx_difference": remarks["onnx"]["largest_difference"]} if onnx else {}),
+        **({} if difference is None else {"onnx_difference": difference}),
     }
 
 
-def _thresholds(
-    config: Config, run: Store, model: SavedModelInfo, dataset: Dataset
-) -> Thresholds | str:
-    """Learned on the validation split's predictions by this very model, or why not."""
-    split = config.data.validation_split
-    result = _result(run, split, model, dataset)
-    if isinstance(result, str):
-        return result
-    predictions = load_predictions(run, f"{result_folder(split, 'model')}/predictions.safetensors")
-    return learn_thresholds(
-        predictions.score,
-        predictions.label,
-        split=split,
-        min_annotated=config.export.min_annotated,
-    )
-
-
 def _result(
-    run: Store, split: str, model: SavedModelInfo, dataset: Dataset
+    run: Store, split: str, model: SavedModelInfo, dataset_digest: str
 ) -> dict[str, Any] | str:
-    """`result.json` of the model on a split, or the reason why it is of no use."""
+    """`result.json` of the model on a split, or the reason why it cannot be used."""
     folder = result_folder(split, "model")
     remedy = f"run python -m vlal_dist.evaluate --evaluation.split {split}, and export again"
     try:
         result: dict[str, Any] = json.loads(run.read(f"{folder}/result.json"))
-        same = result["model"] == asdict(model)
-        same &= result["dataset"]["digest"] == dataset.digest
+        same = (result["model"], result["dataset"]["digest"]) == (asdict(model), dataset_digest)
     except NotFoundError:
         return f"the model was not evaluated on {split}; {remedy}"
     except (ValueError, KeyError, TypeError) as error:
@@ -116,7 +99,7 @@ PROGRAM = Program(
     purpose=PURPOSE,
     sections=("paths", "export", "data", "evaluation", "observability"),
     flags=("json",),
-    # Not the export itself: that is handed on, and a configuration tells folders of this machine.
+    # Not the export itself: it is handed on, and a configuration names folders of this machine.
     output=lambda config, flags: config.paths.run,
     work=work,
 )

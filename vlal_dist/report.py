@@ -20,7 +20,7 @@ from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
-from vlal_dist.evaluation.dense_labels import read_truth
+from vlal_dist.evaluation.dense_labels import read_dense_labels
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
 from vlal_dist.evaluation.results import read_attributes, result_folder
 from vlal_dist.program import Counts, Program, run_program
@@ -104,7 +104,7 @@ def _read(config: Config) -> Inputs:
     predictions = _read_predictions(store, folder, result, dataset, split)
     truth = None
     if settings.truth is not None:
-        truth = read_truth(settings.truth, dataset, settings.split).label
+        truth = read_dense_labels(settings.truth, dataset, settings.split).label
     config_text = _read_text(store, "config.yaml")
     return Inputs(
         store=store,

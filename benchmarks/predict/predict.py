@@ -31,29 +31,23 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from vlal_dist.data.format.photos import Photos, open_photos  # noqa: E402
+from vlal_dist.config.sections import PredictConfig  # noqa: E402
 from vlal_dist.data.loading.batch import to_floats  # noqa: E402
 from vlal_dist.method.model import build_model  # noqa: E402
 from vlal_dist.release.model import ExportedModel, ExportInfo  # noqa: E402
-from vlal_dist.release.predict import (  # noqa: E402
-    Crop,
-    CropSettings,
-    make_crops,
-    predict_requests,
-)
+from vlal_dist.release.predict import Crop, make_crops, predict_requests  # noqa: E402
 from vlal_dist.release.prediction_files import open_output  # noqa: E402
-from vlal_dist.release.requests import Reject, Request, folder_records, parse_rows  # noqa: E402
+from vlal_dist.release.requests import Reject, open_requests  # noqa: E402
 from vlal_dist.release.saved_model import SavedModelInfo  # noqa: E402
 from vlal_dist.vocabulary import Vocabulary  # noqa: E402
 
 OBJECTS, ATTRIBUTES = 1763, 591
-BATCH, THREADS, TOP_K, MAX_PIXELS = 64, 2, 10, 64_000_000
 SHAPES = {64: (60, 80, 512), 224: (500, 375, 32)}
 """Image side -> width and height of the photos, and how many."""
 QUICK = {64: (60, 80, 128), 224: (500, 375, 16)}
 
 
-def make_photos(folder: Path, *, width: int, height: int, count: int) -> Photos:
+def make_photos(folder: Path, *, width: int, height: int, count: int) -> None:
     """JPEGs that are smooth with some grain, so that they weigh what photos weigh."""
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -65,7 +59,6 @@ def make_photos(folder: Path, *, width: int, height: int, count: int) -> Photos:
         grain = random.normal(0, 8, smooth.shape)
         pixels = (smooth + grain).clip(0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:05d}.jpg", quality=90)
-    return open_photos(str(folder), key="photos")
 
 
 def make_model(side: int, *, depth: int) -> ExportedModel:
@@ -92,24 +85,21 @@ def make_model(side: int, *, depth: int) -> ExportedModel:
 class Ways:
     """The three ways over the same photos."""
 
-    def __init__(self, side: int, depth: int, photos: Photos, folder: Path) -> None:
-        self.model, self.photos, self.folder = make_model(side, depth=depth), photos, folder
-        self.settings = CropSettings(side, 0.0, MAX_PIXELS)
-        records = list(folder_records(photos.names()))
-        parsed = parse_rows(records, object_name="object 7", object_id=self.model.object_id)
-        self.requests = [one for one in parsed if isinstance(one, Request)]
-        squares = [one.square for one in self._made() if isinstance(one, Crop)]
+    def __init__(self, side: int, depth: int, folder: Path) -> None:
+        self.model, self.folder = make_model(side, depth=depth), folder
+        self.config = PredictConfig(images=str(folder), object="object 7")
+        self.photos, requests, _ = open_requests(self.config, self.model)
+        self.requests = list(requests)
+        squares = [one.pixels for one in self._made() if isinstance(one, Crop)]
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
         object_id = torch.full((len(squares),), 7)
         self.batches = [
             (to_floats(part, normalize=False), ids)
-            for part, ids in zip(pixels.split(BATCH), object_id.split(BATCH), strict=True)
+            for part, ids in zip(pixels.split(64), object_id.split(64), strict=True)
         ]
 
     def _made(self) -> Iterator[Crop | Reject]:
-        return make_crops(
-            self.requests, self.photos, self.settings, threads=THREADS, ahead=2 * BATCH
-        )
+        return make_crops(self.requests, self.photos, self.model.info, self.config)
 
     @torch.inference_mode()
     def bare(self) -> None:
@@ -124,13 +114,10 @@ class Ways:
 
     def predict(self) -> None:
         """Everything."""
-        names = self.model.info.vocabulary.attributes
-        with open_output(self.folder / "out.jsonl", names, thresholds=False) as write:
-            predict_requests(
-                self.model, self.requests, self.photos, write=write, write_reject=print,
-                top_k=TOP_K, thresholds=False, batch_size=BATCH, threads=THREADS,
-                max_pixels=MAX_PIXELS,
-            )  # fmt: skip
+        with open_output(self.folder.with_suffix(".jsonl"), thresholds=False) as write:
+            for found in predict_requests(self.model, self.requests, self.photos, self.config):
+                assert not isinstance(found, Reject)
+                write(found)
 
 
 def compare(
@@ -143,8 +130,9 @@ def compare(
 ) -> str:
     """A row of the table."""
     width, height, count = shape
-    photos = make_photos(folder / f"{side}-{depth}", width=width, height=height, count=count)
-    ways = Ways(side, depth, photos, folder)
+    folder /= f"{side}-{depth}"
+    make_photos(folder, width=width, height=height, count=count)
+    ways = Ways(side, depth, folder)
     runs: dict[str, Callable[[], None]] = {
         "bare": ways.bare, "predict": ways.predict, "crops": ways.crops,
     }  # fmt: skip

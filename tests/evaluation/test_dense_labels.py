@@ -1,4 +1,4 @@
-"""Complete labels join by instance id, whatever the order of the file."""
+"""Dense labels are joined by instance id, whatever the order of the file."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import pytest
 from tests.fixtures.tiny_dataset import VOCABULARY, make_instances
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.evaluation.dense_labels import join_truth, read_truth
+from vlal_dist.evaluation.dense_labels import join_dense_labels, read_dense_labels
 from vlal_dist.storage.store import read_url
 
 
@@ -20,21 +20,21 @@ def table(rows: list[tuple[str, list[str]]]) -> pa.Table:
 
 
 def test_join_is_row_aligned_with_the_index(dataset: Dataset, truth_file: Path) -> None:
-    truth = read_truth(str(truth_file), dataset, "test")
-    assert truth.unknown_names == []
+    dense = read_dense_labels(str(truth_file), dataset, "test")
+    assert dense.unknown_names == []
     for row, instance in enumerate(make_instances()):
-        present = [int(i) for i in (truth.label[row] == 1).nonzero()[0]]
+        present = [int(i) for i in (dense.label[row] == 1).nonzero()[0]]
         assert present == instance.true
-    assert set(truth.label.ravel().tolist()) == {-1, 1}
+    assert set(dense.label.ravel().tolist()) == {-1, 1}
 
 
-def test_names_unknown_to_the_vocabulary_are_said() -> None:
+def test_names_unknown_to_the_vocabulary_are_listed() -> None:
     rows = [("a", ["red", "shiny"]), ("b", ["old", "blue", "shiny"]), ("c", [])]
     ids = pa.array(["c", "b", "a"])
-    truth = join_truth(table(rows), ids, vocabulary=VOCABULARY, where="t")
-    assert truth.unknown_names == ["old", "shiny"]
-    assert (truth.label == 1).sum(axis=1).tolist() == [0, 1, 1]
-    assert truth.label[1, VOCABULARY.attribute_ids["blue"]] == 1
+    dense = join_dense_labels(table(rows), ids, vocabulary=VOCABULARY, where="t")
+    assert dense.unknown_names == ["old", "shiny"]
+    assert (dense.label == 1).sum(axis=1).tolist() == [0, 1, 1]
+    assert dense.label[1, VOCABULARY.attribute_ids["blue"]] == 1
 
 
 @pytest.mark.parametrize(
@@ -45,20 +45,20 @@ def test_names_unknown_to_the_vocabulary_are_said() -> None:
         ([("a", ["Red"]), ("b", [])], "no name in it, such as Red"),
     ],
 )
-def test_bad_truth_is_refused(rows: list[tuple[str, list[str]]], says: str) -> None:
+def test_bad_labels_are_refused(rows: list[tuple[str, list[str]]], says: str) -> None:
     with pytest.raises(DataError, match=says):
-        join_truth(table(rows), pa.array(["a", "b"]), vocabulary=VOCABULARY, where="t")
+        join_dense_labels(table(rows), pa.array(["a", "b"]), vocabulary=VOCABULARY, where="t")
 
 
 def test_other_files_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError):
-        read_truth(str(tmp_path / "none.parquet"), dataset, "test")
+        read_dense_labels(str(tmp_path / "none.parquet"), dataset, "test")
     (tmp_path / "text").write_text("no Parquet")
     with pytest.raises(DataError, match="no Parquet"):
-        read_truth(str(tmp_path / "text"), dataset, "test")
+        read_dense_labels(str(tmp_path / "text"), dataset, "test")
     pa.parquet.write_table(pa.table({"key": ["a"]}), tmp_path / "other")
     with pytest.raises(DataError, match="instance_id"):
-        read_truth(str(tmp_path / "other"), dataset, "test")
+        read_dense_labels(str(tmp_path / "other"), dataset, "test")
 
 
 def test_a_plain_file_name_is_read_from_here(

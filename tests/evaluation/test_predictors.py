@@ -1,4 +1,4 @@
-"""The three predictors on the small dataset."""
+"""Predictors on the tiny dataset."""
 
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def test_ranks_give_what_one_process_gives(dataset: Dataset, maker: BatchBuilder
         assert (whole.score[row, 0] > 0.5) == (0 in instance.true)
 
 
-def test_dummy_rows_are_left_out_and_progress_told(maker: BatchBuilder) -> None:
+def test_dummy_rows_are_left_out_and_progress_is_reported(maker: BatchBuilder) -> None:
     batch = maker.make(np.array([3, 4]), np.zeros(2, np.int64), np.zeros(2, np.bool_))
     batch.row_weight[1] = 0
     seen: list[int] = []

@@ -17,7 +17,7 @@ from vlal_dist.config.load import config_yaml, load_config
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.program import run_program
-from vlal_dist.release.saved_model import save_model
+from vlal_dist.release.saved_model import encode_weights, write_model
 from vlal_dist.storage.store import open_store
 
 CONFIG = "method: {num_ignore: 30, loss: selective}\ntraining: {batch_size: 4, seed: 99}\n"
@@ -26,7 +26,7 @@ CONFIG = "method: {num_ignore: 30, loss: selective}\ntraining: {batch_size: 4, s
 def write_run(url: str) -> None:
     """What train would have left."""
     store = open_store(url)
-    save_model(store, "best", tiny_model(), INFO)
+    write_model(store, "best", encode_weights(tiny_model()), INFO)
     lines: list[dict[str, object]] = []
     for step in range(10, 200, 10):
         loss = 40 / step + 0.2 * (step % 3)

@@ -3,31 +3,34 @@
 import dataclasses
 import json
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.fixtures.tiny_dataset import VOCABULARY, make_instances
 from tests.release.test_saved_model import INFO
+from vlal_dist.config.sections import EvaluationConfig
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import DataError
-from vlal_dist.evaluation.dense_labels import Truth
+from vlal_dist.evaluation.dense_labels import DenseLabels
 from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.evaluation.predictors import predict_constant
 from vlal_dist.evaluation.results import (
-    attributes_table,
     build_result,
-    decode_attributes,
     encode_attributes,
     format_row,
     percent,
+    read_attributes,
 )
 from vlal_dist.method.metrics import evaluate_scores
+from vlal_dist.storage.store import open_store
 
 LARGE = VOCABULARY.attribute_ids["large"]
 
 
-def complete_labels() -> np.ndarray:
+def all_labels() -> np.ndarray:
     label = np.full((len(make_instances()), len(VOCABULARY.attributes)), -1, np.int8)
     for row, instance in enumerate(make_instances()):
         label[row, instance.true] = 1
@@ -38,28 +41,21 @@ def complete_labels() -> np.ndarray:
 def predictions(dataset: Dataset) -> Predictions:
     """Right of everything but `red`, where all are tied; `large` has no negative."""
     constant = predict_constant(dataset, "test")
-    score = np.where(complete_labels() == 1, 0.9, 0.1).astype(np.float32)
+    score = np.where(all_labels() == 1, 0.9, 0.1).astype(np.float32)
     score[:, VOCABULARY.attribute_ids["red"]] = 0.25
     constant.label[:, LARGE] = np.maximum(constant.label[:, LARGE], 0)
     return dataclasses.replace(constant, score=score)
 
 
-def build(dataset: Dataset, predictions: Predictions, truth: Truth | None = None) -> dict:  # type: ignore[type-arg]
+def build(
+    dataset: Dataset, predictions: Predictions, dense: DenseLabels | None = None
+) -> dict[str, Any]:
     evaluation = evaluate_scores(predictions.score, predictions.label, VOCABULARY.groups(), top_k=3)
-    return build_result(
-        evaluation,
-        predictions,
-        dataset=dataset,
-        split="test",
-        predictor="model",
-        model=asdict(INFO),
-        top_k=3,
-        threshold=0.5,
-        truth=truth,
-    )
+    config = EvaluationConfig(top_k=3)
+    return build_result(config, dataset, predictions, evaluation, model=asdict(INFO), dense=dense)
 
 
-def test_groups_counts_and_facts(dataset: Dataset, predictions: Predictions) -> None:
+def test_groups_and_counts(dataset: Dataset, predictions: Predictions) -> None:
     result = json.loads(json.dumps(build(dataset, predictions), allow_nan=False))
     names = [group["name"] for group in result["groups"]]
     assert names == [
@@ -82,19 +78,21 @@ def test_groups_counts_and_facts(dataset: Dataset, predictions: Predictions) -> 
     assert result["truth"] is None
 
 
-def test_complete_labels_give_their_own_map(dataset: Dataset, predictions: Predictions) -> None:
-    result = build(dataset, predictions, Truth(label=complete_labels(), unknown_names=["odd"]))
+def test_dense_labels_give_their_own_map(dataset: Dataset, predictions: Predictions) -> None:
+    result = build(dataset, predictions, DenseLabels(label=all_labels(), unknown_names=["odd"]))
     overall = result["truth"]["groups"][0]
-    share = (complete_labels()[:, VOCABULARY.attribute_ids["red"]] == 1).mean()
+    share = (all_labels()[:, VOCABULARY.attribute_ids["red"]] == 1).mean()
     assert overall == {"name": "overall", "num_classes": 8, "mAP": pytest.approx((7 + share) / 8)}
     assert result["truth"]["unknown_names"] == ["odd"]
     assert "mAP_complete" in format_row(result)
 
 
-def test_attributes_table(predictions: Predictions) -> None:
+def test_attributes_table(predictions: Predictions, tmp_path: Path) -> None:
     attributes = evaluate_scores(predictions.score, predictions.label, {}).attributes
-    data = encode_attributes(attributes_table(attributes, predictions.score, VOCABULARY))
-    rows = decode_attributes(data, where="a")
+    data = encode_attributes(attributes, predictions.score, VOCABULARY)
+    store = open_store(str(tmp_path))
+    store.replace("a/attributes.parquet", data)
+    rows = read_attributes(store, "a")
     assert [row["attribute"] for row in rows] == list(VOCABULARY.attributes)
     assert [row["type"] for row in rows] == list(VOCABULARY.attribute_type)
     for row, column in zip(rows, predictions.label.T, strict=True):
@@ -104,11 +102,12 @@ def test_attributes_table(predictions: Predictions) -> None:
     # All rows count in the mean score, annotated or not.
     assert rows[4]["mean_score"] == pytest.approx(0.25)
     assert rows[0]["mean_score"] == pytest.approx(predictions.score[:, 0].mean())
+    store.replace("a/attributes.parquet", data[:50])
     with pytest.raises(DataError, match="damaged"):
-        decode_attributes(data[:50], where="a")
+        read_attributes(store, "a")
 
 
-def test_the_row_says_counts_and_leaves_undefined_blank(
+def test_the_printed_row_has_counts_and_a_dash_where_undefined(
     dataset: Dataset, predictions: Predictions
 ) -> None:
     text = format_row(build(dataset, predictions))

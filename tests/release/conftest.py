@@ -9,7 +9,7 @@ import pytest
 from tests.fixtures.tiny_dataset import write_dataset
 from tests.fixtures.tiny_vaw import run
 from tests.release.test_saved_model import INFO, tiny_model
-from vlal_dist.release.saved_model import save_model
+from vlal_dist.release.saved_model import encode_weights, write_model
 from vlal_dist.storage.store import open_store
 
 
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     values = {"paths": paths, "data": {"validation_split": "test"}, "export": {"min_annotated": 5}}
     config = folder / "config.yaml"
     config.write_text(json.dumps(values))
-    save_model(open_store(str(folder / "run")), "best", tiny_model(), INFO)
+    write_model(open_store(str(folder / "run")), "best", encode_weights(tiny_model()), INFO)
     for program in ("vlal_dist.evaluate", "vlal_dist.export"):
         assert run(program, config) == 0
     return Trained(config, dataset, folder / "run", folder / "export")

@@ -15,7 +15,7 @@ from tests.release.test_saved_model import INFO, tiny_model
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.release import onnx_export
 from vlal_dist.release.model import load_exported
-from vlal_dist.release.saved_model import save_model
+from vlal_dist.release.saved_model import encode_weights, write_model
 from vlal_dist.release.thresholds import learn_thresholds
 from vlal_dist.storage.store import open_store
 
@@ -41,7 +41,7 @@ def test_the_card_has_results_and_its_three_lines_work(trained: Trained) -> None
     result = json.loads((trained.run / "evaluation/test-model/result.json").read_text())
     assert f"| overall | 8 of 8 | {100 * result['groups'][0]['mAP']:.2f} |" in card
     assert "own, " in card and "Loss `selective`, profile `paper`, seed 99" in card
-    start = card.index("    from vlal_dist.evaluation")
+    start = card.index("    from vlal_dist.release")
     lines = [line.strip() for line in card[start:].splitlines()[:3]]
     assert len(lines) == 3 and lines[2].startswith("model('photo.jpg', 'ball'")
     assert lines[0] in (ROOT / "README.md").read_text()
@@ -65,7 +65,7 @@ def test_what_was_not_evaluated_is_left_out_with_the_reason(
     assert remedy in card and "| overall |" in card
 
     store = open_store(str(tmp_path / "run"))  # trained on since it was evaluated
-    save_model(store, "best", tiny_model(), INFO)
+    write_model(store, "best", encode_weights(tiny_model()), INFO)
     for path in (trained.run / "evaluation/test-model").iterdir():
         store.replace(f"evaluation/test-model/{path.name}", path.read_bytes())
     assert run(EXPORT, trained.config, *flags, "--paths.run", store.url) == 0

@@ -82,14 +82,17 @@ def test_a_box_is_a_part_of_the_upright_photo(store: Store) -> None:
 
 
 def test_ties_go_to_the_lower_id(store: Store) -> None:
-    ids, values, present = load_exported(store.url).top(
-        np.array([[0.5, 0.75, 0.5, 0.25]], np.float32), k=3
+    (found,) = load_exported(store.url).top(
+        torch.tensor([[0.5, 0.75, 0.5, *[0.25] * (A - 3)]]), k=4
     )
-    assert ids.tolist() == [[1, 0, 2]] and values.tolist() == [[0.75, 0.5, 0.5]]
-    assert present is not None and present.tolist() == [[True, True, True]]
+    names = VOCABULARY.attributes
+    assert [one.name for one in found] == [names[1], names[0], names[2], names[3]]
+    assert [(one.probability, one.present) for one in found] == [
+        (0.75, True), (0.5, True), (0.5, True), (0.25, False)
+    ]  # fmt: skip
 
 
-def test_what_cannot_be_answered_is_told(store: Store, tmp_path: Path) -> None:
+def test_bad_arguments_are_refused_with_the_reason(store: Store, tmp_path: Path) -> None:
     model = load_exported(store.url)
     with pytest.raises(DataError, match=r"unknown object: 'bal'; .* 'ball'"):
         model(photo(), "bal")
@@ -114,7 +117,7 @@ def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:
     assert answer == model(photo(), "anything") and answer[0].present is None
 
 
-def test_an_export_cut_in_two_is_none(store: Store) -> None:
+def test_an_interrupted_export_does_not_load(store: Store) -> None:
     class Cut(Exception):
         pass
 
@@ -125,7 +128,7 @@ def test_an_export_cut_in_two_is_none(store: Store) -> None:
     interrupted.replace = fail  # type: ignore[method-assign]
     with pytest.raises(Cut):
         write_export(interrupted, EXPORT, {WEIGHTS: b"new"}, card="", remarks={})
-    with pytest.raises(NotFoundError, match="not to the end"):
+    with pytest.raises(NotFoundError, match="was interrupted"):
         load_exported(store.url)
 
 

@@ -1,6 +1,7 @@
 """The ONNX graph computes what torch does, for any batch; another one is refused."""
 
 import importlib.util
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from typing import cast
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.release.test_saved_model import INFO
 from vlal_dist.data.format.images import IMAGENET_MEAN, IMAGENET_STD
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.model import AttributeClassifier, build_model
@@ -25,7 +27,7 @@ def network(*, object_gate: bool) -> AttributeClassifier:
 
 def test_any_batch_and_the_normalisation_within_the_graph() -> None:
     model = network(object_gate=True)
-    data, difference = export_onnx(model, image_size=64, normalize=True, num_objects=5)
+    data, difference = export_onnx(model, replace(INFO, normalize=True, num_objects=5))
     assert 0 <= difference < 1e-5
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     image, object_id = torch.rand(4, 3, 64, 64), torch.tensor([4, 0, 1, 1])
@@ -47,14 +49,14 @@ class Average(nn.Module):
 
 def test_a_graph_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     least = cast(AttributeClassifier, Average())
-    settings = {"image_size": 8, "normalize": False, "num_objects": 5}
-    export_onnx(least, **settings)
+    info = replace(INFO, image_size=8, num_objects=5)
+    export_onnx(least, info)
     monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
     with pytest.raises(DataError, match="nothing was exported"):
-        export_onnx(least, **settings)
+        export_onnx(least, info)
 
 
-def test_without_the_extra_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
 
     def find(name: str) -> ModuleSpec | None:
@@ -62,4 +64,4 @@ def test_without_the_extra_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     with pytest.raises(ConfigError, match=r"needs onnxscript, .* pip install '\.\[onnx\]'"):
-        export_onnx(network(object_gate=True), image_size=64, normalize=False, num_objects=5)
+        export_onnx(network(object_gate=True), INFO)

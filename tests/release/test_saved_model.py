@@ -9,7 +9,7 @@ import torch
 from tests.fixtures.tiny_dataset import VOCABULARY
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.model import AttributeClassifier, build_model
-from vlal_dist.release.saved_model import SavedModelInfo, load_model, save_model
+from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_model, write_model
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -49,10 +49,10 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_round_trip_and_replacement(store: Store) -> None:
-    save_model(store, "best", tiny_model(1), INFO)
+    write_model(store, "best", encode_weights(tiny_model(1)), INFO)
     model = tiny_model(2)
     model(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))  # moves the BatchNorm buffers
-    save_model(store, "best", model, INFO)
+    write_model(store, "best", encode_weights(model), INFO)
     loaded, info = load_model(store, "best", vocabulary=VOCABULARY)
     assert info == INFO
     assert not loaded.training
@@ -62,26 +62,26 @@ def test_round_trip_and_replacement(store: Store) -> None:
 
 
 def test_another_vocabulary_is_refused_with_both_digests(store: Store) -> None:
-    save_model(store, "best", tiny_model(), INFO)
+    write_model(store, "best", encode_weights(tiny_model()), INFO)
     other = Vocabulary(("ball",), VOCABULARY.attributes, VOCABULARY.attribute_type,
                        VOCABULARY.prevalence)  # fmt: skip
     with pytest.raises(DataError, match=f"{VOCABULARY.digest}.*{other.digest}"):
         load_model(store, "best", vocabulary=other)
 
 
-def test_a_save_cut_in_two_is_noticed(store: Store) -> None:
-    save_model(store, "best", tiny_model(1), INFO)
+def test_an_interrupted_save_is_noticed(store: Store) -> None:
+    write_model(store, "best", encode_weights(tiny_model(1)), INFO)
     first = store.read("best/model.json")
-    save_model(store, "best", tiny_model(2), INFO)
+    write_model(store, "best", encode_weights(tiny_model(2)), INFO)
     store.replace("best/model.json", first)
-    with pytest.raises(DataError, match="cut in two"):
+    with pytest.raises(DataError, match="was interrupted"):
         load_model(store, "best", vocabulary=VOCABULARY)
 
 
 def test_absent_damaged_or_newer_description(store: Store) -> None:
     with pytest.raises(NotFoundError):
         load_model(store, "best", vocabulary=VOCABULARY)
-    save_model(store, "best", tiny_model(), INFO)
+    write_model(store, "best", encode_weights(tiny_model()), INFO)
     values = json.loads(store.read("best/model.json"))
     store.replace("best/model.json", json.dumps({**values, "format": 2}).encode())
     with pytest.raises(DataError, match="format 2"):

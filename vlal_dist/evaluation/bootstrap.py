@@ -1,7 +1,7 @@
-"""How far a mean average precision would move had other photos been drawn: a Bayesian bootstrap.
+"""Confidence intervals of mAP from a Bayesian bootstrap over the photos of a split.
 
-Rubin, The Bayesian Bootstrap, Annals of Statistics 1981. A replicate weighs the photos of a split
-anew, and the AP of each attribute is computed with these weights. Numpy only.
+Rubin, The Bayesian Bootstrap, Annals of Statistics 1981: each replicate draws a weight for each
+photo, and computes the AP of each attribute with these weights. Numpy only.
 
 Shapes: N rows (crops), A attributes, R replicates. Labels +1 present, -1 absent, 0 unannotated.
 """
@@ -9,10 +9,8 @@ Shapes: N rows (crops), A attributes, R replicates. Labels +1 present, -1 absent
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from numpy.typing import NDArray
 
-from vlal_dist.errors import DataError
 from vlal_dist.evaluation.predictions import Predictions
 
 _BLOCK_CELLS = 1 << 18  # weights held beside each other; stays in a core's cache
@@ -35,14 +33,7 @@ def image_weights(num_images: int, *, replicates: int, seed: int) -> NDArray[np.
 
     Returns:
         float64 [R, num_images], positive, mean 1 in each row.
-
-    Raises:
-        DataError: no photo, or no replicate.
     """
-    if num_images < 1 or replicates < 1:
-        raise DataError(
-            f"bootstrap of {num_images} photos in {replicates} replicates; both must be 1 or more"
-        )
     drawn = np.random.default_rng(seed).exponential(size=(replicates, num_images))
     drawn = np.maximum(drawn, np.finfo(np.float64).tiny)  # 0 has a probability, though a tiny one
     scaled: NDArray[np.float64] = drawn / drawn.mean(axis=1, keepdims=True)
@@ -58,25 +49,14 @@ def weighted_average_precision(
     with each row counted by its weight.
 
     Args:
-        score: floating [N, A].
+        score: floating [N, A], finite.
         label: int8 [N, A].
         weight: floating [R, N], positive.
 
     Returns:
         float64 [R, A]; NaN for attributes without a positive or without a negative, those that
         `mAP` leaves out.
-
-    Raises:
-        DataError: shapes differ, a score is not finite, or a weight is not positive.
     """
-    if score.shape != label.shape or score.ndim != 2:
-        raise DataError(f"scores {score.shape} and labels {label.shape} must be one [N, A]")
-    if weight.ndim != 2 or weight.shape[1] != len(score):
-        raise DataError(f"weights {weight.shape} of {len(score)} rows must be [R, N]")
-    if not np.isfinite(score).all():
-        raise DataError("a score is not finite; predict again with a model whose loss is finite")
-    if not (weight > 0).all():
-        raise DataError("a bootstrap weight is not positive; take those of image_weights")
     result = np.full((len(weight), score.shape[1]), np.nan)
     ranked = [_rank(score[:, a], label[:, a]) for a in range(score.shape[1])]
     width = max(1, _BLOCK_CELLS // max(1, len(score)))
@@ -109,13 +89,11 @@ def mean_average_precision(
 def interval(
     estimate: float, replicates: NDArray[np.float64], level: float = 0.95
 ) -> tuple[float, float]:
-    """An estimate, less and more by the spread of its replicates.
+    """The central share `level` of the replicates, shifted so that their mean is the estimate.
 
-    The central share `level` of the replicates, moved so that their mean is the estimate: the
-    weight of a positive raises both its share of the recall and the precision there, so that
+    The weight of a positive raises both its share of the recall and the precision there, so that
     replicates of a mAP lie above the mAP itself, at times nearly all of them (Efron, Tibshirani,
-    An Introduction to the Bootstrap, 1993, ch. 10: the estimate of bias). Their spread is what is
-    asked for.
+    An Introduction to the Bootstrap, 1993, ch. 10: the estimate of bias). Only their spread counts.
 
     Args:
         estimate: with equal weights.
@@ -134,7 +112,7 @@ _Ranked = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray
 
 
 def _rank(score: NDArray[np.floating], label: NDArray[np.int8]) -> _Ranked | None:
-    """What of an attribute's AP no weight changes; None where the AP is undefined.
+    """The part of an attribute's AP that no weight changes; None where the AP is undefined.
 
     Returns:
         order: annotated rows, best score first.
@@ -178,12 +156,10 @@ _AT_ONCE = 100  # replicates; bounds memory: their weights over VAW's test split
 
 def group_intervals(
     predictions: Predictions,
-    image: npt.NDArray[np.int64],
+    image: NDArray[np.int64],
     groups: Mapping[str, Sequence[int]],
 ) -> dict[str, tuple[float, float]]:
-    """Each group's mAP, less and more by the spread of bootstrap replicates over the photos.
-
-    The central 95 % of `REPLICATES` replicates, about the mAP (`bootstrap.interval`).
+    """95 % intervals of each group's mAP, from `REPLICATES` replicates over the photos.
 
     Args:
         predictions: of a split, N rows.

@@ -1,7 +1,6 @@
-"""Complete labels of rendered data: what is true of every attribute, annotated or not.
+"""Dense labels of rendered data: every attribute of every crop, annotated or not.
 
-Only data that we rendered ourselves has them. They never touch training; they let a report say
-whether a prediction without annotation is right.
+They never touch training; they let an evaluation judge predictions without annotation.
 """
 
 import logging
@@ -22,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Truth:
-    """Complete labels of a split.
+class DenseLabels:
+    """Dense labels of a split.
 
     Attributes:
         label: int8 [N, A], +1 or -1, row-aligned with the split's index.
@@ -34,7 +33,7 @@ class Truth:
     unknown_names: list[str]
 
 
-def read_truth(url: str, dataset: Dataset, split: str) -> Truth:
+def read_dense_labels(url: str, dataset: Dataset, split: str) -> DenseLabels:
     """Read the Parquet file at `url` and join it to a split by instance id.
 
     Columns: `instance_id` string, `positive` list<string>. An attribute that is not listed is
@@ -45,13 +44,15 @@ def read_truth(url: str, dataset: Dataset, split: str) -> Truth:
         DataError: other columns, an instance twice or missing, or no name of the vocabulary.
     """
     instance_id = read_labels(dataset, split)["instance_id"].combine_chunks()
-    return join_truth(_read_table(url), instance_id, vocabulary=dataset.vocabulary, where=url)
+    return join_dense_labels(
+        _read_table(url), instance_id, vocabulary=dataset.vocabulary, where=url
+    )
 
 
-def join_truth(
+def join_dense_labels(
     table: pa.Table, instance_id: pa.StringArray, *, vocabulary: Vocabulary, where: str
-) -> Truth:
-    """The join of `read_truth`, on tables.
+) -> DenseLabels:
+    """The join of `read_dense_labels`, on tables.
 
     Args:
         table: `instance_id` string, `positive` list<string>.
@@ -72,7 +73,7 @@ def join_truth(
         logger.warning("truth %s: left out, not in the vocabulary: %s", where, ", ".join(unknown))
     label = np.full((len(instance_id), len(vocabulary.attributes)), -1, dtype=np.int8)
     label[row[known], np.asarray(attribute.drop_null())] = 1
-    return Truth(label=label, unknown_names=unknown)
+    return DenseLabels(label=label, unknown_names=unknown)
 
 
 def instance_rows(table: pa.Table, instance_id: pa.StringArray, *, where: str) -> pa.Int32Array:

@@ -1,22 +1,20 @@
-"""The three predictors: a trained model, a constant, and zero-shot CLIP from score files.
+"""Predictors: a trained model, a constant, and zero-shot CLIP from score files.
 
-`predict` serves the training room (each rank its rows, merged by `merge_predictions`) and the
-evaluate program alike. The other two read no image: labels and ids come from the dataset's tables.
+`predict` serves training (each rank its rows, joined by `merge_predictions`) and evaluate. The
+others read no image: labels and ids come from the dataset's tables.
 """
 
 from collections.abc import Callable, Iterable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from vlal_dist.data.format.dataset import Dataset, open_split, read_labels
-from vlal_dist.data.format.scores import ShardScores, read_scores_manifest, read_shard_scores
+from vlal_dist.data.format.scores import read_scores_manifest, read_shard_scores
 from vlal_dist.data.loading.batch import Batch, on_device
 from vlal_dist.errors import DataError
-from vlal_dist.evaluation.predictions import Predictions, label_matrix
-from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.evaluation.predictions import Predictions, concatenate, label_matrix
 from vlal_dist.storage.store import Store
 
 CONSTANT_SCORE = 0.5
@@ -34,12 +32,12 @@ def predict(
 ) -> Predictions:
     """Probabilities P = sigmoid(z) of the samples in `batches`, in their order.
 
-    The model runs in eval mode and is given back in the mode it came in. Rows of weight 0
-    (dummies) are left out.
+    The model runs in eval mode; its mode is restored afterwards. Rows of weight 0 (dummies) are
+    left out.
 
     Args:
         model: (image float32 [B, 3, S, S], object_id int64 [B]) -> logits [B, A], on `device`.
-        batches: from `evaluation_batches`; none at all gives an empty result.
+        batches: from `evaluation_batches`; there may be none.
         num_attributes: A, needed when there is no batch.
         device: where the model is.
         autocast: dtype of mixed precision, e.g. `torch.bfloat16`; absent: float32. Logits are
@@ -48,7 +46,14 @@ def predict(
     """
     was_training = model.training
     model.eval()
-    parts: list[Predictions] = []
+    parts = [
+        Predictions(
+            row=np.zeros(0, np.int64),
+            uid=np.zeros(0, np.uint64),
+            score=np.zeros((0, num_attributes), np.float32),
+            label=np.zeros((0, num_attributes), np.int8),
+        )
+    ]
     try:
         for batch in batches:
             moved = on_device(batch, device)
@@ -68,14 +73,11 @@ def predict(
                 advance(int(real.sum()))
     finally:
         model.train(was_training)
-    return _concatenate(parts, num_attributes)
+    return concatenate(parts)
 
 
 def predict_constant(dataset: Dataset, split: str) -> Predictions:
-    """The score 0.5 everywhere: the floor that any learned model must clear.
-
-    All ties: the average precision of an attribute is its share of positives.
-    """
+    """The score 0.5 everywhere: the average precision of an attribute is its share of positives."""
     return _from_tables(dataset, split, score=CONSTANT_SCORE)
 
 
@@ -94,44 +96,29 @@ def predict_clip(dataset: Dataset, split: str, *, scores: Store) -> Predictions:
         feasible_digest=dataset.feasible.digest,
         vocabulary_digest=dataset.vocabulary.digest,
     )
-    covered = list(manifest["splits"])
-    if split not in covered:
+    if split not in manifest["splits"]:
         raise DataError(
-            f"scores at {scores.url} cover the splits {', '.join(covered)}, not {split}; score it "
-            f'too (score_clip --scoring.splits "[{split}]") and point paths.scores there'
+            f"scores at {scores.url} cover the splits {', '.join(manifest['splits'])}, not "
+            f'{split}; score it too (score_clip --scoring.splits "[{split}]") and point '
+            "paths.scores there"
         )
     opened = open_split(dataset, split)
     predictions = _from_tables(dataset, split, score=0.0)
     for number, shard in enumerate(opened.shards):
         rows = np.arange(*np.searchsorted(opened.index.shard, [number, number + 1]))
         found = read_shard_scores(scores, split, shard_sha256=shard.sha256, manifest=manifest)
-        if not np.array_equal(found.uid, predictions.uid[rows]):
+        feasible = [dataset.feasible.of(int(owner)) for owner in opened.index.object_id[rows]]
+        sizes = np.diff(found.indptr)
+        same = np.array_equal(found.uid, predictions.uid[rows])
+        if not (same and np.array_equal(sizes, [len(ids) for ids in feasible])):
             raise DataError(
-                f"{scores.url}: the scores of shard {shard.name} name other samples than "
-                f"{dataset.url} does; score this dataset again into a new paths.scores"
-            )
-        _fill_cosines(predictions, rows, opened.index.object_id[rows], found, dataset.feasible)
-    return predictions
-
-
-def _fill_cosines(
-    predictions: Predictions,
-    rows: npt.NDArray[np.int64],
-    object_id: npt.NDArray[np.uint32],
-    found: ShardScores,
-    feasible_sets: FeasibleSets,
-) -> None:
-    """Write (cosine + 1) / 2 into the feasible columns of a shard's rows."""
-    for position, (row, owner) in enumerate(zip(rows, object_id, strict=True)):
-        feasible = feasible_sets.of(int(owner))
-        cosine = found.similarity[found.indptr[position] : found.indptr[position + 1]]
-        if len(cosine) != len(feasible):
-            raise DataError(
-                f"scores of row {row} (uid {predictions.uid[row]}): {len(cosine)} similarities "
-                f"for {len(feasible)} feasible attributes; score the dataset again"
+                f"{scores.url}: the scores of shard {shard.name} are of other samples or feasible "
+                f"sets than those of {dataset.url}; score this dataset into a new paths.scores"
             )
         # Rounding can push the cosine of two unit vectors a hair over 1.
-        predictions.score[row, feasible] = np.clip((cosine + 1) / 2, 0, 1)
+        value = np.clip((found.similarity + 1) / 2, 0, 1)
+        predictions.score[np.repeat(rows, sizes), np.concatenate(feasible)] = value
+    return predictions
 
 
 def _from_tables(dataset: Dataset, split: str, *, score: float) -> Predictions:
@@ -144,20 +131,4 @@ def _from_tables(dataset: Dataset, split: str, *, score: float) -> Predictions:
         uid=uid,
         score=np.full((len(uid), width), score, dtype=np.float32),
         label=label_matrix(table["positive"], table["negative"], width=width),
-    )
-
-
-def _concatenate(parts: list[Predictions], num_attributes: int) -> Predictions:
-    if not parts:
-        return Predictions(
-            row=np.zeros(0, np.int64),
-            uid=np.zeros(0, np.uint64),
-            score=np.zeros((0, num_attributes), np.float32),
-            label=np.zeros((0, num_attributes), np.int8),
-        )
-    return Predictions(
-        row=np.concatenate([part.row for part in parts]),
-        uid=np.concatenate([part.uid for part in parts]),
-        score=np.concatenate([part.score for part in parts]),
-        label=np.concatenate([part.label for part in parts]),
     )

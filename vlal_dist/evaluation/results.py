@@ -1,6 +1,6 @@
-"""What an evaluation leaves behind: result.json, attributes.parquet and the printed row.
+"""Results of an evaluation: result.json, attributes.parquet and the printed row.
 
-Shares are of 1 in the files and percent where people read them. Sec. 3.1; Table 1.
+Shares are of 1 in the files and percent in print. Sec. 3.1; Table 1.
 """
 
 import io
@@ -12,15 +12,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
+from vlal_dist.config.sections import EvaluationConfig
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import DataError
-from vlal_dist.evaluation.dense_labels import Truth
+from vlal_dist.evaluation.dense_labels import DenseLabels
 from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate_scores
 from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
+_NAMES = {"constant": "constant 0.5", "clip": "CLIP, zero-shot"}
 ROW_CELLS = 15  # columns of the printed row before it is folded: VAW's groups fit on one line
 ATTRIBUTES_SCHEMA = pa.schema(
     [
@@ -42,29 +44,23 @@ def result_folder(split: str, predictor: str) -> str:
 
 
 def build_result(
-    evaluation: Evaluation,
-    predictions: Predictions,
-    *,
+    config: EvaluationConfig,
     dataset: Dataset,
-    split: str,
-    predictor: str,
+    predictions: Predictions,
+    evaluation: Evaluation,
+    *,
     model: Mapping[str, Any] | None,
-    top_k: int,
-    threshold: float,
-    truth: Truth | None,
+    dense: DenseLabels | None,
 ) -> dict[str, Any]:
     """The content of result.json.
 
     Args:
-        evaluation: `evaluate_scores` of the predictions, with the same top_k and threshold.
+        config: split, predictor, top_k and threshold.
+        dataset: the dataset of the split.
         predictions: of all rows of the split, in order.
-        dataset: they are of.
-        split: evaluated.
-        predictor: model, constant or clip.
+        evaluation: `evaluate_scores` of the predictions.
         model: `model.json` of the model behind them; None for constant and clip.
-        top_k: k of mR@k and F1@k.
-        threshold: score above which mA counts a positive.
-        truth: complete labels, if known: adds `truth`, the mAP on them.
+        dense: dense labels, if known: adds `truth`, the mAP on them.
 
     Returns:
         `format`, `name`, `predictor`, `split`, `dataset` (name and digests), `model`,
@@ -74,11 +70,21 @@ def build_result(
     """
     groups = dataset.vocabulary.groups()
     names = dataset.vocabulary.attributes
+    truth = None
+    if dense is not None:
+        found = evaluate_scores(predictions.score, dense.label, groups).groups
+        truth = {
+            "groups": [
+                {"name": name, **{key: found[name][key] for key in ("mAP", "num_classes")}}
+                for name in groups
+            ],
+            "unknown_names": dense.unknown_names,
+        }
     return {
         "format": FORMAT,
-        "name": _name(predictor, model),
-        "predictor": predictor,
-        "split": split,
+        "name": f"{model['loss']} ({model['profile']})" if model else _NAMES[config.predictor],
+        "predictor": config.predictor,
+        "split": config.split,
         "dataset": {
             "name": dataset.name,
             "digest": dataset.digest,
@@ -89,20 +95,20 @@ def build_result(
         "num_samples": len(predictions.row),
         "num_positive": int(evaluation.attributes.num_positive.sum()),
         "num_negative": int(evaluation.attributes.num_negative.sum()),
-        "settings": {"top_k": top_k, "threshold": threshold},
+        "settings": {"top_k": config.top_k, "threshold": config.threshold},
         "groups": [
             {"name": name, "num_attributes": len(ids), **evaluation.groups[name]}
             for name, ids in groups.items()
         ],
         "excluded": [names[i] for i in np.flatnonzero(~evaluation.attributes.defined)],
-        "truth": None if truth is None else _on_truth(predictions.score, truth, groups),
+        "truth": truth,
     }
 
 
-def attributes_table(
+def encode_attributes(
     attributes: AttributeScores, score: npt.NDArray[np.float32], vocabulary: Vocabulary
-) -> pa.Table:
-    """A row per attribute, in attribute order; `mean_score` over all rows (PSL's prior)."""
+) -> bytes:
+    """`attributes.parquet`: a row per attribute; `mean_score` over all rows (PSL's prior)."""
     columns = {
         "attribute": vocabulary.attributes,
         "type": vocabulary.attribute_type,
@@ -113,47 +119,32 @@ def attributes_table(
         "ap": pa.array(attributes.ap, mask=~attributes.defined),
         "mean_score": score.mean(axis=0, dtype=np.float64),
     }
-    return pa.table(columns, schema=ATTRIBUTES_SCHEMA)
-
-
-def encode_attributes(table: pa.Table) -> bytes:
-    """`attributes.parquet`."""
     sink = io.BytesIO()
-    pa.parquet.write_table(table, sink)
+    pa.parquet.write_table(pa.table(columns, schema=ATTRIBUTES_SCHEMA), sink)
     return sink.getvalue()
 
 
-def decode_attributes(data: bytes, *, where: str) -> list[dict[str, Any]]:
-    """The rows of `attributes.parquet`.
-
-    Raises:
-        DataError: damaged, or other columns.
-    """
-    try:
-        table = pa.parquet.read_table(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{where} is damaged ({error}); evaluate again") from None
-    if table.schema.names != ATTRIBUTES_SCHEMA.names:
-        raise DataError(
-            f"{where} has columns {table.schema.names}, needed are {ATTRIBUTES_SCHEMA.names}; "
-            "evaluate again"
-        )
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return rows
-
-
 def read_attributes(store: Store, folder: str) -> list[dict[str, Any]]:
-    """The rows of an evaluation's `attributes.parquet`, with what a constant score would get.
+    """The rows of an evaluation's `attributes.parquet`, compared with a constant score.
 
     Returns:
         The columns, and `baseline`, the share of positives among the annotated rows (None without
         any), and `lift`, AP / baseline (None where the AP is undefined).
 
     Raises:
-        NotFoundError, DataError: absent; damaged.
+        NotFoundError, DataError: absent; damaged, or other columns.
     """
     key = f"{folder}/attributes.parquet"
-    lines = decode_attributes(store.read(key), where=f"{store.url}: {key}")
+    try:
+        table = pa.parquet.read_table(pa.BufferReader(store.read(key)))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{store.url}: {key} is damaged ({error}); evaluate again") from None
+    if table.schema.names != ATTRIBUTES_SCHEMA.names:
+        raise DataError(
+            f"{store.url}: {key} has columns {table.schema.names}, needed are "
+            f"{ATTRIBUTES_SCHEMA.names}; evaluate again"
+        )
+    lines: list[dict[str, Any]] = table.to_pylist()
     for line in lines:
         labelled = line["num_positive"] + line["num_negative"]
         line["baseline"] = line["num_positive"] / labelled if labelled else None
@@ -205,22 +196,3 @@ def _aligned(cells: list[tuple[str, str, str]]) -> str:
     heads = ("mAP, %", "attributes", "")
     margin = max(len(head) for head in heads)
     return "\n".join(f"{head:<{margin}}  {line}" for head, line in zip(heads, lines, strict=True))
-
-
-def _on_truth(
-    score: npt.NDArray[np.float32], truth: Truth, groups: dict[str, list[int]]
-) -> dict[str, Any]:
-    found = evaluate_scores(score, truth.label, groups).groups
-    return {
-        "groups": [
-            {"name": name, **{key: found[name][key] for key in ("mAP", "num_classes")}}
-            for name in groups
-        ],
-        "unknown_names": truth.unknown_names,
-    }
-
-
-def _name(predictor: str, model: Mapping[str, Any] | None) -> str:
-    if model is not None:
-        return f"{model['loss']} ({model['profile']})"
-    return {"constant": "constant 0.5", "clip": "CLIP, zero-shot"}.get(predictor, predictor)

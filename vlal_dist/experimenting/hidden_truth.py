@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from vlal_dist.data.format.dataset import Dataset, read_labels
 from vlal_dist.errors import DataError
-from vlal_dist.evaluation.dense_labels import instance_rows, join_truth
+from vlal_dist.evaluation.dense_labels import instance_rows, join_dense_labels
 from vlal_dist.storage.store import read_url
 
 Labels = npt.NDArray[np.int8]
@@ -112,7 +112,9 @@ def read_hidden_truth(url: str, dataset: Dataset, split: str) -> Labels:
     ids = pa.list_(pa.uint32())
     if types.get("instance_id") == pa.string():
         if types.get("positive") == pa.list_(pa.string()):
-            return join_truth(table, instance_id, vocabulary=dataset.vocabulary, where=url).label
+            return join_dense_labels(
+                table, instance_id, vocabulary=dataset.vocabulary, where=url
+            ).label
         if types.get("positive") == types.get("negative") == ids:
             label = _dense(rows, len(dataset.vocabulary.attributes), where=dataset.url)
             return join_hidden(table, instance_id, label=label, where=url)

@@ -1,8 +1,8 @@
-"""An exported model: a folder that loads without dataset, run or configuration.
+"""Exported models: a folder that loads without dataset, run or configuration.
 
 `model.safetensors`, optionally `thresholds.json` and `model.onnx`, `README.md`, and `config.json`,
-committed last with the sha256 of the files above: an export cut in two is never loaded. No pickle.
-Three lines use it:
+committed last with the sha256 of the files above, so that an interrupted export is never loaded.
+No pickle. Three lines use it:
 
     from vlal_dist.release.model import load_exported
     model = load_exported("runs/vaw/export")
@@ -10,27 +10,25 @@ Three lines use it:
 """
 
 import difflib
-import hashlib
+import functools
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vlal_dist.data.format.images import open_photo, upright_rgb
 from vlal_dist.data.loading.batch import to_floats
 from vlal_dist.data.loading.decode import Box, square_into
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
-from vlal_dist.method.model import AttributeClassifier, build_model
-from vlal_dist.release.saved_model import SavedModelInfo
+from vlal_dist.method.model import AttributeClassifier
+from vlal_dist.release.saved_model import SavedModelInfo, decode_weights, read_verified
 from vlal_dist.release.thresholds import Thresholds, decode_thresholds
+from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -38,12 +36,12 @@ FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 THRESHOLDS, ONNX = "thresholds.json", "model.onnx"
 MAX_PIXELS = 64_000_000
-"""Largest photo that `ExportedModel` opens by itself (pixels); predict has its own knob."""
+"""Largest photo that `ExportedModel` opens by itself (pixels); `predict.max_pixels` is separate."""
 
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What `config.json` says besides digests.
+    """The content of `config.json`, without digests.
 
     Attributes:
         model: architecture, input and training of the weights.
@@ -77,7 +75,7 @@ class ExportedModel:
     """A model with names: photos and object names in, attribute names and probabilities out.
 
     Attributes:
-        info: what the export says of it.
+        info: the export's description.
         network: the classifier, in eval mode.
         thresholds: from which probability on an attribute is present; None: not learned.
     """
@@ -87,7 +85,6 @@ class ExportedModel:
     ) -> None:
         self.info, self.network, self.thresholds = info, network.eval(), thresholds
 
-    @torch.inference_mode()
     def __call__(
         self,
         image: Image.Image | Tensor | str | Path,
@@ -113,32 +110,25 @@ class ExportedModel:
         square = np.empty((side, side, 3), dtype=np.uint8)
         expansion = self.info.box_expansion
         square_into(_photo(image), box, square, expansion=expansion, max_pixels=MAX_PIXELS)
-        probability = self.probabilities(torch.from_numpy(square[None]), object_id).numpy()
-        ids, values, present = self.top(probability, k=top_k)
-        names = self.info.vocabulary.attributes
-        return [
-            FoundAttribute(names[i], value, None if present is None else bool(present[0, place]))
-            for place, (i, value) in enumerate(zip(ids[0], values[0].tolist(), strict=True))
-        ]
+        return self.top(self.probabilities(torch.from_numpy(square[None]), object_id), k=top_k)[0]
 
     def object_id(self, name: str | None) -> int:
         """The id of an object name; 0 where the model does not look at objects.
 
         Raises:
-            DataError: no such object; the nearest names are told.
+            DataError: no such object; the message names the nearest ones.
         """
         if not self.info.model.object_gate:
             return 0
-        ids = self.info.vocabulary.object_ids
-        if name in ids:
-            return ids[name]
         if name is None:
             raise DataError("no object: this model needs the object's name beside the image")
-        near = difflib.get_close_matches(name, self.info.vocabulary.objects, n=3, cutoff=0.0)
-        raise DataError(
-            f"unknown object: {name!r}; the nearest of the model's {len(ids)} objects are "
-            f"{', '.join(map(repr, near))}"
-        )
+        known = self.info.vocabulary.object_ids
+        if name not in known:
+            raise DataError(
+                f"unknown object: {name!r}; the nearest of the model's {len(known)} objects are "
+                f"{_nearest(name, self.info.vocabulary.objects)}"
+            )
+        return known[name]
 
     @torch.inference_mode()
     def probabilities(self, squares: Tensor, object_id: Tensor) -> Tensor:
@@ -157,24 +147,24 @@ class ExportedModel:
         )
         return torch.sigmoid(self.network(image, object_id.to(device)).float()).cpu()
 
-    def top(
-        self, probability: npt.NDArray[np.float32], *, k: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.bool_] | None]:
+    def top(self, probability: Tensor, *, k: int) -> list[list[FoundAttribute]]:
         """The k likeliest attributes of each row, best first; ties: lower id.
 
         Args:
             probability: float32 [B, A].
             k: at most A are given; 0: all.
-
-        Returns:
-            Attribute ids [B, k], their probabilities, and whether each reaches its threshold (None
-            without thresholds).
         """
-        ids = np.argsort(-probability, axis=1, kind="stable")[:, : k or None]
-        values = np.take_along_axis(probability, ids, axis=1)
-        if self.thresholds is None:
-            return ids, values, None
-        return ids, values, values >= np.asarray(self.thresholds.value)[ids]
+        value = probability.numpy()
+        ids = np.argsort(-value, axis=1, kind="stable")[:, : k or None]
+        value = np.take_along_axis(value, ids, axis=1)
+        present = np.full(ids.shape, None)
+        if self.thresholds is not None:
+            present = value >= np.asarray(self.thresholds.value)[ids]
+        names = self.info.vocabulary.attributes
+        return [
+            [FoundAttribute(names[i], p, reached) for i, p, reached in zip(*row, strict=True)]
+            for row in zip(ids.tolist(), value.tolist(), present.tolist(), strict=True)
+        ]
 
 
 def write_export(
@@ -184,7 +174,7 @@ def write_export(
 
     Args:
         store: the root.
-        info: what it is.
+        info: its description.
         files: `model.safetensors`, and `thresholds.json`, `model.onnx` where there are any.
         card: text of `README.md`; its owner may edit it, so it has no digest.
         remarks: further keys of `config.json`, for people.
@@ -198,7 +188,7 @@ def write_export(
     store.replace("README.md", card.encode())
     values = {
         "format": FORMAT,
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+        "files": {name: sha256_of(data) for name, data in files.items()},
         "model": asdict(info.model),
         "dataset": info.dataset,
         "box_expansion": info.box_expansion,
@@ -220,65 +210,51 @@ def load_exported(folder: str | Path) -> ExportedModel:
     """
     store = open_store(str(folder))
     info, digests = _read_config(store)
-    weights = _read_file(store, WEIGHTS, digests)
-    model = info.model
-    network = build_model(
-        depth=model.depth,
-        width=model.width,
-        num_objects=len(info.vocabulary.objects),
-        num_attributes=len(info.vocabulary.attributes),
-        object_gate=model.object_gate,
-    )
-    try:
-        network.load_state_dict(safetensors.torch.load(weights))
-    except (SafetensorError, RuntimeError) as error:
-        raise DataError(f"{store.url}: {WEIGHTS} does not fit {CONFIG}: {error}") from None
+
+    def read(name: str) -> bytes:
+        return read_verified(store, name, sha256=digests.get(name), remedy="export again")
+
+    network = decode_weights(read(WEIGHTS), info.model, where=f"{store.url}: {WEIGHTS}")
     thresholds = None
     if THRESHOLDS in digests:
-        data = _read_file(store, THRESHOLDS, digests)
         where = f"{store.url}: {THRESHOLDS}"
-        thresholds = decode_thresholds(data, info.vocabulary.attributes, where=where)
+        thresholds = decode_thresholds(read(THRESHOLDS), info.vocabulary.attributes, where=where)
     return ExportedModel(info, network, thresholds)
 
 
 def _read_config(store: Store) -> tuple[ExportInfo, dict[str, str]]:
+    """The description, and the sha256 of each file."""
     where = f"{store.url}: {CONFIG}"
     try:
         values: dict[str, Any] = json.loads(store.read(CONFIG))
+        version = values.get("format")
+        if version == FORMAT:
+            info = ExportInfo(
+                model=SavedModelInfo(**values["model"]),
+                vocabulary=Vocabulary.from_json(values["vocabulary"]),
+                dataset=str(values["dataset"]),
+                box_expansion=float(values["box_expansion"]),
+            )
+            return info, dict(values["files"])
     except NotFoundError:
         raise NotFoundError(
-            f"{where} does not exist: no model was exported there, or not to the end; run "
-            "python -m vlal_dist.export, or correct the folder"
+            f"{where} does not exist: no model was exported there, or the export was interrupted; "
+            "run python -m vlal_dist.export, or correct the folder"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{where} is damaged ({error}); export again") from None
-    if values.get("format") != FORMAT:
-        raise DataError(f"{where} has format {values.get('format')}; this version reads {FORMAT}")
-    try:
-        info = ExportInfo(
-            model=SavedModelInfo(**values["model"]),
-            vocabulary=Vocabulary.from_json(values["vocabulary"]),
-            dataset=str(values["dataset"]),
-            box_expansion=float(values["box_expansion"]),
-        )
-        return info, dict(values["files"])
     except (ValueError, KeyError, TypeError) as error:  # a DataError of the vocabulary included
         raise DataError(f"{where} is damaged ({error}); export again") from None
+    raise DataError(f"{where} has format {version}; this version reads {FORMAT}")
 
 
-def _read_file(store: Store, name: str, digests: dict[str, str]) -> bytes:
-    data = store.read(name)
-    found = hashlib.sha256(data).hexdigest()
-    if found != digests.get(name):
-        raise DataError(
-            f"{store.url}: {name} has sha256 {found}, {CONFIG} says {digests.get(name)}: it was "
-            "changed; export again"
-        )
-    return data
+@functools.lru_cache
+def _nearest(name: str, objects: tuple[str, ...]) -> str:
+    """Three similar names; cached, since a search takes milliseconds and rows repeat names."""
+    near = difflib.get_close_matches(name, objects, n=3, cutoff=0.0)
+    return ", ".join(map(repr, near))
 
 
 def _photo(image: Image.Image | Tensor | str | Path) -> Image.Image:
-    """An upright RGB image of what was given."""
+    """The given photo as an upright RGB image."""
     if isinstance(image, Image.Image):
         return upright_rgb(image)
     if isinstance(image, Tensor):
@@ -290,10 +266,8 @@ def _photo(image: Image.Image | Tensor | str | Path) -> Image.Image:
         return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     path = Path(image)
     try:
-        data = path.read_bytes()
+        return open_photo(path.read_bytes(), max_pixels=MAX_PIXELS)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; correct the path") from None
-    try:
-        return open_photo(data, max_pixels=MAX_PIXELS)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None

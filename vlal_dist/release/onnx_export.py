@@ -1,7 +1,7 @@
-"""The model as an ONNX graph, and the check that it computes what torch does.
+"""ONNX export of a model, checked against torch.
 
-Inputs `image` float32 [B, 3, S, S], RGB in [0, 1] (a normalisation is part of the graph), and
-`object_id` int64 [B] (not looked at without an object gate); output `probability` float32 [B, A].
+Inputs `image` float32 [B, 3, S, S], RGB in [0, 1] (normalisation is part of the graph), and
+`object_id` int64 [B] (ignored without an object gate); output `probability` float32 [B, A].
 Needs onnx, onnxscript and onnxruntime: the extra `onnx`.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vlal_dist.data.format.images import IMAGENET_MEAN, IMAGENET_STD
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.model import AttributeClassifier
+from vlal_dist.release.saved_model import SavedModelInfo
 
 TOLERANCE = 1e-4
 """Largest difference of a probability; float32 arithmetic in another order gives about 1e-6."""
@@ -54,32 +55,25 @@ def require_onnx() -> None:
         )
 
 
-def export_onnx(
-    network: AttributeClassifier, *, image_size: int, normalize: bool, num_objects: int
-) -> tuple[bytes, float]:
-    """The graph, checked.
+def export_onnx(network: AttributeClassifier, info: SavedModelInfo) -> tuple[bytes, float]:
+    """The model as an ONNX file, and the largest difference of a probability from torch's.
 
     Args:
         network: on the CPU, in eval mode.
-        image_size: S.
-        normalize: whether the network sees ImageNet-normalised images.
-        num_objects: O, of the object ids tried.
-
-    Returns:
-        The file's bytes, and the largest difference from torch over random inputs.
+        info: its description.
 
     Raises:
         ConfigError: a package is absent.
-        DataError: onnxruntime computes something else than torch.
+        DataError: onnxruntime and torch differ by more than `TOLERANCE`.
     """
     require_onnx()
-    module = _Probability(network, normalize=normalize).eval()
-    example = (torch.rand(2, 3, image_size, image_size), torch.zeros(2, dtype=torch.int64))
+    module, side = _Probability(network, normalize=info.normalize).eval(), info.image_size
+    example = (torch.rand(2, 3, side, side), torch.zeros(2, dtype=torch.int64))
     batch = torch.export.Dim("batch")
     for name in ("onnx_ir", "onnxscript"):  # a line for each pass of their optimizer
         logging.getLogger(name).setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # The exporter warns of its own helpers; what it made is compared below.
+        # The exporter warns of its own helpers; its result is compared below.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
@@ -93,7 +87,7 @@ def export_onnx(
         )
     assert program is not None
     data: bytes = program.model_proto.SerializeToString()
-    difference = _largest_difference(data, module, image_size=image_size, num_objects=num_objects)
+    difference = _largest_difference(data, module, info)
     if not difference <= TOLERANCE:
         raise DataError(
             f"model.onnx: a probability differs by {difference:.3g} from torch's, at most "
@@ -104,20 +98,18 @@ def export_onnx(
 
 
 @torch.inference_mode()
-def _largest_difference(
-    data: bytes, module: nn.Module, *, image_size: int, num_objects: int
-) -> float:
-    """Over batches of several sizes; NaN counts as infinite."""
+def _largest_difference(data: bytes, module: nn.Module, info: SavedModelInfo) -> float:
+    """Over random batches of several sizes; infinite where a value is not finite."""
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    random = torch.Generator().manual_seed(0)
+    random, side = torch.Generator().manual_seed(0), info.image_size
     worst = 0.0
     for size in CHECKED_BATCHES:
-        image = torch.rand(size, 3, image_size, image_size, generator=random)
-        object_id = torch.randint(num_objects, (size,), generator=random)
-        given = {"image": image.numpy(), "object_id": object_id.numpy()}
-        (found,) = session.run(["probability"], given)
+        image = torch.rand(size, 3, side, side, generator=random)
+        object_id = torch.randint(info.num_objects, (size,), generator=random)
+        inputs = {"image": image.numpy(), "object_id": object_id.numpy()}
+        (found,) = session.run(["probability"], inputs)
         expected = module(image, object_id).numpy()
         if found.shape != expected.shape or not np.isfinite(found).all():
             return float("inf")

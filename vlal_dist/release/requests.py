@@ -1,13 +1,13 @@
-"""What is asked: one object in one photo per row, from a table or from a folder's names.
+"""Prediction requests: one object in one photo per row, from a table or from a folder's names.
 
-A row that cannot be used becomes a Reject in its place; nothing is guessed.
+A row that cannot be used becomes a `Reject` in its place; nothing is guessed.
 """
 
 import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from vlal_dist.config.sections import PredictConfig
+from vlal_dist.data.format.photos import Photos, open_photos
 from vlal_dist.data.loading.decode import Box
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.release.model import ExportedModel
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 _ROWS = 1024
 """Rows of a Parquet file held at once."""
 
 Record = Mapping[str, Any]
+"""With `image`, and optionally `object`, `id`, and `box` or x, y, w, h."""
 
 
 @dataclass(frozen=True)
@@ -64,65 +68,54 @@ def reject(row: int, id: str, image: str, object_name: str | None, error: DataEr
     return Reject(row, id, image, object_name, reason, detail.strip())
 
 
-def folder_records(names: Iterable[str]) -> Iterator[Record]:
-    """A record per photo."""
-    return ({"image": name, "id": name} for name in names)
-
-
-def read_table(path: Path) -> tuple[Iterator[Record | DataError], int]:
-    """The rows of a table, read as they are asked for, and how many they are (0: not known).
+def open_requests(
+    config: PredictConfig, model: ExportedModel
+) -> tuple[Photos, Iterator[Request | Reject], int]:
+    """The photos, the requests, and the number of requests (0: not known).
 
     Raises:
-        ConfigError: no such file, or another suffix.
-        DataError: the file is not what its suffix says (when it is read), or lacks `image`.
+        ConfigError: settings that do not name photos and objects of the model.
+        DataError: the table is damaged or lacks `image`; some tables show it only when read.
     """
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"predict.table {path}: {', '.join(SUFFIXES)} are read; convert it")
-    if not path.is_file():
-        raise ConfigError(f"predict.table {path}: no such file; correct the path")
-    if path.suffix == ".parquet":
+    if config.object is not None:
         try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except pa.ArrowException as error:
-            raise DataError(f"{path} is not Parquet: {error}") from None
-        _check_columns(file.schema_arrow.names, path)
-        return _parquet_rows(file, path), file.metadata.num_rows
-    return (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path), 0
+            model.object_id(config.object)
+        except DataError as error:
+            raise ConfigError(f"predict.object: {error}") from None
+    records: Iterable[Record | DataError]
+    if config.table is not None:
+        table = Path(config.table)
+        records, total = _read_table(table)
+        photos = open_photos(config.images or str(table.parent), key="predict.images")
+    elif config.images is not None:
+        if config.object is None and model.info.model.object_gate:
+            raise ConfigError(
+                "predict.object is absent: this model needs the name of the object that the "
+                "photos show; give it, or a predict.table with the columns image and object"
+            )
+        photos = open_photos(config.images, key="predict.images")
+        names = photos.names()
+        records, total = [{"image": name, "id": name} for name in names], len(names)
+    else:
+        raise ConfigError("predict.images and predict.table are absent; give one of them")
+    return photos, _parse(records, config.object, model), total
 
 
-def parse_rows(
-    records: Iterable[Record | DataError],
-    *,
-    object_name: str | None,
-    object_id: Callable[[str | None], int],
+def _parse(
+    records: Iterable[Record | DataError], default_object: str | None, model: ExportedModel
 ) -> Iterator[Request | Reject]:
-    """Requests of records, in order.
-
-    Args:
-        records: with `image`, and optionally `object`, `id`, and `box` or x, y, w, h.
-        object_name: where a record has none.
-        object_id: id of a name; DataError if there is none.
-    """
-    known: dict[str | None, int | DataError] = {}  # the search for near names takes milliseconds
     for row, record in enumerate(records):
         if isinstance(record, DataError):
             yield reject(row, str(row), "", None, record)
             continue
-        name = _text(record.get("object")) or object_name
+        name = _text(record.get("object")) or default_object
         image = _text(record.get("image")) or ""
         identity = _text(record.get("id")) or str(row)
         try:
-            if name not in known:
-                try:
-                    known[name] = object_id(name)
-                except DataError as error:
-                    known[name] = error
-            found = known[name]
-            if isinstance(found, DataError):
-                raise found
+            object_id = model.object_id(name)
             if not image:
                 raise DataError("no image: the column image is empty")
-            yield Request(row, identity, image, name, found, _box(record))
+            yield Request(row, identity, image, name, object_id, _box(record))
         except DataError as error:
             yield reject(row, identity, image, name, error)
 
@@ -147,6 +140,22 @@ def _box(record: Record) -> Box | None:
     except (TypeError, ValueError):
         raise DataError(f"bad box: {value!r} is not x, y, width, height in pixels") from None
     return x, y, w, h
+
+
+def _read_table(path: Path) -> tuple[Iterator[Record | DataError], int]:
+    """The rows, read one after another, and their number (0: not known)."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"predict.table {path}: {', '.join(SUFFIXES)} are read; convert it")
+    if not path.is_file():
+        raise ConfigError(f"predict.table {path}: no such file; correct the path")
+    if path.suffix == ".parquet":
+        try:
+            file = pyarrow.parquet.ParquetFile(path)
+        except pa.ArrowException as error:
+            raise DataError(f"{path} is not Parquet: {error}") from None
+        _check_columns(file.schema_arrow.names, path)
+        return _parquet_rows(file, path), file.metadata.num_rows
+    return (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path), 0
 
 
 def _check_columns(names: Iterable[str], path: Path) -> None:

@@ -1,7 +1,6 @@
-"""Per-attribute thresholds: from which probability on an attribute is called present.
+"""Decision thresholds of each attribute, which maximise F1 on the validation split.
 
-Each maximises F1 over the annotated pairs of one split, validation, never test. Pairs without
-annotation are left out, as in mAP (Sec. 3.1): among all attributes of a crop, unlikely ones
+Only annotated pairs count, as in mAP (Sec. 3.1): among all attributes of a crop, unlikely ones
 included, precision is lower than here.
 
 Shapes: N samples, A attributes.
@@ -22,7 +21,7 @@ _COLUMNS = ("value", "own", "num_positive", "num_negative")
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What was learned, in attribute order.
+    """Thresholds in attribute order.
 
     Attributes:
         value: A thresholds in (0, 1): present where the probability is at least that.
@@ -51,8 +50,8 @@ def best_threshold(
 ) -> tuple[float, float]:
     """The threshold that maximises F1 = 2 TP / (2 TP + FP + FN), and that F1.
 
-    It lies halfway between two neighbouring scores, so that rounding elsewhere moves no sample
-    across it; below the lowest score, halfway to 0. Of equal F1 the highest threshold is taken.
+    It lies halfway between two neighbouring scores (below the lowest: halfway to 0), so that
+    rounding elsewhere moves no sample across it. Ties: the highest threshold.
 
     Args:
         score: float32 [n] in [0, 1].
@@ -63,7 +62,7 @@ def best_threshold(
     found = np.cumsum(positive[order])
     called = np.arange(1, len(ranked) + 1)
     f1 = 2 * found / (called + found[-1])
-    # A cut inside a run of equal scores is none.
+    # No threshold separates equal scores.
     f1[:-1][ranked[1:] == ranked[:-1]] = -1
     best = int(np.argmax(f1))
     below = np.append(ranked[1:], 0.0)
@@ -82,7 +81,7 @@ def learn_thresholds(
     Args:
         score: float32 [N, A], probabilities.
         label: int8 [N, A]; +1 annotated present, -1 annotated absent, 0 unannotated.
-        split: what they are of.
+        split: name of the split, for the record.
         min_annotated: attributes with fewer positives, or fewer negatives, take the pooled
             threshold.
     """
@@ -127,12 +126,11 @@ def decode_thresholds(data: bytes, attributes: tuple[str, ...], *, where: str) -
     try:
         values: dict[str, Any] = json.loads(data)
         records = values.pop("attributes")
-        if tuple(records) != attributes:
-            raise DataError(f"{where} is of other attributes than the model; export again")
         for column in _COLUMNS:
             values[column] = [record[column] for record in records.values()]
-        return Thresholds(**values)
+        thresholds = Thresholds(**values)
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{where} is damaged ({error}); export again") from None
+    if tuple(records) != attributes:
+        raise DataError(f"{where} has other attributes than the model; export again")
+    return thresholds
