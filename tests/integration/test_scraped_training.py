@@ -15,9 +15,9 @@ from tests.integration.test_training_runs import arguments, finish, start, weigh
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 
-HUNG = 30  # of each kind; more in tests/observability/test_endpoint.py
+HUNG = 30  # of each kind
 EPOCHS, STEPS = 4, 16
-WIDTH = 32  # of the network: it must train for longer than the scrapers stand in line
+WIDTH = 32  # of the network: it must train while the scrapers connect
 
 
 def train(small: Path, run: Path, *more: str) -> tuple[subprocess.Popen[str], int]:

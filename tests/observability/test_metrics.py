@@ -1,30 +1,24 @@
+"""Metrics of a training rank, and its endpoint under scrapers that misbehave."""
+
 import re
-import socket
 import time
 import urllib.request
 
 import pytest
 
-from tests.fixtures.rank_exporter import Exporter
+from tests.fixtures.rank_exporter import BUILD, Exporter
+from tests.fixtures.rank_processes import free_port
+from tests.fixtures.scrapers import hanging, scrape
 from vlal_dist.observability.metric_definitions import LOADER, PROCESS, STORAGE, TRAIN
 from vlal_dist.observability.metrics import TrainMetrics
 
-
-def exposed(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
-        text: str = response.read().decode()
-    return text
+HALF = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
+WHOLE = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def values(text: str) -> dict[str, float]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def served(metrics: TrainMetrics) -> int:
@@ -35,7 +29,7 @@ def served(metrics: TrainMetrics) -> int:
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    """A scrape of a rank that did everything there is to say of."""
+    """A scrape of a rank on which every event has happened."""
     exporter = Exporter()
     try:
         port = served(exporter.metrics)
@@ -43,7 +37,7 @@ def text() -> str:
         for _ in range(2):
             exporter.step()
         exporter.rarely()
-        return exposed(port)
+        return scrape(port)
     finally:
         exporter.metrics.close()
 
@@ -106,18 +100,16 @@ def test_a_rank_has_few_series(text: str) -> None:
 
 
 def test_counters_are_there_before_anything_is_counted() -> None:
-    metrics = TrainMetrics(
-        {"version": "0", "torch": "0", "deepspeed": "0", "kernel": "cpu"}, read=dict
-    )
+    metrics = TrainMetrics(BUILD, read=dict)
     port = served(metrics)
     try:
-        found = values(exposed(port))
+        found = values(scrape(port))
     finally:
         metrics.close()
     assert found['vlal_checkpoint_failures_total{reason="io"}'] == 0
     assert found['vlal_train_label_terms_total{kind="positive"}'] == 0
     assert found["vlal_train_nonfinite_steps_total"] == 0
-    assert "vlal_s3_requests_total" not in found  # `read` said nothing of it
+    assert "vlal_s3_requests_total" not in found  # `read` omits it
 
 
 def test_the_interval_between_checkpoints_is_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +130,7 @@ def test_a_taken_port_gives_the_next_one_and_no_port_only_a_warning(
     try:
         following = second.serve(host="127.0.0.1", port=port)
         assert following is not None and following > port
-        assert "vlal_train_steps_total" in values(exposed(following))
+        assert "vlal_train_steps_total" in values(scrape(following))
         assert third.serve(host="203.0.113.1", port=port) is None
         assert "training goes on" in caplog.text
     finally:
@@ -153,13 +145,54 @@ def test_a_host_without_an_address_is_asked_for_once(caplog: pytest.LogCaptureFi
     assert time.monotonic() - started < 30
 
 
-def test_a_scraper_that_hangs_holds_up_nobody() -> None:
+@pytest.mark.parametrize("sent", [b"", HALF, WHOLE], ids=["silent", "half a request", "no read"])
+def test_hanging_scrapers_delay_neither_the_next_scrape_nor_the_end(sent: bytes) -> None:
     exporter = Exporter()
     port = served(exporter.metrics)
-    with socket.create_connection(("127.0.0.1", port)) as silent:
-        silent.sendall(b"GET /met")
+    with hanging(port, number=50, sent=sent):
         exporter.step()
-        assert values(exposed(port))["vlal_train_steps_total"] == 1
         started = time.monotonic()
+        assert values(scrape(port))["vlal_train_steps_total"] == 1
         exporter.metrics.close()
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("sent", [b"\x00\xff\r\n\r\n", b"POST / HTTP/1.1\r\n\r\n", HALF])
+def test_a_scrape_is_answered_after_garbage_and_cut_connections(sent: bytes) -> None:
+    exporter = Exporter()
+    port = served(exporter.metrics)
+    try:
+        with hanging(port, number=5, sent=sent):
+            pass
+        assert "vlal_train_steps_total" in values(scrape(port))
+    finally:
+        exporter.metrics.close()
+
+
+def test_a_failed_scrape_does_not_stop_the_next() -> None:
+    failures = [ValueError("broken")]
+
+    def read() -> dict[tuple[str, ...], float]:
+        if failures:
+            raise failures.pop()
+        return {("vlal_s3_requests_total",): 3.0}
+
+    metrics = TrainMetrics(BUILD, read=read)
+    port = served(metrics)
+    try:
+        with pytest.raises(AssertionError):
+            scrape(port)
+        assert values(scrape(port))["vlal_s3_requests_total"] == 3
+    finally:
+        metrics.close()
+
+
+def test_it_listens_on_ipv6_too() -> None:
+    metrics = Exporter().metrics
+    port = metrics.serve(host="::1", port=free_port())
+    try:
+        with urllib.request.urlopen(f"http://[::1]:{port}/metrics", timeout=5) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            assert "vlal_train_steps_total" in values(answer.read().decode())
+    finally:
+        metrics.close()

@@ -1,7 +1,7 @@
-"""Every metric of this project: name, kind, labels, meaning. One place, so that none goes stale.
+"""Definitions of all Prometheus metrics: name, kind, labels, meaning.
 
-Names are as a scrape shows them. Labels that say who exports (`run`, `role`, `rank`, `node`) come
-from discovery. docs/operations.md shows these tables; a test holds it to them.
+Names are as exported. Labels that identify the exporter (`run`, `role`, `rank`, `node`) come from
+discovery. docs/operations.md shows these tables, which a test compares.
 """
 
 from collections.abc import Mapping
@@ -12,16 +12,18 @@ class Metric(NamedTuple):
     """One metric.
 
     Attributes:
-        kind: of Prometheus.
-        text: what it says, with the unit where the name has none.
-        labels: label -> its values; none listed: few, but known only to the run.
+        kind: its Prometheus type.
+        text: help text, with the unit where the name has none.
+        labels: label -> its values; empty: values known only at run time.
         buckets: upper bounds of a histogram.
+        field: of `LOADER`, its key in `TrainLoader.numbers`.
     """
 
     kind: Literal["counter", "gauge", "histogram", "summary"]
     text: str
     labels: Mapping[str, tuple[str, ...]] = {}
     buckets: tuple[float, ...] = ()
+    field: str = ""
 
 
 Readings = Mapping[tuple[str, ...], float]
@@ -44,72 +46,95 @@ WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 SAVE_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 
 LOADER: dict[str, Metric] = {
-    "vlal_loader_wait_seconds": Metric(
-        "histogram", "Waiting of this rank for its next batch.", buckets=WAIT_BUCKETS
+    "vlal_loader_samples_total": Metric("counter", "Samples read.", field="samples"),
+    "vlal_loader_sample_bytes_total": Metric(
+        "counter", "Bytes of samples read.", field="sample_bytes"
     ),
-    "vlal_loader_samples_total": Metric("counter", "Samples read."),
-    "vlal_loader_sample_bytes_total": Metric("counter", "Bytes of their tar ranges."),
     "vlal_loader_read_seconds_total": Metric(
-        "counter", "Reading and checking, waits for fetches included; all threads."
+        "counter", "Seconds of reading and checking, waits for fetches included; all threads.",
+        field="read_seconds",
     ),
-    "vlal_loader_decode_seconds_total": Metric("counter", "Decoding and resizing, all threads."),
+    "vlal_loader_decode_seconds_total": Metric(
+        "counter", "Seconds of decoding and resizing, all threads.", field="decode_seconds"
+    ),
     "vlal_loader_label_seconds_total": Metric(
-        "counter", "Making labels and weights of batches, all threads."
+        "counter", "Seconds of making labels and weights, all threads.", field="label_seconds"
     ),
-    "vlal_loader_ready_steps": Metric("gauge", "Steps that were ready when one was taken."),
-    "vlal_loader_fetches_total": Metric("counter", "Ranged reads of remote shards."),
-    "vlal_loader_fetched_bytes_total": Metric("counter", "Bytes of them."),
-    "vlal_loader_fetch_seconds_total": Metric("counter", "Seconds in them, all threads."),
+    "vlal_loader_ready_steps": Metric(
+        "gauge", "Steps that were ready when the last one was taken.", field="ready_steps"
+    ),
+    "vlal_loader_fetches_total": Metric(
+        "counter", "Ranged reads of remote shards.", field="fetches"
+    ),
+    "vlal_loader_fetched_bytes_total": Metric(
+        "counter", "Bytes of these reads.", field="fetched_bytes"
+    ),
+    "vlal_loader_fetch_seconds_total": Metric(
+        "counter", "Seconds of these reads, all threads.", field="fetch_seconds"
+    ),
     "vlal_loader_refetched_total": Metric(
-        "counter", "Samples that failed a check and were read once more."
+        "counter", "Samples that failed a check and were read again.", field="refetched"
     ),
-    "vlal_loader_damaged_total": Metric("counter", "Samples that failed it again."),
-    "vlal_loader_cache_hits_total": Metric("counter", "Parts found in the disk cache."),
-    "vlal_loader_cache_misses_total": Metric("counter", "Parts not found there."),
-    "vlal_loader_cache_evictions_total": Metric("counter", "Parts removed from it by this rank."),
+    "vlal_loader_damaged_total": Metric(
+        "counter", "Samples that failed the check again.", field="damaged"
+    ),
+    "vlal_loader_cache_hits_total": Metric(
+        "counter", "Ranges found in the disk cache.", field="cache_hits"
+    ),
+    "vlal_loader_cache_misses_total": Metric(
+        "counter", "Ranges not found in the disk cache.", field="cache_misses"
+    ),
+    "vlal_loader_cache_evictions_total": Metric(
+        "counter", "Ranges removed from the disk cache by this rank.", field="cache_evictions"
+    ),
     "vlal_loader_cache_failed_writes_total": Metric(
-        "counter", "Parts that could not be written to it."
+        "counter", "Ranges not written to the disk cache, by errors.", field="cache_failed_writes"
     ),
-    "vlal_loader_cache_bytes": Metric("gauge", "Bytes in it, of all ranks of the node."),
-}
-"""What the stream of a rank did; published at log intervals, but for the waiting."""
+    "vlal_loader_cache_bytes": Metric(
+        "gauge", "Bytes in the disk cache, of all ranks of the node.", field="cache_bytes"
+    ),
+}  # fmt: skip
+"""What the loader of a rank did; published at log intervals."""
 
 STORAGE: dict[str, Metric] = {
     "vlal_s3_requests_total": Metric("counter", "HTTP requests to S3, repetitions included."),
     "vlal_s3_retries_total": Metric(
-        "counter", "Requests repeated, and why.", {"reason": S3_REASONS}
+        "counter", "Requests repeated, by reason.", {"reason": S3_REASONS}
     ),
     "vlal_s3_bytes_total": Metric(
         "counter", "Bytes of objects received and of accepted PUTs.", {"direction": ("in", "out")}
     ),
     "vlal_disk_free_bytes": Metric(
-        "gauge", "Free on the disk of paths.cache, or of a local paths.run.",
+        "gauge", "Free bytes on the disk of paths.cache, or of a local paths.run.",
         {"mount": ("cache", "run")},
     ),
 }  # fmt: skip
-"""Read when a scrape comes, so that they move while a step waits for the store."""
+"""Storage of a process, read at each scrape, so that they move while a step waits for the store."""
 
 TRAIN: dict[str, Metric] = {
     "vlal_build_info": Metric(
-        "gauge", "1; versions, as labels.",
+        "gauge", "1; versions as labels.",
         {"version": (), "torch": (), "deepspeed": (), "kernel": ()},
     ),
-    "vlal_run_state": Metric("gauge", "1 for the present state.", {"state": RUN_STATES}),
+    "vlal_run_state": Metric("gauge", "1 for the current state.", {"state": RUN_STATES}),
     "vlal_train_steps_total": Metric("counter", "Optimizer steps of this start."),
-    "vlal_train_samples_total": Metric("counter", "Rows of this rank in them."),
+    "vlal_train_samples_total": Metric("counter", "Rows of this rank in these steps."),
     "vlal_train_epoch": Metric("gauge", "Epoch, from 0."),
     "vlal_train_global_step": Metric("gauge", "Steps since the run began."),
     "vlal_train_step_duration_seconds": Metric(
-        "histogram", "A step, waiting for the loader included.", buckets=STEP_BUCKETS
+        "histogram", "Duration of a step, waiting for the loader included.", buckets=STEP_BUCKETS
+    ),
+    "vlal_loader_wait_seconds": Metric(
+        "histogram", "Wait of this rank for its next batch.", buckets=WAIT_BUCKETS
     ),
     "vlal_train_compute_seconds": Metric(
-        "summary", "A step's passes on this rank, without waiting for others; none with ZeRO 1, 2."
+        "summary", "Passes of a step on this rank, without waits for others; none with ZeRO 1, 2."
     ),
     "vlal_train_allreduce_seconds": Metric(
-        "summary", "Summing its gradients over ranks, waiting included; none with ZeRO 1 and 2."
+        "summary", "Gradient sum over ranks, waits included; none with ZeRO 1, 2."
     ),
     "vlal_train_last_step_timestamp_seconds": Metric(
-        "gauge", "When a step last ended, or training began or went on."
+        "gauge", "When a step last ended, or training began or continued."
     ),
     "vlal_train_loss": Metric(
         "gauge", "Mean loss of a row over all ranks and the last log interval.",
@@ -131,7 +156,7 @@ TRAIN: dict[str, Metric] = {
         "counter", "Pairs of row and attribute of this rank by term.", {"kind": TERM_KINDS}
     ),
     "vlal_train_ledger_visits": Metric(
-        "gauge", "Visits of this epoch in the books of the run, all ranks.",
+        "gauge", "Visits of this epoch in the ledger, all ranks.",
         {"kind": ("trained", "left_out")},
     ),
     "vlal_train_quarantined_samples": Metric(
@@ -145,14 +170,14 @@ TRAIN: dict[str, Metric] = {
         {"status": ATTRIBUTE_STATUS},
     ),
     "vlal_checkpoint_duration_seconds": Metric(
-        "histogram", "Writing a checkpoint, on rank 0.", buckets=SAVE_BUCKETS
+        "histogram", "Duration of writing a checkpoint, on rank 0.", buckets=SAVE_BUCKETS
     ),
     "vlal_checkpoint_size_bytes": Metric("gauge", "Bytes of the last checkpoint."),
     "vlal_checkpoint_last_success_timestamp_seconds": Metric(
-        "gauge", "When this start last finished a checkpoint; 0: not yet."
+        "gauge", "When this start last finished a checkpoint; 0: never."
     ),
     "vlal_checkpoint_interval_seconds": Metric(
-        "gauge", "Longest time of this start from one checkpoint (or its begin) to the next."
+        "gauge", "Longest time between checkpoints since this start."
     ),
     "vlal_checkpoint_failures_total": Metric(
         "counter", "Checkpoints and best models that could not be written.",
@@ -160,38 +185,38 @@ TRAIN: dict[str, Metric] = {
     ),
     "vlal_resume_total": Metric(
         "counter",
-        "This start: fresh, exact, resharded (another number of ranks), fallback (the newest "
-        "checkpoint was damaged).",
+        "How this start began: fresh, exact, resharded (another number of ranks), fallback (the "
+        "newest checkpoint was damaged).",
         {"kind": RESUME_KINDS},
     ),
     "vlal_signal_received_total": Metric(
-        "counter", "What made this rank stop: a signal, or that its launcher was gone.",
+        "counter", "What stopped this rank: a signal, or a launcher that was gone.",
         {"signal": STOPS},
     ),
     "vlal_tracker_dropped_total": Metric(
         "counter", "Records that a tracker did not take in time, on rank 0.", {"tracker": TRACKERS}
     ),
 }  # fmt: skip
-"""What a training rank says of itself."""
+"""What a training rank exports."""
 
 SCORE: dict[str, Metric] = {
     "ray_vlal_score_shards_pending": Metric(
-        "gauge", "Shards that this job has still to score or to check.", {"run": ()}
+        "gauge", "Shards that this job still has to score or check.", {"run": ()}
     ),
     "ray_vlal_score_shards_total": Metric(
-        "counter", "Shards whose file this job committed or found, and those given out again.",
+        "counter", "Shards that this job committed, found done, or assigned again.",
         {"run": (), "result": ("committed", "skipped", "retried")},
     ),
     "ray_vlal_score_images_total": Metric(
-        "counter", "Crops encoded, and crops that could not be used.",
+        "counter", "Crops encoded, and unusable crops.",
         {"run": (), "result": ("ok", "failed")},
     ),
     "ray_vlal_score_seconds_total": Metric(
-        "counter", "Where the actors' time went, of threads side by side the sum.",
+        "counter", "Seconds of the actors by phase, summed over threads.",
         {"run": (), "phase": ("fetch", "decode", "copy", "encode", "write")},
     ),
 }  # fmt: skip
-"""What the driver of a scoring job on Ray says, a shard at a time; `run` is its score root."""
+"""What the driver of a scoring job exports through Ray, per shard; `run` is its score root."""
 
 PACK: dict[str, Metric] = {
     "vlal_pack_instances_total": Metric(
@@ -202,16 +227,18 @@ PACK: dict[str, Metric] = {
         "counter", "Finished shards: written, or skipped because an earlier run wrote them.",
         {"run": (), "result": ("written", "skipped")},
     ),
-    "vlal_pack_bytes_total": Metric("counter", "Bytes of their tars.", {"run": ()}),
+    "vlal_pack_bytes_total": Metric("counter", "Bytes of the tars of these shards.", {"run": ()}),
 }  # fmt: skip
-"""What pack says through node_exporter, a shard at a time; `run` is its dataset root."""
+"""What pack exports through node_exporter, per shard; `run` is its dataset root."""
 
 JOB: dict[str, Metric] = {
     "vlal_job_last_success_timestamp_seconds": Metric(
-        "gauge", "When it last ended with 0; 0: not yet.", {"job_name": (), "run": ()}
+        "gauge",
+        "When the program last ended with exit code 0; 0: never.",
+        {"job_name": (), "run": ()},
     ),
     "vlal_job_duration_seconds": Metric(
-        "gauge", "How long its last run took.", {"job_name": (), "run": ()}
+        "gauge", "Duration of its last run.", {"job_name": (), "run": ()}
     ),
     "vlal_job_exit_code": Metric(
         "gauge",
@@ -219,14 +246,14 @@ JOB: dict[str, Metric] = {
         {"job_name": (), "run": ()},
     ),
 }
-"""What a program says through node_exporter when it ends; `run` is the root that it writes."""
+"""What a program exports through node_exporter when it ends; `run` is the root it writes."""
 
 PROCESS: dict[str, Metric] = {
-    "process_cpu_seconds_total": Metric("counter", "CPU of the process, all threads."),
-    "process_resident_memory_bytes": Metric("gauge", "Its resident memory."),
-    "process_virtual_memory_bytes": Metric("gauge", "Its address space."),
-    "process_open_fds": Metric("gauge", "Its open files and sockets."),
-    "process_max_fds": Metric("gauge", "How many it may open."),
-    "process_start_time_seconds": Metric("gauge", "When it started."),
+    "process_cpu_seconds_total": Metric("counter", "CPU seconds of the process, all threads."),
+    "process_resident_memory_bytes": Metric("gauge", "Resident memory."),
+    "process_virtual_memory_bytes": Metric("gauge", "Address space."),
+    "process_open_fds": Metric("gauge", "Open files and sockets."),
+    "process_max_fds": Metric("gauge", "Limit of open files and sockets."),
+    "process_start_time_seconds": Metric("gauge", "When the process started."),
 }
-"""Of prometheus_client, on Linux; the texts are ours."""
+"""Exported by prometheus_client on Linux; the texts are ours."""
