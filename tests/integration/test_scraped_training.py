@@ -15,7 +15,7 @@ from tests.integration.test_training_runs import arguments, finish, start, weigh
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 
-HUNG = 30  # of each kind
+HUNG = 5  # of each kind
 EPOCHS, STEPS = 4, 16
 WIDTH = 32  # of the network: it must train while the scrapers connect
 

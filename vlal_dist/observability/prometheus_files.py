@@ -1,12 +1,8 @@
 """Files read by Prometheus (file_sd targets) and by node_exporter (text files).
 
-A file of `file_sd`: `[{"targets": ["HOST:PORT"], "labels": {"run": ..., "role": ..., ...}}]`,
-complete at once. Whoever ends in order removes it; that of a rank that was killed stays, so that
-the missing rank is seen. Nothing here ever stops the work: what fails is warned of.
-
-A file `vlal-WHAT-ROOT.prom` per program and root, in a folder of the machine. node_exporter shows
-what the last run wrote, until the next one or until somebody removes the file. Nothing here ever
-stops the work: what fails is warned of.
+A process that ends in order removes its target; that of a killed one stays, so that the missing
+process is noticed. node_exporter shows a text file until the next run replaces it or somebody
+removes it. A file that cannot be written is logged and stops nothing.
 """
 
 import json
@@ -14,7 +10,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from vlal_dist.observability.metric_definitions import JOB, Metric, Readings
@@ -23,10 +19,11 @@ from vlal_dist.storage.local import slug, write_whole
 logger = logging.getLogger(__name__)
 
 EVERY_INTERFACE = ("", "0.0.0.0", "::")
+LAST_SUCCESS = "vlal_job_last_success_timestamp_seconds"
 
 
 class Target:
-    """The file of one process.
+    """The file_sd file of one process: `[{"targets": ["HOST:PORT"], "labels": {...}}]`.
 
     Args:
         folder: where all runs of the machine (or of a shared file system) announce themselves.
@@ -37,7 +34,6 @@ class Target:
 
     def __init__(self, folder: Path, *, run: str, role: str, rank: int) -> None:
         self._labels = {"run": run, "role": role, "rank": str(rank), "node": socket.gethostname()}
-        self._folder = folder
         self._prefix = f"{role}-{slug(run)}-"
         self.path = folder / f"{self._prefix}{rank}.json"
 
@@ -45,9 +41,8 @@ class Target:
         """Announce an endpoint.
 
         Args:
-            host: address that it is bound to; if that is every interface, this machine's name is
-                announced.
-            port: the one that it really has.
+            host: address it is bound to; for every interface, this machine's name is announced.
+            port: the port it is bound to.
         """
         where = socket.gethostname() if host in EVERY_INTERFACE else host
         where = f"[{where}]" if ":" in where else where
@@ -60,23 +55,15 @@ class Target:
             )
 
     def remove(self) -> None:
-        """Take the announcement back."""
+        """Withdraw the announcement."""
         _remove(self.path)
 
     def remove_others(self, *, world_size: int) -> None:
-        """Remove what an earlier start of this run on more ranks left behind."""
-        pattern = re.compile(re.escape(self._prefix) + r"(\d+)\.json")
-        for path in _listed(self._folder):
-            found = pattern.fullmatch(path.name)
-            if found and int(found[1]) >= world_size:
+        """Remove the files of an earlier start of this run on more ranks."""
+        for path in self.path.parent.glob(f"{self._prefix}*.json"):
+            rank = path.stem.removeprefix(self._prefix)
+            if rank.isdecimal() and int(rank) >= world_size:
                 _remove(path)
-
-
-def _listed(folder: Path) -> Iterable[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError:
-        return []
 
 
 def _remove(path: Path) -> None:
@@ -86,16 +73,13 @@ def _remove(path: Path) -> None:
         logger.warning("%s: not removed: %s; remove it by hand", path, error)
 
 
-LAST_SUCCESS = "vlal_job_last_success_timestamp_seconds"
-
-
 class TextFile:
-    """One file of the collector.
+    """A file `vlal-WHAT-ROOT.prom` of node_exporter's textfile collector.
 
     Args:
         folder: that of the collector (`--collector.textfile.directory`).
-        what: whose figures these are, such as `pack`.
-        root: that the figures are of, as an absolute path or URL.
+        what: the program that the metrics are of, such as `pack`.
+        root: the root that they are of, as an absolute path or URL.
     """
 
     def __init__(self, folder: Path, *, what: str, root: str) -> None:
@@ -103,11 +87,11 @@ class TextFile:
         self._warned = False
 
     def write(self, table: Mapping[str, Metric], readings: Readings) -> None:
-        """Replace the file; a failure is told once.
+        """Replace the file; only the first failure is logged.
 
         Args:
             table: metrics by name.
-            readings: their values; a metric without any is left out.
+            readings: their values; a metric without any is omitted.
         """
         try:
             write_whole(self.path, exposition(table, readings))
@@ -121,7 +105,7 @@ class TextFile:
             self._warned = True
 
     def last_success(self) -> float:
-        """When the job of this file last ended well, as the file says; 0: never."""
+        """When the program last succeeded, as the file says, in seconds since 1970; 0: never."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -131,14 +115,14 @@ class TextFile:
 
 
 def write_job_end(folder: Path, *, program: str, root: str, code: int, seconds: float) -> None:
-    """Say how a program ended.
+    """Write the metrics of `JOB` for a program that ended.
 
     Args:
         folder: of the collector.
         program: its name.
-        root: that it wrote, as an absolute path or URL.
+        root: the root it wrote, as an absolute path or URL.
         code: exit code; 0 makes this the last success.
-        seconds: how long it took.
+        seconds: its duration.
     """
     file = TextFile(folder, what=program, root=root)
     labels = (program, root)
@@ -155,9 +139,8 @@ def exposition(table: Mapping[str, Metric], readings: Readings) -> str:
     lines = []
     for name, metric in table.items():
         series = [(labels, value) for (of, *labels), value in readings.items() if of == name]
-        if not series:
-            continue
-        lines += [f"# HELP {name} {_escaped(metric.text)}", f"# TYPE {name} {metric.kind}"]
+        if series:
+            lines += [f"# HELP {name} {_escaped(metric.text)}", f"# TYPE {name} {metric.kind}"]
         for labels, value in series:
             pairs = zip(metric.labels, labels, strict=True)
             shown = ",".join(f'{label}="{_escaped(text, quote=True)}"' for label, text in pairs)
