@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.rank_processes import ROOT, environment, free_port
+from vlal_dist.config.sections import DataConfig, LossConfig, PathsConfig, ScoringConfig
 from vlal_dist.data.loading.shard_reader import ShardReader
 from vlal_dist.release.saved_model import load_model
 from vlal_dist.storage.store import open_store
-from vlal_dist.training.data import open_sources
-from vlal_dist.training.resume import begin_anew
+from vlal_dist.training.data import open_data
+from vlal_dist.training.trainer import remove_run
 from vlal_dist.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.deepspeed
@@ -203,28 +204,28 @@ def test_a_validation_that_fails_keeps_the_epoch(small: Path, tmp_path: Path) ->
     assert "step 4, epoch 1, 64 samples in" in output and "steps 8" in output
 
 
-def test_beginning_anew_leaves_no_model_of_the_earlier_run(
+def test_resume_none_removes_checkpoints_and_best_model(
     undisturbed: Path, small: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
-    begin_anew(open_store(str(run)))
+    remove_run(open_store(str(run)))
     assert not (run / "best/model.json").exists() and not list(run.glob("checkpoints/*/COMPLETE"))
 
 
 def test_likelihoods_of_tars_follow_another_temperature(small: Path) -> None:
     def read(temperature: float | None, *, scores: bool) -> list[np.ndarray[Any, Any]]:
-        sources = open_sources(
-            str(small / ("dataset" if scores else "merged")),
-            mix={},
-            subset=None,
-            repeat_threshold=0.0,
-            scores_url=str(small / "scores") if scores else None,
-            temperature=temperature,
-            cache=small / "cache",
-            train_split="train",
-            validation_split="val",
-            weighted_by="likelihood",
+        paths = PathsConfig(
+            dataset=str(small / "dataset"),
+            merged=str(small / "merged"),
+            scores=str(small / "scores"),
+            cache=str(small / "cache"),
+        )
+        sources = open_data(
+            paths,
+            DataConfig(likelihood="scores" if scores else "tar"),
+            LossConfig(),
+            ScoringConfig(temperature=temperature),
         )
         reader, rows = ShardReader(sources.corpus), np.arange(5)
         at = reader.locate(rows)

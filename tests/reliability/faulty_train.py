@@ -108,16 +108,13 @@ def install() -> None:
     """Put the moments into the loop. torch is imported here."""
     import torch
 
-    from vlal_dist.training import best_model, data, epoch_check, step, trainer
+    from vlal_dist.training import epoch_check, step, trainer, validation
 
-    one_step, train, accumulate = trainer._one_step, trainer.train, step.TrainStep.accumulate
-    save, write_model, batches = (
-        trainer.save_checkpoint,
-        best_model.write_model,
-        data.evaluation_batches,
-    )
+    one_step, train = trainer.Trainer._train_step, trainer.Trainer.train
+    accumulate, save = step.TrainStep.accumulate, trainer.save_checkpoint
+    write_model, batches = validation.write_model, validation.evaluation_batches
     make_loader = trainer.make_loader
-    check_epoch = epoch_check.Account.check_epoch
+    check_epoch = epoch_check.EpochCheck.check_epoch
     now = {"step": 0}
 
     def faulty_train(it: Any) -> None:
@@ -127,11 +124,11 @@ def install() -> None:
         train(it)
         note("done", step=it.state.step)
 
-    def faulty_loader(*rest: Any) -> Any:
+    def faulty_loader(*rest: Any, **more: Any) -> Any:
         moment("build", 0)
-        return make_loader(*rest)
+        return make_loader(*rest, **more)
 
-    def faulty_one_step(it: Any, batch: Any, *rest: Any) -> bool:
+    def faulty_one_step(it: Any, batch: Any, **more: Any) -> bool:
         now["step"] = it.state.step
 
         def spoil() -> None:
@@ -141,7 +138,7 @@ def install() -> None:
             ]
 
         moment("step", it.state.step, spoil=spoil)
-        stopping: bool = one_step(it, batch, *rest)
+        stopping: bool = one_step(it, batch, **more)
         now["step"] = it.state.step
         real = [one.uid[one.row_weight > 0].tolist() for one in batch.micro_batches]
         uids = [f"{uid % 2**64:016x}" for part in real for uid in part]
@@ -186,11 +183,12 @@ def install() -> None:
         moment("best", now["step"])
         write_model(*rest, **more)
 
-    trainer._one_step = faulty_one_step
-    trainer.train, trainer.make_loader = faulty_train, faulty_loader
-    trainer.save_checkpoint, best_model.write_model = faulty_save, faulty_best
-    data.evaluation_batches = faulty_batches  # type: ignore[assignment]
-    epoch_check.Account.check_epoch = faulty_check  # type: ignore[method-assign]
+    trainer.Trainer._train_step = faulty_one_step  # type: ignore[method-assign]
+    trainer.Trainer.train = faulty_train  # type: ignore[method-assign]
+    trainer.make_loader, trainer.save_checkpoint = faulty_loader, faulty_save
+    validation.write_model = faulty_best
+    validation.evaluation_batches = faulty_batches  # type: ignore[assignment]
+    epoch_check.EpochCheck.check_epoch = faulty_check  # type: ignore[method-assign]
     step.TrainStep.accumulate = faulty_accumulate  # type: ignore[method-assign]
     if "OUTAGE_S" in os.environ:
         from vlal_dist.storage import s3_client

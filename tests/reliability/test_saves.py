@@ -204,4 +204,4 @@ def test_damaged_ones_alone_are_refused(config: Path, tmp_path: Path, undisturbe
         (folder / "COMPLETE").write_bytes(b"{}")
     start = job.start()
     assert start.wait() == 65, start.text()
-    assert "no whole checkpoint" in start.text() and "--resume none" in start.text()
+    assert "no complete checkpoint" in start.text() and "--resume none" in start.text()

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.fixtures import tiny_model
+from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.errors import DataError
 from vlal_dist.training.engine import Engine, leave_ranks
 from vlal_dist.training.ranks import Ranks, join_ranks
@@ -20,12 +21,10 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
     count = -(-case["micro_batches"] // ranks.world_size)
     engine = Engine(
         model,
-        groups=tiny_model.groups(model),
-        ranks=ranks,
-        batch_size=tiny_model.BATCH,
+        tiny_model.groups(model),
+        ranks,
+        TrainingConfig(batch_size=tiny_model.BATCH, zero_stage=case["zero"], precision="fp32"),
         micro_batches=count,
-        zero_stage=case["zero"],
-        bf16=False,
     )
     train_step = TrainStep(
         engine,

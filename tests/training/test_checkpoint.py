@@ -12,19 +12,18 @@ from tests.fixtures.tiny_model import SmallClassifier, groups
 from vlal_dist.errors import DataError, StorageError
 from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, open_store
-from vlal_dist.training.best_model import holds_best
 from vlal_dist.training.checkpoint import (
     COMPLETE,
     Binding,
+    Checkpoint,
     TrainState,
-    check_binding,
     complete_checkpoints,
     find_checkpoint,
     load_weights,
     save_checkpoint,
 )
 from vlal_dist.training.optimizer_state import adam_tensors, check_adam, restore_adam
-from vlal_dist.training.resume import resume_kind
+from vlal_dist.training.validation import holds_best
 
 BINDING = Binding(
     dataset_digest="d" * 64,
@@ -78,8 +77,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert (found.state.epoch, found.state.consumed, found.state.step) == (1, 32, 5)
     assert found.state.best_map == 0.1 + 0.2
     found.state.batch = {"world_size": 2}
-    assert [resume_kind(found, world_size=w) for w in (2, 1)] == ["exact", "resharded"]
-    assert resume_kind(None, world_size=1) == "fresh"
+    assert [found.resume_kind(world_size=w) for w in (2, 1)] == ["exact", "resharded"]
     again = SmallClassifier()
     other = torch.optim.Adam(groups(again))
     load_weights(again, found.model, where="here")
@@ -105,21 +103,21 @@ def test_files_are_named_by_parameter_and_hold_no_pickle(tmp_path: Path) -> None
     assert json.loads((folder / "state.json").read_text())["step"] == 3
 
 
-def test_the_newest_whole_one_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_newest_complete_one_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(str(tmp_path))
     for step in (1, 2, 3):
         save(store, step, keep=3)
-    (tmp_path / "checkpoints" / "00000003" / COMPLETE).unlink()  # cut before its mark
+    (tmp_path / "checkpoints" / "00000003" / COMPLETE).unlink()  # cut before COMPLETE was written
     weights = tmp_path / "checkpoints" / "00000002" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])  # truncated
     found = find_checkpoint(store, "auto")
     assert found is not None and found.state.step == 1 and found.skipped == 1
-    assert resume_kind(found, world_size=1) == "fallback"
+    assert found.resume_kind(world_size=1) == "fallback"
     assert "00000002/model.safetensors has sha256" in caplog.text
     assert "falling back" in caplog.text
 
 
-def test_damaged_ones_alone_are_refused_not_silently_restarted(tmp_path: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     assert find_checkpoint(store, "auto") is None
     save(store, 1)
@@ -139,7 +137,7 @@ def test_resume_by_path_takes_a_checkpoint_or_a_run_root(tmp_path: Path) -> None
     for path, step in (("a", 2), ("a/checkpoints/00000001", 1)):
         found = find_checkpoint(elsewhere, str(tmp_path / path))
         assert found is not None and found.state.step == step
-    with pytest.raises(DataError, match="no whole checkpoint"):
+    with pytest.raises(DataError, match="no complete checkpoint"):
         find_checkpoint(elsewhere, str(tmp_path / "nowhere"))
 
 
@@ -212,11 +210,11 @@ def test_through_s3(moto_s3: S3Server) -> None:
     ("field", "value"), [("vocabulary_digest", "0" * 64), ("seed", 7), ("lanes", 48)]
 )
 def test_another_binding_is_refused_with_both_values(field: str, value: object) -> None:
-    wanted = Binding(**{**vars(BINDING), field: value})
+    found = Checkpoint("run", TrainState(binding=BINDING), model={}, optimizer={})
     with pytest.raises(DataError, match=f"{field} is {value}, the checkpoint has") as caught:
-        check_binding(BINDING, wanted, where="run")
+        found.check_binding(replace(BINDING, **{field: value}))  # type: ignore[arg-type]
     assert str(getattr(BINDING, field)) in str(caught.value)
-    check_binding(BINDING, Binding(**{**vars(BINDING), "lanes": 0}), where="run")
+    found.check_binding(replace(BINDING, lanes=0))
 
 
 def test_another_model_is_refused() -> None:

@@ -15,12 +15,13 @@ from tests.fixtures import tiny_model
 from tests.fixtures.tiny_vaw import run
 from tests.integration.test_training_runs import arguments, finish, lines, start
 from tests.training.test_kernel import ALONE, CPU, IGNORED, compare
+from vlal_dist.config.sections import DataConfig, LossConfig, PathsConfig, ScoringConfig
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.likelihoods import ObjectLikelihoods
 from vlal_dist.kernels.arguments import Draw
 from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set
 from vlal_dist.method.likelihood import inverse_weights
-from vlal_dist.training.data import RunData, open_sources
+from vlal_dist.training.data import TrainingData, open_data
 from vlal_dist.training.objective import choose_ignored, seed_bits
 
 
@@ -76,20 +77,13 @@ def test_the_operator_trains_on_the_top_as_the_reference_does(
         assert all(a.pairs[IGNORED] == b.pairs[IGNORED] for a, b in zip(top, drawn, strict=True))
 
 
-def opened(small: Path, weighted_by: str) -> RunData:
+def opened(small: Path, weighted_by: str) -> TrainingData:
     """The packed dataset, without a look at scores that do not exist."""
-    return open_sources(
-        str(small / "dataset"),
-        mix={},
-        subset=None,
-        repeat_threshold=0.0,
-        scores_url=str(small / "nowhere"),
-        temperature=None,
-        cache=small / "cache",
-        train_split="train",
-        validation_split="val",
-        weighted_by=weighted_by,
+    paths = PathsConfig(
+        dataset=str(small / "dataset"), scores=str(small / "nowhere"), cache=str(small / "cache")
     )
+    loss = LossConfig(draw_weights=weighted_by)  # type: ignore[arg-type]
+    return open_data(paths, DataConfig(likelihood="scores"), loss, ScoringConfig())
 
 
 @pytest.mark.parametrize("weighted_by", ["uniform", "cooccurrence"])

@@ -10,11 +10,12 @@ import pytest
 from tests.fixtures.scored_dataset import write_scores
 from tests.fixtures.tiny_vaw import run, write_small_vaw
 from tests.integration.test_training_runs import arguments, finish, lines, start
+from vlal_dist.config.sections import DataConfig, LossConfig, PathsConfig, ScoringConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.training.data import open_sources
+from vlal_dist.training.data import open_data
 
 pytestmark = pytest.mark.deepspeed
 
@@ -79,18 +80,9 @@ def test_datasets_that_do_not_belong_together_are_refused(
     small: Path, second: Path, tmp_path: Path
 ) -> None:
     def opened(mix: dict[str, float], subset: str | None = None) -> None:
-        open_sources(
-            str(small / "merged"),
-            mix=mix,
-            subset=subset,
-            repeat_threshold=0.0,
-            scores_url=None,
-            temperature=None,
-            cache=tmp_path / "cache",
-            train_split="train",
-            validation_split="val",
-            weighted_by="likelihood",
-        )
+        paths = PathsConfig(merged=str(small / "merged"), cache=str(tmp_path / "cache"))
+        data = DataConfig(mix=mix, subset=subset)
+        open_data(paths, data, LossConfig(), ScoringConfig())
 
     shutil.copytree(second, tmp_path / "copy")
     with pytest.raises(DataError, match=r"give each its own pack\.name"):

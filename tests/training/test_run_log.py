@@ -16,8 +16,7 @@ from vlal_dist.observability.metric_definitions import (
 )
 from vlal_dist.storage.checks import translated_errors
 from vlal_dist.storage.store import open_store
-from vlal_dist.training.publish import attribute_status, failure_reason
-from vlal_dist.training.run_log import storage_readings
+from vlal_dist.training.run_log import attribute_status, failure_reason, storage_readings
 
 
 def test_every_attribute_has_one_status() -> None:

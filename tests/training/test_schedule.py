@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.training.schedule import Schedule
 
 RATES = {"base_decay": 1e-5, "fast_decay": 7e-4}
 
 
 def schedule(kind: str, **changes: float) -> Schedule:
-    settings = {"factor": 0.1, "patience": 2, **changes}
-    return Schedule(kind, rates=RATES, **settings)  # type: ignore[arg-type]
+    return Schedule(TrainingConfig(schedule=kind, **changes), RATES)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("patience", [0, 1, 2])
@@ -26,13 +26,13 @@ def test_plateau_equals_torchs(patience: int, seed: int) -> None:
     oracle = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode="max", factor=0.1, patience=patience, threshold=0.0
     )
-    ours = schedule("plateau", patience=patience)
+    ours = schedule("plateau", plateau_patience=patience)
     for score in scores.tolist():
         oracle.step(score)
         ours.observe(score)
         expected = [group["lr"] for group in optimizer.param_groups]
         assert list(ours.rates_at(0).values()) == expected
-        restored = schedule("plateau", patience=patience)
+        restored = schedule("plateau", plateau_patience=patience)
         restored.restore(json.loads(json.dumps(ours.state())))
         ours = restored
     assert ours.rates_at(0) != RATES
@@ -50,6 +50,6 @@ def test_constant_stays_and_a_changed_rate_counts_after_a_resume() -> None:
     for _ in range(10):
         ours.observe(0.1)
     assert ours.rates_at(0.7) == RATES
-    changed = Schedule("constant", rates={"fast_decay": 1.0}, factor=0.1, patience=0)
+    changed = Schedule(TrainingConfig(schedule="constant"), {"fast_decay": 1.0})
     changed.restore(ours.state())
     assert changed.rates_at(0) == {"fast_decay": 1.0}

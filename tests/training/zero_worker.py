@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fixtures import tiny_model
+from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.training.engine import Engine, leave_ranks
 from vlal_dist.training.ranks import Ranks, join_ranks
 
@@ -30,12 +31,10 @@ def round_of(start: str, stage: int, name: str, *, ranks: Ranks, folder: Path) -
     model = tiny_model.SmallClassifier()
     engine = Engine(
         model,
-        groups=tiny_model.groups(model),
-        ranks=ranks,
-        batch_size=ROWS,
+        tiny_model.groups(model),
+        ranks,
+        TrainingConfig(batch_size=ROWS, zero_stage=stage, precision="fp32"),
         micro_batches=1,
-        zero_stage=stage,
-        bf16=False,
     )
     first = 0
     if start:

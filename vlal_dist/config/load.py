@@ -166,15 +166,15 @@ def known_fields() -> dict[str, FieldInfo]:
 
 
 def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Sequence[str]) -> str:
-    """The `--help` page: every key of the named sections with default, unit and source."""
+    """The `--help` page: every key of the named sections, or a single `section.key`."""
     lines = [f"usage: {usage} [--config FILE] [--section.key value ...]", "", purpose.strip(), ""]
     lines.append(f"  --config FILE    YAML; absent: $VLAL_CONFIG, else {DEFAULT_CONFIG}")
     lines.extend(f"  --{name:<14} {FLAGS[name]}" for name in flags)
     fields = known_fields()
     for name in sections:
-        section = type(getattr(Config(), name))
+        section = type(getattr(Config(), name.partition(".")[0]))
         lines.extend(["", f"{name}: {(section.__doc__ or '').strip()}"])
-        for key in (key for key in fields if key.startswith(f"{name}.")):
+        for key in (key for key in fields if f"{key}.".startswith(f"{name}.")):
             default = fields[key].get_default(call_default_factory=True)
             lines.append(f"  --{key}  (default: {'none' if default is None else default})")
             lines.extend(

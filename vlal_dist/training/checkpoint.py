@@ -1,13 +1,13 @@
-"""Checkpoints: the state of a run, its files, and a mark written last. No pickle, any world size.
+"""Checkpoints: complete or ignored, without pickle, readable by any number of ranks.
 
     checkpoints/00001200/model.safetensors       parameters and buffers
                          optimizer.safetensors   NAME.exp_avg, NAME.exp_avg_sq, NAME.step
-                         state.json              position, schedule, what the order is bound to
+                         state.json              position, schedule, binding
                          COMPLETE                sha256 of the three; written last
 
-A folder without COMPLETE, or whose files differ from it, was cut short and is never loaded; the
-next save removes it. Files go through `Store`, so a run root may be a folder or a bucket. The
-files are the same with ZeRO 0, 1 and 2.
+A folder without COMPLETE, or whose files differ from it, is never loaded; the next save removes it.
+Files go through `Store`, so a run root may be a folder or a bucket. The files are the same with
+ZeRO 0, 1 and 2 (docs/training.md).
 """
 
 import hashlib
@@ -28,20 +28,29 @@ from vlal_dist.storage.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2
+FOLDER = "checkpoints"
+MODEL, OPTIMIZER, STATE, COMPLETE = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "COMPLETE",
+)
+
 
 @dataclass(frozen=True)
 class Binding:
     """What the order of samples and the meaning of the weights depend on; fixed at the first start.
 
     Attributes:
-        dataset_digest, vocabulary_digest, feasible_digest: of the data trained on.
+        dataset_digest, vocabulary_digest, feasible_digest: of the dataset trained on.
         train_split: its split.
         seed: of order, flips and draws.
         lanes: parallel lanes of an epoch.
-        micro_batches: M.
+        micro_batches: M, of a step over all ranks.
         window_blocks: shuffle window.
         epoch_end: `drop` or `exact`.
-        mix: digest and passes of each dataset, where there is more than the one.
+        mix: digest and passes of each dataset of a mixture; empty: a single dataset.
         subset: sha256 of the list of keys that is trained on; empty: all.
         repeat_threshold: of the repeat factors; 0: none.
     """
@@ -62,27 +71,27 @@ class Binding:
 
 @dataclass
 class TrainState:
-    """Where a run stands; all of `state.json` but the format.
+    """Position of a run; all of `state.json` but the format.
 
     Attributes:
-        binding: what may not change under a run.
+        binding: what may not change within a run.
         epoch: 0-based epoch of the next sample.
         consumed: visits of that epoch already trained on or left out.
-        ledger, left_out: `Ledger`s of the epoch's visits so far: trained on, and quarantined.
+        ledger, left_out: visits of the epoch so far: trained on, and of quarantined samples.
         quarantined: uid (16 hex digits) -> where and why.
         step: optimizer steps since the start.
         best_map: best validation mAP so far, a share of 1.
-        best_step: the step that it was found at.
+        best_step: step of that validation.
         schedule: `Schedule.state()`.
         batch: batch_size, accumulation, reference_batch, world_size of the last start; these may
-            change at a resume, and are kept to tell so.
+            change at a resume and are only logged.
     """
 
     binding: Binding
     epoch: int = 0
     consumed: int = 0
-    ledger: dict[str, int] = field(default_factory=Ledger().to_json)
-    left_out: dict[str, int] = field(default_factory=Ledger().to_json)
+    ledger: Ledger = field(default_factory=Ledger)
+    left_out: Ledger = field(default_factory=Ledger)
     quarantined: dict[str, str] = field(default_factory=dict)
     step: int = 0
     best_map: float | None = None
@@ -91,43 +100,9 @@ class TrainState:
     batch: dict[str, int] = field(default_factory=dict)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Move on to the first visit of an epoch, with new books."""
+        """Move to the first visit of an epoch, with empty ledgers."""
         self.epoch, self.consumed = epoch, 0
-        self.ledger, self.left_out = Ledger().to_json(), Ledger().to_json()
-
-
-def check_binding(stored: Binding, wanted: Binding, *, where: str) -> None:
-    """Refuse to continue a run on other data or in another order.
-
-    Args:
-        stored: what the checkpoint is bound to.
-        wanted: what this start is bound to; 0 (lanes, micro-batches) takes what is stored.
-        where: the checkpoint, for the message.
-
-    Raises:
-        DataError: naming each field that differs, with both values.
-    """
-    before = asdict(stored)
-    differing = [
-        f"{name} is {value}, the checkpoint has {before[name]}"
-        for name, value in asdict(wanted).items()
-        if value != before[name] and not (value == 0 and name in ("lanes", "micro_batches"))
-    ]
-    if differing:
-        raise DataError(
-            f"{where} cannot be resumed: {'; '.join(differing)}. Restore these, or train anew "
-            "with another --paths.run (or --resume none)"
-        )
-
-
-FORMAT = 2
-FOLDER = "checkpoints"
-MODEL, OPTIMIZER, STATE, COMPLETE = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "COMPLETE",
-)
+        self.ledger = self.left_out = Ledger()
 
 
 @dataclass(frozen=True)
@@ -136,10 +111,10 @@ class Checkpoint:
 
     Attributes:
         where: its URL, for messages.
-        state: where the run stood.
+        state: position of the run.
         model: `state_dict` of the model, on the CPU.
-        optimizer: Adam's state (adam.py), on the CPU.
-        skipped: newer ones that were damaged and not taken.
+        optimizer: Adam's state (optimizer_state.py), on the CPU.
+        skipped: newer checkpoints that were damaged.
     """
 
     where: str
@@ -147,6 +122,33 @@ class Checkpoint:
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     skipped: int = 0
+
+    def check_binding(self, wanted: Binding) -> None:
+        """Refuse to resume on other data or in another order.
+
+        Args:
+            wanted: binding of this start; 0 (lanes, micro-batches) accepts what is stored.
+
+        Raises:
+            DataError: naming each field that differs, with both values.
+        """
+        stored = asdict(self.state.binding)
+        differing = [
+            f"{name} is {value}, the checkpoint has {stored[name]}"
+            for name, value in asdict(wanted).items()
+            if value != stored[name] and not (value == 0 and name in ("lanes", "micro_batches"))
+        ]
+        if differing:
+            raise DataError(
+                f"{self.where} cannot be resumed: {'; '.join(differing)}. Restore these settings, "
+                "or start a new run with another --paths.run (or --resume none)"
+            )
+
+    def resume_kind(self, *, world_size: int) -> str:
+        """How a run on so many ranks continues from it, one of `RESUME_KINDS`."""
+        if self.skipped:
+            return "fallback"
+        return "exact" if self.state.batch.get("world_size") == world_size else "resharded"
 
 
 def save_checkpoint(
@@ -157,23 +159,23 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> int:
-    """Write a checkpoint and then remove all but it and the newest before it, `keep` in all.
+    """Write a checkpoint, then remove all but it and the newest before it, `keep` in all.
 
     Args:
-        store: root of the run, where nobody else writes.
-        state: where the run stands.
+        store: root of the run, where no other process writes.
+        state: position of the run.
         model: its `state_dict`.
-        optimizer: Adam's state (adam.py).
-        keep: how many whole checkpoints stay, at least 1.
+        optimizer: Adam's state (optimizer_state.py).
+        keep: how many complete checkpoints stay, at least 1.
 
     Returns:
-        Its size in bytes, without the mark.
+        Its size in bytes, without COMPLETE.
 
     Raises:
         StorageError: it could not be written; older ones are untouched.
     """
     complete = complete_checkpoints(store)
-    _remove_leftovers(store, complete)
+    _remove_incomplete(store, complete)
     prefix = _free_prefix(complete, state.step)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
     files = {
@@ -189,8 +191,8 @@ def save_checkpoint(
     return sum(len(files[name]) for name in digests)
 
 
-def _remove_leftovers(store: Store, complete: Sequence[str]) -> None:
-    """Remove saves that were cut short or failed: first, because they take room."""
+def _remove_incomplete(store: Store, complete: Sequence[str]) -> None:
+    """Remove saves that were cut short or failed; before writing, because they take room."""
     found = {key.rpartition("/")[0] for key in store.list_keys(f"{FOLDER}/")}
     for prefix in sorted(found - set(complete)):
         discard(store, prefix)
@@ -198,7 +200,7 @@ def _remove_leftovers(store: Store, complete: Sequence[str]) -> None:
 
 
 def _free_prefix(complete: Sequence[str], step: int) -> str:
-    """A new folder: what is whole is never written over.
+    """A new folder: a complete checkpoint is never overwritten.
 
     A second save at one step (after its validation, which may find a best model) gets a suffix, and
     sorts behind the first.
@@ -211,9 +213,9 @@ def _free_prefix(complete: Sequence[str], step: int) -> str:
 
 
 def _prune(store: Store, complete: Sequence[str], keep: int) -> None:
-    """Remove old checkpoints, and later ones that a run went back from.
+    """Remove old checkpoints, and later ones that the run went back from.
 
-    The new one, the first of the list, is whole: what cannot be removed now is no failure.
+    The new one, first of the list, is complete: a failure to remove others is only logged.
     """
     newest = complete[0]
     kept = sorted((prefix for prefix in complete if prefix <= newest), reverse=True)[:keep]
@@ -222,27 +224,27 @@ def _prune(store: Store, complete: Sequence[str], keep: int) -> None:
             discard(store, prefix)
         store.sweep(FOLDER)
     except StorageError as error:
-        logger.warning("an old checkpoint was not removed, the next save will: %s", error)
+        logger.warning("an old checkpoint was not removed, the next save retries: %s", error)
 
 
 def complete_checkpoints(store: Store) -> list[str]:
-    """Key prefixes of the checkpoints that have their mark, newest first."""
+    """Key prefixes of the checkpoints that have COMPLETE, newest first."""
     keys = store.list_keys(f"{FOLDER}/")
     return sorted(key.rpartition("/")[0] for key in keys if key.endswith(f"/{COMPLETE}"))[::-1]
 
 
 def discard(store: Store, prefix: str) -> None:
-    """Remove a checkpoint, its mark first, so that no half of it can be taken for a whole."""
+    """Remove a checkpoint, COMPLETE first, so that a half-removed one is not taken for complete."""
     for name in (COMPLETE, MODEL, OPTIMIZER, STATE):
         store.delete(f"{prefix}/{name}")
 
 
 def find_checkpoint(store: Store, resume: str) -> Checkpoint | None:
-    """The checkpoint that `--resume` asks for; every rank finds the same.
+    """The checkpoint that `--resume` selects; every rank finds the same.
 
     Args:
         store: root of the run.
-        resume: `auto` (the newest whole one, or none), `none`, or the path or URL of a
+        resume: `auto` (the newest complete one, or none), `none`, or the path or URL of a
             checkpoint folder or of a run root.
 
     Raises:
@@ -263,14 +265,14 @@ def find_checkpoint(store: Store, resume: str) -> Checkpoint | None:
             logger.warning("falling back to an older checkpoint: %s", error)
     if named or prefixes:
         raise DataError(
-            f"{store.url} holds no whole checkpoint ({len(prefixes)} damaged); give --resume the "
-            "folder of one, or --resume none to begin anew"
+            f"{store.url} holds no complete checkpoint ({len(prefixes)} damaged); give --resume "
+            "the folder of one, or --resume none to start over"
         )
     return None
 
 
 def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
-    """Read one checkpoint and check it against its mark.
+    """Read one checkpoint and check it against COMPLETE.
 
     Raises:
         NotFoundError: a file is absent.
@@ -284,13 +286,15 @@ def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
         for name, data in files.items():
             if (found := hashlib.sha256(data).hexdigest()) != digests[name]:
                 raise DataError(
-                    f"{where}/{name} has sha256 {found}, its mark says {digests[name]}: it was "
+                    f"{where}/{name} has sha256 {found}, COMPLETE says {digests[name]}: it was "
                     "cut short or changed; resume an older checkpoint"
                 )
         values = json.loads(files[STATE])
         if values["format"] != FORMAT:
             raise DataError(f"{where} has format {values['format']}; this version reads {FORMAT}")
         values["binding"] = Binding(**values["binding"])
+        for name in ("ledger", "left_out"):
+            values[name] = Ledger(**values[name])
         state = TrainState(**{item.name: values[item.name] for item in fields(TrainState)})
         model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, OPTIMIZER))
     except (ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -1,11 +1,9 @@
-"""Training and validation data of a run."""
+"""Training and validation data of a run: datasets, likelihoods, batch builders, loader."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -13,10 +11,15 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from vlal_dist.config.sections import DataConfig, Section, TrainingConfig
-from vlal_dist.data.format.dataset import Dataset, Split, open_split
+from vlal_dist.config.sections import (
+    DataConfig,
+    LossConfig,
+    PathsConfig,
+    ScoringConfig,
+    TrainingConfig,
+)
+from vlal_dist.data.format.dataset import Split, open_split
 from vlal_dist.data.format.scores import read_scores_manifest
-from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.disk_cache import DiskCache
 from vlal_dist.data.loading.likelihoods import (
@@ -25,105 +28,73 @@ from vlal_dist.data.loading.likelihoods import (
     ScoreLikelihoods,
     rescaled_tar_likelihoods,
 )
-from vlal_dist.data.loading.loader import TrainLoader, evaluation_batches
+from vlal_dist.data.loading.loader import TrainLoader
 from vlal_dist.data.loading.shard_reader import ShardReader
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.mixture import Mixture, open_mixture
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
-from vlal_dist.evaluation.predictions import Predictions, merge_predictions
-from vlal_dist.evaluation.predictors import predict
-from vlal_dist.method.metrics import Evaluation, evaluate_scores
 from vlal_dist.storage.store import open_store, read_url
-from vlal_dist.training.checkpoint import Checkpoint
+from vlal_dist.training.checkpoint import Binding
 from vlal_dist.training.ranks import Ranks
-from vlal_dist.training.settings import RunSettings
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunData(Mixture):
-    """The opened data of a run.
+class TrainingData(Mixture):
+    """The opened data of a run: the mixture that is trained on, and the validation split.
 
-    Attributes besides those of a mixture, which is what is trained on:
-        validation: split that selects the model.
-        read_likelihoods: where log-likelihoods are; None where none are needed.
+    Attributes:
+        validation: split that selects the best model.
+        read_likelihoods: reads the log-likelihoods that weigh the draw; None: nothing is drawn.
     """
 
     validation: Split
     read_likelihoods: ReadLikelihoods | None
 
 
-def open_sources(
-    url: str,
-    *,
-    mix: Mapping[str, float],
-    subset: str | None,
-    repeat_threshold: float,
-    scores_url: str | None,
-    temperature: float | None,
-    cache: Path,
-    train_split: str,
-    validation_split: str,
-    weighted_by: str | None,
-) -> RunData:
-    """Open what is trained on and validated with.
+def open_data(
+    paths: PathsConfig, data: DataConfig, loss: LossConfig, scoring: ScoringConfig
+) -> TrainingData:
+    """Open the training and validation splits, and the likelihoods if the loss draws by them.
 
     Args:
-        url, mix, subset, repeat_threshold, cache: as `open_mixture` takes them.
-        scores_url: root of score_clip; None: likelihoods are inside the tars.
-        temperature: tau of Eq. (2); None: the scorer's. Likelihoods in tars are rescaled to it.
-        train_split, validation_split: names.
-        weighted_by: `likelihood`, `uniform` or `cooccurrence`: by what ignore sets are drawn; only
-            the first looks for likelihoods. None: the loss draws none.
+        paths: `merged`, or with `data.likelihood scores` `dataset` and `scores`; `cache`.
+        data: splits, mixture, subset, where likelihoods are.
+        loss: whether ignore sets are drawn, and by what weights.
+        scoring: `temperature` of Eq. (2); None: the scorer's. Likelihoods in tars are rescaled.
 
     Raises:
-        ConfigError: a mix with score files, or keys that are of no sample.
+        ConfigError: a mixture with score files, or keys that no sample has.
         DataError: no such dataset or split, datasets that do not belong together, or no
             likelihoods where they are needed.
     """
-    mixture = open_mixture(
-        url,
-        DataConfig(
-            mix=dict(mix),
-            subset=subset,
-            repeat_threshold=repeat_threshold,
-            train_split=train_split,
-        ),
-        cache=cache,
-    )
-    read: ReadLikelihoods | None = None
-    if weighted_by == "likelihood":
-        read = _clip_likelihoods(mixture, train_split, scores_url, temperature)
-    elif weighted_by is not None:
+    url = paths.merged if data.likelihood == "tar" else paths.dataset
+    mixture = open_mixture(url, data, cache=Path(paths.cache))
+    read: ReadLikelihoods | None
+    if loss.loss != "selective" or loss.num_ignore in ("all", 0):
+        read = None  # none or all of a set: nothing is drawn
+    elif loss.draw_weights != "likelihood":
         read = ObjectLikelihoods(
             mixture.corpus,
             mixture.dataset.feasible,
-            cooccurrence=weighted_by == "cooccurrence",
+            cooccurrence=loss.draw_weights == "cooccurrence",
         )
-    return RunData(
+    elif data.likelihood == "tar":
+        read = _tar_likelihoods(mixture, data.train_split, scoring.temperature)
+    else:
+        read = _score_likelihoods(mixture, paths.scores, scoring.temperature)
+    return TrainingData(
         **vars(mixture),
-        validation=open_split(mixture.dataset, validation_split),
+        validation=open_split(mixture.dataset, data.validation_split),
         read_likelihoods=read,
     )
 
 
-def _clip_likelihoods(
-    mixture: Mixture, split: str, scores_url: str | None, temperature: float | None
-) -> ReadLikelihoods:
-    if scores_url is None:
-        return _tar_likelihoods(mixture.trained, split, temperature)
-    if len(mixture.corpus.splits) > 1:
-        raise ConfigError("data.mix needs data.likelihood tar: score files belong to one root")
-    return _score_likelihoods(mixture.dataset, mixture.corpus.splits[0], scores_url, temperature)
-
-
-def _tar_likelihoods(
-    trained: Sequence[Dataset], split: str, temperature: float | None
-) -> ReadLikelihoods:
+def _tar_likelihoods(mixture: Mixture, split: str, temperature: float | None) -> ReadLikelihoods:
     temperatures = set()
-    for one in trained:
+    for one in mixture.trained:
         likelihood = one.manifest.get("likelihood")
         if likelihood is None or split not in likelihood["splits"]:
             raise DataError(
@@ -140,17 +111,17 @@ def _tar_likelihoods(
     return rescaled_tar_likelihoods(merged_at=merged_at, temperature=temperature or merged_at)
 
 
-def _score_likelihoods(
-    dataset: Dataset, split: Split, url: str, temperature: float | None
-) -> ReadLikelihoods:
-    store = open_store(url)
+def _score_likelihoods(mixture: Mixture, url: str, temperature: float | None) -> ReadLikelihoods:
+    if len(mixture.corpus.splits) > 1:
+        raise ConfigError("data.mix needs data.likelihood tar: score files belong to one dataset")
+    dataset, store = mixture.dataset, open_store(url)
     manifest = read_scores_manifest(
         store,
         feasible_digest=dataset.feasible.digest,
         vocabulary_digest=dataset.vocabulary.digest,
     )
     return ScoreLikelihoods(
-        split,
+        mixture.corpus.splits[0],
         scores=store,
         manifest=manifest,
         temperature=temperature or float(manifest["temperature"]),
@@ -190,122 +161,50 @@ def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
     return torch.from_numpy(mean_score.to_numpy().astype(np.float32))
 
 
-def make_validation(
-    maker: BatchBuilder,
-    *,
-    model: torch.nn.Module,
-    ranks: Ranks,
-    groups: Mapping[str, Sequence[int]],
-    batch_size: int,
-    top_k: int,
-    threshold: float,
-) -> Callable[[Callable[[], bool]], Evaluation | None]:
-    """A function that scores the validation split in float32: each rank takes neighbouring rows.
-
-    All ranks must call it, and all get the same evaluation; or None, if before any batch any of
-    them says that it is to stop.
-
-    Args:
-        maker: of the validation split.
-        model: the model being trained, on the ranks' device.
-        ranks: this process among its peers.
-        groups: group name -> attribute ids.
-        batch_size: samples per forward pass.
-        top_k, threshold: as `evaluate_scores` takes them.
-    """
-    num_samples = len(maker.reader.corpus)
-    # Neighbours, so that no block of a remote split is read by two ranks.
-    rows = np.array_split(np.arange(num_samples, dtype=np.int64), ranks.world_size)[ranks.rank]
-
-    most = -(-num_samples // ranks.world_size)  # rows of rank 0, which has no fewer than others
-    steps = -(-most // batch_size)
-
-    def validate(asked_to_stop: Callable[[], bool]) -> Evaluation | None:
-        batches = evaluation_batches(maker, rows, batch_size=batch_size)
-        stopped = False
-
-        def in_step() -> Iterator[Batch]:
-            nonlocal stopped
-            for _ in range(steps):
-                batch = ranks.together(lambda: next(batches, None))
-                (stopped,) = ranks.agree(asked_to_stop())
-                if stopped:
-                    return
-                if batch is not None:
-                    yield batch
-
-        with closing(batches):
-            own = predict(
-                model, in_step(), num_attributes=maker.num_attributes, device=ranks.device
-            )
-        if stopped:
-            return None
-        merged = merge_predictions(_gather(own, ranks), num_samples=num_samples)
-        return evaluate_scores(merged.score, merged.label, groups, top_k=top_k, threshold=threshold)
-
-    return validate
-
-
-def _gather(own: Predictions, ranks: Ranks) -> list[Predictions]:
-    """The predictions of all ranks, on every rank."""
-    row, uid, score, label = (
-        [part.cpu().numpy() for part in ranks.gather(torch.from_numpy(array).to(ranks.device))]
-        for array in (own.row, own.uid.view(np.int64), own.score, own.label)
-    )
-    return [
-        Predictions(row=r, uid=u.view(np.uint64), score=s, label=y)
-        for r, u, s, y in zip(row, uid, score, label, strict=True)
-    ]
-
-
-def make_batches(
-    settings: RunSettings, sources: RunData, ranks: Ranks, *, train: bool
+def make_builder(
+    config: DataConfig, data: TrainingData, ranks: Ranks, *, train: bool
 ) -> BatchBuilder:
-    """What makes the batches of the training corpus, or of the validation split."""
-    if settings.decode == "gpu" and ranks.device.type != "cuda":
+    """Make the batch builder of the training corpus (`train`), or of the validation split.
+
+    Raises:
+        ConfigError: `data.decode gpu` on a CPU, or with `data.damage quarantine`.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    if config.decode == "gpu" and not on_gpu:
         raise ConfigError(f"data.decode gpu: this rank runs on {ranks.device}; set data.decode cpu")
-    if settings.decode == "gpu" and settings.damage == "quarantine":
+    if config.decode == "gpu" and config.damage == "quarantine":
         raise ConfigError(
             "data.decode gpu finds damage too late for data.damage quarantine: set cpu"
         )
-    corpus = sources.corpus if train else ConcatSplits([sources.validation])
+    corpus = data.corpus if train else ConcatSplits([data.validation])
+    disk_cache = None
+    if config.cache_bytes and corpus.remote:
+        disk_cache = DiskCache(
+            data.dataset.cache, limit_bytes=config.cache_bytes, largest_bytes=corpus.largest_block
+        )
     return BatchBuilder(
-        ShardReader(corpus, cache=_block_cache(settings, corpus)),
-        sources.dataset,
-        _section(DataConfig, settings, threads=settings.decode_threads),
+        ShardReader(corpus, cache=disk_cache),
+        data.dataset,
+        config,
         training=train,
-        read_likelihoods=sources.read_likelihoods if train else None,
-        pinned=ranks.device.type == "cuda",
-    )
-
-
-S = TypeVar("S", bound=Section)
-
-
-def _section(kind: type[S], settings: RunSettings, *, threads: int) -> S:
-    """The section whose fields the settings repeat."""
-    named = {name: value for name, value in vars(settings).items() if name in kind.model_fields}
-    return kind(**{**named, "threads": threads})
-
-
-def _block_cache(settings: RunSettings, corpus: ConcatSplits) -> DiskCache | None:
-    """The disk cache of this node, where the settings want one and a split is remote."""
-    if not settings.cache_bytes or not corpus.remote:
-        return None
-    return DiskCache(
-        settings.cache, limit_bytes=settings.cache_bytes, largest_bytes=corpus.largest_block
+        read_likelihoods=data.read_likelihoods if train else None,
+        pinned=on_gpu,
     )
 
 
 def make_loader(
-    settings: RunSettings, sources: RunData, found: Checkpoint | None, ranks: Ranks
+    config: DataConfig,
+    training: TrainingConfig,
+    data: TrainingData,
+    ranks: Ranks,
+    *,
+    first: Binding | None,
 ) -> TrainLoader:
-    """The stream; lanes and micro-batches are those of the first start."""
-    first = found.state.binding if found else None
+    """Make the training loader; `first`: the run's binding, whose lanes and micro-batches stay."""
     loader = TrainLoader(
-        make_batches(settings, sources, ranks, train=True),
-        EpochPlan(sources.corpus, seed=settings.seed, passes=sources.passes, factor=sources.factor),
-        _section(TrainingConfig, settings, threads=settings.torch_threads),
+        make_builder(config, data, ranks, train=True),
+        EpochPlan(data.corpus, seed=training.seed, passes=data.passes, factor=data.factor),
+        training,
         rank=ranks.rank,
         world_size=ranks.world_size,
         lanes=first.lanes if first else 0,
@@ -313,7 +212,8 @@ def make_loader(
     )
     if loader.micro_batches % ranks.world_size:
         logger.info(
-            "the %d micro-batches of a step are recut for %d ranks: BatchNorm sees other groups",
+            "the %d micro-batches of a step are cut differently for %d ranks: BatchNorm sees other "
+            "groups of samples",
             loader.micro_batches,
             ranks.world_size,
         )

@@ -1,10 +1,10 @@
-"""DeepSpeed behind five methods: forward, backward, reduce, step, rates. Only this imports it.
+"""DeepSpeed engine: forward, backward, reduction, optimizer step. Only this module imports it.
 
-What we rely on, read in 0.19.8's source and held by `tests/training/test_gradients.py`:
+Behaviour of 0.19.8 that we rely on, tested by `tests/training/test_gradients.py`:
 
 - `gradient_allreduce_op: sum` skips every division by the world size, for ZeRO 0, 1 and 2.
 - `backward(loss, scale_wrt_gas=False)` skips the division by the accumulation steps.
-- `gradient_clipping` is 1.0 unless told; 0 turns it off.
+- `gradient_clipping` is 1.0 by default; 0 turns it off.
 - `set_gradient_accumulation_boundary` says which backward pass reduces; DeepSpeed's own counter of
   micro-steps is then unused, so the number of micro-batches of a step is ours to choose.
 - With ZeRO 0 `backward` ends with `allreduce_gradients()`, which does nothing before the boundary.
@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.training.optimizer_state import (
     adam_tensors,
@@ -34,72 +35,50 @@ from vlal_dist.training.optimizer_state import (
 from vlal_dist.training.ranks import Ranks
 
 
-def deepspeed_json(
-    *, batch_size: int, world_size: int, micro_batches: int, zero_stage: int, bf16: bool
-) -> dict[str, object]:
-    """DeepSpeed's configuration from plain values; there is no hand-kept JSON beside it.
-
-    Args:
-        batch_size: B, samples of a step over all ranks.
-        world_size: W.
-        micro_batches: forward passes of each rank in a step.
-        zero_stage: 0, 1 or 2.
-        bf16: autocast the forward pass to bfloat16.
-    """
-    config: dict[str, object] = {
-        "train_micro_batch_size_per_gpu": -(-batch_size // (world_size * micro_batches)),
-        "gradient_accumulation_steps": micro_batches,
-        "gradient_allreduce_op": "sum",
-        "zero_optimization": {"stage": zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": 0.0,  # the default would clip to norm 1
-    }
-    if bf16:
-        # No module is "safe" to reduce in bfloat16: gradients are summed in float32 everywhere.
-        config["torch_autocast"] = {
-            "enabled": True,
-            "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],
-        }
-    return config
-
-
 class Engine:
     """A model, its Adam, and the reduction of gradients over ranks.
 
     Args:
         model: (image, object_id) -> logits; moved to the ranks' device, rank 0's weights win.
-        groups: parameter groups, each with `params`, `lr`, `weight_decay`.
+        groups: parameter groups, each with `name`, `params`, `lr`, `weight_decay`.
         ranks: this process among its peers (the process group exists).
-        batch_size, micro_batches, zero_stage, bf16: as in `deepspeed_json`.
+        config: `batch_size`, `zero_stage`, `precision` (`auto`: bf16 on a GPU).
+        micro_batches: forward passes of each rank in a step.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        *,
         groups: list[dict[str, Any]],
         ranks: Ranks,
-        batch_size: int,
+        config: TrainingConfig,
+        *,
         micro_batches: int,
-        zero_stage: int,
-        bf16: bool,
     ) -> None:
-        deepspeed = _import_deepspeed(ranks.device)
         # torch's Adam adds the decay to the gradient (coupled L2, as the authors'); DeepSpeed's
         # own FusedAdam would decouple it, and compile at first use.
         self.optimizer = torch.optim.Adam(groups)
-        self.zero_stage = zero_stage
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=deepspeed_json(
-                batch_size=batch_size,
-                world_size=ranks.world_size,
-                micro_batches=micro_batches,
-                zero_stage=zero_stage,
-                bf16=bf16,
+        self.zero_stage = config.zero_stage
+        settings: dict[str, object] = {
+            "train_micro_batch_size_per_gpu": -(
+                -config.batch_size // (ranks.world_size * micro_batches)
             ),
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_allreduce_op": "sum",
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # the default would clip to norm 1
+        }
+        on_gpu = ranks.device.type == "cuda"
+        if config.precision == "bf16" or (config.precision == "auto" and on_gpu):
+            # No module is "safe" to reduce in bfloat16: gradients are summed in float32.
+            settings["torch_autocast"] = {
+                "enabled": True,
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],
+            }
+        self._engine, *_ = _import_deepspeed(ranks.device).initialize(
+            model=model, optimizer=self.optimizer, config=settings
         )
         self.module = cast(nn.Module, self._engine.module)
 

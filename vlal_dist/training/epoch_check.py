@@ -1,9 +1,10 @@
-"""The books of an epoch: the ledger against the plan, and the samples that were quarantined."""
+"""Epoch accounting: verifies that every planned sample was trained on exactly once."""
 
 import json
 import logging
 from collections.abc import Sequence
 
+from vlal_dist.data.hashing import uid_from_hex, uid_to_hex, unsigned_uids
 from vlal_dist.data.loading.loader import Step, TrainLoader
 from vlal_dist.data.loading.shard_reader import Damage
 from vlal_dist.data.order.ledger import Ledger
@@ -13,18 +14,21 @@ from vlal_dist.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-_LOW = (1 << 32) - 1
 _NAMED = 5
+"""Damaged samples that an error lists."""
 
 
 class EpochCheck:
-    """What this rank has to enter into the books of the run.
+    """Counts the visits of this rank, and keeps ledgers and quarantine of the run's state.
 
     Args:
         ranks: this process among its peers.
-        state: the books: ledger, left_out, quarantined.
+        state: its `ledger`, `left_out` and `quarantined` are updated.
         num_samples: samples that are trained on, over all datasets.
         max_quarantined: share of them that may be quarantined; above 0 it allows one at least.
+
+    Attributes:
+        quarantined: uids that are left out.
     """
 
     def __init__(
@@ -33,78 +37,77 @@ class EpochCheck:
         self._ranks, self._state = ranks, state
         self._allowed = max(int(max_quarantined * num_samples), int(max_quarantined > 0))
         self._max_quarantined = max_quarantined
-        self._trained, self._left_out = Ledger(), Ledger()
-        self.quarantined = {int(uid, 16) for uid in state.quarantined}
+        self._trained = self._left_out = Ledger()
+        self.quarantined = {uid_from_hex(uid) for uid in state.quarantined}
 
     def enter(self, step: Step) -> None:
         """Count the rows of a step that was applied."""
         for batch in step.micro_batches:
             real = batch.row_weight > 0
-            uid = batch.uid[real].numpy().view("uint64")
+            uid = unsigned_uids(batch.uid[real].numpy())
             self._trained += Ledger.of(uid, batch.visit[real].numpy())
         self._left_out += step.left_out
 
     def quarantine(self, damaged: Sequence[Damage]) -> None:
-        """Put the damaged samples of all ranks on the list; every rank must call.
+        """Quarantine the damaged samples of all ranks; every rank must call.
 
         Raises:
-            DataError: more are damaged than the run allows; on every rank.
+            DataError: more are damaged than `data.max_quarantined` allows; on every rank.
         """
-        own = json.dumps({f"{one.uid:016x}": f"{one.where}: {one.check}" for one in damaged})
+        own = json.dumps({uid_to_hex(one.uid): f"{one.where}: {one.check}" for one in damaged})
+        quarantined = self._state.quarantined
         for text in self._ranks.texts(own):
             for uid, reason in json.loads(text).items():
-                if uid not in self._state.quarantined:
+                if uid not in quarantined:
                     logger.warning("quarantined sample uid %s: %s", uid, reason)
-                    self._state.quarantined[uid] = reason
-                    self.quarantined.add(int(uid, 16))
-        found = self._state.quarantined
-        if len(found) > self._allowed:
-            first = "; ".join(f"uid {uid}: {why}" for uid, why in list(found.items())[:_NAMED])
+                    quarantined[uid] = reason
+                    self.quarantined.add(uid_from_hex(uid))
+        if len(quarantined) > self._allowed:
+            first = [f"uid {uid}: {why}" for uid, why in list(quarantined.items())[:_NAMED]]
             raise DataError(
-                f"{len(found)} samples are damaged, data.max_quarantined {self._max_quarantined} "
-                f"allows {self._allowed}: {first}. Run shard_tools verify and restore the shards"
+                f"{len(quarantined)} samples are damaged, data.max_quarantined "
+                f"{self._max_quarantined} allows {self._allowed}: {'; '.join(first)}. "
+                "Run shard_tools verify and restore the shards"
             )
 
     def settle(self) -> None:
-        """Add what this rank entered since the last time to the books; every rank must call."""
-        own = (self._trained, self._left_out)
-        parts = [part for one in own for part in (one.count, one.sum & _LOW, one.sum >> 32)]
-        totals = self._ranks.total(*parts)
-        for name, (count, low, high) in zip(
-            ("ledger", "left_out"), (totals[:3], totals[3:]), strict=True
-        ):
-            added = Ledger(count, (low + (high << 32)) & ((1 << 64) - 1))
-            books = Ledger.from_json(getattr(self._state, name)) + added
-            setattr(self._state, name, books.to_json())
-        self._trained, self._left_out = Ledger(), Ledger()
+        """Add the visits since the last call to the state's ledgers; every rank must call."""
+        trained, left_out = self._over_ranks(self._trained, self._left_out)
+        self._state.ledger += trained
+        self._state.left_out += left_out
+        self._trained = self._left_out = Ledger()
 
-    def check_epoch(self, loader: TrainLoader, end: int) -> None:
-        """Compare a finished epoch with its plan; every rank must call.
-
-        Args:
-            loader: the stream.
-            end: where the epoch ended; later positions were dropped.
+    def check_epoch(self, loader: TrainLoader) -> None:
+        """Compare a finished epoch, which ended at `state.consumed`, with its plan; every rank.
 
         Raises:
             VlalError: a visit too many or too few; on every rank.
         """
         self.settle()
-        state, plan = self._state, loader.plan
-        rank, world_size, rows = self._ranks.rank, self._ranks.world_size, len(plan.corpus)
+        state, rank, world_size = self._state, self._ranks.rank, self._ranks.world_size
+        rows = len(loader.plan.corpus)
         share = rows * rank // world_size, rows * (rank + 1) // world_size
-        own = plan.ledger(state.epoch, *share)
-        count, low, high = self._ranks.total(own.count, own.sum & _LOW, own.sum >> 32)
-        planned = Ledger(count, (low + (high << 32)) & ((1 << 64) - 1))
-        planned -= loader.ledger_of(state.epoch, end, loader.stream.length(state.epoch))
-        found = Ledger.from_json(state.ledger) + Ledger.from_json(state.left_out)
+        (planned,) = self._over_ranks(loader.plan.ledger(state.epoch, *share))
+        length = loader.stream.length(state.epoch)
+        planned -= loader.ledger_of(state.epoch, state.consumed, length)  # the dropped end
+        found = state.ledger + state.left_out
         if found != planned:
             raise VlalError(_explain(loader, state.epoch, planned - found))
         logger.info(
             "epoch %d: ledger equals the plan: %d visits trained on, %d left out",
             state.epoch + 1,
-            state.ledger["count"],
-            state.left_out["count"],
+            state.ledger.count,
+            state.left_out.count,
         )
+
+    def _over_ranks(self, *own: Ledger) -> list[Ledger]:
+        """The sum of each ledger over ranks; its 64-bit sum travels in two halves."""
+        parts = [part for one in own for part in (one.count, one.sum & 0xFFFFFFFF, one.sum >> 32)]
+        totals = iter(self._ranks.total(*parts))
+        return [
+            Ledger(count, (low + (high << 32)) % 2**64)
+            for count, low, high in zip(totals, totals, totals, strict=True)
+        ]
 
 
 def _explain(loader: TrainLoader, epoch: int, missing: Ledger) -> str:
@@ -113,8 +116,8 @@ def _explain(loader: TrainLoader, epoch: int, missing: Ledger) -> str:
         what = "as many visits as planned, but not the same"
     one = Ledger() - missing if missing.count < 0 else missing
     uid = loader.plan.find(epoch, one) if one.count == 1 else None
-    named = "" if uid is None else f" (sample uid {uid:016x})"
+    named = "" if uid is None else f" (sample uid {uid_to_hex(uid)})"
     return (
-        f"epoch {epoch + 1}: the ledger differs from the plan: {what}{named}. This must not "
-        "happen: please report it with the run's state.json"
+        f"epoch {epoch + 1}: the ledger differs from the plan: {what}{named}. This is a bug: "
+        "please report it with the run's state.json"
     )

@@ -1,6 +1,7 @@
-"""What a run reports while it trains: metrics, metrics.jsonl, trackers, log lines."""
+"""What a run reports: Prometheus metrics, metrics.jsonl, trackers, log lines, the progress bar."""
 
 import contextlib
+import errno
 import importlib.metadata
 import importlib.util
 import json
@@ -10,8 +11,10 @@ import platform
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +22,12 @@ import torch
 
 import vlal_dist
 from vlal_dist import __version__
-from vlal_dist.errors import ConfigError, NotFoundError, Stopped, VlalError
+from vlal_dist.config.sections import ObservabilityConfig
+from vlal_dist.data.loading.loader import TrainLoader
+from vlal_dist.errors import ConfigError, NotFoundError, Stopped, StorageError, VlalError
+from vlal_dist.method.metrics import AttributeScores, Evaluation
+from vlal_dist.observability.logs import Progress
+from vlal_dist.observability.metric_definitions import LOSS_TERMS, TERM_KINDS
 from vlal_dist.observability.metrics import TrainMetrics
 from vlal_dist.observability.metrics_log import MetricsLog, lines_until
 from vlal_dist.observability.prometheus_files import Target
@@ -27,16 +35,180 @@ from vlal_dist.observability.tracker_process import ProcessTracker
 from vlal_dist.observability.trackers import Tracker, Trackers
 from vlal_dist.storage.s3_client import REASONS, process_counts
 from vlal_dist.storage.store import Store
+from vlal_dist.training.checkpoint import TrainState
 from vlal_dist.training.ranks import Ranks
-from vlal_dist.training.settings import RunSettings
+from vlal_dist.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"
+STARTS = "starts.jsonl"
 IDENTITY = "trackers.json"
+SHOWN_RATES = {"base_decay": "backbone", "fast_decay": "head"}
+"""Parameter groups whose learning rates are shown, and under which name."""
+
+
+class RunLog:
+    """Reports of a run: of each rank to its metrics, of rank 0 to all the rest.
+
+    Args:
+        stack: closes the trackers.
+        config: which trackers.
+        ranks: this process among its peers.
+        store: the run root.
+        metrics: of this rank.
+        step: step that this start continues from; later lines of metrics.jsonl are removed.
+    """
+
+    def __init__(
+        self,
+        stack: ExitStack,
+        config: ObservabilityConfig,
+        ranks: Ranks,
+        *,
+        store: Store,
+        metrics: TrainMetrics,
+        step: int,
+    ) -> None:
+        self._ranks, self._metrics = ranks, metrics
+        self._file: MetricsLog | None = None
+        if ranks.rank == 0:
+            trackers = open_trackers(
+                stack, config.trackers, store=store, step=step, metrics=metrics
+            )
+            self._file = MetricsLog(
+                kept=_lines_until(store, METRICS, step=step),
+                append_to=store.local_path(METRICS),
+                replace=partial(store.replace, METRICS),
+                also=trackers.log,
+            )
+        self._progress: Progress | None = None
+        self._epoch, self._samples, self._started = "", 0, 0.0
+
+    @contextlib.contextmanager
+    def epoch(self, name: str, *, samples: int) -> Iterator[None]:
+        """Time the samples of an epoch and show their progress.
+
+        Args:
+            name: such as `epoch 1/12`.
+            samples: of the epoch, over all ranks, that are left.
+        """
+        self._epoch, self._samples, self._started = name, 0, time.monotonic()
+        if self._ranks.rank != 0:
+            yield
+            return
+        with Progress(name, total=samples, unit="samples") as self._progress:
+            yield
+
+    def advance(self, samples: int) -> None:
+        """Count samples of a finished step, over all ranks."""
+        self._samples += samples
+        if self._progress is not None:
+            self._progress.advance(samples)
+
+    def interval(
+        self,
+        state: TrainState,
+        train_step: TrainStep,
+        loader: TrainLoader,
+        *,
+        rates: Mapping[str, float],
+    ) -> None:
+        """Report the steps since the last call; every rank must call, with settled ledgers.
+
+        Args:
+            rates: learning rate of each parameter group.
+        """
+        own = train_step.take_tally()
+        means = own.over_ranks(self._ranks).per_row()
+        shown = {name: rates[group] for group, name in SHOWN_RATES.items() if group in rates}
+        metrics = self._metrics
+        metrics.interval(
+            loss={
+                "total": means["loss"],
+                **{term: means[f"loss_{term}"] for term in LOSS_TERMS if term != "total"},
+            },
+            rates=shown,
+            term_counts=dict(zip(TERM_KINDS, (int(n) for n in own.pairs.tolist()), strict=True)),
+            ignored=means["ignored_effective"],
+            grad_norm=train_step.grad_norm(),
+            visits={"trained": state.ledger.count, "left_out": state.left_out.count},
+            quarantined=len(state.quarantined),
+        )
+        metrics.times(train_step.take_times())
+        metrics.loader(loader.numbers())
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        if self._file is not None:
+            self._file.write(
+                {
+                    "kind": "train",
+                    "epoch": state.epoch,
+                    "step": state.step,
+                    **means,
+                    "ledger": asdict(state.ledger),
+                    "quarantined": len(state.quarantined),
+                    "samples_per_s": self._samples / seconds,
+                    "lr": shown,
+                }
+            )
+        if self._progress is not None:
+            self._progress.label = f"{self._epoch}, loss {means['loss']:.4g}"
+        self._samples, self._started = 0, time.monotonic()
+
+    def validation(
+        self, state: TrainState, evaluation: Evaluation, *, split: str, mean_ap: float, best: bool
+    ) -> None:
+        """Report the scores of the validation split; `best`: the highest mAP so far."""
+        groups, overall = evaluation.groups, evaluation.groups["overall"]
+        by_group = {name: float(g["mAP"]) for name, g in groups.items() if g["mAP"] is not None}
+        self._metrics.validation(
+            split=split, mean_ap=by_group, attributes=attribute_status(evaluation.attributes)
+        )
+        if self._file is not None:
+            record = {"kind": "validation", "epoch": state.epoch, "step": state.step, **overall}
+            self._file.write({**record, "mAP": mean_ap, "groups": by_group, "best": best})
+            self.flush()
+        logger.info(
+            "epoch %d, step %d: mAP %.4f on %s over %s attributes%s",
+            state.epoch + 1,
+            state.step,
+            mean_ap,
+            split,
+            overall["num_classes"],
+            ", the best so far" if best else f", best {state.best_map:.4f}",
+        )
+
+    def flush(self) -> None:
+        """Upload metrics.jsonl to a remote run root; a failure is logged and stops nothing."""
+        if self._file is None:
+            return
+        try:
+            self._file.flush()
+        except VlalError as error:
+            logger.warning("metrics.jsonl was not written, the next save retries: %s", error)
+
+
+def attribute_status(scores: AttributeScores) -> dict[str, int]:
+    """How many attributes have an AP, and why the others have none; sums to A."""
+    positive, negative = scores.num_positive > 0, scores.num_negative > 0
+    return {
+        "scored": int((positive & negative).sum()),
+        "no_positive": int((~positive & negative).sum()),
+        "no_negative": int((positive & ~negative).sum()),
+        "unannotated": int((~positive & ~negative).sum()),
+    }
+
+
+def failure_reason(error: VlalError) -> str:
+    """Which of `SAVE_FAILURES` an error of a store is."""
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "disk_full"
+    return "io" if isinstance(error, StorageError) else "other"
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that cannot work here, before a run is touched.
+    """Refuse trackers that cannot work here, before anything of a run is written.
 
     Raises:
         ConfigError: a library is not installed, or MLflow has no address.
@@ -58,14 +230,14 @@ def check_trackers(names: Sequence[str]) -> None:
 def open_trackers(
     stack: ExitStack, names: Sequence[str], *, store: Store, step: int, metrics: TrainMetrics
 ) -> Trackers:
-    """Start the trackers of a run; of rank 0 alone.
+    """Start the trackers of a run; on rank 0 alone.
 
     Args:
         stack: closes them.
-        names: those of the settings.
+        names: `observability.trackers`.
         store: the run root.
-        step: that the run starts from; 0: the trackers begin a new run, else they go on with it.
-        metrics: told what was dropped.
+        step: step that this start continues from; 0: the trackers begin a new run.
+        metrics: counts dropped records.
     """
     local = store.local_path(IDENTITY)
     starts: dict[str, Callable[[], Tracker]] = {}
@@ -74,11 +246,10 @@ def open_trackers(
         folder = local.parent if local else None
         for name in clients:
             starts[name] = partial(ProcessTracker, name, identity=identity, folder=folder)
-    if "tensorboard" in names:
-        if local:
-            starts["tensorboard"] = partial(_event_files, local.parent / "tensorboard", step=step)
-        else:
-            logger.info("tensorboard: its files are local ones; none for %s", store.url)
+    if "tensorboard" in names and local:
+        starts["tensorboard"] = partial(_event_files, local.parent / "tensorboard", step=step)
+    elif "tensorboard" in names:
+        logger.info("tensorboard: event files are local only; none for %s", store.url)
     trackers = Trackers(starts, dropped=metrics.tracker_dropped)
     stack.push(lambda kind, *_: trackers.close(done=kind is None))
     return trackers
@@ -91,11 +262,11 @@ def _event_files(folder: Path, *, step: int) -> Tracker:
 
 
 def identity_of(store: Store, *, step: int) -> str:
-    """The name under which W&B and MLflow know this run, the same at every resume.
+    """The name of this run in W&B and MLflow, the same at every resume.
 
     Args:
         store: the run root, where it is kept.
-        step: that the run starts from; at 0 it gets a new name.
+        step: step that this start continues from; at 0 the run gets a new name.
     """
     try:
         if step:
@@ -112,24 +283,27 @@ def identity_of(store: Store, *, step: int) -> str:
     return identity
 
 
-METRICS = "metrics.jsonl"
-STARTS = "starts.jsonl"
-
-
 def open_metrics(
-    stack: ExitStack, settings: RunSettings, ranks: Ranks, *, store: Store, kernel: str
+    stack: ExitStack,
+    config: ObservabilityConfig,
+    ranks: Ranks,
+    *,
+    store: Store,
+    cache: Path,
+    kernel: str,
 ) -> TrainMetrics:
-    """The metrics of this rank, served and announced if the settings say so.
+    """The metrics of this rank, served and announced if the configuration says so.
 
     Args:
         stack: closes the endpoint. The announcement is removed first, unless an error ends the run:
-            then it stays, so that the rank is missed.
-        settings: address, and port of local rank 0; the others follow.
+            then it stays, and Prometheus reports the rank as down.
+        config: address, and port of local rank 0; the others follow.
         ranks: this process among its peers.
         store: the run root.
+        cache: `paths.cache`; its disk is watched.
         kernel: name of the backend that computes the selective loss.
     """
-    disks = {"cache": settings.cache, "run": store.local_path(METRICS)}
+    disks = {"cache": cache, "run": store.local_path(METRICS)}
     metrics = TrainMetrics(
         {
             "version": __version__,
@@ -137,15 +311,15 @@ def open_metrics(
             "deepspeed": importlib.metadata.version("deepspeed"),
             "kernel": kernel,
         },
-        read=lambda: storage_readings(disks),
+        read=partial(storage_readings, disks),
     )
     stack.callback(metrics.close)
-    if not settings.metrics:
+    if not config.metrics:
         return metrics
-    port = metrics.serve(host=settings.metrics_host, port=settings.metrics_port + ranks.local_rank)
-    if port is not None and settings.targets is not None:
-        target = Target(Path(settings.targets), run=store.url, role="train", rank=ranks.rank)
-        target.write(host=settings.metrics_host, port=port)
+    port = metrics.serve(host=config.metrics_host, port=config.metrics_port + ranks.local_rank)
+    if port is not None and config.targets is not None:
+        target = Target(Path(config.targets), run=store.url, role="train", rank=ranks.rank)
+        target.write(host=config.metrics_host, port=port)
         target.remove_others(world_size=ranks.world_size)
 
         def end(kind: type[BaseException] | None, *_: object) -> None:
@@ -181,23 +355,16 @@ def storage_readings(disks: Mapping[str, Path | None]) -> dict[tuple[str, ...], 
 
 
 def record_start(store: Store, ranks: Ranks, *, step: int, kernel: str) -> None:
-    """Add a line to `starts.jsonl`: with what, and on what, the run goes on from a step.
-
-    A resumed run may have other hardware, so that every start has its line; a run that begins anew
-    begins the file anew. Rank 0 writes, of its own machine; for the others nothing happens.
+    """Add a line to `starts.jsonl` on rank 0: version, hardware, ranks and backend of this start.
 
     Args:
         store: the run root.
         ranks: this process among its peers.
-        step: optimizer steps done before.
+        step: step that this start continues from; lines of later steps are removed.
         kernel: backend of the selective loss.
     """
     if ranks.rank != 0:
         return
-    try:
-        kept = lines_until(store.read(STARTS), step=step) if step else b""
-    except NotFoundError:
-        kept = b""
     on_gpu = ranks.device.type == "cuda"
     record = {
         "step": step,
@@ -210,7 +377,16 @@ def record_start(store: Store, ranks: Ranks, *, step: int, kernel: str) -> None:
         "cores": os.cpu_count(),
         "kernel": kernel,
     }
+    kept = _lines_until(store, STARTS, step=step)
     store.replace(STARTS, kept + (json.dumps(record) + "\n").encode())
+
+
+def _lines_until(store: Store, key: str, *, step: int) -> bytes:
+    """The lines of a JSON lines file up to a step, none at step 0."""
+    try:
+        return lines_until(store.read(key), step=step) if step else b""
+    except NotFoundError:
+        return b""
 
 
 def _commit() -> str | None:
@@ -227,44 +403,10 @@ def _commit() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it, or its architecture."""
+    """The processor's name in /proc/cpuinfo, or its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, "") or platform.machine()
-
-
-def open_log(
-    stack: ExitStack,
-    settings: RunSettings,
-    ranks: Ranks,
-    *,
-    store: Store,
-    metrics: TrainMetrics,
-    step: int,
-) -> MetricsLog | None:
-    """`metrics.jsonl` of a run root, cut back to a step, and the trackers; on rank 0.
-
-    Args:
-        stack: closes the trackers.
-        settings: which trackers.
-        ranks: this process among its peers.
-        store: the run root.
-        metrics: told what the trackers drop.
-        step: that the run starts from.
-    """
-    if ranks.rank != 0:
-        return None
-    trackers = open_trackers(stack, settings.trackers, store=store, step=step, metrics=metrics)
-    try:
-        kept = lines_until(store.read(METRICS), step=step) if step else b""
-    except NotFoundError:
-        kept = b""
-    return MetricsLog(
-        kept=kept,
-        append_to=store.local_path(METRICS),
-        replace=lambda data: store.replace(METRICS, data),
-        also=trackers.log,
-    )
