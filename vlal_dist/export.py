@@ -45,12 +45,14 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         thresholds = validation
     else:
         key = f"{result_folder(split, 'model')}/predictions.safetensors"
-        found = load_predictions(run, key)
         thresholds = learn_thresholds(
-            found.score, found.label, split=split, min_annotated=config.export.min_annotated
+            load_predictions(run, key),
+            dataset.vocabulary.attributes,
+            split=split,
+            min_annotated=config.export.min_annotated,
         )
     if isinstance(thresholds, Thresholds):
-        files[THRESHOLDS] = encode_thresholds(thresholds, dataset.vocabulary.attributes)
+        files[THRESHOLDS] = encode_thresholds(thresholds)
 
     if config.export.onnx:
         files[ONNX], difference = export_onnx(network, model)

@@ -1,4 +1,4 @@
-"""Fixtures: the small dataset of `tiny_dataset`, opened, its complete labels."""
+"""Fixtures: the tiny dataset, and its dense labels."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Merging over ranks, checks, and the file."""
+"""Predictions: merging over ranks, checks, and the file."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def test_ranks_merge_into_row_order() -> None:
         ([[-1, 0, 1, 2]], "1 lie outside"),
     ],
 )
-def test_duplicates_misses_and_strangers_are_refused(parts: list[list[int]], says: str) -> None:
+def test_rows_twice_missing_or_outside_are_refused(parts: list[list[int]], says: str) -> None:
     with pytest.raises(DataError, match=says):
         merge_predictions([make(part) for part in parts], num_samples=3)
 

@@ -1,4 +1,4 @@
-"""A run on the small dataset of `tiny_dataset`: its random model evaluated and exported."""
+"""Fixture: a run on the tiny dataset, its random model evaluated and exported."""
 
 import json
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from vlal_dist.storage.store import open_store
 
 @dataclass(frozen=True)
 class Trained:
-    """Where everything lies; leave it as it is.
+    """Paths of the run, shared by all tests: read only.
 
     Attributes:
-        config: of evaluate and export.
+        config: file for evaluate and export.
         dataset: its root, with the split test.
         run: the run's root, evaluated.
         export: what export wrote, thresholds (learned on test) included.

@@ -1,4 +1,4 @@
-"""export: what lies in the folder, what the card says, and what it refuses."""
+"""export: the files of the folder, the text of the card, and what is refused."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.release import onnx_export
 from vlal_dist.release.model import load_exported
 from vlal_dist.release.saved_model import encode_weights, write_model
-from vlal_dist.release.thresholds import learn_thresholds
+from vlal_dist.release.thresholds import Thresholds, learn_thresholds
 from vlal_dist.storage.store import open_store
 
 EXPORT = "vlal_dist.export"
@@ -32,8 +32,9 @@ def test_the_folder_holds_the_runs_model_and_its_thresholds(trained: Trained) ->
     assert model.info.vocabulary == VOCABULARY and model.info.model == INFO
     key = "evaluation/test-model/predictions.safetensors"
     found = load_predictions(open_store(str(trained.run)), key)
-    expected = learn_thresholds(found.score, found.label, split="test", min_annotated=5)
-    assert model.thresholds == expected and any(model.thresholds.own)
+    expected = learn_thresholds(found, VOCABULARY.attributes, split="test", min_annotated=5)
+    assert isinstance(expected, Thresholds) and model.thresholds == expected
+    assert any(one.own for one in expected.attributes.values())
 
 
 def test_the_card_has_results_and_its_three_lines_work(trained: Trained) -> None:

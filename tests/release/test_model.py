@@ -27,19 +27,20 @@ from vlal_dist.release.model import (
     write_export,
 )
 from vlal_dist.release.saved_model import encode_weights
-from vlal_dist.release.thresholds import Thresholds, encode_thresholds
+from vlal_dist.release.thresholds import AttributeThreshold, Thresholds, encode_thresholds
 from vlal_dist.storage.store import Store, open_store
 
 EXPORT = ExportInfo(model=INFO, vocabulary=VOCABULARY, dataset="tiny", box_expansion=0.0)
 A = len(VOCABULARY.attributes)
-LEARNED = Thresholds([0.5] * A, [False] * A, [1] * A, [1] * A, 0.5, "val", 10)
+HALF = AttributeThreshold(0.5, own=False, num_positive=1, num_negative=1)
+LEARNED = Thresholds(0.5, "val", 10, dict.fromkeys(VOCABULARY.attributes, HALF))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     store = open_store(str(tmp_path / "export"))
     files = {WEIGHTS: encode_weights(tiny_model(3))}
-    files[THRESHOLDS] = encode_thresholds(LEARNED, VOCABULARY.attributes)
+    files[THRESHOLDS] = encode_thresholds(LEARNED)
     write_export(store, EXPORT, files, card="# card", remarks={})
     return store
 

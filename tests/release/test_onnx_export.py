@@ -1,4 +1,4 @@
-"""The ONNX graph computes what torch does, for any batch; another one is refused."""
+"""The ONNX graph gives the probabilities of torch for any batch; other graphs are refused."""
 
 import importlib.util
 from dataclasses import replace
@@ -16,7 +16,7 @@ from vlal_dist.data.format.images import IMAGENET_MEAN, IMAGENET_STD
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.model import AttributeClassifier, build_model
 from vlal_dist.release import onnx_export
-from vlal_dist.release.onnx_export import export_onnx
+from vlal_dist.release.onnx_export import export_onnx, require_onnx
 
 
 def network(*, object_gate: bool) -> AttributeClassifier:
@@ -64,4 +64,4 @@ def test_without_the_extra_the_error_names_the_remedy(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     with pytest.raises(ConfigError, match=r"needs onnxscript, .* pip install '\.\[onnx\]'"):
-        export_onnx(network(object_gate=True), INFO)
+        require_onnx()

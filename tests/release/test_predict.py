@@ -1,4 +1,4 @@
-"""predict: the same answers as evaluate, from folders and tables, and what becomes of bad rows."""
+"""predict: the same answers as evaluate, from folders and tables; bad rows are listed."""
 
 import csv
 import json
@@ -251,7 +251,7 @@ def test_a_photo_is_turned_as_its_exif_says(trained: Trained, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "told"),
+    ("flags", "code", "message"),
     [
         ((), 64, "predict.images and predict.table are absent"),
         (("--predict.images", "."), 64, "predict.object is absent"),
@@ -268,24 +268,24 @@ def test_a_photo_is_turned_as_its_exif_says(trained: Trained, tmp_path: Path) ->
         (("--predict.topk", "3"), 64, "predict.top_k"),
     ],
 )
-def test_settings_that_cannot_work(
+def test_settings_that_cannot_work_are_refused(
     trained: Trained,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     flags: tuple[str, ...],
     code: int,
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("photo,object\na,ball\n")
     (tmp_path / "bad.parquet").write_text("PAR1")
     (tmp_path / "latin.csv").write_bytes("image\nä\n".encode("latin-1"))
     assert call(trained, *flags) == code
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_thresholds_that_the_model_lacks(
+def test_thresholds_that_the_model_lacks_are_refused(
     trained: Trained,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

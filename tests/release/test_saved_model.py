@@ -1,4 +1,4 @@
-"""Save and load; nothing that does not belong together is loaded."""
+"""Saved models load as they were; weights that do not fit their description are refused."""
 
 import json
 from pathlib import Path

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import f1_score
 
 from vlal_dist.errors import DataError
+from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.release.thresholds import (
     Thresholds,
     best_threshold,
@@ -41,6 +42,15 @@ def test_it_lies_between_scores_and_the_highest_of_equals_is_taken() -> None:
     assert best_threshold(np.zeros(2, np.float32), np.array([True, False]))[0] == 0
 
 
+def predictions(score: np.ndarray, label: np.ndarray) -> Predictions:
+    row = np.arange(len(score))
+    return Predictions(row, row.astype(np.uint64), score, label)
+
+
+def own(thresholds: Thresholds) -> list[bool]:
+    return [one.own for one in thresholds.attributes.values()]
+
+
 def learned(min_annotated: int = 3) -> Thresholds:
     random = np.random.default_rng(1)
     label = random.choice(np.array([-1, 0, 1], np.int8), size=(60, len(NAMES)))
@@ -48,31 +58,34 @@ def learned(min_annotated: int = 3) -> Thresholds:
     label[:, 2] = np.maximum(label[:, 2], 0)  # no negative: F1 would call everything present
     score = random.random((60, len(NAMES))).astype(np.float32)
     score[label == 0] = 1.0  # unannotated pairs must not count
-    found = learn_thresholds(score, label, split="val", min_annotated=min_annotated)
-    assert isinstance(found, Thresholds)
+    found = learn_thresholds(
+        predictions(score, label), NAMES, split="val", min_annotated=min_annotated
+    )
+    assert isinstance(found, Thresholds) and tuple(found.attributes) == NAMES
     rows = label[:, 0] != 0
-    assert found.value[0] == best_threshold(score[rows, 0], label[rows, 0] > 0)[0]
+    assert found.attributes["red"].value == best_threshold(score[rows, 0], label[rows, 0] > 0)[0]
     assert found.pooled == best_threshold(score[label != 0], label[label != 0] > 0)[0]
     return found
 
 
 def test_few_annotations_take_the_pooled_threshold() -> None:
     found = learned()
-    assert found.own == [True, False, False, True]
-    assert found.value[1] == found.value[2] == found.pooled
+    assert own(found) == [True, False, False, True]
+    assert found.attributes["round"].value == found.attributes['od"d'].value == found.pooled
     assert "2 own, 2 pooled" in found.describe()
-    assert learned(min_annotated=1).own == [True, True, False, True]
+    assert own(learned(min_annotated=1)) == [True, True, False, True]
 
 
 def test_without_annotations_there_is_a_reason() -> None:
     label = np.array([[1, 0]], np.int8)
-    found = learn_thresholds(np.ones((1, 2), np.float32), label, split="val", min_annotated=1)
+    one = predictions(np.ones((1, 2), np.float32), label)
+    found = learn_thresholds(one, NAMES[:2], split="val", min_annotated=1)
     assert isinstance(found, str) and "no annotated negative" in found
 
 
 def test_the_file_reads_back_and_belongs_to_its_attributes() -> None:
     found = learned()
-    data = encode_thresholds(found, NAMES)
+    data = encode_thresholds(found)
     assert decode_thresholds(data, NAMES, where="here") == found
     with pytest.raises(DataError, match="other attributes"):
         decode_thresholds(data, NAMES[::-1], where="here")

@@ -64,8 +64,15 @@ def weighted_average_precision(
         # Rows of a photo side by side in memory: a gather then copies whole lines.
         block = np.ascontiguousarray(weight[start : start + width].T, dtype=np.float64)
         for attribute, one in enumerate(ranked):
-            if one is not None:
-                result[start : start + width, attribute] = _average_precision(block, *one)
+            if one is None:
+                continue
+            order, positive, last, stop = one
+            ordered = block[order]
+            found = np.cumsum(ordered[positive], axis=0)[last]
+            above = np.cumsum(ordered, axis=0)[stop]
+            gained = np.diff(found, axis=0, prepend=0.0)
+            ap = (gained * (found / above)).sum(axis=0) / found[-1]
+            result[start : start + width, attribute] = ap
     return result
 
 
@@ -131,22 +138,6 @@ def _rank(score: NDArray[np.floating], label: NDArray[np.int8]) -> _Ranked | Non
     found = np.cumsum(is_positive)[ends]
     gains = np.diff(found, prepend=0) > 0
     return order, positive, found[gains] - 1, ends[gains]
-
-
-def _average_precision(
-    weight: NDArray[np.float64],
-    order: NDArray[np.int64],
-    positive: NDArray[np.int64],
-    last: NDArray[np.int64],
-    stop: NDArray[np.int64],
-) -> NDArray[np.float64]:
-    """Float64 [R] of one attribute; weight float64 [N, R], the rest from `_rank`."""
-    ordered = weight[order]
-    found = np.cumsum(ordered[positive], axis=0)[last]
-    above = np.cumsum(ordered, axis=0)[stop]
-    gained = np.diff(found, axis=0, prepend=0.0)
-    average: NDArray[np.float64] = (gained * (found / above)).sum(axis=0) / found[-1]
-    return average
 
 
 REPLICATES = 1000

@@ -43,10 +43,18 @@ def read_dense_labels(url: str, dataset: Dataset, split: str) -> DenseLabels:
         NotFoundError: no such file.
         DataError: other columns, an instance twice or missing, or no name of the vocabulary.
     """
+    try:
+        table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"truth {url} is no Parquet file: {error}") from None
+    for name, kind in (("instance_id", pa.string()), ("positive", pa.list_(pa.string()))):
+        if name not in table.column_names or table[name].type != kind:
+            raise DataError(
+                f"truth {url}: columns {table.schema.names}; needed are instance_id (string) and "
+                "positive (list of strings)"
+            )
     instance_id = read_labels(dataset, split)["instance_id"].combine_chunks()
-    return join_dense_labels(
-        _read_table(url), instance_id, vocabulary=dataset.vocabulary, where=url
-    )
+    return join_dense_labels(table, instance_id, vocabulary=dataset.vocabulary, where=url)
 
 
 def join_dense_labels(
@@ -77,7 +85,7 @@ def join_dense_labels(
 
 
 def instance_rows(table: pa.Table, instance_id: pa.StringArray, *, where: str) -> pa.Int32Array:
-    """The row of `table` that is about each instance.
+    """The row of `table` of each instance.
 
     Raises:
         DataError: an instance twice or missing.
@@ -93,17 +101,3 @@ def instance_rows(table: pa.Table, instance_id: pa.StringArray, *, where: str) -
             f"{missing!r}; write the labels of every instance of the split"
         )
     return position
-
-
-def _read_table(url: str) -> pa.Table:
-    try:
-        table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"truth {url} is no Parquet file: {error}") from None
-    for name, kind in (("instance_id", pa.string()), ("positive", pa.list_(pa.string()))):
-        if name not in table.column_names or table[name].type != kind:
-            raise DataError(
-                f"truth {url}: columns {table.schema.names}; needed are instance_id (string) and "
-                "positive (list of strings)"
-            )
-    return table

@@ -179,20 +179,11 @@ def format_row(result: dict[str, Any]) -> str:
     if result["truth"] is not None:
         whole = result["truth"]["groups"][0]
         cells.append(("mAP_complete", str(whole["num_classes"]), percent(whole["mAP"])))
-    blocks = [
-        _aligned(cells[start : start + ROW_CELLS]) for start in range(0, len(cells), ROW_CELLS)
-    ]
-    title = f"{result['name']} on {result['dataset']['name']}, {result['split']}"
-    return "\n".join([title, *blocks])
-
-
-def _aligned(cells: list[tuple[str, str, str]]) -> str:
-    """Three lines: names, counts, values, aligned by column."""
-    widths = [max(len(text) for text in cell) for cell in cells]
-    lines = [
-        "  ".join(cell[line].rjust(width) for cell, width in zip(cells, widths, strict=True))
-        for line in range(3)
-    ]
-    heads = ("mAP, %", "attributes", "")
-    margin = max(len(head) for head in heads)
-    return "\n".join(f"{head:<{margin}}  {line}" for head, line in zip(heads, lines, strict=True))
+    lines = [f"{result['name']} on {result['dataset']['name']}, {result['split']}"]
+    for start in range(0, len(cells), ROW_CELLS):
+        block = cells[start : start + ROW_CELLS]
+        widths = [max(map(len, cell)) for cell in block]
+        for head, *texts in zip(("mAP, %", "attributes", ""), *block, strict=True):
+            aligned = [text.rjust(width) for text, width in zip(texts, widths, strict=True)]
+            lines.append("  ".join([f"{head:<10}", *aligned]))
+    return "\n".join(lines)

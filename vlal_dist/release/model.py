@@ -159,7 +159,8 @@ class ExportedModel:
         value = np.take_along_axis(value, ids, axis=1)
         present = np.full(ids.shape, None)
         if self.thresholds is not None:
-            present = value >= np.asarray(self.thresholds.value)[ids]
+            threshold = [one.value for one in self.thresholds.attributes.values()]
+            present = value >= np.asarray(threshold)[ids]
         names = self.info.vocabulary.attributes
         return [
             [FoundAttribute(names[i], p, reached) for i, p, reached in zip(*row, strict=True)]

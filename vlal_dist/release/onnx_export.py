@@ -63,10 +63,8 @@ def export_onnx(network: AttributeClassifier, info: SavedModelInfo) -> tuple[byt
         info: its description.
 
     Raises:
-        ConfigError: a package is absent.
         DataError: onnxruntime and torch differ by more than `TOLERANCE`.
     """
-    require_onnx()
     module, side = _Probability(network, normalize=info.normalize).eval(), info.image_size
     example = (torch.rand(2, 3, side, side), torch.zeros(2, dtype=torch.int64))
     batch = torch.export.Dim("batch")

@@ -2,11 +2,10 @@
 
 Only annotated pairs count, as in mAP (Sec. 3.1): among all attributes of a crop, unlikely ones
 included, precision is lower than here.
-
-Shapes: N samples, A attributes.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,35 +13,45 @@ import numpy as np
 import numpy.typing as npt
 
 from vlal_dist.errors import DataError
+from vlal_dist.evaluation.predictions import Predictions
 
-_COLUMNS = ("value", "own", "num_positive", "num_negative")
-"""The fields of `Thresholds` that have an entry per attribute."""
+
+@dataclass(frozen=True)
+class AttributeThreshold:
+    """The threshold of one attribute.
+
+    Attributes:
+        value: in (0, 1): present where the probability is at least that.
+        own: whether it is the attribute's own, or the pooled one.
+        num_positive, num_negative: annotated pairs of the attribute.
+    """
+
+    value: float
+    own: bool
+    num_positive: int
+    num_negative: int
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Thresholds in attribute order.
+    """The content of `thresholds.json`.
 
     Attributes:
-        value: A thresholds in (0, 1): present where the probability is at least that.
-        own: whether each is the attribute's own, or the pooled one.
-        num_positive, num_negative: annotated pairs of the attribute.
         pooled: the threshold of all attributes together.
         split: learned on.
         min_annotated: positives, and negatives, that an own threshold needed.
+        attributes: by name, in id order.
     """
 
-    value: list[float]
-    own: list[bool]
-    num_positive: list[int]
-    num_negative: list[int]
     pooled: float
     split: str
     min_annotated: int
+    attributes: dict[str, AttributeThreshold]
 
     def describe(self) -> str:
-        """In a few words, for summaries."""
-        return f"{sum(self.own)} own, {len(self.own) - sum(self.own)} pooled ({self.pooled:.3f})"
+        """A few words for summaries."""
+        own = sum(one.own for one in self.attributes.values())
+        return f"{own} own, {len(self.attributes) - own} pooled ({self.pooled:.3f})"
 
 
 def best_threshold(
@@ -70,67 +79,47 @@ def best_threshold(
 
 
 def learn_thresholds(
-    score: npt.NDArray[np.float32],
-    label: npt.NDArray[np.int8],
-    *,
-    split: str,
-    min_annotated: int,
+    predictions: Predictions, names: Sequence[str], *, split: str, min_annotated: int
 ) -> Thresholds | str:
     """A threshold for each attribute, or the reason why there is none.
 
     Args:
-        score: float32 [N, A], probabilities.
-        label: int8 [N, A]; +1 annotated present, -1 annotated absent, 0 unannotated.
+        predictions: of N samples and A attributes.
+        names: of the attributes.
         split: name of the split, for the record.
         min_annotated: attributes with fewer positives, or fewer negatives, take the pooled
             threshold.
     """
+    score, label = predictions.score, predictions.label
     annotated = label != 0
     num_positive, num_negative = (label > 0).sum(axis=0), (label < 0).sum(axis=0)
     if not num_positive.sum() or not num_negative.sum():
         return f"the split {split} has no annotated positive, or no annotated negative"
     pooled, _ = best_threshold(score[annotated], label[annotated] > 0)
-    own = (num_positive >= min_annotated) & (num_negative >= min_annotated)
-    value = np.full(label.shape[1], pooled)
-    for attribute in np.flatnonzero(own):
-        rows = annotated[:, attribute]
-        value[attribute], _ = best_threshold(score[rows, attribute], label[rows, attribute] > 0)
-    return Thresholds(
-        value=value.tolist(),
-        own=own.tolist(),
-        num_positive=num_positive.tolist(),
-        num_negative=num_negative.tolist(),
-        pooled=pooled,
-        split=split,
-        min_annotated=min_annotated,
-    )
+    attributes = {}
+    for column, name in enumerate(names):
+        counts = int(num_positive[column]), int(num_negative[column])
+        value, own = pooled, min(counts) >= min_annotated
+        if own:
+            rows = annotated[:, column]
+            value, _ = best_threshold(score[rows, column], label[rows, column] > 0)
+        attributes[name] = AttributeThreshold(value, own, *counts)
+    return Thresholds(pooled, split, min_annotated, attributes)
 
 
-def encode_thresholds(thresholds: Thresholds, attributes: tuple[str, ...]) -> bytes:
-    """`thresholds.json`: a record for each attribute, by name."""
-    values = asdict(thresholds)
-    per_attribute = zip(*(values.pop(column) for column in _COLUMNS), strict=True)
-    values["attributes"] = {
-        name: dict(zip(_COLUMNS, record, strict=True))
-        for name, record in zip(attributes, per_attribute, strict=True)
-    }
-    return (json.dumps(values, indent=1) + "\n").encode()
+def encode_thresholds(thresholds: Thresholds) -> bytes:
+    """`thresholds.json`."""
+    return (json.dumps(asdict(thresholds), indent=1) + "\n").encode()
 
 
-def decode_thresholds(data: bytes, attributes: tuple[str, ...], *, where: str) -> Thresholds:
-    """Read what `encode_thresholds` wrote.
-
-    Raises:
-        DataError: other attributes, or damaged.
-    """
+def decode_thresholds(data: bytes, names: Sequence[str], *, where: str) -> Thresholds:
+    """Read what `encode_thresholds` wrote; DataError: damaged, or other attributes than `names`."""
     try:
         values: dict[str, Any] = json.loads(data)
-        records = values.pop("attributes")
-        for column in _COLUMNS:
-            values[column] = [record[column] for record in records.values()]
-        thresholds = Thresholds(**values)
+        records = {name: AttributeThreshold(**one) for name, one in values["attributes"].items()}
+        thresholds = Thresholds(**{**values, "attributes": records})
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where} is damaged ({error}); export again") from None
-    if tuple(records) != attributes:
+    if list(records) != list(names):
         raise DataError(f"{where} has other attributes than the model; export again")
     return thresholds
