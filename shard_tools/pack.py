@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -19,24 +19,24 @@ import pyarrow.parquet
 from PIL import Image
 
 from shard_tools.shard_writer import (
-    SampleLabels,
-    ShardPart,
+    ShardReport,
     TarBuilder,
-    check_uids,
     commit_dataset,
-    commit_shard,
+    commit_settings,
     commit_split,
-    part_key,
+    find_report,
+    gather_index,
     run_tasks,
     shard_name,
 )
 from vlal_dist.config.sections import Config, PackConfig
-from vlal_dist.data.format.dataset import check_digest
+from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
 from vlal_dist.data.format.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
-from vlal_dist.data.format.photos import PhotoSource
+from vlal_dist.data.format.index import LABELS_SCHEMA, REJECTS_SCHEMA, check_uids, encode_table
+from vlal_dist.data.format.photos import Photos, find_photo
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
 from vlal_dist.data.hashing import sample_uid
-from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
 from vlal_dist.observability.prometheus_files import TextFile
 from vlal_dist.program import Counts, Program
@@ -44,9 +44,14 @@ from vlal_dist.storage.store import Store, open_store
 
 JPEG_SIDE = 65_500  # pixels; the encoder's limit
 
+# Bytes of a sample, estimated from its box alone so that a plan reads no photo: JPEG at quality 95
+# takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
+BYTES_PER_PIXEL = 0.5
+BYTES_PER_SAMPLE = 2560
+
 
 @dataclass(frozen=True)
-class Instance:
+class InstanceRow:
     """One row of `<split>.parquet`: ids as text, box in pixels, labels as sorted attribute ids."""
 
     instance_id: str
@@ -58,15 +63,6 @@ class Instance:
 
 
 @dataclass(frozen=True)
-class CropSettings:
-    """What fixes the bytes of a crop; recorded in `dataset.json`."""
-
-    jpeg_quality: int
-    box_expansion: float
-    max_pixels: int
-
-
-@dataclass(frozen=True)
 class Photo:
     """A photo decoded once for all its instances."""
 
@@ -75,16 +71,126 @@ class Photo:
     plain_jpeg: bool
 
 
-def decode_photo(data: bytes, settings: CropSettings) -> Photo:
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to build in the dataset root `root`."""
+
+    root: str
+    split: str
+    name: str
+    settings: PackConfig
+    instances: list[InstanceRow]
+
+
+def pack(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Pack every split of the instances root into the dataset root."""
+    source, target = open_store(config.paths.instances), open_store(config.paths.dataset)
+    settings, cleaned = config.pack, _read_cleaned(source)
+    clean = json.loads(cleaned)
+    copied = {name: source.read(name) for name in ROOT_FILES}
+    for name, data in copied.items():
+        found = hashlib.sha256(data).hexdigest()
+        check_digest(f"{source.url}/{name}", clean["files"][name], found)
+    crops = settings.model_dump(include={"jpeg_quality", "box_expansion", "max_pixels"})
+    commit_settings(
+        target,
+        "pack.json",
+        {
+            **settings.model_dump(include={"name", "shard_bytes", "block_bytes", "seed"}),
+            "clean_sha256": hashlib.sha256(cleaned).hexdigest(),
+            "crops": crops,
+        },
+    )
+    _open_photos(tuple(settings.images))  # a wrong path fails before any work
+    tasks = [
+        task
+        for split in clean["splits"]
+        for task in plan_shards(
+            read_instances(source, split, sha256=clean["files"][f"{split}.parquet"]),
+            split,
+            config.paths.dataset,
+            settings,
+        )
+    ]
+    reports = run_tasks(
+        build_shard,
+        tasks,
+        label="pack",
+        unit="instances",
+        sizes=[len(task.instances) for task in tasks],
+        workers=settings.workers,
+        finished=PackCounts(config.observability.textfiles, root=target.url).add,
+    )
+    manifest: dict[str, Any] = {"name": settings.name, "likelihood": None, "splits": {}}
+    manifest["crops"] = {**crops, "seed": settings.seed}
+    manifest |= {name: clean[name] for name in ("vocabulary_digest", "feasible_digest")}
+    manifest["files"] = {name: clean["files"][name] for name in ROOT_FILES}
+    for name, data in copied.items():
+        target.create(name, data)
+    indexes = []
+    for split in clean["splits"]:
+        of_split = [r for task, r in zip(tasks, reports, strict=True) if task.split == split]
+        shards, index = gather_index(of_split)
+        entry = commit_split(
+            target, split, shards, index, _tables(of_split), block_bytes=settings.block_bytes
+        )
+        rejected = sum(len(report.rejects) for report in of_split)
+        manifest["splits"][split] = {**entry, "rejected": rejected}
+        indexes.append(index)
+    check_uids(indexes)
+    counts = commit_dataset(target, manifest)
+    return {**counts, "rejected": _check_rejected(manifest, settings.max_rejected)}
+
+
+def plan_shards(
+    instances: Iterable[InstanceRow], split: str, root: str, settings: PackConfig
+) -> list[ShardTask]:
+    """Cut a split into shards: photos in seeded hash order, never divided between two shards."""
+    tasks: list[ShardTask] = []
+    batch: list[InstanceRow] = []
+    size = 0.0
+    photos = _by_photo(instances, settings.seed)
+    for number, photo in enumerate(photos, 1):
+        batch.extend(photo)
+        size += sum(one.box[2] * one.box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE for one in photo)
+        if size >= settings.shard_bytes or number == len(photos):
+            name = shard_name(split, len(tasks))
+            tasks.append(ShardTask(root, split, name, settings, batch))
+            batch, size = [], 0.0
+    return tasks
+
+
+def build_shard(task: ShardTask) -> ShardReport:
+    """Build and commit one shard, unless its report says that it is there already."""
+    store = open_store(task.root)
+    if report := find_report(store, task.split, task.name):
+        return report
+    photos = _open_photos(tuple(task.settings.images))
+    with TarBuilder(task.name) as builder:
+        for image_id, group in groupby(task.instances, key=lambda one: one.image_id):
+            try:
+                photo = decode_photo(find_photo(photos, image_id), task.settings)
+            except DataError as error:
+                builder.report.rejects += [_reject(task.split, one, error) for one in group]
+                continue
+            for instance in group:
+                try:
+                    builder.add(*make_sample(instance, photo, task.settings))
+                except DataError as error:
+                    builder.report.rejects.append(_reject(task.split, instance, error))
+        return builder.commit(store, task.split)
+
+
+def decode_photo(data: bytes, settings: PackConfig) -> Photo:
     """Decode a whole photo; DataError with the reason when it cannot be."""
     image = open_photo(data, max_pixels=settings.max_pixels)
     return Photo(data=data, image=image, plain_jpeg=is_plain_jpeg(data))
 
 
 def make_sample(
-    instance: Instance, photo: Photo, *, dataset_name: str, settings: CropSettings
-) -> tuple[int, str, EncodedSample]:
-    """Crop, encode, and lay out one sample: uid, key, tar bytes.
+    instance: InstanceRow, photo: Photo, settings: PackConfig
+) -> tuple[int, EncodedSample, dict[str, Any]]:
+    """Crop, encode, and lay out one sample: its uid, its tar bytes, and what `KEY.json` says.
 
     The original file's bytes are kept when it is an upright RGB or grey JPEG and the crop is all
     of it: nothing is lost to a second compression.
@@ -114,10 +220,9 @@ def make_sample(
         "object_id": instance.object_id,
         "positive": instance.positive,
     }
-    uid = sample_uid(dataset_name, instance.instance_id)
-    key = sample_key(instance.instance_id, uid)
-    parts = {"jpg": jpg, "json": json.dumps(meta, separators=(",", ":")).encode()}
-    return uid, key, encode_sample(key, parts)
+    uid = sample_uid(settings.name, instance.instance_id)
+    members = {"jpg": jpg, "json": json.dumps(meta, separators=(",", ":")).encode()}
+    return uid, encode_sample(sample_key(instance.instance_id, uid), members), meta
 
 
 RESULTS = {
@@ -134,7 +239,7 @@ RESULTS = {
 
 
 class PackCounts:
-    """Counts finished shards; of a run that goes on, those of the runs before too.
+    """Counts finished shards, including those that an interrupted run left.
 
     Args:
         textfiles: folder of node_exporter's collector; None: the counts are kept only.
@@ -154,13 +259,13 @@ class PackCounts:
         self._file = TextFile(Path(textfiles), what="packing", root=root) if textfiles else None
         self._write()
 
-    def add(self, part: ShardPart) -> None:
-        """Count a finished shard, and say so."""
-        self.instances["written"] += part.samples
-        for reject in part.rejects:
+    def add(self, report: ShardReport) -> None:
+        """Count a finished shard and update the file."""
+        self.instances["written"] += report.samples
+        for reject in report.rejects:
             self.instances[RESULTS.get(reject["reason"], "other")] += 1
-        self.shards["skipped" if part.found else "written"] += 1
-        self.size_bytes += part.size_bytes
+        self.shards["skipped" if report.found else "written"] += 1
+        self.size_bytes += report.size_bytes
         self._write()
 
     def _write(self) -> None:
@@ -176,169 +281,35 @@ class PackCounts:
         self._file.write(PACK, readings)
 
 
-# Bytes of a sample, estimated from its box alone so that a plan reads no photo: JPEG at quality 95
-# takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
-BYTES_PER_PIXEL = 0.5
-BYTES_PER_SAMPLE = 2560
-
-COPIED = ("vocabulary.json", "feasible.npz")
-"""Files of the instances root that make a dataset self-contained."""
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to build."""
-
-    root: str
-    split: str
-    name: str
-    images: list[str]
-    dataset_name: str
-    crops: CropSettings
-    instances: list[Instance]
-
-
-def pack(config: Config, flags: Mapping[str, str]) -> Counts:
-    """Pack every split of the instances root into the dataset root."""
-    source, target = open_store(config.paths.instances), open_store(config.paths.dataset)
-    cleaned = _read_cleaned(source)
-    crops = CropSettings(
-        config.pack.jpeg_quality, config.pack.box_expansion, config.pack.max_pixels
-    )
-    settings = {
-        "name": config.pack.name,
-        "clean_sha256": hashlib.sha256(cleaned).hexdigest(),
-        "crops": asdict(crops),
-        "shard_bytes": config.pack.shard_bytes,
-        "block_bytes": config.pack.block_bytes,
-        "seed": config.pack.seed,
-    }
-    clean = json.loads(cleaned)
-    copied = {name: source.read(name) for name in COPIED}
-    for name, data in copied.items():
-        found = hashlib.sha256(data).hexdigest()
-        check_digest(f"{source.url}/{name}", clean["files"][name], found)
-    # Committed first: a rerun with other settings must not continue this one's shards.
-    target.create("pack.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
-    PhotoSource(config.pack.images)  # a wrong path is told before any work
-    tasks = [
-        task
-        for split in clean["splits"]
-        for task in plan_shards(
-            read_instances(source, split, sha256=clean["files"][f"{split}.parquet"]),
-            split,
-            config.paths.dataset,
-            config.pack,
-            crops,
-        )
-    ]
-    parts = run_tasks(
-        build_shard,
-        tasks,
-        label="pack",
-        unit="instances",
-        sizes=[len(task.instances) for task in tasks],
-        workers=config.pack.workers,
-        finished=PackCounts(config.observability.textfiles, root=target.url).add,
-    )
-    manifest: dict[str, Any] = {"name": config.pack.name, "likelihood": None, "splits": {}}
-    manifest["crops"] = {**asdict(crops), "seed": config.pack.seed}
-    manifest |= {name: clean[name] for name in ("vocabulary_digest", "feasible_digest")}
-    manifest["files"] = {name: clean["files"][name] for name in COPIED}
-    for name, data in copied.items():
-        target.create(name, data)
-    indexes = {}
-    for split in clean["splits"]:
-        manifest["splits"][split], indexes[split] = commit_split(
-            target,
-            split,
-            [part for task, part in zip(tasks, parts, strict=True) if task.split == split],
-            block_bytes=config.pack.block_bytes,
-        )
-    check_uids(indexes)
-    digest = commit_dataset(target, manifest)
-    return _closing_counts(manifest, digest, config.pack.max_rejected)
-
-
-def plan_shards(
-    instances: Iterable[Instance],
-    split: str,
-    root: str,
-    settings: PackConfig,
-    crops: CropSettings,
-) -> list[ShardTask]:
-    """Cut a split into shards: photos in seeded hash order, never divided between two shards."""
-    tasks: list[ShardTask] = []
-    batch: list[Instance] = []
-    size = 0.0
-
-    def close() -> None:
-        name = shard_name(split, len(tasks))
-        tasks.append(ShardTask(root, split, name, settings.images, settings.name, crops, batch))
-
-    for photo in _by_photo(instances, settings.seed):
-        batch.extend(photo)
-        size += sum(one.box[2] * one.box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE for one in photo)
-        if size >= settings.shard_bytes:
-            close()
-            batch, size = [], 0.0
-    if batch:
-        close()
-    return tasks
-
-
-def build_shard(task: ShardTask) -> ShardPart:
-    """Build and commit one shard, unless its part file says that it is there already."""
-    store = open_store(task.root)
-    key = part_key(task.split, task.name)
-    if store.exists(key):
-        return replace(ShardPart.decode(store.read(key)), found=True)
-    photos = _photo_source(tuple(task.images))
-    with TarBuilder(task.name) as builder:
-        for image_id, group in groupby(task.instances, key=lambda one: one.image_id):
-            instances = list(group)
-            try:
-                photo = _photo(photos, image_id, task.crops)
-            except DataError as error:
-                builder.part.rejects += [_reject(task.split, one, error) for one in instances]
-                continue
-            for instance in instances:
-                _add(builder, task, instance, photo)
-        return commit_shard(store, task.split, builder)
-
-
-def _add(builder: TarBuilder, task: ShardTask, instance: Instance, photo: Photo) -> None:
-    try:
-        uid, key, sample = make_sample(
-            instance, photo, dataset_name=task.dataset_name, settings=task.crops
-        )
-    except DataError as error:
-        builder.part.rejects.append(_reject(task.split, instance, error))
-        return
-    labels = SampleLabels(key, instance.instance_id, instance.positive, instance.negative)
-    builder.add(uid, instance.object_id, sample, labels)
-
-
 @lru_cache(maxsize=1)
-def _photo_source(places: tuple[str, ...]) -> PhotoSource:
+def _open_photos(places: tuple[str, ...]) -> list[Photos]:
     # Kept per process: listing a zip of 100,000 photos takes a second.
-    return PhotoSource(places)
+    if not places:
+        raise ConfigError("pack.images is empty; name the folder or zip that holds the photos")
+    return [Photos(place, setting="pack.images") for place in places]
 
 
-def _photo(photos: PhotoSource, image_id: str, crops: CropSettings) -> Photo:
-    data = photos.read(image_id)
-    if data is None:
-        raise DataError("missing: no such photo in pack.images")
-    return decode_photo(data, crops)
-
-
-def _reject(split: str, instance: Instance, error: DataError) -> dict[str, str]:
+def _reject(split: str, instance: InstanceRow, error: DataError) -> dict[str, str]:
     reason, _, detail = str(error).partition(":")
     return {
         "split": split,
         "instance_id": instance.instance_id,
         "reason": reason,
         "detail": detail.strip(),
+    }
+
+
+def _tables(reports: list[ShardReport]) -> dict[str, bytes | Path]:
+    """Labels and rejects of a split."""
+    labels = {
+        name: [value for report in reports for value in report.columns[name]]
+        for name in LABELS_SCHEMA.names
+    }
+    rejects = [reject for report in reports for reject in report.rejects]
+    columns = {name: [reject[name] for reject in rejects] for name in REJECTS_SCHEMA.names}
+    return {
+        "labels.parquet": encode_table(labels, LABELS_SCHEMA),
+        "rejects.parquet": encode_table(columns, REJECTS_SCHEMA),
     }
 
 
@@ -352,7 +323,7 @@ def _read_cleaned(source: Store) -> bytes:
         ) from None
 
 
-def read_instances(source: Store, split: str, *, sha256: str) -> Iterator[Instance]:
+def read_instances(source: Store, split: str, *, sha256: str) -> Iterator[InstanceRow]:
     """The instances of a split, in the order of the table.
 
     Raises:
@@ -362,36 +333,30 @@ def read_instances(source: Store, split: str, *, sha256: str) -> Iterator[Instan
     check_digest(f"{source.url}/{split}.parquet", sha256, hashlib.sha256(data).hexdigest())
     for row in pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist():
         x, y, w, h = row.pop("box")
-        yield Instance(box=(x, y, w, h), **row)
+        yield InstanceRow(box=(x, y, w, h), **row)
 
 
-def _by_photo(instances: Iterable[Instance], seed: int) -> list[list[Instance]]:
-    photos: dict[str, list[Instance]] = {}
+def _by_photo(instances: Iterable[InstanceRow], seed: int) -> list[list[InstanceRow]]:
+    photos: dict[str, list[InstanceRow]] = {}
     for instance in instances:
         photos.setdefault(instance.image_id, []).append(instance)
     order = sorted(photos, key=lambda image: hashlib.sha256(f"{seed}\0{image}".encode()).digest())
     return [photos[image] for image in order]
 
 
-def _closing_counts(manifest: Mapping[str, Any], digest: str, max_rejected: float) -> Counts:
-    splits = manifest["splits"]
-    samples = {split: entry["samples"] for split, entry in splits.items()}
-    rejected = sum(entry["rejected"] for entry in splits.values())
-    read = sum(samples.values()) + rejected
+def _check_rejected(manifest: Mapping[str, Any], max_rejected: float) -> int:
+    """The number of rejected instances; DataError when it is above the limit."""
+    splits = manifest["splits"].values()
+    rejected: int = sum(entry["rejected"] for entry in splits)
+    read = sum(entry["samples"] for entry in splits) + rejected
     if rejected > max_rejected * read:
         raise DataError(
             f"pack: {rejected} of {read} instances rejected, more than pack.max_rejected "
             f"{max_rejected}; the dataset is complete without them: see rejects.parquet of each "
-            "split for the reasons; mend the input and pack into a new paths.dataset, or raise the "
-            "limit"
+            "split for the reasons; correct the input and pack into a new paths.dataset, or raise "
+            "the limit"
         )
-    return {
-        "samples": samples,
-        "shards": sum(entry["shards"] for entry in splits.values()),
-        "bytes": sum(entry["bytes"] for entry in splits.values()),
-        "rejected": rejected,
-        "dataset": digest[:16],
-    }
+    return rejected
 
 
 PROGRAM = Program(

@@ -7,54 +7,33 @@ unit of work is a shard of the target; a killed reshard continues.
 """
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from shard_tools.shard_writer import (
-    SampleLabels,
-    ShardPart,
     TarBuilder,
-    commit_dataset,
-    commit_shard,
-    part_key,
+    commit_derived,
+    commit_settings,
+    find_report,
+    open_source,
+    open_splits,
     run_tasks,
     shard_name,
 )
 from vlal_dist.config.sections import Config
-from vlal_dist.data.format.dataset import (
-    Dataset,
-    Split,
-    check_digest,
-    check_shard_sizes,
-    open_dataset,
-    open_split,
-    read_labels,
-)
-from vlal_dist.data.format.index import (
-    Array,
-    Index,
-    Shard,
-    encode_blocks,
-    encode_index,
-    encode_shards,
-    form_blocks,
-)
+from vlal_dist.data.format.dataset import Dataset, Split, open_newest, read_labels
+from vlal_dist.data.format.index import Array, Index, Shard
+from vlal_dist.data.format.sample_reader import read_again
 from vlal_dist.data.format.tar import EncodedSample, key_of
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.program import Counts, Program
-from vlal_dist.storage.checks import sha256_of
-from vlal_dist.storage.store import Store, fetch, open_store
+from vlal_dist.storage.store import Store, open_store
 
 READ_BYTES = 8 << 20
 """Bytes at which one ranged read of the source ends; a worker's memory is a few of these."""
-
-KEPT = ("labels.parquet", "rejects.parquet")
-"""Files of a split that do not depend on how it is cut."""
 
 Run = tuple[int, int]
 """Neighbouring rows of an index: the first, and the one after the last."""
@@ -75,28 +54,25 @@ class ReshardTask:
 
 def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
     """Write the samples of paths.merged where it exists, else of paths.dataset, in other shards."""
-    source, cache = config.paths.merged, Path(config.paths.cache)
-    if not open_store(source).exists("dataset.json"):
-        source = config.paths.dataset
-    target = open_target(config.paths.resharded, source=source)
-    dataset = open_dataset(source, cache=cache)
-    splits = {name: open_split(dataset, name) for name in dataset.splits}
-    kept = {name: _kept_files(dataset, name) for name in splits}
-    for split in splits.values():
-        check_shard_sizes(split)
-    settings = {
-        "source_digest": dataset.digest,
-        "shard_bytes": config.pack.shard_bytes,
-        "block_bytes": config.pack.block_bytes,
-    }
-    # Committed first: a rerun with other sizes must not continue this one's shards.
-    target.create("reshard.json", (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    dataset, pack = open_newest(config.paths), config.pack
+    target = open_target(config.paths.resharded, source=dataset.url)
+    splits = open_splits(dataset)
+    commit_settings(
+        target,
+        "reshard.json",
+        {
+            "source_digest": dataset.digest,
+            **pack.model_dump(include={"shard_bytes", "block_bytes"}),
+        },
+    )
     runs = {
-        name: cut_runs(split.index.length, size_bytes=config.pack.shard_bytes)
+        name: cut_runs(split.index.length, size_bytes=pack.shard_bytes)
         for name, split in splits.items()
     }
     tasks = [
-        ReshardTask(source, str(cache), config.paths.resharded, name, number, first, stop)
+        ReshardTask(
+            dataset.url, config.paths.cache, config.paths.resharded, name, number, first, stop
+        )
         for name, cuts in runs.items()
         for number, (first, stop) in enumerate(cuts)
     ]
@@ -106,27 +82,23 @@ def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
         label="reshard",
         unit="samples",
         sizes=[task.stop - task.first for task in tasks],
-        workers=config.pack.workers,
+        workers=pack.workers,
     )
-    for name in ("vocabulary.json", "feasible.npz"):
-        target.create(name, dataset.store.read(name))
-    manifest = {key: value for key, value in dataset.manifest.items() if key != "format"}
-    manifest["splits"] = {}
-    for name, split in splits.items():
-        shards = [one for task, one in zip(tasks, found, strict=True) if task.split == name]
-        index = place_samples(split.index, runs[name])
-        files = _commit_files(target, name, shards, index, kept[name], config.pack.block_bytes)
-        sizes = {"shards": len(shards), "bytes": sum(shard.bytes for shard in shards)}
-        manifest["splits"][name] = {**dataset.manifest["splits"][name], **sizes, "files": files}
-    digest = commit_dataset(target, manifest)
-    entries = manifest["splits"]
-    return {
-        "source": source,
-        "samples": {name: entry["samples"] for name, entry in entries.items()},
-        "shards": sum(entry["shards"] for entry in entries.values()),
-        "bytes": sum(entry["bytes"] for entry in entries.values()),
-        "dataset": digest[:16],
+    by_split = {
+        name: (
+            [shard for task, shard in zip(tasks, found, strict=True) if task.split == name],
+            place_samples(split.index, runs[name]),
+        )
+        for name, split in splits.items()
     }
+    counts = commit_derived(
+        target,
+        dataset,
+        by_split,
+        block_bytes=pack.block_bytes,
+        likelihood=dataset.manifest["likelihood"],
+    )
+    return {"source": dataset.url, **counts}
 
 
 def open_target(url: str, *, source: str) -> Store:
@@ -178,25 +150,16 @@ def place_samples(index: Index, runs: Sequence[Run]) -> Index:
 
 
 def reshard_shard(task: ReshardTask) -> Shard:
-    """Write and commit one shard, unless its part file says that it is there already."""
-    dataset, split = _open(task.source, task.cache, task.split)
+    """Write and commit one shard, unless its report says that it is there already."""
+    dataset, split = open_source(task.source, task.cache, task.split)
     target, name = open_store(task.target), shard_name(task.split, task.number)
-    key = part_key(task.split, name)
-    if target.exists(key):
-        part = ShardPart.decode(target.read(key))
-    else:
+    report = find_report(target, task.split, name)
+    if report is None:
         with TarBuilder(name) as builder:
             for row, data in read_samples(dataset, split, task.first, task.stop):
                 _add(builder, split.index, row, data)
-            part = commit_shard(target, task.split, builder)
-    return Shard(part.name, part.size_bytes, part.sha256, part.samples)
-
-
-@lru_cache(maxsize=1)
-def _open(source: str, cache: str, split: str) -> tuple[Dataset, Split]:
-    # Kept per process: the tasks of a split follow each other.
-    dataset = open_dataset(source, cache=Path(cache))
-    return dataset, open_split(dataset, split)
+            report = builder.commit(target, task.split)
+    return report.shard
 
 
 def read_samples(
@@ -208,23 +171,22 @@ def read_samples(
         DataError: a sample's bytes are not those that were packed; names shard, sample and check.
         StorageError: a shard cannot be read.
     """
-    index = split.index
+    index, store = split.index, split.store
     for begin, end in _reads(index, first, stop):
         offsets, lengths = index.offset[begin:end].tolist(), index.length[begin:end].tolist()
-        crcs = index.crc32[begin:end].tolist()
         size = offsets[-1] + lengths[-1] - offsets[0]
         key = split.shard_key(int(index.shard[begin]))
-        data = split.store.read(key, offset=offsets[0], length=size)
-        for place, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
-            start = offset - offsets[0]
-            sample = data[start : start + length]
-            row, crc32 = begin + place, zlib.crc32(sample)
-            if crc32 != crcs[place]:
+        data = store.read(key, offset=offsets[0], length=size)
+        for row, offset, length in zip(range(begin, end), offsets, lengths, strict=True):
+            start, expected = offset - offsets[0], int(index.crc32[row])
+            sample: bytes | str = data[start : start + length]
+            if crc32(sample) != expected:
+                sample = read_again(store, key, offset=offset, length=length, expected=expected)
+            if isinstance(sample, str):
                 name = read_labels(dataset, split.name)["key"][row].as_py()
                 raise DataError(
-                    f"{dataset.url}/{key}: sample {name} (row {row}): crc32 {crc32:08x} where "
-                    f"{crcs[place]:08x} is expected; the shard was altered: restore it, or pack "
-                    "the dataset again"
+                    f"{dataset.url}/{key}: sample {name} (row {row}): {sample}; the shard was "
+                    "altered: restore it, or pack the dataset again"
                 )
             yield row, sample
 
@@ -240,43 +202,11 @@ def _reads(index: Index, first: int, stop: int) -> Iterator[Run]:
 
 
 def _add(builder: TarBuilder, index: Index, row: int, data: bytes) -> None:
-    """Append a sample as it is; its part file's entry says what pack's or merge's said."""
+    """Append a sample as it is; its report says what that of pack or merge said."""
     members = index.members(row)
     offset, length = members["json"]
-    meta = json.loads(data[offset : offset + length])
-    labels = SampleLabels(key_of(data), meta["instance_id"], meta["positive"], meta["negative"])
-    sample = EncodedSample(data, members, int(index.crc32[row]))
-    builder.add(int(index.uid[row]), int(index.object_id[row]), sample, labels)
-
-
-def _kept_files(dataset: Dataset, split: str) -> dict[str, Path]:
-    """Local files of KEPT, checked against their digests."""
-    files = {}
-    for name in KEPT:
-        expected = dataset.manifest["splits"][split]["files"][name]
-        files[name] = fetch(dataset.store, f"{split}/{name}", cache=dataset.cache, sha256=expected)
-        check_digest(f"{dataset.url}/{split}/{name}", expected, sha256_of(files[name]))
-    return files
-
-
-def _commit_files(
-    target: Store,
-    split: str,
-    shards: Sequence[Shard],
-    index: Index,
-    kept: Mapping[str, Path],
-    block_bytes: int,
-) -> dict[str, str]:
-    """Write the files beside a split's shards; their digests by name."""
-    contents: dict[str, bytes | Path] = {
-        "shards.parquet": encode_shards(shards),
-        "index.arrow": encode_index(index),
-        "blocks.arrow": encode_blocks(form_blocks(index, block_bytes=block_bytes)),
-        **kept,
-    }
-    for name, data in contents.items():
-        target.create(f"{split}/{name}", data)
-    return {name: sha256_of(data) for name, data in contents.items()}
+    sample = EncodedSample(key_of(data), data, members, int(index.crc32[row]))
+    builder.add(int(index.uid[row]), sample, json.loads(data[offset : offset + length]))
 
 
 PROGRAM = Program(

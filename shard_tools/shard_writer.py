@@ -1,8 +1,8 @@
-"""Shared by pack, merge and reshard: building tars, and committing a dataset once all are there.
+"""Shards and the files beside them, for pack, merge and reshard.
 
-Each finished shard leaves its tar and a part file that says everything the final files need; a
-killed run therefore continues with the shards that have no part file yet. All commits are
-create-only, and `dataset.json` is the last.
+Each finished shard leaves its tar and a report that says everything the final files need, so that a
+killed run continues with the shards that have no report yet. All commits are create-only, and
+`dataset.json` is the last (docs/formats.md).
 """
 
 import hashlib
@@ -15,22 +15,29 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from vlal_dist.data.format.dataset import FORMAT
+from vlal_dist.data.format.dataset import (
+    FORMAT,
+    ROOT_FILES,
+    Dataset,
+    Split,
+    check_digest,
+    check_shard_sizes,
+    open_dataset,
+    open_split,
+)
 from vlal_dist.data.format.index import (
     INDEX_TYPES,
     LABELS_SCHEMA,
-    REJECTS_SCHEMA,
     Index,
     Shard,
-    concat_indexes,
     encode_blocks,
     encode_index,
     encode_shards,
@@ -39,31 +46,20 @@ from vlal_dist.data.format.index import (
     index_from_columns,
 )
 from vlal_dist.data.format.tar import MEMBERS, EncodedSample, tar_end
-from vlal_dist.data.hashing import uid_to_hex
-from vlal_dist.errors import DataError, VlalError
+from vlal_dist.errors import VlalError
 from vlal_dist.observability.logs import Progress
-from vlal_dist.storage.store import Store
+from vlal_dist.program import Counts
+from vlal_dist.storage.checks import sha256_of
+from vlal_dist.storage.store import Store, fetch
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-PART_SCHEMA = pa.schema(
-    [(name, kind) for name, kind in INDEX_TYPES.items()] + list(LABELS_SCHEMA),
-)
-
-
-@dataclass(frozen=True)
-class SampleLabels:
-    """What `labels.parquet` says of a sample."""
-
-    key: str
-    instance_id: str
-    positive: list[int]
-    negative: list[int]
+REPORT_SCHEMA = pa.schema([*INDEX_TYPES.items(), *LABELS_SCHEMA])
 
 
 @dataclass
-class ShardPart:
+class ShardReport:
     """A finished shard: its tar's name, size and digest, and one entry per sample in `columns`.
 
     `found`: an earlier run had finished it.
@@ -81,33 +77,38 @@ class ShardPart:
         """Number of samples."""
         return len(self.columns["uid"])
 
+    @property
+    def shard(self) -> Shard:
+        """The entry of `shards.parquet`."""
+        return Shard(self.name, self.size_bytes, self.sha256, self.samples)
+
     def encode(self) -> bytes:
         """Parquet bytes, the shard's own facts in the schema's metadata."""
         facts = {"size_bytes": self.size_bytes, "name": self.name, "rejects": self.rejects}
         facts["sha256"] = self.sha256
-        schema = PART_SCHEMA.with_metadata({"part": json.dumps(facts, sort_keys=True)})
+        schema = REPORT_SCHEMA.with_metadata({"part": json.dumps(facts, sort_keys=True)})
         return encode_table(self.columns, schema)
 
     @classmethod
-    def decode(cls, data: bytes) -> "ShardPart":
+    def decode(cls, data: bytes) -> "ShardReport":
         """Read `encode`'s bytes."""
         table = pyarrow.parquet.read_table(pa.BufferReader(data))
         facts = json.loads(table.schema.metadata[b"part"])
-        return cls(columns=table.to_pydict(), **facts)
+        return cls(columns=table.to_pydict(), found=True, **facts)
 
 
 class TarBuilder:
-    """Writes one tar to a temporary file while collecting its part.
+    """Writes one tar to a temporary file while collecting its report.
 
     Args:
         name: file name of the shard.
     """
 
     def __init__(self, name: str) -> None:
-        self.part = ShardPart(name, columns={column: [] for column in PART_SCHEMA.names})
+        self.report = ShardReport(name, columns={column: [] for column in REPORT_SCHEMA.names})
         self._folder = tempfile.TemporaryDirectory(prefix="vlal-")
-        self.path = Path(self._folder.name) / name
-        self._file = self.path.open("wb")
+        self._path = Path(self._folder.name) / name
+        self._file = self._path.open("wb")
         self._sha = hashlib.sha256()
 
     def __enter__(self) -> "TarBuilder":
@@ -122,35 +123,77 @@ class TarBuilder:
         self._file.close()
         self._folder.cleanup()
 
-    def add(self, uid: int, object_id: int, sample: EncodedSample, labels: SampleLabels) -> None:
-        """Append one sample."""
+    def add(self, uid: int, sample: EncodedSample, meta: Mapping[str, Any]) -> None:
+        """Append one sample.
+
+        Args:
+            uid: unsigned 64-bit name.
+            sample: key and tar bytes.
+            meta: what its `KEY.json` says.
+        """
         entry: dict[str, Any] = {
             "uid": uid,
             "shard": 0,  # its position is known only once all shards are
-            "offset": self.part.size_bytes,
+            "offset": self.report.size_bytes,
             "length": len(sample.data),
-            "object_id": object_id,
             "crc32": sample.crc32,
-            **vars(labels),
+            "key": sample.key,
+            **{name: meta[name] for name in ("object_id", "instance_id", "positive", "negative")},
         }
         for name in MEMBERS:
-            place, column = sample.members.get(name, (0, 0)), name.removesuffix(".npy")
+            column = name.removesuffix(".npy")
+            place = sample.members.get(name, (0, 0))
             entry[f"{column}_offset"], entry[f"{column}_length"] = place
-        for column, values in self.part.columns.items():
+        for column, values in self.report.columns.items():
             values.append(entry[column])
         self._write(sample.data)
 
-    def finish(self) -> ShardPart:
-        """Close the tar; `path` is whole from now on."""
-        self._write(tar_end(self.part.size_bytes))
+    def commit(self, store: Store, split: str) -> ShardReport:
+        """Commit the tar, then its report; a tar without samples leaves only the latter."""
+        self._write(tar_end(self.report.size_bytes))
         self._file.close()
-        self.part.sha256 = self._sha.hexdigest()
-        return self.part
+        self.report.sha256 = self._sha.hexdigest()
+        if self.report.samples:
+            store.create(f"{split}/shards/{self.report.name}", self._path)
+        store.create(report_key(split, self.report.name), self.report.encode())
+        return self.report
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._sha.update(data)
-        self.part.size_bytes += len(data)
+        self.report.size_bytes += len(data)
+
+
+def report_key(split: str, shard: str) -> str:
+    """Storage key of a shard's report."""
+    return f"{split}/parts/{shard.removesuffix('.tar')}.parquet"
+
+
+def find_report(store: Store, split: str, shard: str) -> ShardReport | None:
+    """The report of a shard that is there already; None: the shard is still to be written."""
+    key = report_key(split, shard)
+    return ShardReport.decode(store.read(key)) if store.exists(key) else None
+
+
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard."""
+    return f"{split}-{number:06d}.tar"
+
+
+@lru_cache(maxsize=1)
+def open_source(url: str, cache: str, split: str) -> tuple[Dataset, Split]:
+    """A dataset and one of its splits, kept for the next task of the same split."""
+    dataset = open_dataset(url, cache=Path(cache))
+    return dataset, open_split(dataset, split)
+
+
+def open_splits(dataset: Dataset) -> dict[str, Split]:
+    """Open every split; checks the sizes of its shards and the files that are copied."""
+    splits = {name: open_split(dataset, name) for name in dataset.splits}
+    for split in splits.values():
+        kept_files(dataset, split.name)
+        check_shard_sizes(split)
+    return splits
 
 
 def run_tasks(
@@ -171,7 +214,7 @@ def run_tasks(
         label, unit: for the progress.
         sizes: units in each task.
         workers: processes; 0: one per core.
-        finished: told each result.
+        finished: called with each result.
 
     Raises:
         VlalError: what a task raised, or a worker was killed.
@@ -183,7 +226,7 @@ def run_tasks(
     try:
         with (
             Progress(label, total=sum(sizes), unit=unit) as progress,
-            ProcessPoolExecutor(count, mp_context=context, initializer=_follow_parent) as pool,
+            ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool,
         ):
             for size, result in zip(sizes, pool.map(work, tasks), strict=True):
                 results.append(result)
@@ -191,13 +234,13 @@ def run_tasks(
                 progress.advance(size)
     except BrokenProcessPool:
         raise VlalError(
-            f"{label}: a worker process was killed, often for want of memory; lower pack.workers "
+            f"{label}: a worker process was killed, often for lack of memory; lower pack.workers "
             "and repeat the command: finished shards are kept"
         ) from None
     return results
 
 
-def _follow_parent() -> None:
+def _end_with_parent() -> None:
     """End with the parent: a killed parent must not leave workers beside its rerun."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -209,88 +252,122 @@ def _follow_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def part_key(split: str, shard: str) -> str:
-    """Storage key of a shard's part file."""
-    return f"{split}/parts/{shard.removesuffix('.tar')}.parquet"
+def commit_settings(store: Store, name: str, settings: Mapping[str, Any]) -> None:
+    """Commit what the shards depend on, before any of them.
+
+    Raises:
+        ConflictError: a run with other settings began here; its shards must not be continued.
+    """
+    store.create(name, _json(settings))
 
 
-def shard_name(split: str, number: int) -> str:
-    """File name of a shard."""
-    return f"{split}-{number:06d}.tar"
-
-
-def commit_shard(store: Store, split: str, builder: TarBuilder) -> ShardPart:
-    """Commit a finished tar, then its part file; a tar without samples leaves only the latter."""
-    part = builder.finish()
-    if part.samples:
-        store.create(f"{split}/shards/{part.name}", builder.path)
-    store.create(part_key(split, part.name), part.encode())
-    return part
+def gather_index(reports: Sequence[ShardReport]) -> tuple[list[Shard], Index]:
+    """Shard list and index of a split, from the reports of its shards in order."""
+    filled = [report for report in reports if report.samples]
+    columns = {
+        name: [value for report in filled for value in report.columns[name]] for name in INDEX_TYPES
+    }
+    columns["shard"] = [n for n, report in enumerate(filled) for _ in range(report.samples)]
+    return [report.shard for report in filled], index_from_columns(columns)
 
 
 def commit_split(
     store: Store,
     split: str,
-    parts: Sequence[ShardPart],
+    shards: Sequence[Shard],
+    index: Index,
+    files: Mapping[str, bytes | Path],
     *,
     block_bytes: int,
-    rejects: Sequence[Mapping[str, str]] | None = None,
-) -> tuple[dict[str, Any], Index]:
-    """Write a split's index, blocks, shard list, labels and rejects; its manifest entry.
+) -> dict[str, Any]:
+    """Write the files beside a split's shards.
 
     Args:
         store: the dataset root.
         split: name.
-        parts: of all shards, in order.
+        shards: in order.
+        index: of all samples.
+        files: name -> labels and rejects.
         block_bytes: size at which a block ends.
-        rejects: those of the dataset that is merged; None: those of the parts.
+
+    Returns:
+        The split's entry of `dataset.json`, without `rejected`.
     """
-    filled = [part for part in parts if part.samples]
-    indexes = []
-    for position, part in enumerate(filled):
-        indexes.append(index_from_columns({**part.columns, "shard": [position] * part.samples}))
-    index = concat_indexes(indexes)
-    shards = [Shard(part.name, part.size_bytes, part.sha256, part.samples) for part in filled]
-    labels = {
-        name: [value for part in filled for value in part.columns[name]]
-        for name in LABELS_SCHEMA.names
-    }
-    if rejects is None:
-        rejects = [reject for part in parts for reject in part.rejects]
-    reject_columns = {name: [row[name] for row in rejects] for name in REJECTS_SCHEMA.names}
-    contents = {
+    contents: dict[str, bytes | Path] = {
         "shards.parquet": encode_shards(shards),
         "index.arrow": encode_index(index),
         "blocks.arrow": encode_blocks(form_blocks(index, block_bytes=block_bytes)),
-        "labels.parquet": encode_table(labels, LABELS_SCHEMA),
-        "rejects.parquet": encode_table(reject_columns, REJECTS_SCHEMA),
+        **files,
     }
     for name, data in contents.items():
         store.create(f"{split}/{name}", data)
-    entry = {
+    return {
         "samples": len(index),
         "shards": len(shards),
         "bytes": sum(shard.bytes for shard in shards),
-        "rejected": len(rejects),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
+        "files": {name: sha256_of(data) for name, data in contents.items()},
     }
-    return entry, index
 
 
-def check_uids(indexes: Mapping[str, Index]) -> None:
-    """Refuse a dataset in which two samples share a uid (a 64-bit collision, or a duplicate id)."""
-    uids = np.concatenate([index.uid for index in indexes.values()])
-    values, counts = np.unique(uids, return_counts=True)
-    if len(values) != len(uids):
-        twice = int(values[counts > 1][0])
-        raise DataError(
-            f"two samples share the uid {uid_to_hex(twice)}: duplicate instance ids, or (1 in 10^7 "
-            "at a million samples) a collision; choose another pack.name"
-        )
-
-
-def commit_dataset(store: Store, manifest: Mapping[str, Any]) -> str:
-    """Commit `dataset.json`, the last file; returns the dataset digest (sha256, hex)."""
-    data = (json.dumps({"format": FORMAT, **manifest}, indent=2, sort_keys=True) + "\n").encode()
+def commit_dataset(store: Store, manifest: Mapping[str, Any]) -> Counts:
+    """Commit `dataset.json`, the last file; returns the closing counts."""
+    data = _json({"format": FORMAT, **manifest})
     store.create("dataset.json", data)
-    return hashlib.sha256(data).hexdigest()
+    return dataset_counts(manifest, hashlib.sha256(data).hexdigest())
+
+
+def commit_derived(
+    store: Store,
+    dataset: Dataset,
+    splits: Mapping[str, tuple[Sequence[Shard], Index]],
+    *,
+    block_bytes: int,
+    likelihood: Mapping[str, Any] | None,
+) -> Counts:
+    """Commit a dataset that holds the samples of another one, in other shards.
+
+    Args:
+        store: the new root, whose shards are written.
+        dataset: the other one; its labels and rejects are copied.
+        splits: name -> shards and index.
+        block_bytes: size at which a block ends.
+        likelihood: the entry of `dataset.json`.
+    """
+    for name in ROOT_FILES:
+        store.create(name, dataset.store.read(name))
+    entries = {}
+    for name, (shards, index) in splits.items():
+        files = kept_files(dataset, name)
+        entry = commit_split(store, name, shards, index, files, block_bytes=block_bytes)
+        entries[name] = {**dataset.manifest["splits"][name], **entry}
+    return commit_dataset(store, {**dataset.manifest, "likelihood": likelihood, "splits": entries})
+
+
+def kept_files(dataset: Dataset, split: str) -> dict[str, bytes | Path]:
+    """Local files of a split's labels and rejects, which do not depend on its shards.
+
+    Raises:
+        DataError: a file differs from its digest.
+    """
+    files: dict[str, bytes | Path] = {}
+    for name in ("labels.parquet", "rejects.parquet"):
+        expected = dataset.manifest["splits"][split]["files"][name]
+        path = fetch(dataset.store, f"{split}/{name}", cache=dataset.cache, sha256=expected)
+        check_digest(f"{dataset.url}/{split}/{name}", expected, sha256_of(path))
+        files[name] = path
+    return files
+
+
+def dataset_counts(manifest: Mapping[str, Any], digest: str) -> Counts:
+    """Closing counts of a tool that wrote or read a dataset."""
+    splits = manifest["splits"]
+    return {
+        "samples": {name: entry["samples"] for name, entry in splits.items()},
+        "shards": sum(entry["shards"] for entry in splits.values()),
+        "bytes": sum(entry["bytes"] for entry in splits.values()),
+        "dataset": digest[:16],
+    }
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

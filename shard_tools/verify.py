@@ -6,58 +6,45 @@ every crc32, every crop decoded, labels and likelihoods sound, uids right and un
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from shard_tools.shard_writer import check_uids
+from shard_tools.shard_writer import dataset_counts
 from vlal_dist.config.sections import Config
-from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels
+from vlal_dist.data.format.dataset import Dataset, Split, open_newest, open_split, read_labels
 from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.index import check_uids
 from vlal_dist.data.format.sample_reader import Sample, SampleReader
 from vlal_dist.data.format.tar import list_members
 from vlal_dist.data.hashing import sample_uid, uid_to_hex
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program
-from vlal_dist.storage.store import open_store
 
 TOLERANCE = 1e-4
 
 
 def verify(config: Config, flags: Mapping[str, str]) -> Counts:
     """Verify paths.merged where it exists, else paths.dataset; the first fault stops."""
-    url = config.paths.merged
-    if not open_store(url).exists("dataset.json"):
-        url = config.paths.dataset
-    dataset = open_dataset(url, cache=Path(config.paths.cache))
+    dataset = open_newest(config.paths)
     splits = {name: open_split(dataset, name) for name in dataset.splits}
     total = sum(split.num_samples for split in splits.values())
-    with Progress(f"verify {url}", total=total, unit="samples") as progress:
+    with Progress(f"verify {dataset.url}", total=total, unit="samples") as progress:
         for split in splits.values():
             _check_files(dataset, split)
             for shard in range(len(split.shards)):
                 _check_shard(dataset, split, shard)
             labels = read_labels(dataset, split.name).to_pylist()
-            for sample, row in zip(_samples(split), labels, strict=True):
+            reader = SampleReader(split)
+            for row, stated in enumerate(labels):
+                sample = reader.read(row)
                 _check_sample(dataset, split, sample)
-                _check_labels(dataset, split, sample, row)
+                _check_labels(dataset, split, sample, stated)
                 progress.advance()
-    check_uids({name: split.index for name, split in splits.items()})
-    return {
-        "root": url,
-        "samples": {name: split.num_samples for name, split in splits.items()},
-        "shards": sum(len(split.shards) for split in splits.values()),
-        "bytes": sum(shard.bytes for split in splits.values() for shard in split.shards),
-        "dataset": dataset.digest[:16],
-    }
-
-
-def _samples(split: Split) -> Iterator[Sample]:
-    reader = SampleReader(split)
-    return map(reader.read, range(split.num_samples))
+    check_uids([split.index for split in splits.values()])
+    return {"root": dataset.url, **dataset_counts(dataset.manifest, dataset.digest)}
 
 
 def _check_files(dataset: Dataset, split: Split) -> None:
@@ -89,16 +76,11 @@ def _check_shard(dataset: Dataset, split: Split, shard: int) -> None:
             f"{stated.sha256} are expected; the shard was altered or cut: restore it, or pack again"
         )
     index = split.index
-    rows = range(*np.searchsorted(index.shard, [shard, shard + 1]).tolist())
+    rows = index.rows_of_shard(shard)
     expected = sorted(
-        (int(index.offset[row]) + int(offset[row]), int(length[row]))
+        (int(index.offset[row]) + offset, length)
         for row in rows
-        for offset, length in (
-            (index.jpg_offset, index.jpg_length),
-            (index.json_offset, index.json_length),
-            (index.likelihood_offset, index.likelihood_length),
-        )
-        if int(length[row])
+        for offset, length in index.members(row).values()
     )
     members = [(offset, size) for _, offset, size in list_members(data)]
     if members != expected or len(rows) != stated.samples:

@@ -20,17 +20,18 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shard_tools.pack import CropSettings, Instance, decode_photo, make_sample
+from shard_tools.pack import InstanceRow, decode_photo, make_sample
 from tests.fixtures.scored_dataset import write_scores
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
+from vlal_dist.config.sections import PackConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.images import crop_bounds, open_photo
-from vlal_dist.data.format.photos import PhotoSource
+from vlal_dist.data.format.photos import MissingPhotoError, Photos, find_photo
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.format.tar import sample_key
 from vlal_dist.errors import DataError
 
-SETTINGS = CropSettings(jpeg_quality=95, box_expansion=0.0, max_pixels=10_000_000)
+SETTINGS = PackConfig(name="d", max_pixels=10_000_000)
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -57,8 +58,8 @@ def jpeg(width: int, height: int, **options: object) -> bytes:
     return sink.getvalue()
 
 
-def instance(box: tuple[float, float, float, float]) -> Instance:
-    return Instance("7", "photo", 2, box, [1], [3])
+def instance(box: tuple[float, float, float, float]) -> InstanceRow:
+    return InstanceRow("7", "photo", 2, box, [1], [3])
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(packed: Path, tmp_path: Path) -> None:
@@ -159,8 +160,8 @@ def test_crops_are_cut_as_the_authors_cut_them() -> None:
     box = (10.9, 5.2, 20.4, 30.9)
     assert crop_bounds(box, width=80, height=60, expansion=0.0) == (10, 5, 31, 36)
     assert crop_bounds(box, width=80, height=60, expansion=0.3) == (7, 2, 34, 39)
-    _, key, sample = make_sample(instance(box), decoded, dataset_name="d", settings=SETTINGS)
-    assert key == "7"
+    _, sample, _ = make_sample(instance(box), decoded, SETTINGS)
+    assert sample.key == "7"
     offset, length = sample.members["jpg"]
     crop = open_photo(sample.data[offset : offset + length], max_pixels=10**6)
     assert crop.size == (21, 31)
@@ -171,9 +172,7 @@ def test_crops_are_cut_as_the_authors_cut_them() -> None:
 
 def test_outside_the_photo_the_crop_is_zero() -> None:
     decoded = decode_photo(jpeg(40, 40), SETTINGS)
-    _, _, sample = make_sample(
-        instance((-10, 30, 30, 30)), decoded, dataset_name="d", settings=SETTINGS
-    )
+    _, sample, _ = make_sample(instance((-10, 30, 30, 30)), decoded, SETTINGS)
     offset, length = sample.members["jpg"]
     pixels = np.asarray(Image.open(io.BytesIO(sample.data[offset : offset + length])))
     assert pixels.shape == (30, 30, 3)
@@ -183,9 +182,7 @@ def test_outside_the_photo_the_crop_is_zero() -> None:
 def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
     data = jpeg(40, 30)
     decoded = decode_photo(data, SETTINGS)
-    _, _, sample = make_sample(
-        instance((0, 0, 40, 30)), decoded, dataset_name="d", settings=SETTINGS
-    )
+    _, sample, _ = make_sample(instance((0, 0, 40, 30)), decoded, SETTINGS)
     offset, length = sample.members["jpg"]
     assert sample.data[offset : offset + length] == data
     exif = Image.Exif()
@@ -229,7 +226,7 @@ def test_a_pixel_bomb_is_refused_by_its_header() -> None:
 def test_boxes_beyond_any_crop_are_refused(box: tuple[float, ...], reason: str) -> None:
     photo = decode_photo(jpeg(40, 40), SETTINGS)
     with pytest.raises(DataError, match=reason):
-        make_sample(instance(box), photo, dataset_name="d", settings=SETTINGS)  # type: ignore[arg-type]
+        make_sample(instance(box), photo, SETTINGS)  # type: ignore[arg-type]
 
 
 def test_a_damaged_exif_block_is_a_reject_and_not_a_crash() -> None:
@@ -253,16 +250,21 @@ def test_places_are_searched_in_order(tmp_path: Path) -> None:
     (folder / "x.jpg").write_bytes(b"folder")
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as target:
         target.writestr("deep/x.png", b"zip" * 100)
-    assert PhotoSource([str(archive), str(folder)]).read("x") == b"zip" * 100
-    assert PhotoSource([str(folder), str(archive)]).read("x") == b"folder"
-    assert PhotoSource([str(folder)]).read("y") is None
+
+    def find(image_id: str, *places: Path) -> bytes:
+        return find_photo([Photos(str(place), setting="pack.images") for place in places], image_id)
+
+    assert find("x", archive, folder) == b"zip" * 100
+    assert find("x", folder, archive) == b"folder"
+    with pytest.raises(MissingPhotoError, match="missing: no such photo"):
+        find("y", folder)
     with pytest.raises(DataError, match="unreadable"):
-        PhotoSource([str(folder)]).read("x" * 300)
+        find("x" * 300, folder)
     data = bytearray(archive.read_bytes())
     data[data.find(b"deep/x.png") + 12] ^= 0xFF
     archive.write_bytes(data)
     with pytest.raises(DataError, match="unreadable"):
-        PhotoSource([str(archive)]).read("x")
+        find("x", archive)
 
 
 def test_a_killed_parent_leaves_no_worker(packed: Path, tmp_path: Path) -> None:

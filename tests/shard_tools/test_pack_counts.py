@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from shard_tools.pack import PackCounts
-from shard_tools.shard_writer import ShardPart
+from shard_tools.shard_writer import ShardReport
 from tests.fixtures.tiny_vaw import run, write_small_vaw
 
 ROWS = 3 * (24 + 6 + 8)
@@ -86,7 +86,7 @@ def test_each_finished_shard_is_told_at_once(tmp_path: Path) -> None:
     for number in range(1, 4):
         reject = {"split": "train", "instance_id": "1", "reason": "of a later version"}
         columns = {"uid": [1, 2]}
-        counts.add(ShardPart("s", 1000, "", columns, rejects=[reject], found=number == 1))
+        counts.add(ShardReport("s", 1000, "", columns, rejects=[reject], found=number == 1))
         found = counted(tmp_path, "vlal_pack_instances_total")
         assert (found["written"], found["other"]) == (2 * number, number)
         assert counted(tmp_path, "vlal_pack_bytes_total") == {"": 1000 * number}

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from vlal_dist.config.sections import PredictConfig
-from vlal_dist.data.format.photos import Photos, open_photos
+from vlal_dist.data.format.photos import Photos
 from vlal_dist.data.loading.decode import Box
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.release.model import ExportedModel
@@ -86,14 +86,14 @@ def open_requests(
     if config.table is not None:
         table = Path(config.table)
         records, total = _read_table(table)
-        photos = open_photos(config.images or str(table.parent), key="predict.images")
+        photos = Photos(config.images or str(table.parent), setting="predict.images")
     elif config.images is not None:
         if config.object is None and model.info.model.object_gate:
             raise ConfigError(
                 "predict.object is absent: this model needs the name of the object that the "
                 "photos show; give it, or a predict.table with the columns image and object"
             )
-        photos = open_photos(config.images, key="predict.images")
+        photos = Photos(config.images, setting="predict.images")
         names = photos.names()
         records, total = [{"image": name, "id": name} for name in names], len(names)
     else:

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from vlal_dist.config.sections import PathsConfig
 from vlal_dist.data.format.index import Blocks, Index, Shard, decode_shards, map_blocks, map_index
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.feasible import FeasibleSets
@@ -32,7 +33,8 @@ from vlal_dist.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-SPLIT_FILES = ("shards.parquet", "index.arrow", "blocks.arrow", "labels.parquet")
+ROOT_FILES = ("vocabulary.json", "feasible.npz")
+"""Copies in every dataset root, which make it self-contained."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
             f"{url}: dataset format {manifest.get('format')}, this version reads {FORMAT}; "
             "pack it again, or use the version that wrote it"
         )
-    contents = {name: store.read(name) for name in ("vocabulary.json", "feasible.npz")}
+    contents = {name: store.read(name) for name in ROOT_FILES}
     for name, content in contents.items():
         found = hashlib.sha256(content).hexdigest()
         check_digest(f"{url}/{name}", manifest["files"][name], found)
@@ -122,6 +124,12 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
     check_digest(f"{url}: feasible sets", manifest["feasible_digest"], feasible.digest)
     digest = hashlib.sha256(data).hexdigest()
     return Dataset(url, store, manifest, digest, vocabulary, feasible, cache)
+
+
+def open_newest(paths: PathsConfig) -> Dataset:
+    """Open `paths.merged` where it is finished, else `paths.dataset`; errors as `open_dataset`."""
+    merged = open_store(paths.merged).exists("dataset.json")
+    return open_dataset(paths.merged if merged else paths.dataset, cache=Path(paths.cache))
 
 
 def check_digest(what: str, expected: str, found: str) -> None:
@@ -142,9 +150,9 @@ def open_split(dataset: Dataset, split: str) -> Split:
     if split not in dataset.manifest["splits"]:
         raise DataError(f"{dataset.url} has no split {split!r}; it has {', '.join(dataset.splits)}")
     entry = dataset.manifest["splits"][split]
-    paths = {name: _verified(dataset, f"{split}/{name}") for name in SPLIT_FILES[:3]}
-    shards = decode_shards(paths["shards.parquet"].read_bytes())
-    index, blocks = map_index(paths["index.arrow"]), map_blocks(paths["blocks.arrow"])
+    shards = decode_shards(_verified(dataset, f"{split}/shards.parquet").read_bytes())
+    index = map_index(_verified(dataset, f"{split}/index.arrow"))
+    blocks = map_blocks(_verified(dataset, f"{split}/blocks.arrow"))
     for what, samples in (
         ("index.arrow", len(index)),
         ("blocks.arrow", int(blocks.samples.sum())),

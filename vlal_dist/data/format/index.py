@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -119,13 +120,15 @@ def index_from_columns(columns: Mapping[str, Any]) -> Index:
     )
 
 
-def concat_indexes(indexes: Sequence[Index]) -> Index:
-    """One index of several, in order."""
-    if not indexes:
-        return index_from_columns({name: [] for name in INDEX_TYPES})
-    return Index(
-        **{name: np.concatenate([getattr(one, name) for one in indexes]) for name in INDEX_TYPES}
-    )
+def check_uids(indexes: Sequence[Index]) -> None:
+    """Refuse a dataset in which two samples share a uid (a 64-bit collision, or a duplicate id)."""
+    values, counts = np.unique(np.concatenate([one.uid for one in indexes]), return_counts=True)
+    if (counts > 1).any():
+        twice = uid_to_hex(int(values[counts > 1][0]))
+        raise DataError(
+            f"two samples share the uid {twice}: duplicate instance ids, or (1 in 10^7 at a "
+            "million samples) a collision; choose another pack.name"
+        )
 
 
 def form_blocks(index: Index, *, block_bytes: int) -> Blocks:

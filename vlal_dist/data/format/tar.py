@@ -26,11 +26,13 @@ class EncodedSample:
     """One sample as it lies in a tar.
 
     Attributes:
+        key: as webdataset and `labels.parquet` have it.
         data: headers, contents and padding; a multiple of 512 bytes.
         members: member -> (offset in `data`, length) of its contents, bytes.
         crc32: zlib.crc32 of `data`.
     """
 
+    key: str
     data: bytes
     members: dict[str, tuple[int, int]]
     crc32: int
@@ -64,7 +66,7 @@ def encode_sample(key: str, members: Mapping[str, bytes]) -> EncodedSample:
         where[name] = (position + len(header), len(content))
         position += len(header) + len(content) + len(padding)
     data = b"".join(pieces)
-    return EncodedSample(data=data, members=where, crc32=zlib.crc32(data))
+    return EncodedSample(key=key, data=data, members=where, crc32=zlib.crc32(data))
 
 
 def tar_end(size: int) -> bytes:
