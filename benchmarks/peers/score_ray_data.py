@@ -26,7 +26,7 @@ import torch
 from benchmarks.scoring.cores import Places, choose_cores, pin
 from benchmarks.scoring.data import CASES, Case, load
 from vlal_dist.data.format.images import decode_rgb
-from vlal_dist.scoring.clip import ClipEncoder, Seconds
+from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds
 from vlal_dist.scoring.embed import box_crop
 from vlal_dist.scoring.ray_cluster import LOCAL_ENVIRONMENT
 
@@ -56,7 +56,7 @@ class Encode:
             pixels = list(torch.from_numpy(np.stack(batch["pixels"])))
         else:
             pixels = crops_of(batch, self.encoder)
-        embedding = self.encoder.encode_batch(pixels, seconds=Seconds())
+        embedding = self.encoder.encode_batch(pixels, seconds=PhaseSeconds())
         ready = np.full(len(pixels), self.ready)
         return {"key": batch["__key__"], "embedding": embedding, "ready": ready}
 

@@ -6,7 +6,7 @@ In a module of its own, which Ray's workers import by name.
 from pathlib import Path
 
 from benchmarks.scoring.cores import Places
-from vlal_dist.scoring.driver import stored_settings_of
+from vlal_dist.scoring.identity import stored_settings
 from vlal_dist.scoring.ray_cluster import ScoringActor
 from vlal_dist.storage.store import open_store
 
@@ -19,8 +19,8 @@ class PinnedActor(ScoringActor):
         places = Places.read(Path(self.job.scores).parent)
         places.take()
         pid = super().open()
-        settings = stored_settings_of(open_store(self.job.scores), self.job)
+        settings = stored_settings(open_store(self.job.scores), self.job)
         assert settings is not None
-        self.prepare_text(settings)
+        self.scorer.prepare_text(settings)
         places.wait()
         return pid

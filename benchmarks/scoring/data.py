@@ -14,9 +14,10 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,11 @@ import torch
 
 from benchmarks.loader.data import ATTRIBUTES, Kind, make
 from shard_tools.pack import BYTES_PER_PIXEL, BYTES_PER_SAMPLE
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
-from vlal_dist.scoring.identity import ScoreSettings, store_settings
+from vlal_dist.scoring.identity import ScorerIdentity, ScoringJob, identify, store_settings
 from vlal_dist.scoring.text_bank import ensure_bank
-from vlal_dist.scoring.worker import ScoringJob, identify, never
 from vlal_dist.storage.store import open_store
 
 OBJECTS, FEASIBLE = 2, 100
@@ -139,45 +140,42 @@ def make_weights(folder: Path, case: Case) -> None:
     safetensors.torch.save_file(net.state_dict(), path)
 
 
-def load(folder: Path, case: Case) -> ClipEncoder:
-    """The case's encoder, fp32 on the CPU."""
-    return load_clip(
+def section(folder: Path, case: Case) -> ScoringConfig:
+    """The config section of a case: fp32 on one core."""
+    return ScoringConfig(
         model=case.model,
         model_config_dir=None if case.config is None else str(folder / "models"),
         weights=str(weights_path(folder, case)),
-        precision="fp32",
-        device="cpu",
-        batch_size=case.batch,
+        templates=[TEMPLATE],
+        cpus_per_actor=1,
+        max_retries=0,
     )
+
+
+def load(folder: Path, case: Case) -> ClipEncoder:
+    """The case's encoder, on the CPU."""
+    return load_clip(section(folder, case), device="cpu", batch_size=case.batch)
 
 
 def begin(folder: Path, case: Case) -> None:
     """A score root with settings and text bank, and what a job for it must say."""
     encoder, here = load(folder, case), folder / case.name
     dataset = open_dataset(str(here / "dataset"), cache=here / "cache")
-    identity = identify(encoder, dataset, model=case.model, templates=(TEMPLATE,))
-    store = open_store(str(here / "begun"))
-    settings = ScoreSettings(
-        batch_size=case.batch,
-        threads=1,
-        decode_threads=1,
-        precision="fp32",
+    scoring = section(folder, case)
+    job = ScoringJob(
+        scoring=scoring,
+        dataset=str(here / "dataset"),
+        scores=str(here / "begun"),
+        cache=str(here / "cache"),
+        identity=identify(encoder, dataset, scoring),
         device="cpu",
-        compiled=False,
         temperature=encoder.temperature,
     )
-    store_settings(store, settings, scorer_digest=identity.digest)
-    ensure_bank(
-        store,
-        encoder,
-        dataset.vocabulary,
-        dataset.feasible,
-        templates=(TEMPLATE,),
-        scorer_digest=identity.digest,
-        stopped=never,
-    )
-    known = {"scorer_digest": identity.digest, "temperature": encoder.temperature}
-    (here / "begun.json").write_text(json.dumps(known) + "\n")
+    store = open_store(job.scores)
+    store_settings(store, job, job.settings(case.batch, 1))
+    digest = job.identity.digest
+    ensure_bank(store, encoder, dataset, templates=[TEMPLATE], scorer_digest=digest, stop=Event())
+    (here / "begun.json").write_text(json.dumps(asdict(job.identity)) + "\n")
 
 
 @contextmanager
@@ -188,19 +186,15 @@ def begun(folder: Path, case: Case) -> Iterator[ScoringJob]:
     fresh = Path(mkdtemp(prefix="scores-", dir=folder))
     try:
         shutil.copytree(here / "begun", fresh / "scores")
+        settings = json.loads(next((here / "begun").glob("settings-*.json")).read_text())
         yield ScoringJob(
+            scoring=section(folder, case),
             dataset=str(here / "dataset"),
-            cache=str(here / "cache"),
             scores=str(fresh / "scores"),
-            model=case.model,
-            model_config_dir=None if case.config is None else str(folder / "models"),
-            weights=str(weights_path(folder, case)),
-            templates=(TEMPLATE,),
-            precision="fp32",
+            cache=str(here / "cache"),
+            identity=ScorerIdentity(**{**known, "templates": tuple(known["templates"])}),
             device="cpu",
-            compiled=False,
-            threads=1,
-            **known,
+            temperature=settings["temperature"],
         )
     finally:
         shutil.rmtree(fresh)

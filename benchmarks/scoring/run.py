@@ -4,7 +4,7 @@ Prints one JSON object: `count` images (or similarities) and the `seconds` that 
 
     actors      Ray actors of our `ActorPool`, each on a core of its own; the driver and Ray's
                 services on the others, if there are any
-    processes   plain processes with `LocalWorkers`, each on a core of its own
+    processes   plain processes with `LocalPool`, each on a core of its own
     encoder     `ClipEncoder.encode_batch` alone, on one core, one random batch again and again
     naive       the authors' notebook: for each image all its prompts again, on one core
     program     `python -m vlal_dist.score_clip` with one actor from start to end, on all cores
@@ -24,6 +24,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,13 @@ from vlal_dist.data.format.images import decode_rgb
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring import ray_cluster
-from vlal_dist.scoring.clip import Seconds
-from vlal_dist.scoring.driver import LocalWorkers, stored_settings_of
+from vlal_dist.scoring.clip import PhaseSeconds
+from vlal_dist.scoring.driver import LocalPool
 from vlal_dist.scoring.embed import box_crop
-from vlal_dist.scoring.identity import ScoreSettings
+from vlal_dist.scoring.identity import ScoreSettings, ScoringJob, stored_settings
 from vlal_dist.scoring.ray_cluster import ActorPool, Call, ray_session
 from vlal_dist.scoring.shard_task import feasible_similarities
-from vlal_dist.scoring.worker import ScoringJob, ShardScorer, never
+from vlal_dist.scoring.worker import ShardScorer
 from vlal_dist.storage.store import open_store
 
 Found = dict[str, float]
@@ -61,9 +62,7 @@ def on_actors(folder: Path, case: Case, number: int) -> Found:
     os.environ.pop("RAY_ADDRESS", None)
     with begun(folder, case) as job, ray_session(actors=number, cpus_per_actor=1):
         Places(Path(job.scores).parent, cores).write()
-        pool = ActorPool(
-            job, size=number, cpus_per_actor=1, gpus_per_actor=0, max_retries=0, stopped=never
-        )
+        pool = ActorPool(job, size=number, stop=Event())
         settings = settings_of(job)
         # Answered when all have the model and the text bank: see `PinnedActor`.
         list(pool.run([("prepare_text", (settings,))]))
@@ -97,7 +96,7 @@ def in_one_process(job: ScoringJob, mine: list[Call], places: Places) -> tuple[i
     scorer = ShardScorer(job)
     scorer.prepare_text(settings_of(job))
     started = places.wait()
-    images = sum(result.images for result in LocalWorkers(scorer).run(mine))
+    images = sum(result.images for result in LocalPool(scorer).run(mine))
     ended = time.perf_counter()
     scorer.close()
     return images, started, ended
@@ -105,7 +104,7 @@ def in_one_process(job: ScoringJob, mine: list[Call], places: Places) -> tuple[i
 
 def settings_of(job: ScoringJob) -> ScoreSettings:
     """The settings that stand in the begun score root."""
-    settings = stored_settings_of(open_store(job.scores), job)
+    settings = stored_settings(open_store(job.scores), job)
     assert settings is not None
     return settings
 
@@ -123,11 +122,11 @@ def bare_encoder(folder: Path, case: Case) -> Found:
     encoder = load(folder, case)
     side = encoder.prepare(_grey()).shape[-1]
     batch = list(torch.randn(case.batch, 3, side, side, generator=torch.Generator().manual_seed(0)))
-    encoder.encode_batch(batch, seconds=Seconds())
+    encoder.encode_batch(batch, seconds=PhaseSeconds())
     number = case.shards // 2 * case.shard_samples // case.batch
     started = time.perf_counter()
     for _ in range(number):
-        encoder.encode_batch(batch, seconds=Seconds())
+        encoder.encode_batch(batch, seconds=PhaseSeconds())
     return {"count": number * case.batch, "seconds": time.perf_counter() - started}
 
 
@@ -176,8 +175,8 @@ def whole_program(folder: Path, case: Case) -> Found:
             "paths.dataset": job.dataset,
             "paths.scores": job.scores,
             "paths.cache": job.cache,
-            "scoring.model": job.model,
-            "scoring.weights": job.weights,
+            "scoring.model": job.scoring.model,
+            "scoring.weights": job.scoring.weights,
             "scoring.device": "cpu",
             "scoring.actors": 1,
             "scoring.cpus_per_actor": 1,

@@ -8,25 +8,27 @@ import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 
 from benchmarks.scoring.scale_data import SCORER, SHARD_SAMPLES
 from benchmarks.scoring.scale_memory import family, status_mb
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.scores import finished_manifest, write_scores_manifest
+from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring import ray_cluster
-from vlal_dist.scoring.clip import Seconds
-from vlal_dist.scoring.driver import Outcome, Plan, closing, make_plan, score_all
-from vlal_dist.scoring.identity import ScoreSettings
+from vlal_dist.scoring.clip import PhaseSeconds
+from vlal_dist.scoring.driver import ScoringPlan, ScoringTotals, closing, make_plan, score_shards
+from vlal_dist.scoring.embed import SplitShard
+from vlal_dist.scoring.identity import ScorerIdentity, ScoreSettings, ScoringJob
 from vlal_dist.scoring.quality import QualityTotals, ShardQuality, check_shard, type_names
 from vlal_dist.scoring.ray_cluster import ray_session
 from vlal_dist.scoring.shard_task import ShardResult
-from vlal_dist.scoring.worker import ScoringJob
 from vlal_dist.storage.store import open_store
 
 ACTORS = 2
-TEMPLATES = ("a photo of {attribute} {object}",)
 SETTINGS = ScoreSettings(256, 1, 1, "fp32", "cpu", False, 0.01)
 Result = dict[str, float]
 
@@ -45,6 +47,7 @@ class EmptyActor(ray_cluster.ScoringActor):
 
     def open(self) -> int:
         """The process id."""
+        self.scorer = self  # type: ignore[assignment]
         return os.getpid()
 
     def prepare_text(self, settings: object) -> int:
@@ -57,11 +60,11 @@ class EmptyActor(ray_cluster.ScoringActor):
 
 
 def result_of(
-    split: str, shard: int, quality: ShardQuality, *, poison: bool = False
+    split: str, shard: int, quality: ShardQuality, *, unusable: bool = False
 ) -> ShardResult:
     """What an actor answers of a shard that it has just scored."""
-    quarantined = {shard: "a crop cannot be decoded: image file is truncated"} if poison else {}
-    samples, seconds = quality.crops, Seconds(0.01, 0.02, 0.01, 0.2, 0.01)
+    quarantined = {shard: "a crop cannot be decoded: image file is truncated"} if unusable else {}
+    samples, seconds = quality.crops, PhaseSeconds(0.01, 0.02, 0.01, 0.2, 0.01)
     return ShardResult(split, shard, samples, samples, True, True, quality, quarantined, seconds)
 
 
@@ -72,8 +75,7 @@ def real_quality(small: Path) -> ShardQuality:
     manifest = finished_manifest(store)
     quality, _ = check_shard(
         dataset,
-        open_split(dataset, "train"),
-        0,
+        SplitShard(open_split(dataset, "train"), 0),
         store=store,
         manifest=manifest,
         temperature=manifest["temperature"],
@@ -103,33 +105,21 @@ def drive(small: Path, shards: int, *, pairs: int | None) -> Result:
     quality = real_quality(small)
     if pairs is not None:
         quality = tiled(quality, pairs)
-    outcome = Outcome(QualityTotals(_types(small)), allowed=0)
+    totals = ScoringTotals(QualityTotals(_types(small)), max_quarantined=0)
     ray_cluster.ScoringActor = EmptyActor  # type: ignore[misc]
     with ray_session(actors=ACTORS, cpus_per_actor=0.5):
-        pool = ray_cluster.ActorPool(
-            _job(quality),
-            size=ACTORS,
-            cpus_per_actor=0.5,
-            gpus_per_actor=0.0,
-            max_retries=3,
-            stopped=lambda: False,
-        )
+        pool = ray_cluster.ActorPool(_job(quality), size=ACTORS, stop=Event())
         pids: set[int] = set()
         for number in range(100_000):  # until every actor has answered
             pids |= set(pool.run([("prepare_text", (number,))]))
             if len(pids) == ACTORS:
                 break
         ready_mb, started, cpu = status_mb("self", "VmHWM"), time.monotonic(), time.process_time()
-        score_all(
-            pool,
-            pending=[("train", shard) for shard in range(shards)],
-            present=[],
-            settings=SETTINGS,
-            outcome=outcome,
-            advance=lambda samples: None,
-        )
+        plan = ScoringPlan({("train", shard): 1 for shard in range(shards)}, [], 0, shards, 0, 0)
+        progress = Progress("score", total=shards, unit="crops")
+        score_shards(pool, plan, SETTINGS, totals, progress)
         seconds, cpu = time.monotonic() - started, time.process_time() - cpu
-        assert outcome.scored == shards and pool.retried == 0
+        assert totals.scored == shards and pool.retried == 0
         return {
             "shards": shards,
             "pairs": len(quality.similarity),
@@ -148,7 +138,7 @@ def plan(root: Path, scores: Path, cache: Path) -> Result:
     """Compare all shards with the score files."""
     dataset, store = open_dataset(str(root), cache=cache), open_store(str(scores))
     ready_mb, started = status_mb("self", "VmHWM"), time.monotonic()
-    made = make_plan(dataset, store, ["train"], TEMPLATES, scorer_digest=SCORER)
+    made = make_plan(dataset, store, ScoringConfig(), scorer_digest=SCORER)
     seconds = time.monotonic() - started
     return {
         "pending": len(made.pending),
@@ -170,24 +160,24 @@ def close(root: Path, small: Path, cache: Path, *, every: int) -> Result:
     """
     dataset, quality = open_dataset(str(root), cache=cache), real_quality(small)
     shards = int(dataset.manifest["splits"]["train"]["shards"])
-    outcome = Outcome(QualityTotals(_types(small)), allowed=shards)
+    totals = ScoringTotals(QualityTotals(_types(small)), max_quarantined=shards)
     store = open_store(str(root.with_name(f"{root.name}-closed")))
     store.delete("scores.json")
     ready_mb, started = status_mb("self", "VmHWM"), time.monotonic()
     for shard in range(shards):
-        poison = every > 0 and shard % every == 0
-        outcome.add(result_of("train", shard, quality, poison=poison))
+        unusable = every > 0 and shard % every == 0
+        totals.add(result_of("train", shard, quality, unusable=unusable))
     added = time.monotonic()
     splits = {
         name: {"samples": count, "shards": len(open_split(dataset, name).shards)}
-        for name, count in outcome.samples.items()
+        for name, count in totals.samples.items()
     }
-    found = {"splits": splits, "quarantined": outcome.quarantined, "settings": asdict(SETTINGS)}
+    found = {"splits": splits, "quarantined": totals.quarantined, "settings": asdict(SETTINGS)}
     write_scores_manifest(store, {"scorer_digest": SCORER, **found})
-    done = Plan({}, [], 0, shards * SHARD_SAMPLES, 0, 0)
-    json.dumps(closing(done, outcome, SETTINGS, 0, 1.0, SCORER), indent=2)
+    done = ScoringPlan({}, [], 0, shards * SHARD_SAMPLES, 0, 0)
+    json.dumps(closing(done, _job(quality), totals, SETTINGS, 0, seconds=1.0), indent=2)
     return {
-        "quarantined": sum(map(len, outcome.quarantined.values())),
+        "quarantined": sum(map(len, totals.quarantined.values())),
         "add_us": (added - started) / shards * 1e6,
         "seconds": time.monotonic() - added,
         "bytes": store.size("scores.json"),
@@ -211,18 +201,12 @@ def _types(small: Path) -> tuple[str, ...]:
 
 def _job(quality: ShardQuality) -> EmptyJob:
     return EmptyJob(
+        scoring=ScoringConfig(),
         dataset="",
-        cache="",
         scores="",
-        model="",
-        model_config_dir=None,
-        weights=None,
-        templates=TEMPLATES,
-        scorer_digest=SCORER,
-        precision="fp32",
+        cache="",
+        identity=ScorerIdentity("", "", "", (), "", "", "fp32"),
         device="cpu",
-        compiled=False,
-        threads=1,
         temperature=0.01,
         quality=quality,
     )

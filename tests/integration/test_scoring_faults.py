@@ -116,7 +116,7 @@ def begin(
     def start(scores: Path | str, *more: str) -> Scene:
         place = tmp_path / f"run{len(scenes)}"
         place.mkdir()
-        told, log = place / "told.json", place / "log"
+        told, log = place / "counts.json", place / "log"
         call = on_ray(many_shards, slow, scores, *SLOWLY, "--json", str(told), *more)
         with log.open("wb") as sink:
             driver = subprocess.Popen(
@@ -161,7 +161,7 @@ def test_killed_actors(
     found = scene.counts()
     assert_exact(found, tmp_path / "scores", quiet)
     assert found["shards_retried"] <= 2 * killed
-    print(f"killed {killed}, shards given out again {found['shards_retried']}")
+    print(f"killed {killed}, shards handed out again {found['shards_retried']}")
 
 
 @seeds
@@ -245,7 +245,7 @@ def test_lost_node(
         found = scene.counts()
         wait_until(lambda: not alive(actor), scene.log)
     assert_exact(found, scores, quiet)
-    print(f"shards given out again {found['shards_retried']}")
+    print(f"shards handed out again {found['shards_retried']}")
 
 
 def puts(proxy: FaultProxy) -> dict[str, int]:
@@ -289,7 +289,7 @@ def test_a_paused_node_comes_back_after_its_replacement(
         wait_until(lambda: not alive(actor), scene.log)
         late = sum(puts(proxy).values()) - before
     assert_exact(found, scores, quiet)
-    print(f"shards given out again {found['shards_retried']}, late commits {late}")
+    print(f"shards handed out again {found['shards_retried']}, late commits {late}")
 
 
 @seeds
@@ -300,7 +300,7 @@ def test_a_paused_actor_is_not_waited_for(
     tmp_path: Path,
     moto_s3: S3Server,
 ) -> None:
-    """Its node lives, so Ray sees nothing; its shards are late and are given out again."""
+    """Its node lives, so Ray sees nothing; its shards are late and are handed out again."""
     rng, total, scores = random.Random(seed), len(quiet) - 3, moto_s3.url()
     with (
         FaultProxy(moto_s3.endpoint) as proxy,
@@ -310,7 +310,7 @@ def test_a_paused_actor_is_not_waited_for(
         scene.wait_for_moment(rng, total)
         actor = rng.choice(actor_pids(scene.log))
         os.kill(actor, signal.SIGSTOP)
-        scene.wait_for_log("is given out again")
+        scene.wait_for_log("is handed out again")
         if seed % 2:  # it comes back while the driver cannot end it
             (other,) = {*actor_pids(scene.log)} - {actor}
             time.sleep(0.1)
@@ -323,7 +323,7 @@ def test_a_paused_actor_is_not_waited_for(
         wait_until(lambda: not alive(actor), scene.log)
         twice = sum(count - 1 for count in puts(proxy).values())
     assert_exact(found, scores, quiet)
-    print(f"shards given out again {found['shards_retried']}, commits in vain {twice}")
+    print(f"shards handed out again {found['shards_retried']}, commits in vain {twice}")
 
 
 @seeds

@@ -40,7 +40,7 @@ def test_ray_with_a_killed_actor_equals_no_ray(
     slowly = ["--scoring.batch_size", "1", "--scoring.decode_threads", "2"]
     quiet = tmp_path / "quiet"
     assert run(PROGRAM, many_shards, *flags(tiny, quiet, *slowly)) == 0
-    scores, log, told = tmp_path / "scores", tmp_path / "log", tmp_path / "told.json"
+    scores, log, told = tmp_path / "scores", tmp_path / "log", tmp_path / "counts.json"
     call = on_ray(many_shards, tiny, scores, *slowly, "--scoring.actors", "2", "--json", str(told))
     with started(python(*call), log) as process:
         wait_until(lambda: list(scores.glob("train/*.safetensors")), log)
@@ -71,7 +71,7 @@ def test_a_signal_keeps_what_is_committed(
     result = json.loads((scores / "score_clip.result.json").read_text())
     assert result["code"] == 75
     kept = set(data_files(scores))
-    told = tmp_path / "told.json"
+    told = tmp_path / "counts.json"
     assert run(PROGRAM, many_shards, *flags(tiny, scores, *slowly, "--json", str(told))) == 0
     assert counts(told)["shards_skipped"] == len(kept) - 1  # without the text bank
     assert kept < set(data_files(scores))

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from tests.fixtures.tiny_vaw import run_all, write_small_vaw
-from vlal_dist.scoring.clip import ClipEncoder, load_clip
+from vlal_dist.config.sections import ScoringConfig
+from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds, load_clip
 
 TINY: dict[str, Any] = {
     "embed_dim": 16,
@@ -51,15 +54,24 @@ class Model:
             *("--scoring.weights", str(self.weights)),
         ]
 
-    def load(self, *, precision: str = "fp32", batch_size: int = 8) -> ClipEncoder:
-        return load_clip(
+    def section(self, **more: Any) -> ScoringConfig:
+        """The config section that chooses it."""
+        return ScoringConfig(
             model=self.name,
             model_config_dir=str(self.folder),
             weights=str(self.weights),
-            precision=precision,
-            device="cpu",
-            batch_size=batch_size,
+            **more,
         )
+
+    def load(self, *, batch_size: int = 8, **more: Any) -> ClipEncoder:
+        return load_clip(self.section(**more), device="cpu", batch_size=batch_size)
+
+
+def encode_images(encoder: ClipEncoder, crops: list[Image.Image]) -> np.ndarray:
+    """Unit vectors [n, D] of crops, in batches as the scorer makes them."""
+    pixels, size = [encoder.prepare(crop) for crop in crops], encoder.batch_size
+    batches = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+    return np.concatenate([encoder.encode_batch(b, seconds=PhaseSeconds()) for b in batches])
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The encoders: open_clip's own numbers, bits that do not depend on company, errors in one line."""
+"""The encoders: open_clip's own numbers, bits independent of the batch, errors in one line."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from tests.scoring.conftest import Model, make_tiny_model
+from tests.scoring.conftest import Model, encode_images, make_tiny_model
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.scoring.clip import check_weights, load_clip, state_digest
 
@@ -32,28 +33,28 @@ def test_equals_open_clip(fashion: Model) -> None:
     with torch.no_grad():
         images = net.encode_image(torch.stack([preprocess(c) for c in crops(3)]), normalize=True)
         texts = net.encode_text(open_clip.get_tokenizer("fashion_clip")(TEXTS), normalize=True)
-    np.testing.assert_allclose(encoder.encode_images(crops(3)), images.numpy(), atol=2e-6)
+    np.testing.assert_allclose(encode_images(encoder, crops(3)), images.numpy(), atol=2e-6)
     np.testing.assert_allclose(encoder.encode_texts(TEXTS), texts.numpy(), atol=2e-6)
     assert encoder.temperature == pytest.approx(1 / net.logit_scale.exp().item(), rel=1e-6)
 
 
-def test_rows_do_not_depend_on_their_company(tiny: Model) -> None:
+def test_a_row_does_not_depend_on_the_rest_of_its_batch(tiny: Model) -> None:
     encoder = tiny.load(batch_size=4)
-    together = encoder.encode_images(crops(6))
+    together = encode_images(encoder, crops(6))
     assert together.shape == (6, 16)
     assert together.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
-    np.testing.assert_array_equal(encoder.encode_images(crops(6)[4:]), together[4:])
+    np.testing.assert_array_equal(encode_images(encoder, crops(6)[4:]), together[4:])
     np.testing.assert_array_equal(encoder.encode_texts(TEXTS)[:1], encoder.encode_texts(TEXTS[:1]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_stays_near(tiny: Model, precision: str) -> None:
     exact, rough = tiny.load(), tiny.load(precision=precision)
-    images = rough.encode_images(crops(5))
+    images = encode_images(rough, crops(5))
     assert images.dtype == np.float32
-    assert (images * exact.encode_images(crops(5))).sum(axis=1).min() > 0.99
-    assert not np.array_equal(images, exact.encode_images(crops(5)))
+    assert (images * encode_images(exact, crops(5))).sum(axis=1).min() > 0.99
+    assert not np.array_equal(images, encode_images(exact, crops(5)))
     assert rough.weights_digest == exact.weights_digest
 
 
@@ -61,18 +62,10 @@ def test_lower_precision_stays_near(tiny: Model, precision: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own use
 def test_compiled_stays_near(tiny: Model) -> None:
     exact = tiny.load()
-    quick = load_clip(
-        model=tiny.name,
-        model_config_dir=str(tiny.folder),
-        weights=str(tiny.weights),
-        precision="fp32",
-        device="cpu",
-        batch_size=8,
-        compiled=True,
-    )
+    quick = tiny.load(compile=True)
     assert quick.weights_digest == exact.weights_digest
     np.testing.assert_allclose(
-        quick.encode_images(crops(5)), exact.encode_images(crops(5)), atol=1e-5
+        encode_images(quick, crops(5)), encode_images(exact, crops(5)), atol=1e-5
     )
     np.testing.assert_allclose(quick.encode_texts(TEXTS), exact.encode_texts(TEXTS), atol=1e-5)
 
@@ -99,12 +92,12 @@ def test_other_weights_have_another_digest(tiny: Model, tmp_path: Path) -> None:
 def refusal(model: str, folder: Path | None, weights: str | None) -> str:
     with pytest.raises(ConfigError) as error:
         load_clip(
-            model=model,
-            model_config_dir=None if folder is None else str(folder),
-            weights=weights,
-            precision="fp32",
+            ScoringConfig(
+                model=model,
+                model_config_dir=None if folder is None else str(folder),
+                weights=weights,
+            ),
             device="cpu",
-            batch_size=4,
         )
     assert error.value.exit_code == 64
     assert "\n" not in str(error.value)

@@ -1,4 +1,4 @@
-"""The scorer digest changes with all that matters and nothing else; settings are adopted."""
+"""The scorer digest changes with what a similarity depends on; settings are adopted."""
 
 import dataclasses
 import hashlib
@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.errors import ConfigError, ConflictError, DataError
 from vlal_dist.scoring.identity import (
     ScorerIdentity,
     ScoreSettings,
+    ScoringJob,
     settings_key,
     store_settings,
     stored_settings,
-    warn_of_other_settings,
+    warn_of_ignored,
 )
 from vlal_dist.storage.store import open_store
 
@@ -38,7 +40,15 @@ SETTINGS = ScoreSettings(
     compiled=False,
     temperature=0.01,
 )
-SCORER = IDENTITY.digest
+JOB = ScoringJob(
+    scoring=ScoringConfig(cpus_per_actor=1),
+    dataset="",
+    scores="here",
+    cache="",
+    identity=IDENTITY,
+    device="cpu",
+    temperature=0.01,
+)
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ScorerIdentity)])
@@ -78,37 +88,39 @@ def test_prompts_and_feasible_sets_leave_the_embedder_alone() -> None:
 
 def test_the_first_run_decides(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(str(tmp_path))
-    asked = {"scorer_digest": SCORER, "temperature": 0.01, "device": "cpu"}
-    assert stored_settings(store, **asked) is None
-    assert store_settings(store, SETTINGS, scorer_digest=SCORER) == SETTINGS
+    assert stored_settings(store, JOB) is None
+    assert store_settings(store, JOB, SETTINGS) == SETTINGS
     later = dataclasses.replace(SETTINGS, batch_size=8, threads=2)
-    assert store_settings(store, later, scorer_digest=SCORER) == SETTINGS
-    assert stored_settings(store, **asked) == SETTINGS
+    assert store_settings(store, JOB, later) == SETTINGS
+    assert stored_settings(store, JOB) == SETTINGS
     with caplog.at_level(logging.WARNING):
-        wanted = {"batch_size": 8, "threads": 2, "decode_threads": None, "device": "cpu"}
-        warn_of_other_settings(SETTINGS, wanted, "here")
-    text = caplog.text
-    assert "batch_size 8" in text and "threads 2 was" in text
-    assert "decode_threads" not in text and "device" not in text
-    assert store_settings(store, later, scorer_digest="e" * 64) == later
+        given = ScoringConfig(batch_size=8, cpus_per_actor=2)
+        warn_of_ignored(SETTINGS, dataclasses.replace(JOB, scoring=given))
+    assert caplog.messages == [
+        "ignoring batch_size=8: here was created with batch_size=64",
+        "ignoring threads=2: here was created with threads=1",
+    ]
+    other = dataclasses.replace(IDENTITY, weights_digest="e" * 64)
+    assert store_settings(store, dataclasses.replace(JOB, identity=other), later) == later
 
 
 def test_another_temperature_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    store_settings(store, SETTINGS, scorer_digest=SCORER)
+    store_settings(store, JOB, SETTINGS)
+    hot = dataclasses.replace(JOB, temperature=0.5)
     with pytest.raises(ConflictError, match=r"0\.01, this run has 0\.5"):
-        store_settings(store, dataclasses.replace(SETTINGS, temperature=0.5), scorer_digest=SCORER)
+        store_settings(store, hot, dataclasses.replace(SETTINGS, temperature=0.5))
 
 
-def test_begun_on_gpus_does_not_go_on_without(tmp_path: Path) -> None:
+def test_a_root_created_on_gpus_is_refused_on_the_cpu(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    store_settings(store, dataclasses.replace(SETTINGS, device="cuda"), scorer_digest=SCORER)
-    with pytest.raises(ConfigError, match="begun on GPUs"):
-        stored_settings(store, scorer_digest=SCORER, temperature=0.01, device="cpu")
+    store_settings(store, JOB, dataclasses.replace(SETTINGS, device="cuda"))
+    with pytest.raises(ConfigError, match="created on GPUs"):
+        stored_settings(store, JOB)
 
 
 def test_damaged_settings_are_named(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    store.create(settings_key(SCORER), b'{"batch_size": 1}')
+    store.create(settings_key(IDENTITY.digest), b'{"batch_size": 1}')
     with pytest.raises(DataError, match="damaged"):
-        stored_settings(store, scorer_digest=SCORER, temperature=0.01, device="cpu")
+        stored_settings(store, JOB)

@@ -11,6 +11,7 @@ from safetensors.numpy import load, save_file
 from shard_tools.clean.vocabulary import VECTORS as READ_NAME
 from tests.fixtures.tiny_vaw import OBJECTS, run, write_small_vaw
 from tests.scoring.conftest import Model, make_tiny_model
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.errors import ConfigError, ConflictError, DataError
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring.object_vectors import (
@@ -18,7 +19,6 @@ from vlal_dist.scoring.object_vectors import (
     encode_object_vectors,
     make_object_vectors,
     read_vocabulary,
-    write_object_vectors,
 )
 from vlal_dist.vocabulary import Vocabulary
 
@@ -28,13 +28,7 @@ def vocabulary_of(objects: tuple[str, ...]) -> Vocabulary:
 
 
 def make(path: Path, instances: Path, model: Model) -> dict[str, object]:
-    return make_object_vectors(
-        str(path),
-        instances=str(instances),
-        model=model.name,
-        model_config_dir=str(model.folder),
-        weights=str(model.weights),
-    )
+    return make_object_vectors(str(path), instances=str(instances), scoring=model.section())
 
 
 def clean(config: Path, *more: str) -> int:
@@ -56,7 +50,7 @@ def test_the_file_is_what_clean_reads(tiny: Model, tmp_path: Path) -> None:
     data = encode_object_vectors(encoder, vocabulary)
     assert data == encode_object_vectors(tiny.load(batch_size=2), vocabulary)
     path = tmp_path / "objects.safetensors"
-    assert write_object_vectors(str(path), data)
+    path.write_bytes(data)
     with safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"vocabulary_digest": vocabulary.digest}
         assert list(file.keys()) == [VECTORS] == [READ_NAME]
@@ -69,31 +63,29 @@ def test_the_file_is_what_clean_reads(tiny: Model, tmp_path: Path) -> None:
     assert len(np.unique(vectors, axis=0)) == 3
 
 
-def test_another_file_is_never_replaced(tmp_path: Path) -> None:
+def test_another_file_is_never_replaced(cleaned: Path, tiny: Model, tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "objects.safetensors"
-    assert write_object_vectors(str(path), b"first")
-    assert not write_object_vectors(str(path), b"first")
-    with pytest.raises(ConflictError, match=r"objects\.safetensors holds something.*delete it"):
-        write_object_vectors(str(path), b"second")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"first")
+    with pytest.raises(ConflictError, match=r"objects\.safetensors holds other content.*delete it"):
+        make(path, tmp_path / "names", tiny)
     assert path.read_bytes() == b"first"
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_relative_path_is_of_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_of_this_folder(
+    cleaned: Path, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert write_object_vectors("objects.safetensors", b"data")
-    assert (tmp_path / "objects.safetensors").read_bytes() == b"data"
+    assert make(Path("new/objects.safetensors"), tmp_path / "names", tiny)["created"] is True
+    assert (tmp_path / "new" / "objects.safetensors").is_file()
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/objects.safetensors", "file:///tmp/x", ".", ""])
 def test_only_a_local_file_will_do(path: str) -> None:
     # Before the root is looked for and the model loaded.
     with pytest.raises(ConfigError, match="give a local file"):
-        make_object_vectors(
-            path, instances="/nowhere", model="none", model_config_dir=None, weights=None
-        )
-    with pytest.raises(ConfigError, match="give a local file"):
-        write_object_vectors(path, b"")
+        make_object_vectors(path, instances="/nowhere", scoring=ScoringConfig())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """Prompts: order of the feasible pairs, each different text once, templates checked."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -14,30 +17,32 @@ VOCABULARY = Vocabulary(
     attribute_type=("color", "size", "other"),
     prevalence=("head", "head", "tail"),
 )
-FEASIBLE = FeasibleSets(  # cup: blue, {odd}; sky: none; tree: blue, tall
+# cup: blue, {odd}; sky: none; tree: blue, tall
+FEASIBLE = FeasibleSets(
     indptr=np.array([0, 2, 2, 4]),
     indices=np.array([0, 2, 0, 1], np.int32),
     positive_count=np.ones(4, np.int32),
     negative_count=np.zeros(4, np.int32),
 )
+DATASET: Any = SimpleNamespace(vocabulary=VOCABULARY, feasible=FEASIBLE)
 
 
 def test_pairs_in_the_order_of_the_feasible_sets() -> None:
-    prompts = build_prompts(VOCABULARY, FEASIBLE, templates=["a photo of {attribute} {object}"])
-    assert prompts.text == (
+    prompts, position = build_prompts(DATASET, ["a photo of {attribute} {object}"])
+    assert prompts == [
         "a photo of blue cup",
         "a photo of {odd} cup",
         "a photo of blue tree",
         "a photo of tall tree",
-    )
-    assert prompts.position.tolist() == [[0], [1], [2], [3]]
+    ]
+    assert position.tolist() == [[0], [1], [2], [3]]
 
 
 def test_equal_prompts_are_kept_once() -> None:
-    prompts = build_prompts(VOCABULARY, FEASIBLE, templates=["{attribute}", "{attribute} {object}"])
-    assert len(prompts.text) == len(set(prompts.text)) == 7
-    assert prompts.position[0, 0] == prompts.position[2, 0]  # "blue", of cup and of tree
-    assert prompts.position.shape == (4, 2)
+    prompts, position = build_prompts(DATASET, ["{attribute}", "{attribute} {object}"])
+    assert len(prompts) == len(set(prompts)) == 7
+    assert position[0, 0] == position[2, 0]  # "blue", of cup and of tree
+    assert position.shape == (4, 2)
 
 
 @pytest.mark.parametrize(

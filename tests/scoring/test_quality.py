@@ -1,4 +1,4 @@
-"""Quality per shard, summed up: against scikit-learn and the annotations, at constant memory."""
+"""Quality per shard and summed up: as scikit-learn and the annotations say, at constant memory."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from vlal_dist.data.format.dataset import Dataset, open_split, read_label_rows, 
 from vlal_dist.data.format.scores import ShardScores, decode_scores, encode_scores, score_key
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.scoring.quality import (
     BINS,
     QualityTotals,
@@ -72,8 +73,7 @@ def put(dataset: Dataset, split: str, shard: int, scores: ShardScores) -> None:
 def check(dataset: Dataset, split: str, shard: int, *, store: Store | None = None) -> ShardQuality:
     quality, quarantined = check_shard(
         dataset,
-        open_split(dataset, split),
-        shard,
+        SplitShard(open_split(dataset, split), shard),
         store=store or scores_of(dataset),
         manifest=json.loads(scores_of(dataset).read("scores.json")),
         temperature=TEMPERATURE,
@@ -84,15 +84,8 @@ def check(dataset: Dataset, split: str, shard: int, *, store: Store | None = Non
 
 
 def measure(dataset: Dataset, split: str, shard: int) -> ShardQuality:
-    scores = read(dataset, split, shard)
-    return measure_shard(
-        dataset,
-        open_split(dataset, split),
-        shard,
-        indptr=scores.indptr,
-        similarity=scores.similarity,
-        temperature=TEMPERATURE,
-    )
+    here = SplitShard(open_split(dataset, split), shard)
+    return measure_shard(dataset, here, read(dataset, split, shard), temperature=TEMPERATURE)
 
 
 def assert_same(one: ShardQuality, other: ShardQuality) -> None:
@@ -190,7 +183,7 @@ def test_auc_counts_ties_half_and_needs_both_kinds() -> None:
     assert auc(counts(0, 1 << 40), counts(1 << 40, 0)) == 1
 
 
-def test_nothing_added_says_nothing() -> None:
+def test_no_shards_have_no_quality() -> None:
     none = {"auc": None, "positives": 0, "negatives": 0}
     assert QualityTotals(TYPES).summary() == {
         **none,
@@ -207,7 +200,7 @@ def test_rounding_beyond_one_is_counted() -> None:
     assert (summary["auc"], summary["positives"], summary["negatives"]) == (1, 1, 1)
 
 
-def test_the_order_of_shards_does_not_show() -> None:
+def test_the_order_of_shards_does_not_matter() -> None:
     rng = np.random.default_rng(2)
     shards = [random_shard(rng, 50) for _ in range(40)]
     assert totals(shards).summary() == totals(shards[::-1]).summary()
@@ -258,7 +251,9 @@ def expected(dataset: Dataset, split_name: str, shard: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_measured_is_what_the_annotations_say(scored: Dataset, split: str) -> None:
+def test_a_measured_shard_equals_plain_loops_over_the_annotations(
+    scored: Dataset, split: str
+) -> None:
     left_out = 0
     for shard in range(len(open_split(scored, split).shards)):
         found, wanted = measure(scored, split, shard), expected(scored, split, shard)
@@ -284,8 +279,8 @@ def test_a_file_whose_rows_do_not_fit_is_refused(scored: Dataset) -> None:
     with pytest.raises(DataError, match="do not cover exactly the feasible attributes") as error:
         check(scored, "train", 1)
     name = open_split(scored, "train").shards[1].name
-    for told in (name, key_of(scored, "train", 1), "delete that file"):
-        assert told in str(error.value)
+    for part in (name, key_of(scored, "train", 1), "delete that file"):
+        assert part in str(error.value)
     put(scored, "train", 1, replace(whole, uid=whole.uid[::-1].copy()))
     with pytest.raises(DataError, match="samples that are not"):
         check(scored, "train", 1)
@@ -311,7 +306,7 @@ class RemoteStore(LocalStore):
         return data
 
 
-def test_embeddings_stay_where_they_are(scored: Dataset) -> None:
+def test_embeddings_are_not_read(scored: Dataset) -> None:
     plain, scores = check(scored, "train", 0), read(scored, "train", 0)
     put(
         scored,
@@ -345,7 +340,7 @@ def regroup(dataset: Dataset, split: str, rows: int, *, damage: int | None = Non
     dataset.manifest["splits"][split]["files"]["labels.parquet"] = digest
 
 
-def test_row_groups_do_not_show(scored: Dataset) -> None:
+def test_row_groups_do_not_matter(scored: Dataset) -> None:
     shards = range(len(open_split(scored, "train").shards))
     before, labels = [check(scored, "train", n) for n in shards], read_labels(scored, "train")
     regroup(scored, "train", 7)

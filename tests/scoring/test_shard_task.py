@@ -6,6 +6,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -19,15 +21,21 @@ from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_spl
 from vlal_dist.data.format.images import decode_rgb
 from vlal_dist.data.format.index import Index, encode_index
 from vlal_dist.data.format.sample_reader import SampleReader
-from vlal_dist.data.format.scores import decode_scores, encode_scores, quarantined_of, score_key
-from vlal_dist.errors import DataError, Stopped
+from vlal_dist.data.format.scores import (
+    ShardScores,
+    decode_scores,
+    encode_scores,
+    quarantined_of,
+    score_key,
+)
+from vlal_dist.errors import DataError, NotFoundError, Stopped
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.scoring.clip import ClipEncoder, Seconds, Turns
-from vlal_dist.scoring.embed import box_crop, embed_crops, shard_rows
-from vlal_dist.scoring.identity import ScoreSettings
-from vlal_dist.scoring.shard_task import Committed, commit_scores, feasible_similarities
-from vlal_dist.scoring.text_bank import bank_key, commit_bank, encode_bank, ensure_bank, read_bank
-from vlal_dist.scoring.worker import ScoringJob, ShardScorer, identify, never
+from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds
+from vlal_dist.scoring.embed import EncoderLock, SplitShard, box_crop, embed_crops
+from vlal_dist.scoring.identity import ScoreSettings, ScoringJob, identify
+from vlal_dist.scoring.shard_task import commit_scores, feasible_similarities, shard_scores
+from vlal_dist.scoring.text_bank import bank_key, encode_bank, ensure_bank, read_bank
+from vlal_dist.scoring.worker import ShardScorer
 from vlal_dist.storage.local import LocalStore
 from vlal_dist.storage.store import Store, open_store
 
@@ -40,6 +48,14 @@ def opened(config: Path) -> Dataset:
     return open_dataset(paths["dataset"], cache=Path(paths["cache"]))
 
 
+class Scored(NamedTuple):
+    """What became of one shard."""
+
+    scores: ShardScores
+    created: bool
+    identical: bool
+
+
 def score(
     data: Dataset,
     split: Split,
@@ -48,42 +64,29 @@ def score(
     encoder: ClipEncoder,
     *,
     threads: int = 2,
-) -> Committed:
+) -> Scored:
+    here = SplitShard(split, shard)
     bank = ensure_bank(
-        store,
-        encoder,
-        data.vocabulary,
-        data.feasible,
-        templates=TEMPLATES,
-        scorer_digest=SCORER,
-        stopped=never,
+        store, encoder, data, templates=TEMPLATES, scorer_digest=SCORER, stop=Event()
     )
-    seconds = Seconds()
     with ThreadPoolExecutor(threads) as pool:
         embedded = embed_crops(
             SampleReader(split),
-            shard_rows(split, shard),
+            here.rows,
             encoder=encoder,
             pool=pool,
-            turns=Turns(),
-            seconds=seconds,
-            stopped=never,
+            lock=EncoderLock(),
+            seconds=PhaseSeconds(),
+            stop=Event(),
         )
-    return commit_scores(
-        embedded,
-        split,
-        shard,
-        store=store,
-        bank=bank,
-        feasible=data.feasible,
-        header={
-            "scorer_digest": SCORER,
-            "feasible_digest": data.feasible.digest,
-            "vocabulary_digest": data.vocabulary.digest,
-            "temperature": "0.01",
-        },
-        seconds=seconds,
-    )
+    header = {
+        "scorer_digest": SCORER,
+        "feasible_digest": data.feasible.digest,
+        "vocabulary_digest": data.vocabulary.digest,
+        "temperature": "0.01",
+    }
+    scores = shard_scores(embedded, here, bank=bank, feasible=data.feasible, header=header)
+    return Scored(scores, *commit_scores(store, split.name, scores))
 
 
 def score_file(store: Store, split: Split, shard: int) -> bytes:
@@ -120,7 +123,7 @@ def test_equals_a_plain_open_clip_loop(dataset: Path, fashion: Model, tmp_path: 
     net.eval()
     tokenizer = open_clip.get_tokenizer("fashion_clip")
     reader = SampleReader(split)
-    rows = shard_rows(split, 0)
+    rows = SplitShard(split, 0).rows
     assert scores.uid.tolist() == split.index.uid[rows.start : rows.stop].tolist()
     assert scores.header["shard_sha256"] == split.shards[0].sha256
     for row in rows:
@@ -169,10 +172,18 @@ def test_the_raw_box_is_cut_with_each_number_truncated() -> None:
 
 
 class LateStore(LocalStore):
-    """What a late zombie sees: the file was not there when it looked."""
+    """As a worker sees it that looked before another one committed."""
 
     def exists(self, key: str) -> bool:
         return False
+
+    def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
+        if self.looked:
+            return super().read(key, offset=offset, length=length)
+        self.looked = True
+        raise NotFoundError(key)
+
+    looked = False
 
 
 def test_the_first_file_stands(dataset: Path, tiny: Model, tmp_path: Path) -> None:
@@ -197,13 +208,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def damaged_copy(config: Path, folder: Path, *, mend_crc: bool) -> tuple[Dataset, Split, int]:
-    """The dataset with one crop's JPEG zeroed; the index optionally believes it."""
+def damaged_copy(config: Path, folder: Path, *, fix_crc: bool) -> tuple[Dataset, Split, int]:
+    """The dataset with one crop's JPEG zeroed; optionally with its new crc in the index."""
     source = opened(config)
     shutil.copytree(source.url, folder)
     data = open_dataset(str(folder), cache=folder)
     split = open_split(data, "train")
-    row = shard_rows(split, 0)[2]
+    row = SplitShard(split, 0).rows[2]
     columns = {name: np.array(value) for name, value in vars(split.index).items()}
     start = int(columns["offset"][row])
     tar = folder / split.shard_key(0)
@@ -212,7 +223,7 @@ def damaged_copy(config: Path, folder: Path, *, mend_crc: bool) -> tuple[Dataset
     jpg = start + int(columns["jpg_offset"][row])
     content[jpg : jpg + int(columns["jpg_length"][row])] = bytes(int(columns["jpg_length"][row]))
     tar.write_bytes(content)
-    if mend_crc:
+    if fix_crc:
         import zlib
 
         stop = start + int(columns["length"][row])
@@ -228,10 +239,10 @@ def damaged_copy(config: Path, folder: Path, *, mend_crc: bool) -> tuple[Dataset
 def test_a_crop_that_cannot_be_decoded_is_left_out_with_its_reason(
     dataset: Path, tiny: Model, tmp_path: Path
 ) -> None:
-    data, split, row = damaged_copy(dataset, tmp_path / "data", mend_crc=True)
+    data, split, row = damaged_copy(dataset, tmp_path / "data", fix_crc=True)
     store, whole = (open_store(str(tmp_path / name)) for name in ("scores", "whole"))
     scores = score(data, split, 0, store, tiny.load()).scores
-    place = row - shard_rows(split, 0).start
+    place = row - SplitShard(split, 0).rows.start
     uid = int(split.index.uid[row])
     assert list(quarantined_of(scores.header)) == [uid]
     assert "cannot be decoded" in json.loads(scores.header["quarantined"])[f"{uid:016x}"]
@@ -246,7 +257,7 @@ def test_a_crop_that_cannot_be_decoded_is_left_out_with_its_reason(
 
 
 def test_an_altered_shard_is_named(dataset: Path, tiny: Model, tmp_path: Path) -> None:
-    data, split, row = damaged_copy(dataset, tmp_path / "data", mend_crc=False)
+    data, split, row = damaged_copy(dataset, tmp_path / "data", fix_crc=False)
     with pytest.raises(DataError, match=f"row {row} .*crc32"):
         score(data, split, 0, open_store(str(tmp_path / "scores")), tiny.load())
 
@@ -255,45 +266,39 @@ def test_text_bank_is_computed_once(dataset: Path, tiny: Model, tmp_path: Path) 
     data, store, encoder = opened(dataset), open_store(str(tmp_path)), tiny.load()
 
     def bank(templates: list[str]) -> np.ndarray:
-        return encode_bank(
-            encoder, data.vocabulary, data.feasible, templates=templates, stopped=never
-        )
+        return encode_bank(encoder, data, templates, stop=Event())
 
     one, two = bank(["{attribute} {object}"]), bank(["{object} that is {attribute}"])
     both = bank(["{attribute} {object}", "{object} that is {attribute}"])
     mean = (one + two) / np.linalg.norm(one + two, axis=1, keepdims=True)
     np.testing.assert_allclose(both, mean, atol=1e-6)
     assert one.shape == (len(data.feasible.indices), 16)
-    assert commit_bank(store, one, scorer_digest=SCORER) is one
-    np.testing.assert_array_equal(commit_bank(store, two, scorer_digest=SCORER), one)
+    bank_of = {"templates": ["{attribute} {object}"], "scorer_digest": SCORER, "stop": Event()}
+    np.testing.assert_array_equal(ensure_bank(store, encoder, data, **bank_of), one)
+    # Another worker that began at the same time takes the one that is committed.
+    late, bank_of["templates"] = LateStore(tmp_path), ["{object} that is {attribute}"]
+    np.testing.assert_array_equal(ensure_bank(late, encoder, data, **bank_of), one)
     with pytest.raises(DataError, match="pairs; delete it"):
         read_bank(store, scorer_digest=SCORER, num_pairs=3)
     store.replace(bank_key(SCORER), b"no")
     with pytest.raises(DataError, match="damaged"):
         read_bank(store, scorer_digest=SCORER, num_pairs=len(one))
+    stop = Event()
+    stop.set()
     with pytest.raises(Stopped):
-        encode_bank(
-            encoder, data.vocabulary, data.feasible, templates=TEMPLATES, stopped=lambda: True
-        )
+        encode_bank(encoder, data, TEMPLATES, stop=stop)
 
 
-def job_for(config: Path, model: Model, scores: Path) -> ScoringJob:
+def job_for(config: Path, model: Model, scores: Path, **more: Any) -> ScoringJob:
     data = opened(config)
-    encoder = model.load()
-    identity = identify(encoder, data, model=model.name, templates=tuple(TEMPLATES))
+    scoring = model.section(templates=TEMPLATES, **more)
     return ScoringJob(
+        scoring=scoring,
         dataset=data.url,
-        cache=str(data.cache),
         scores=str(scores),
-        model=model.name,
-        model_config_dir=str(model.folder),
-        weights=str(model.weights),
-        templates=tuple(TEMPLATES),
-        scorer_digest=identity.digest,
-        precision="fp32",
+        cache=str(data.cache),
+        identity=identify(model.load(), data, scoring),
         device="cpu",
-        compiled=False,
-        threads=1,
         temperature=0.01,
     )
 
@@ -304,15 +309,15 @@ SETTINGS = ScoreSettings(8, 1, 1, "fp32", "cpu", False, 0.01)
 def test_a_worker_with_other_weights_refuses(dataset: Path, tiny: Model, tmp_path: Path) -> None:
     job = job_for(dataset, tiny, tmp_path)
     with pytest.raises(DataError, match="differ between nodes") as error:
-        ShardScorer(replace(job, scorer_digest=hashlib.sha256(b"other").hexdigest()))
-    assert job.scorer_digest in str(error.value)
+        ShardScorer(replace(job, identity=replace(job.identity, weights_digest="other")))
+    assert job.identity.digest in str(error.value)
 
 
 def test_stopping_commits_nothing(dataset: Path, tiny: Model, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
-    scorer = ShardScorer(replace(job_for(dataset, tiny, tmp_path), threads=threads + 1))
+    scorer = ShardScorer(job_for(dataset, tiny, tmp_path, cpus_per_actor=threads + 1))
     scorer.prepare_text(replace(SETTINGS, threads=threads + 1))
-    scorer.stopped = lambda: True
+    scorer.stop.set()
     with pytest.raises(Stopped):
         scorer.score("train", 0, SETTINGS)
     scorer.close()

@@ -1,8 +1,4 @@
-"""The vision-language model: open_clip encoders to unit vectors, shared by shards in turn.
-
-With two shards under way the second is fetched and decoded while the first is encoded, and begins
-to be encoded while the first is written. If they took turns evenly, both would be written at the
-same time and the encoder would have nothing to do meanwhile.
+"""CLIP: open_clip's image and text encoders, to unit vectors.
 
 The only importer of open_clip. Weights come from a local `.safetensors` file, or from an open_clip
 tag that open_clip itself finds in its cache or downloads. Every call has one fixed batch shape, the
@@ -11,16 +7,12 @@ last batch padded, so that a row's bits do not depend on how many rows came with
 
 import contextlib
 import hashlib
-import heapq
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +21,17 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.errors import ConfigError
 
 
 @dataclass
-class Seconds:
-    """Where the time of a shard went; of threads side by side the sum.
+class PhaseSeconds:
+    """Where the time of a shard went; summed over threads that run side by side.
 
     Attributes:
         fetch, decode: reading crops from the store; JPEG to the encoder's input.
-        copy, encode: gathering a batch and sending it off; the encoder, until its vectors are here.
+        copy, encode: gathering a batch on the device; the encoder, until its vectors are here.
         write: similarities, and the commit of the file.
     """
 
@@ -48,34 +41,8 @@ class Seconds:
     encode: float = 0.0
     write: float = 0.0
 
-
-class Turns:
-    """Lets one thread at a time pass, the holder of the lowest ticket first."""
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._numbers = count()
-        self._waiting: list[int] = []
-        self._taken = False
-
-    def ticket(self) -> int:
-        """A ticket that comes after all that were given out before."""
-        return next(self._numbers)
-
-    @contextmanager
-    def turn(self, ticket: int) -> Iterator[None]:
-        """Wait until nobody with a lower ticket waits, and keep the others out meanwhile."""
-        with self._condition:
-            heapq.heappush(self._waiting, ticket)
-            self._condition.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
-            heapq.heappop(self._waiting)
-            self._taken = True
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._taken = False
-                self._condition.notify_all()
+    def __add__(self, other: "PhaseSeconds") -> "PhaseSeconds":
+        return PhaseSeconds(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 Embedding = npt.NDArray[np.float32]
@@ -91,11 +58,10 @@ class ClipEncoder:
         tokenizer: list of texts -> int64 [n, context].
         preprocess: the model's own preprocessing, PIL image -> float32 [3, S, S].
         preprocessing: what `preprocess` does, as plain values (for the digest).
-        precision: arithmetic inside the encoders: fp32, bf16 or fp16. Weights, normalisation and
-            results are float32.
+        scoring: `precision`, the arithmetic inside the encoders (weights, normalisation and results
+            are float32), and `compile`.
         device: cpu or cuda.
         batch_size: crops or prompts per call; may be set once the best is known.
-        compiled: run the encoders through torch.compile.
     """
 
     def __init__(
@@ -103,12 +69,11 @@ class ClipEncoder:
         model: Any,
         tokenizer: Any,
         preprocess: Any,
-        *,
         preprocessing: dict[str, object],
-        precision: str,
+        scoring: ScoringConfig,
+        *,
         device: str,
         batch_size: int,
-        compiled: bool = False,
     ) -> None:
         self.weights_digest = state_digest(model.state_dict())
         self.preprocessing_digest = hashlib.sha256(
@@ -118,12 +83,12 @@ class ClipEncoder:
         self.model = model.to(device, memory_format=torch.channels_last).eval()
         self.model.requires_grad_(False)
         self._encode_image, self._encode_text = self.model.encode_image, self.model.encode_text
-        if compiled:
+        if scoring.compile:
             self._encode_image = torch.compile(self._encode_image)
             self._encode_text = torch.compile(self._encode_text)
         self._staging: torch.Tensor | None = None
         self.tokenizer, self.preprocess = tokenizer, preprocess
-        self.precision, self.device, self.batch_size = precision, device, batch_size
+        self.precision, self.device, self.batch_size = scoring.precision, device, batch_size
 
     @property
     def temperature(self) -> float:
@@ -135,10 +100,10 @@ class ClipEncoder:
         pixels: torch.Tensor = self.preprocess(crop)
         return pixels
 
-    def encode_batch(self, pixels: Sequence[torch.Tensor], *, seconds: Seconds) -> Embedding:
+    def encode_batch(self, pixels: Sequence[torch.Tensor], *, seconds: PhaseSeconds) -> Embedding:
         """Unit-length float32 [n, D] of n <= `batch_size` preprocessed crops, in one call.
 
-        Not safe in several threads at once: the crops are gathered in memory that is used again.
+        Not thread-safe: the crops are gathered in memory that is used again.
         """
         started = time.perf_counter()
         batch = self._gather(pixels)
@@ -147,14 +112,6 @@ class ClipEncoder:
         seconds.copy += copied - started
         seconds.encode += time.perf_counter() - copied
         return vectors
-
-    def encode_images(self, crops: Sequence[Image.Image]) -> Embedding:
-        """Unit-length float32 [n, D] of n RGB crops (uint8 PIL images of any size)."""
-        pixels, batches = [self.prepare(crop) for crop in crops], []
-        for start in range(0, len(pixels), self.batch_size):
-            some = pixels[start : start + self.batch_size]
-            batches.append(self.encode_batch(some, seconds=Seconds()))
-        return _joined(batches)
 
     def encode_texts(self, texts: Sequence[str]) -> Embedding:
         """Unit-length float32 [n, D] of n texts; longer ones than the context are cut."""
@@ -165,7 +122,7 @@ class ClipEncoder:
             padded[: len(some)] = some
             vectors = self._unit_vectors(self._encode_text, padded.to(self.device))
             batches.append(vectors[: len(some)])
-        return _joined(batches)
+        return np.concatenate(batches)
 
     def _gather(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         """The crops as one batch on the device, missing rows zero."""
@@ -179,53 +136,36 @@ class ClipEncoder:
         return staged.contiguous(memory_format=torch.channels_last)
 
     def _unit_vectors(self, encode: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-        with torch.inference_mode(), self._arithmetic():
-            vectors = encode(batch)
-        vectors = vectors.float()
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        return vectors.cpu().numpy()
-
-    @contextlib.contextmanager
-    def _arithmetic(self) -> Iterator[None]:
-        """The precision asked for, and the same algorithm on every call (no TF32 in fp32)."""
         dtype = AUTOCAST.get(self.precision)
         with (
+            torch.inference_mode(),
             torch.autocast(self.device, dtype=dtype, enabled=dtype is not None),
+            # The same algorithm on every call, and no TF32 in fp32.
             torch.backends.cudnn.flags(
                 enabled=True, benchmark=False, deterministic=True, allow_tf32=False
             ),
         ):
-            yield
+            vectors = encode(batch)
+        vectors = vectors.float()
+        return (vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)).cpu().numpy()
 
 
-def load_clip(
-    *,
-    model: str,
-    model_config_dir: str | None,
-    weights: str | None,
-    precision: str,
-    device: str,
-    batch_size: int,
-    compiled: bool = False,
-) -> ClipEncoder:
-    """Load a model by open_clip name with local weights; needs no network for local files.
+def load_clip(scoring: ScoringConfig, *, device: str, batch_size: int = 1) -> ClipEncoder:
+    """Load a model by open_clip name; needs no network for local weights.
 
     Args:
-        model: open_clip model name, or the stem of a JSON file in `model_config_dir`.
-        model_config_dir: folder of further model-config files, or None.
-        weights: `.safetensors` file, or an open_clip tag of this model such as `openai`.
-        precision: fp32, bf16 or fp16.
+        scoring: `model`, `model_config_dir`, `weights`, `precision`, `compile`.
         device: cpu or cuda.
         batch_size: crops or prompts per encoder call.
-        compiled: run the encoders through torch.compile.
 
     Raises:
         ConfigError: unknown model, absent weights, weights of another model.
     """
     import open_clip  # pulls in torchvision and timm: two seconds that `--help` need not wait for
 
-    if model_config_dir is not None:
-        open_clip.add_model_config(check_model_config(model, Path(model_config_dir)))
+    model, weights = scoring.model, scoring.weights
+    if scoring.model_config_dir is not None:
+        open_clip.add_model_config(check_model_config(model, Path(scoring.model_config_dir)))
     if model not in open_clip.list_models():
         raise ConfigError(
             f"scoring.model {model!r} is no open_clip model; give a name of "
@@ -238,7 +178,7 @@ def load_clip(
                 model, pretrained=weights, precision="fp32", device="cpu"
             )
             tokenizer = open_clip.get_tokenizer(model)
-    except Exception as error:  # open_clip and its hubs raise whatever they meet
+    except Exception as error:  # open_clip and its hubs raise errors of many kinds
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"scoring.weights {weights} cannot be loaded into {model}: {reason}; give the "
@@ -248,16 +188,15 @@ def load_clip(
         net,
         tokenizer,
         preprocess,
-        preprocessing=open_clip.get_model_preprocess_cfg(net),
-        precision=precision,
+        open_clip.get_model_preprocess_cfg(net),
+        scoring,
         device=device,
         batch_size=batch_size,
-        compiled=compiled,
     )
 
 
 def check_model_config(model: str, folder: Path) -> Path:
-    """The model's own JSON file in `folder`, known to be one that open_clip can use.
+    """The model's own JSON file in `folder`, checked.
 
     Raises:
         ConfigError: absent, damaged, or without the parts of a model config.
@@ -308,12 +247,6 @@ def state_digest(state: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _joined(batches: list[Embedding]) -> Embedding:
-    if not batches:
-        raise ValueError("nothing to encode: give at least one crop or text")
-    return np.concatenate(batches)
 
 
 @contextlib.contextmanager

@@ -1,35 +1,176 @@
 """The scoring driver: plan the shards that are left, hand them to workers, sum up the results."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import signal
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Event
+from types import FrameType
+from typing import Any
 
-from vlal_dist.data.format.dataset import Dataset, open_split
-from vlal_dist.data.format.mapped_scores import open_scores
-from vlal_dist.data.format.scores import finished_manifest, quarantined_of, score_key
+import torch
+
+from vlal_dist.config.sections import PathsConfig, ScoringConfig
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.format.scores import (
+    finished_manifest,
+    quarantined_of,
+    score_key,
+    write_scores_manifest,
+)
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
-from vlal_dist.scoring.clip import Seconds
-from vlal_dist.scoring.embed import shard_rows
-from vlal_dist.scoring.identity import ScoreSettings, store_settings, stored_settings
-from vlal_dist.scoring.quality import QualityTotals
-from vlal_dist.scoring.ray_cluster import UNDER_WAY, Call
+from vlal_dist.observability.logs import Progress
+from vlal_dist.scoring.clip import PhaseSeconds, load_clip
+from vlal_dist.scoring.embed import SplitShard
+from vlal_dist.scoring.identity import (
+    ScoreSettings,
+    ScoringJob,
+    identify,
+    store_settings,
+    stored_settings,
+    warn_of_ignored,
+)
+from vlal_dist.scoring.quality import QualityTotals, open_shard_scores, type_names
+from vlal_dist.scoring.ray_cluster import (
+    UNDER_WAY,
+    ActorPool,
+    Call,
+    on_running_ray,
+    ray_session,
+    refuse_relative_in_job,
+)
 from vlal_dist.scoring.shard_task import ShardResult
 from vlal_dist.scoring.text_bank import build_prompts
-from vlal_dist.scoring.worker import ScoringJob, ShardScorer
-from vlal_dist.storage.store import Store
+from vlal_dist.scoring.worker import ShardScorer
+from vlal_dist.storage.store import Store, open_store
 
 logger = logging.getLogger(__name__)
 
-Task = tuple[str, int]
+ShardPosition = tuple[str, int]
 """Split name and position of a shard in it."""
 
 
+def score_dataset(
+    scoring: ScoringConfig,
+    paths: PathsConfig,
+    *,
+    plan_only: bool = False,
+    retry_quarantined: bool = False,
+) -> dict[str, object]:
+    """Score the shards that have no score file, check the others, commit `scores.json`.
+
+    Args:
+        scoring, paths: config sections.
+        plan_only: only return what a run would do.
+        retry_quarantined: first delete the score files that list unusable crops.
+
+    Returns:
+        Closing counts, for JSON.
+
+    Raises:
+        VlalError: `ConfigError`, `DataError`, `ConflictError`, `StorageError`, `Stopped`.
+    """
+    running_ray = scoring.use_ray and on_running_ray()
+    refuse_relative_in_job("paths.dataset", paths.dataset)
+    refuse_relative_in_job("paths.scores", paths.scores)
+    store = open_store(paths.scores)
+    dataset = open_dataset(paths.dataset, cache=Path(paths.cache).resolve())
+    job = make_job(scoring, dataset, scores=store.url, running_ray=running_ray)
+    manifest = {
+        **job.digests,
+        "dataset_digest": dataset.digest,
+        "embedder_digest": job.identity.embedder_digest,
+        "temperature": job.temperature,
+    }
+    plan = make_plan(dataset, store, scoring, scorer_digest=job.identity.digest)
+    if retry_quarantined and not plan_only:
+        plan = forget_quarantined(dataset, store, plan, job)
+    finished = check_not_taken(store, manifest, scoring.splits)
+    if plan_only:
+        return planned(plan, job, stored_settings(store, job))
+    known = known_settings(store, job)
+    share = scoring.max_quarantined
+    totals = ScoringTotals(
+        QualityTotals(type_names(dataset.vocabulary)),
+        max_quarantined=max(int(share * plan.samples), int(share > 0)),
+    )
+    started = time.monotonic()
+    settings, retried = _score(job, plan, store, known, totals)
+    if not finished:
+        splits = {
+            name: {"samples": count, "shards": len(open_split(dataset, name).shards)}
+            for name, count in totals.samples.items()
+        }
+        found = {"splits": splits, "quarantined": totals.quarantined, "settings": asdict(settings)}
+        write_scores_manifest(store, {**manifest, **found})
+    return closing(plan, job, totals, settings, retried, seconds=time.monotonic() - started)
+
+
+def make_job(
+    scoring: ScoringConfig, dataset: Dataset, *, scores: str, running_ray: bool
+) -> ScoringJob:
+    """What the workers are given; loads the model on the CPU for its identity and temperature.
+
+    Here, before Ray and before any output, absent weights are reported within two seconds.
+
+    Raises:
+        ConfigError: absent weights; no GPU for device cuda; embeddings of another model.
+        DataError: the embeddings' scoring is not finished.
+    """
+    encoder = load_clip(scoring.model_copy(update={"compile": False}), device="cpu")
+    identity = identify(encoder, dataset, scoring)
+    here = torch.cuda.is_available()
+    if scoring.device == "cuda" and not (running_ray or here):
+        raise ConfigError(
+            "scoring.device is cuda and this machine has no usable GPU; give cpu, or submit the "
+            "job to a Ray that has GPUs"
+        )
+    auto = "cuda" if running_ray or here else "cpu"
+    stored = None if scoring.embeddings is None else open_store(scoring.embeddings)
+    known = {} if stored is None else _embeddings_manifest(stored, identity.embedder_digest)
+    # Workers start in other folders.
+    absolute = {
+        "weights": _absolute(scoring.weights),
+        "model_config_dir": _absolute(scoring.model_config_dir),
+        "embeddings": None if stored is None else stored.url,
+    }
+    return ScoringJob(
+        scoring=scoring.model_copy(update=absolute),
+        dataset=dataset.store.url,
+        scores=scores,
+        cache=str(dataset.cache),
+        identity=identity,
+        device=auto if scoring.device == "auto" else scoring.device,
+        temperature=scoring.temperature or encoder.temperature,
+        embeddings_manifest=known,
+    )
+
+
+def _embeddings_manifest(store: Store, embedder_digest: str) -> dict[str, Any]:
+    """`scores.json` of the root whose embeddings are used, which must be of the same embedder."""
+    manifest = finished_manifest(store)
+    found = manifest.get("embedder_digest")
+    if found != embedder_digest:
+        raise ConfigError(
+            f"scoring.embeddings {store.url} has embedder_digest {found}, this run has "
+            f"{embedder_digest}: another model, weights, preprocessing or precision; give those it "
+            "was scored with, or score the images again"
+        )
+    return manifest
+
+
+def _absolute(path: str | None) -> str | None:
+    """A file or folder as an absolute path; an open_clip tag stays as it is."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
 @dataclass(frozen=True)
-class Plan:
+class ScoringPlan:
     """What there is to score.
 
     Attributes:
@@ -41,8 +182,8 @@ class Plan:
         prompts: different prompts.
     """
 
-    pending: dict[Task, int]
-    present: list[Task]
+    pending: dict[ShardPosition, int]
+    present: list[ShardPosition]
     pending_bytes: int
     samples: int
     pairs: int
@@ -50,39 +191,68 @@ class Plan:
 
 
 def make_plan(
-    dataset: Dataset,
-    store: Store,
-    splits: Sequence[str],
-    templates: Sequence[str],
-    *,
-    scorer_digest: str,
-) -> Plan:
-    """Compare the shards of `splits` with the score files of `store`; one listing per split.
+    dataset: Dataset, store: Store, scoring: ScoringConfig, *, scorer_digest: str
+) -> ScoringPlan:
+    """Compare the shards of `scoring.splits` with the score files; one listing per split.
 
     Raises:
         DataError: a split that the dataset lacks.
         ConfigError: a template that cannot be filled.
     """
-    prompts = build_prompts(dataset.vocabulary, dataset.feasible, templates=templates)
-    pending: dict[Task, int] = {}
-    present: list[Task] = []
+    prompts, position = build_prompts(dataset, scoring.templates)
+    pending: dict[ShardPosition, int] = {}
+    present: list[ShardPosition] = []
     samples = pending_bytes = 0
-    for name in splits:
+    for name in scoring.splits:
         keys = set(store.list_keys(f"{name}/"))
         split = open_split(dataset, name)
         samples += split.num_samples
-        for position, shard in enumerate(split.shards):
+        for number, shard in enumerate(split.shards):
             key = score_key(name, shard_sha256=shard.sha256, scorer_digest=scorer_digest)
             if key in keys:
-                present.append((name, position))
+                present.append((name, number))
             else:
-                pending[name, position] = shard.samples
+                pending[name, number] = shard.samples
                 pending_bytes += shard.bytes
-    return Plan(pending, present, pending_bytes, samples, len(prompts.position), len(prompts.text))
+    return ScoringPlan(pending, present, pending_bytes, samples, len(position), len(prompts))
 
 
-def check_not_taken(store: Store, wanted: Mapping[str, object], splits: Sequence[str]) -> bool:
-    """Whether `scores.json` is there already and says the same.
+def forget_quarantined(
+    dataset: Dataset, store: Store, plan: ScoringPlan, job: ScoringJob
+) -> ScoringPlan:
+    """Delete the score files that list unusable crops, and `scores.json` if there is one.
+
+    Returns:
+        The plan with their shards pending again.
+
+    Raises:
+        DataError: a score file is damaged.
+    """
+    splits = {name: open_split(dataset, name) for name, _ in plan.present}
+    again = [SplitShard(splits[name], position) for name, position in plan.present]
+    again = [
+        shard
+        for shard in again
+        if quarantined_of(
+            open_shard_scores(store, shard, job.digests, cache=Path(job.cache)).header
+        )
+    ]
+    if again:
+        store.delete("scores.json")
+    for shard in again:
+        name, digest = shard.split.name, job.identity.digest
+        store.delete(score_key(name, shard_sha256=shard.sha256, scorer_digest=digest))
+    pending = {(one.split.name, one.position): one.split.shards[one.position] for one in again}
+    return replace(
+        plan,
+        pending=plan.pending | {where: entry.samples for where, entry in pending.items()},
+        present=[where for where in plan.present if where not in pending],
+        pending_bytes=plan.pending_bytes + sum(entry.bytes for entry in pending.values()),
+    )
+
+
+def check_not_taken(store: Store, wanted: dict[str, Any], splits: Sequence[str]) -> bool:
+    """Whether `scores.json` is there already, with the same content.
 
     Args:
         store: score root.
@@ -112,143 +282,20 @@ def check_not_taken(store: Store, wanted: Mapping[str, object], splits: Sequence
     return True
 
 
-def read_embeddings_manifest(store: Store, *, embedder_digest: str) -> dict[str, Any]:
-    """`scores.json` of the root whose embeddings are to be used again.
-
-    Args:
-        store: that score root.
-        embedder_digest: of this run's model, preprocessing and precision.
-
-    Raises:
-        DataError: it is not finished.
-        ConfigError: its embeddings are another model's.
-    """
-    manifest = finished_manifest(store)
-    found = manifest.get("embedder_digest")
-    if found != embedder_digest:
-        raise ConfigError(
-            f"scoring.embeddings {store.url} has embedder_digest {found}, this run has "
-            f"{embedder_digest}: another model, weights, preprocessing or precision; give those it "
-            "was scored with, or score the images again"
-        )
-    return manifest
-
-
-def forget_quarantined(
-    dataset: Dataset, store: Store, plan: Plan, *, header: Mapping[str, Any], cache: Path
-) -> Plan:
-    """Delete the score files that list unusable crops, and `scores.json` if there is one.
-
-    Args:
-        dataset: the opened dataset.
-        store: score root.
-        plan: what is present.
-        header: expected digests.
-        cache: local folder for copies of remote score files.
-
-    Returns:
-        The plan with their shards pending again.
-
-    Raises:
-        DataError: a score file is damaged.
-    """
-    doomed: dict[str, Task] = {}
-    digest = str(header["scorer_digest"])
-    for name, position in plan.present:
-        split = open_split(dataset, name)
-        rows, sha256 = shard_rows(split, position), split.shards[position].sha256
-        uid = split.index.uid[rows.start : rows.stop]
-        scores = open_scores(
-            store, name, shard_sha256=sha256, uid=uid, manifest=header, cache=cache
-        )
-        if quarantined_of(scores.header):
-            doomed[score_key(name, shard_sha256=sha256, scorer_digest=digest)] = (name, position)
-    for key in ["scores.json", *doomed] if doomed else []:
-        store.delete(key)
-    shards = {task: open_split(dataset, task[0]).shards[task[1]] for task in doomed.values()}
-    return replace(
-        plan,
-        pending=plan.pending | {task: shard.samples for task, shard in shards.items()},
-        present=[task for task in plan.present if task not in shards],
-        pending_bytes=plan.pending_bytes + sum(shard.bytes for shard in shards.values()),
-    )
-
-
-def stored_settings_of(store: Store, job: ScoringJob) -> ScoreSettings | None:
-    """Those of the first run under this root; errors as `stored_settings`."""
-    return stored_settings(
-        store, scorer_digest=job.scorer_digest, temperature=job.temperature, device=job.device
-    )
-
-
 def known_settings(store: Store, job: ScoringJob) -> ScoreSettings | None:
-    """Those of the first run under this root; or, for a re-scoring, those of the root whose
-    embeddings are used, with this run's device: only prompts are encoded. They are stored here.
+    """The settings of the first run under this root; for a first run with `scoring.embeddings`,
+    those of that root, with this run's device: only prompts are encoded. None: to be chosen.
     """
-    stored = stored_settings_of(store, job)
-    if stored is None and job.embeddings is not None:
-        values = json.loads(job.embeddings_manifest)["settings"]
-        stored = replace(
-            ScoreSettings(**values),
-            temperature=job.temperature,
-            threads=job.threads,
-            device=job.device,
-            compiled=job.compiled,
-        )
-        stored = store_settings(store, stored, scorer_digest=job.scorer_digest)
+    stored = stored_settings(store, job)
+    if stored is None and job.embeddings_manifest:
+        theirs = ScoreSettings(**job.embeddings_manifest["settings"])
+        ours = job.settings(theirs.batch_size, theirs.decode_threads, theirs.images_per_s)
+        stored = store_settings(store, job, ours)
     return stored
 
 
-def new_settings(
-    job: ScoringJob,
-    workers: "Workers",
-    store: Store,
-    *,
-    first: Task | None,
-    batch_size: int | None,
-    decode_threads: int | None,
-) -> ScoreSettings:
-    """Settings of a first run: those given, or found by a warm-up; stored for all that follow.
-
-    Args:
-        job: what the workers know.
-        workers: one of them warms up.
-        store: score root.
-        first: the shard to warm up on; None: nothing is to be scored.
-        batch_size, decode_threads: given: not chosen.
-    """
-    images_per_s = None
-    if (batch_size is None or decode_threads is None) and first is not None:
-        (found,) = workers.run([("warm_up", (*first, batch_size, decode_threads))])
-        batch_size, decode_threads = found.batch_size, found.decode_threads
-        images_per_s = round(found.images_per_s, 1)
-        logger.info("warm-up: %s", found)
-    wanted = ScoreSettings(
-        batch_size=batch_size or 1,
-        threads=job.threads,
-        decode_threads=decode_threads or 1,
-        precision=job.precision,
-        device=job.device,
-        compiled=job.compiled,
-        temperature=job.temperature,
-        images_per_s=images_per_s,
-    )
-    return store_settings(store, wanted, scorer_digest=job.scorer_digest)
-
-
-class Workers(Protocol):
-    """Who does the work: `actors.ActorPool`, or `LocalWorkers`."""
-
-    @property
-    def retried(self) -> int:
-        """Calls given out again after a lost worker."""
-
-    def run(self, calls: Sequence[Call]) -> Iterator[Any]:
-        """Results of the calls as they finish, in any order."""
-
-
-class LocalWorkers:
-    """This process alone, two shards under way as in an actor."""
+class LocalPool:
+    """`ShardScorer` in this process, two shards under way as in an actor."""
 
     retried = 0
 
@@ -256,7 +303,7 @@ class LocalWorkers:
         self._scorer = scorer
 
     def run(self, calls: Sequence[Call]) -> Iterator[Any]:
-        """See `Workers.run`."""
+        """Results of the calls as they finish, in any order."""
         with ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="shard") as pool:
             under_way: set[Future[Any]] = set()
             try:
@@ -274,27 +321,27 @@ class LocalWorkers:
 
 
 @dataclass
-class Outcome:
-    """What became of all shards, summed up as they come.
+class ScoringTotals:
+    """Results of all shards, summed up as they come.
 
     Attributes:
         quality: of the likelihoods.
-        allowed: crops that may be unusable before the run stops.
+        max_quarantined: crops that may be unusable before the run stops.
         scored, skipped: shards committed by this run, and those that were there.
         samples: split -> samples covered.
         images: crops encoded.
         quarantined: split -> uid in hex -> why its crop could not be used.
-        spent: where the workers' time went.
+        seconds: where the workers' time went.
     """
 
     quality: QualityTotals
-    allowed: int
+    max_quarantined: int
     scored: int = 0
     skipped: int = 0
     samples: dict[str, int] = field(default_factory=dict)
     images: int = 0
     quarantined: dict[str, dict[str, str]] = field(default_factory=dict)
-    spent: Seconds = field(default_factory=Seconds)
+    seconds: PhaseSeconds = field(default_factory=PhaseSeconds)
 
     def add(self, result: ShardResult) -> None:
         """Add one shard.
@@ -307,8 +354,7 @@ class Outcome:
         self.images += result.images
         self.samples[result.split] = self.samples.get(result.split, 0) + result.samples
         self.quality.add(result.quality)
-        for name, seconds in asdict(result.seconds).items():
-            setattr(self.spent, name, getattr(self.spent, name) + seconds)
+        self.seconds += result.seconds
         if result.quarantined:
             here = self.quarantined.setdefault(result.split, {})
             here |= {f"{uid:016x}": why for uid, why in result.quarantined.items()}
@@ -316,56 +362,119 @@ class Outcome:
         if not result.identical:
             logger.warning(
                 "shard %d of %s was scored twice with different last bits (unequal devices?); the "
-                "first file stands",
+                "first file is kept",
                 result.shard,
                 result.split,
             )
 
     def _check_quarantined(self) -> None:
         found = sum(map(len, self.quarantined.values()))
-        if found > self.allowed:
+        if found > self.max_quarantined:
             uid, why = next(one for some in self.quarantined.values() for one in some.items())
             raise DataError(
-                f"{found} crops cannot be used, scoring.max_quarantined allows {self.allowed}; "
-                f"the first is uid {uid}: {why}. Correct the photos and pack again, or raise it"
+                f"{found} crops cannot be used, scoring.max_quarantined allows "
+                f"{self.max_quarantined}; the first is uid {uid}: {why}. Correct the photos and "
+                "pack again, or raise it"
             )
 
 
-def score_all(
-    workers: Workers,
-    *,
-    pending: Sequence[Task],
-    present: Sequence[Task],
-    settings: ScoreSettings,
-    outcome: Outcome,
-    advance: Callable[[int], None],
-) -> None:
-    """Check the shards that have a score file, score the others, sum up.
+def _score(
+    job: ScoringJob,
+    plan: ScoringPlan,
+    store: Store,
+    known: ScoreSettings | None,
+    totals: ScoringTotals,
+) -> tuple[ScoreSettings, int]:
+    """Score and check on Ray or in this process, showing progress.
 
-    Args:
-        workers: who does it.
-        pending, present: shards without and with a score file.
-        settings: shared by all workers.
-        outcome: added to.
-        advance: told the samples of each shard that is done.
+    Returns:
+        The settings that were used, and how many calls were handed out again.
+    """
+    if job.device == "cpu" and plan.pending and job.scoring.embeddings is None:
+        logger.warning("SCORING ON THE CPU: fine for small models and data, slow for others")
+    stop = Event()
+    with (
+        _set_on_signal(stop),
+        _open_pool(job, len(plan.pending), stop) as pool,
+        _set_on_signal(stop),  # again: ray.init puts its own handlers in place of ours
+        Progress("score", total=plan.samples, unit="crops") as progress,
+    ):
+        settings = known or choose_settings(job, pool, store, plan)
+        warn_of_ignored(settings, job)
+        score_shards(pool, plan, settings, totals, progress)
+        return settings, pool.retried
+
+
+@contextlib.contextmanager
+def _open_pool(job: ScoringJob, num_pending: int, stop: Event) -> Iterator[ActorPool | LocalPool]:
+    if not job.scoring.use_ray or num_pending == 0:
+        scorer = ShardScorer(job, stop=stop)
+        try:
+            yield LocalPool(scorer)
+        finally:
+            scorer.close()
+        return
+    actors = min(job.scoring.actors, num_pending)
+    with ray_session(actors=actors, cpus_per_actor=job.scoring.cpus_per_actor):
+        yield ActorPool(job, size=actors, stop=stop)
+
+
+@contextlib.contextmanager
+def _set_on_signal(stop: Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set `stop`, which is looked at between batches or twice a second."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            # None: set by C code, which Python cannot put back
+            signal.signal(name, signal.SIG_DFL if handler is None else handler)
+
+
+def choose_settings(
+    job: ScoringJob, pool: ActorPool | LocalPool, store: Store, plan: ScoringPlan
+) -> ScoreSettings:
+    """Settings of a first run, from the config or a warm-up; stored for all that follow."""
+    batch_size, decode_threads = job.scoring.batch_size, job.scoring.decode_threads
+    images_per_s = None
+    if (batch_size is None or decode_threads is None) and plan.pending:
+        first = next(iter(plan.pending))
+        (found,) = pool.run([("warm_up", (*first, batch_size, decode_threads))])
+        batch_size, decode_threads = found.batch_size, found.decode_threads
+        images_per_s = round(found.images_per_s, 1)
+        logger.info("warm-up: %s", found)
+    settings = job.settings(batch_size or 1, decode_threads or 1, images_per_s)
+    return store_settings(store, job, settings)
+
+
+def score_shards(
+    pool: ActorPool | LocalPool,
+    plan: ScoringPlan,
+    settings: ScoreSettings,
+    totals: ScoringTotals,
+    progress: Progress,
+) -> None:
+    """Score the pending shards, check the others, and add them up.
 
     Raises:
         VlalError: what a worker raised; DataError where too many crops are unusable.
     """
-    if pending:
-        list(workers.run([("prepare_text", (settings,))]))  # one encodes the prompts, all read them
-    calls: list[Call] = [("score", (*task, settings)) for task in pending]
-    for result in workers.run([*calls, *(("check", task) for task in present)]):
-        outcome.add(result)
-        advance(result.samples)
+    if plan.pending:
+        list(pool.run([("prepare_text", (settings,))]))  # one encodes the prompts, all read them
+    calls: list[Call] = [("score", (*where, settings)) for where in plan.pending]
+    for result in pool.run([*calls, *(("check", where) for where in plan.present)]):
+        totals.add(result)
+        progress.advance(result.samples)
 
 
-def planned(
-    plan: Plan, job: ScoringJob, known: ScoreSettings | None, *, actors: int
-) -> dict[str, object]:
-    """What a run would do; seconds are None where no warm-up foretold a rate."""
+def planned(plan: ScoringPlan, job: ScoringJob, known: ScoreSettings | None) -> dict[str, object]:
+    """What a run would do; `estimated_s` is None before a warm-up has predicted a rate."""
     pending = sum(plan.pending.values())
-    per_s = None if known is None or known.images_per_s is None else known.images_per_s * actors
+    rate = None if known is None else known.images_per_s
     return {
         "shards_pending": len(plan.pending),
         "shards_done": len(plan.present),
@@ -374,34 +483,39 @@ def planned(
         "samples": plan.samples,
         "pairs": plan.pairs,
         "prompts": plan.prompts,
-        "estimated_s": None if per_s is None else round(pending / per_s, 3),
-        "scorer_digest": job.scorer_digest,
+        "estimated_s": None if rate is None else round(pending / (rate * job.scoring.actors), 3),
+        "scorer_digest": job.identity.digest,
     }
 
 
 def closing(
-    plan: Plan, outcome: Outcome, settings: ScoreSettings, retried: int, seconds: float, digest: str
+    plan: ScoringPlan,
+    job: ScoringJob,
+    totals: ScoringTotals,
+    settings: ScoreSettings,
+    retried: int,
+    *,
+    seconds: float,
 ) -> dict[str, object]:
     """What a run did: counts, crops per second, shares of the workers' time, quality."""
-    spent = asdict(outcome.spent)
+    spent = asdict(totals.seconds)
     whole = sum(spent.values())
-    shares: dict[str, Any] = {k: round(v / whole, 3) for k, v in spent.items()} if whole else {}
     return {
-        "shards_scored": outcome.scored,
-        "shards_skipped": outcome.skipped,
+        "shards_scored": totals.scored,
+        "shards_skipped": totals.skipped,
         "shards_retried": retried,
-        "images": outcome.images,
+        "images": totals.images,
         "samples": plan.samples,
-        "quarantined": outcome.quarantined,
-        "pairs": outcome.quality.pairs,
+        "quarantined": totals.quarantined,
+        "pairs": totals.quality.pairs,
         "prompts": plan.prompts,
-        "images_per_s": round(outcome.images / seconds, 1),
+        "images_per_s": round(totals.images / seconds, 1),
         "images_per_s_predicted_per_actor": settings.images_per_s,
-        "shares": shares,
+        "shares": {k: round(v / whole, 3) for k, v in spent.items()} if whole else {},
         "batch_size": settings.batch_size,
         "decode_threads": settings.decode_threads,
         "device": settings.device,
         "temperature": settings.temperature,
-        "quality": outcome.quality.summary(),
-        "scorer_digest": digest,
+        "quality": totals.quality.summary(),
+        "scorer_digest": job.identity.digest,
     }

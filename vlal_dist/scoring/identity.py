@@ -1,18 +1,21 @@
-"""What makes two scores the same score: the scorer's digest, and the settings shared by all runs.
+"""The scoring job: what every worker is given, the scorer's identity, and the adopted settings.
 
-The digest covers everything that changes the meaning of a similarity. The settings change only its
-last bits (batch shape, threads, device): the first run under a scorer stores them before its first
-output, and every later run adopts them, so that equal files stay equal.
+The digest of the identity covers everything that changes the meaning of a similarity. The settings
+change only its last bits (batch shape, threads, device): the first run under a scorer stores them
+before its first output, and every later run adopts them, so that equal files stay equal.
 """
 
 import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from vlal_dist.config.sections import ScoringConfig
+from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
+from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -55,10 +58,21 @@ class ScorerIdentity:
         return _digest({name: getattr(self, name) for name in names})
 
 
-def _digest(values: Mapping[str, object]) -> str:
-    text = json.dumps(
-        {**values, "format": FORMAT}, sort_keys=True, separators=(",", ":"), ensure_ascii=True
+def identify(encoder: ClipEncoder, dataset: Dataset, scoring: ScoringConfig) -> ScorerIdentity:
+    """The identity of a loaded model with the prompts and a dataset's feasible sets."""
+    return ScorerIdentity(
+        model=scoring.model,
+        weights_digest=encoder.weights_digest,
+        preprocessing_digest=encoder.preprocessing_digest,
+        templates=tuple(scoring.templates),
+        feasible_digest=dataset.feasible.digest,
+        vocabulary_digest=dataset.vocabulary.digest,
+        precision=scoring.precision,
     )
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps({**values, "format": FORMAT}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -74,7 +88,7 @@ class ScoreSettings:
         device: cpu or cuda.
         compiled: whether the encoders run through torch.compile.
         temperature: tau of Eq. (2), written into score headers and `scores.json`.
-        images_per_s: what the warm-up foretold of one actor; None where none was made.
+        images_per_s: crops per second and actor that the warm-up predicts; None without a warm-up.
     """
 
     batch_size: int
@@ -87,27 +101,74 @@ class ScoreSettings:
     images_per_s: float | None = None
 
 
+@dataclass(frozen=True)
+class ScoringJob:
+    """What a worker is given: plain values that travel through Ray, no credentials.
+
+    Attributes:
+        scoring: the config section; its paths are absolute.
+        dataset: dataset root, absolute path or URL.
+        scores: score root, absolute path or URL.
+        cache: local folder for index files of a remote root, absolute.
+        identity: of the scorer on the driver; each worker must find the same.
+        device: cpu or cuda.
+        temperature: tau of Eq. (2).
+        embeddings_manifest: `scores.json` of `scoring.embeddings`, empty where there are none.
+    """
+
+    scoring: ScoringConfig
+    dataset: str
+    scores: str
+    cache: str
+    identity: ScorerIdentity
+    device: str
+    temperature: float
+    embeddings_manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def threads(self) -> int:
+        """Torch threads of a worker."""
+        return max(1, int(self.scoring.cpus_per_actor))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What score files and `scores.json` are bound to, as their headers name it."""
+        return {
+            "scorer_digest": self.identity.digest,
+            "feasible_digest": self.identity.feasible_digest,
+            "vocabulary_digest": self.identity.vocabulary_digest,
+        }
+
+    def settings(
+        self, batch_size: int, decode_threads: int, images_per_s: float | None = None
+    ) -> ScoreSettings:
+        """The settings of a first run with this job."""
+        return ScoreSettings(
+            batch_size=batch_size,
+            threads=self.threads,
+            decode_threads=decode_threads,
+            precision=self.scoring.precision,
+            device=self.device,
+            compiled=self.scoring.compile,
+            temperature=self.temperature,
+            images_per_s=images_per_s,
+        )
+
+
 def settings_key(scorer_digest: str) -> str:
     """Storage key of the settings of one scorer."""
     return f"settings-{scorer_digest[:16]}.json"
 
 
-def stored_settings(
-    store: Store, *, scorer_digest: str, temperature: float, device: str
-) -> ScoreSettings | None:
-    """The settings that the first run of the scorer stored; None where there was none.
-
-    Args:
-        store: score root.
-        scorer_digest: whose settings.
-        temperature, device: of this run.
+def stored_settings(store: Store, job: ScoringJob) -> ScoreSettings | None:
+    """The settings that the first run of the job's scorer stored; None before it.
 
     Raises:
         ConflictError: the first run used another temperature.
-        ConfigError: the first run used a GPU and this one may not.
+        ConfigError: the first run used a GPU and this one runs on the CPU.
         DataError: the stored file is damaged.
     """
-    key = settings_key(scorer_digest)
+    key = settings_key(job.identity.digest)
     try:
         stored = ScoreSettings(**json.loads(store.read(key)))
     except NotFoundError:
@@ -116,54 +177,45 @@ def stored_settings(
         raise DataError(
             f"{store.url}/{key} is damaged ({error}); score into a new paths.scores"
         ) from None
-    if stored.temperature != temperature:
+    if stored.temperature != job.temperature:
         raise ConflictError(
-            f"{store.url} was begun with temperature {stored.temperature}, this run has "
-            f"{temperature}; keep one scoring.temperature per paths.scores"
+            f"{store.url} was created with temperature {stored.temperature}, this run has "
+            f"{job.temperature}; keep one scoring.temperature per paths.scores"
         )
-    if stored.device == "cuda" and device == "cpu":
+    if stored.device == "cuda" and job.device == "cpu":
         raise ConfigError(
-            f"{store.url} was begun on GPUs and this run is on the CPU, whose last bits differ; "
-            "go on with GPUs (scoring.device cuda), or score into a new paths.scores"
+            f"{store.url} was created on GPUs and this run is on the CPU, whose last bits differ; "
+            "continue with scoring.device cuda, or score into a new paths.scores"
         )
     return stored
 
 
-def store_settings(store: Store, wanted: ScoreSettings, *, scorer_digest: str) -> ScoreSettings:
-    """Store `wanted` as the settings of the scorer; returns those that stand: another run's, if it
-    came first. Errors as `stored_settings`.
+def store_settings(store: Store, job: ScoringJob, settings: ScoreSettings) -> ScoreSettings:
+    """Store the settings of the job's scorer; returns those that stand: another run's, if it came
+    first. Errors as `stored_settings`.
     """
-    text = json.dumps(dataclasses.asdict(wanted), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(dataclasses.asdict(settings), indent=2, sort_keys=True) + "\n"
     try:
-        store.create(settings_key(scorer_digest), text.encode())
-        return wanted
+        store.create(settings_key(job.identity.digest), text.encode())
+        return settings
     except ConflictError:
-        stored = stored_settings(
-            store,
-            scorer_digest=scorer_digest,
-            temperature=wanted.temperature,
-            device=wanted.device,
-        )
+        stored = stored_settings(store, job)
         assert stored is not None
         return stored
 
 
-def warn_of_other_settings(stored: ScoreSettings, asked: Mapping[str, object], where: str) -> None:
-    """Say which settings were asked for in vain.
-
-    Args:
-        stored: what is used.
-        asked: name -> value of this run; None: nothing was asked for.
-        where: the score root.
-    """
-    for name, value in asked.items():
-        old = getattr(stored, name)
-        if value is not None and old != value:
+def warn_of_ignored(settings: ScoreSettings, job: ScoringJob) -> None:
+    """Log which values of this run's config give way to the stored settings."""
+    given = {
+        "batch_size": job.scoring.batch_size,
+        "decode_threads": job.scoring.decode_threads,
+        "threads": job.threads,
+        "device": job.device,
+        "compiled": job.scoring.compile,
+    }
+    for name, value in given.items():
+        used = getattr(settings, name)
+        if value is not None and value != used:
             logger.warning(
-                "%s %s was asked for; %s was begun with %s, which is adopted so that all score "
-                "files are computed alike",
-                name,
-                value,
-                where,
-                old,
+                "ignoring %s=%s: %s was created with %s=%s", name, value, job.scores, name, used
             )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
+from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
@@ -27,39 +28,48 @@ BATCH_SIZE = 64
 logger = logging.getLogger(__name__)
 
 
-def make_object_vectors(
-    path: str, *, instances: str, model: str, model_config_dir: str | None, weights: str | None
-) -> dict[str, object]:
+def make_object_vectors(path: str, *, instances: str, scoring: ScoringConfig) -> dict[str, object]:
     """Load a CLIP, encode the object names of an instances root, write the file.
 
-    Runs on the CPU in fp32 whatever scores are computed with: some thousand short texts take a
-    minute or two, and repeating the command finds its own bytes.
+    Runs on the CPU in fp32, whatever precision scores have: some thousand short texts take a minute
+    or two, and repeating the command finds its own bytes.
 
     Args:
-        path: local file to write.
-        instances: root written by `clean` (path or URL); a dataset root will do too.
-        model, model_config_dir, weights: as `load_clip`.
+        path: local file to write; its folder is made. It appears whole or not at all, and never
+            replaces another.
+        instances: root written by `clean` (path or URL); a dataset root works too.
+        scoring: `model`, `model_config_dir`, `weights`.
 
     Returns:
-        Closing counts: `objects`, `dimensions`, `created`, `file`, `vocabulary_digest`.
+        Closing counts: `objects`, `dimensions`, `created` (False when the very same file was there
+        already), `file`, `vocabulary_digest`.
 
     Raises:
         ConfigError: the path is remote or a folder; unknown model, absent weights.
-        DataError: the root holds no vocabulary, or the path other vectors.
+        ConflictError: the path holds other bytes; they stay.
+        DataError: the root holds no vocabulary.
         StorageError: the root cannot be read or the file not be written.
     """
-    _check_path(path)
+    if "://" in path or Path(path).is_dir():
+        raise ConfigError(
+            f"--object-vectors {path!r} is {'a URL' if '://' in path else 'a folder'}; give a "
+            "local file, such as runs/vaw/objects.safetensors, which clean reads too"
+        )
     vocabulary = read_vocabulary(instances)
-    encoder = load_clip(
-        model=model,
-        model_config_dir=model_config_dir,
-        weights=weights,
-        precision="fp32",
-        device="cpu",
-        batch_size=BATCH_SIZE,
-    )
+    plain = scoring.model_copy(update={"precision": "fp32", "compile": False})
+    encoder = load_clip(plain, device="cpu", batch_size=BATCH_SIZE)
     data = encode_object_vectors(encoder, vocabulary)
-    created = write_object_vectors(path, data)
+    target = Path(path).absolute()
+    try:
+        created = open_store(str(target.parent)).create(target.name, data)
+    except ConflictError:
+        raise ConflictError(
+            f"--object-vectors {path} holds other content: vectors of another vocabulary, model or "
+            "kind of processor, or no vectors at all; delete it if nothing needs it, or give "
+            "another file"
+        ) from None
+    if not created:
+        logger.info("%s already holds exactly these vectors", path)
     return {
         "objects": len(vocabulary.objects),
         "dimensions": safetensors.numpy.load(data)[VECTORS].shape[1],
@@ -70,22 +80,18 @@ def make_object_vectors(
 
 
 def read_vocabulary(root: str) -> Vocabulary:
-    """The vocabulary of a root that `clean` wrote.
-
-    Args:
-        root: path or URL.
+    """The vocabulary of a root (path or URL) that `clean` wrote.
 
     Raises:
         DataError: there is none, or it is damaged.
         StorageError: the root cannot be read.
     """
-    store = open_store(root)
     try:
-        values = json.loads(store.read("vocabulary.json"))
+        values = json.loads(open_store(root).read("vocabulary.json"))
     except NotFoundError:
         raise DataError(
-            f"paths.instances: {root} holds no vocabulary.json; object vectors are made of the "
-            "names that a first clean finds: run `python -m shard_tools clean "
+            f"paths.instances: {root} holds no vocabulary.json; object vectors need the names that "
+            "a first clean finds: run `python -m shard_tools clean "
             f"--clean.feasible_top_k 0 --paths.instances {root}`"
         ) from None
     except ValueError as error:
@@ -103,10 +109,10 @@ def read_vocabulary(root: str) -> Vocabulary:
 def encode_object_vectors(encoder: ClipEncoder, vocabulary: Vocabulary) -> bytes:
     """One vector per object, as the file that `clean.object_vectors` names.
 
-    The text is the bare object name, as far as the authors' code tells: the notebook of their kn-32
+    The text is the bare object name, as far as the authors' code shows: the notebook of their kn-32
     sets loads CLIP vectors of the objects (`clip_obj_embs_d512.pth`), and their encoder tokenises
-    what it is given, without a prompt (PRIS-CV/seal: `partial-VAW-Clean.ipynb`, `encoder.py`; the
-    call between the two is not published). "a photo of ..." serves the scoring of crops alone.
+    its input without a prompt (PRIS-CV/seal: `partial-VAW-Clean.ipynb`, `encoder.py`; the call
+    between the two is not published). "a photo of ..." is used for scoring crops only.
 
     Args:
         encoder: loaded CLIP.
@@ -125,42 +131,3 @@ def encode_object_vectors(encoder: ClipEncoder, vocabulary: Vocabulary) -> bytes
     return safetensors.numpy.save(
         {VECTORS: np.concatenate(batches)}, metadata={"vocabulary_digest": vocabulary.digest}
     )
-
-
-def write_object_vectors(path: str, data: bytes) -> bool:
-    """Commit the file: it appears whole or not at all, and never replaces another.
-
-    Args:
-        path: local file; its folder is made.
-        data: from `encode_object_vectors`.
-
-    Returns:
-        False when the very same file was there already.
-
-    Raises:
-        ConfigError: the path is remote or a folder.
-        ConflictError: the path holds other bytes; they stay.
-        StorageError: the file cannot be written.
-    """
-    _check_path(path)
-    target = Path(path).absolute()
-    try:
-        created = open_store(str(target.parent)).create(target.name, data)
-    except ConflictError:
-        raise ConflictError(
-            f"--object-vectors {path} holds something else: vectors of another vocabulary, model "
-            "or kind of processor, or no vectors at all; delete it if nothing needs it, or give "
-            "another file"
-        ) from None
-    if not created:
-        logger.info("%s already holds exactly these vectors; nothing was changed", path)
-    return created
-
-
-def _check_path(path: str) -> None:
-    if "://" in path or Path(path).is_dir():
-        what = "a URL" if "://" in path else "a folder"
-        raise ConfigError(
-            f"--object-vectors {path!r} is {what}; give a local file, such as "
-            "runs/vaw/objects.safetensors, which clean reads too"
-        )

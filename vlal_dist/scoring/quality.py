@@ -1,9 +1,9 @@
-"""Are the scores of a shard whole, and any good? Measured by workers, summed by the driver.
+"""Completeness and quality of a shard's scores, measured by workers and summed by the driver.
 
-Whole: a committed file holds exactly its shard's samples, and a similarity for each attribute that
-is feasible for them. Good: similarities should rank what annotators saw above what they did not
-see. An AUC near 0.5 means a wrong model, wrong preprocessing or wrong prompts, and shows at once;
-so does that of one attribute type whose prompts make no sense.
+Complete: a committed file holds exactly its shard's samples, and a similarity for each attribute
+that is feasible for them. Quality: similarities should rank what annotators saw above what they did
+not see. An AUC near 0.5 means a wrong model, wrong preprocessing or wrong prompts; the AUC of one
+attribute type shows prompts that make no sense for it.
 
 Legend: n samples of the shard, S its similarities, K its annotated feasible pairs, A attributes,
 T attribute types.
@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlal_dist.data.format.dataset import Dataset, Split, read_label_rows
-from vlal_dist.data.format.mapped_scores import open_scores
-from vlal_dist.data.format.scores import quarantined_of, score_key
+from vlal_dist.data.format.dataset import Dataset, read_label_rows
+from vlal_dist.data.format.mapped_scores import MappedScores, open_scores
+from vlal_dist.data.format.scores import ShardScores, quarantined_of, score_key
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
-from vlal_dist.scoring.embed import shard_rows
+from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -37,14 +37,14 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class ShardQuality:
-    """What one shard's likelihoods are like; plain numpy and numbers, which travel through Ray.
+    """Quality of one shard's likelihoods; plain numpy and numbers, which travel through Ray.
 
     Attributes:
         similarity: float32 [K], cosines of the annotated pairs that are feasible.
         positive: bool [K], whether the pair is annotated present (else absent).
         kind: uint8 [K], place of the attribute's type in `type_names(vocabulary)`.
         entropy: sum over crops of the entropy of Eq. (2), nats.
-        uniform: sum over crops of log |Omega_o|, the entropy of knowing nothing, nats.
+        uniform: sum over crops of log |Omega_o|, the entropy of a uniform likelihood, nats.
         crops: crops with a feasible attribute.
         pairs: S.
     """
@@ -64,22 +64,14 @@ def type_names(vocabulary: Vocabulary) -> tuple[str, ...]:
 
 
 def measure_shard(
-    dataset: Dataset,
-    split: Split,
-    shard: int,
-    *,
-    indptr: Ints,
-    similarity: Floats,
-    temperature: float,
+    dataset: Dataset, shard: SplitShard, scores: ShardScores | MappedScores, *, temperature: float
 ) -> ShardQuality:
-    """The quality of scores in hand.
+    """The quality of the scores of one shard.
 
     Args:
         dataset: the opened dataset.
-        split: the opened split.
-        shard: position of the shard in it.
-        indptr: int64 [n + 1], where each row's similarities lie.
-        similarity: float32 [S], attributes ascending within a row.
+        shard: one of its shards.
+        scores: its scores.
         temperature: tau of Eq. (2), for the entropy.
 
     Raises:
@@ -88,12 +80,12 @@ def measure_shard(
         ConfigError: tau is not positive and finite.
         StorageError: the labels cannot be read.
     """
+    indptr, similarity = scores.indptr, scores.similarity
     logs = log_likelihood(similarity, indptr, temperature=temperature).astype(np.float64)
     sizes = np.diff(indptr)
     sizes = sizes[sizes > 0]
-    row, attribute, positive = _annotated(dataset, split, shard)
-    object_id = _object_ids(split, shard)[row]
-    there, place = _feasible(dataset, object_id, attribute)
+    row, attribute, positive = _annotated(dataset, shard)
+    there, place = _feasible(dataset, shard.object_id[row], attribute)
     return ShardQuality(
         similarity=similarity[indptr[row[there]] + place],
         positive=positive[there],
@@ -107,8 +99,7 @@ def measure_shard(
 
 def check_shard(
     dataset: Dataset,
-    split: Split,
-    shard: int,
+    shard: SplitShard,
     *,
     store: Store,
     manifest: Mapping[str, Any],
@@ -119,8 +110,7 @@ def check_shard(
 
     Args:
         dataset: the opened dataset.
-        split: the opened split.
-        shard: position of the shard in it.
+        shard: one of its shards.
         store: score root.
         manifest: expected `scorer_digest`, `feasible_digest`, `vocabulary_digest`.
         temperature: tau of Eq. (2), for the entropy.
@@ -134,39 +124,39 @@ def check_shard(
             its shard's samples and their feasible attributes; and as `measure_shard`.
         StorageError: it cannot be read or copied.
     """
-    entry, rows = split.shards[shard], shard_rows(split, shard)
-    scores = open_scores(
-        store,
-        split.name,
-        shard_sha256=entry.sha256,
-        uid=split.index.uid[rows.start : rows.stop],
-        manifest=manifest,
-        cache=cache,
-    )
-    sizes = np.diff(dataset.feasible.indptr)[_object_ids(split, shard)]
+    scores = open_shard_scores(store, shard, manifest, cache=cache)
+    sizes = np.diff(dataset.feasible.indptr)[shard.object_id]
     if not np.array_equal(np.diff(scores.indptr), sizes):
+        name, entry = shard.split.name, shard.split.shards[shard.position]
         key = score_key(
-            split.name, shard_sha256=entry.sha256, scorer_digest=str(manifest["scorer_digest"])
+            name, shard_sha256=entry.sha256, scorer_digest=str(manifest["scorer_digest"])
         )
         raise DataError(
-            f"{store.url}/{key}: the scores of {split.name}/{entry.name} do not cover exactly the "
+            f"{store.url}/{key}: the scores of {name}/{entry.name} do not cover exactly the "
             f"feasible attributes of its {entry.samples} samples; delete that file and score again"
         )
-    quality = measure_shard(
-        dataset,
-        split,
-        shard,
-        indptr=scores.indptr,
-        similarity=scores.similarity,
-        temperature=temperature,
-    )
+    quality = measure_shard(dataset, shard, scores, temperature=temperature)
     return quality, quarantined_of(scores.header)
 
 
-class QualityTotals:
-    """The quality of all shards added so far, at the memory of T x 2 histograms (1 MB each type).
+def open_shard_scores(
+    store: Store, shard: SplitShard, manifest: Mapping[str, Any], *, cache: Path
+) -> MappedScores:
+    """Map the committed score file of a shard; arguments and errors as `check_shard`."""
+    return open_scores(
+        store,
+        shard.split.name,
+        shard_sha256=shard.sha256,
+        uid=shard.uid,
+        manifest=manifest,
+        cache=cache,
+    )
 
-    Whatever the order of the shards, the summary is the same to the last bit. Similarities are
+
+class QualityTotals:
+    """The quality of all shards added so far, in T x 2 histograms (1 MB each type).
+
+    The summary does not depend on the order of the shards, to the last bit. Similarities are
     counted in `BINS` equal bins of [-1, 1]; those in one bin count as equal, so an AUC differs from
     the exact one by at most half the share of (positive, negative) pairs that fall into one bin.
 
@@ -180,13 +170,13 @@ class QualityTotals:
     def __init__(self, type_names: Sequence[str]) -> None:
         self._types = tuple(sorted(set(type_names)))
         self._counts: Ints = np.zeros((len(self._types), 2, BINS), dtype=np.int64)
-        # Exact sums (of bounded size): shards come in any order, and floats would tell which.
+        # Exact sums (of bounded size): shards come in any order, and sums of floats depend on it.
         self._entropy = self._uniform = Fraction(0)
         self._crops = 0
         self.pairs = 0
 
     def add(self, shard: ShardQuality) -> None:
-        """Count one shard in; the caller sees to it that none is added twice."""
+        """Count one shard; the caller adds none twice."""
         # float64: float32 would round cosines near a bin's edge into the next bin.
         scaled = (shard.similarity.astype(np.float64) + 1) * (BINS / 2)
         place = np.clip(scaled, 0, BINS - 1).astype(np.int64)  # rounding may leave [-1, 1]
@@ -248,23 +238,16 @@ def _kinds(vocabulary: Vocabulary) -> npt.NDArray[np.uint8]:
     places = {name: place for place, name in enumerate(type_names(vocabulary))}
     if len(places) > 256:
         raise DataError(
-            f"vocabulary: {len(places)} attribute types, a uint8 tells 256 apart; give the "
+            f"vocabulary: {len(places)} attribute types, at most 256 are supported; give the "
             "attributes coarser types and run clean again"
         )
     return np.array([places[name] for name in vocabulary.attribute_type], dtype=np.uint8)
 
 
-def _object_ids(split: Split, shard: int) -> Ints:
-    """int64 [n]."""
-    rows = shard_rows(split, shard)
-    return np.asarray(split.index.object_id[rows.start : rows.stop], dtype=np.int64)
-
-
-def _annotated(dataset: Dataset, split: Split, shard: int) -> tuple[Ints, Ints, Bools]:
+def _annotated(dataset: Dataset, shard: SplitShard) -> tuple[Ints, Ints, Bools]:
     """Row within the shard, attribute, and whether it is present, of every annotated pair."""
-    rows = shard_rows(split, shard)
-    columns = ("positive", "negative")
-    table = read_label_rows(dataset, split.name, rows.start, rows.stop, columns)
+    rows, columns = shard.rows, ("positive", "negative")
+    table = read_label_rows(dataset, shard.split.name, rows.start, rows.stop, columns)
     lists = [table.column(name).combine_chunks() for name in columns]
     lengths = np.stack([one.value_lengths().to_numpy() for one in lists])
     row = np.concatenate([np.repeat(np.arange(len(rows)), sizes) for sizes in lengths])

@@ -1,12 +1,9 @@
-"""Scoring on Ray: connect or start a session, run actors, export metrics.
-
-Ray's nodes serve it with the rest of their metrics. What a driver counted in its last seconds may
-not be served any more when it has ended (ray#39212); its summary is exact.
+"""Scoring on Ray: connect to a cluster or start one, run actors, export metrics.
 
 Shards are handed out to actors that are ready, two at a time (one is fetched and decoded while the
 other is encoded), so a pending actor (no free GPU yet: the demand that autoscalers see) holds no
 work. A lost actor is replaced, and its shards go first in the queue again, at most `max_retries`
-times. When all are given out, a shard that takes much longer than others is given out once more:
+times. When all are handed out, a shard that takes much longer than others is handed out once more:
 its actor may hang without being lost. Nothing else is needed: a score file is committed create-only
 under a name made of digests, so a shard scored twice is one file. Only job descriptions, counts and
 the similarities of annotated pairs pass through Ray; crops, scores and credentials never do.
@@ -20,16 +17,17 @@ import os
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 from vlal_dist.errors import ConfigError, Stopped, StorageError, VlalError
 from vlal_dist.observability.metric_definitions import SCORE
-from vlal_dist.scoring.identity import ScoreSettings
+from vlal_dist.scoring.identity import ScoringJob
 from vlal_dist.scoring.shard_task import ShardResult
-from vlal_dist.scoring.worker import ScoringJob, ShardScorer, WarmUp
+from vlal_dist.scoring.worker import ShardScorer
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +35,15 @@ LOCAL_ENVIRONMENT = {
     # Despite its name: 0 keeps every listener of a Ray started here on 127.0.0.1 (ray 2.60).
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Events of every call, for a dashboard that is not there: 3 kB a shard in Ray's control store.
+    # Events of every call are for a dashboard, which is not started: 3 kB a shard in Ray's store.
     "RAY_task_events_report_interval_ms": "0",
 }
 OBJECT_STORE_BYTES = 100_000_000
-"""Nothing large passes through it; Ray refuses less than 75 MB."""
+"""Nothing large passes through the object store; Ray refuses less than 75 MB."""
 
 
 def on_running_ray() -> bool:
-    """Whether this process is to use a Ray that others started (`ray job submit`, RAY_ADDRESS).
+    """Whether this process uses a Ray that is already running (`ray job submit`, RAY_ADDRESS).
 
     Raises:
         ConfigError: RAY_ADDRESS is the address of the Jobs API, which takes submissions only.
@@ -60,11 +58,11 @@ def on_running_ray() -> bool:
 
 
 def refuse_relative_in_job(name: str, path: str) -> None:
-    """A job with a working directory runs in a copy of it, where outputs would be lost.
+    """Refuse a relative path in a Ray job with a working directory: it runs in a copy of that.
 
     Args:
         name: key or flag that gives the path.
-        path: where something is to be read or written.
+        path: of input or output.
 
     Raises:
         ConfigError: this is such a job and the path is relative.
@@ -80,11 +78,10 @@ def refuse_relative_in_job(name: str, path: str) -> None:
 
 @contextlib.contextmanager
 def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
-    """Connect to the Ray we run on, else start one on this machine's loopback; leave it at the end.
+    """Connect to the running Ray, else start one on this machine's loopback; leave it at the end.
 
     Args:
-        actors: how many actors will be asked for.
-        cpus_per_actor: CPUs of each, which a Ray started here is given.
+        actors, cpus_per_actor: what a Ray started here must have room for.
 
     Raises:
         StorageError: the running Ray does not answer or refuses us.
@@ -92,7 +89,7 @@ def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
     running = on_running_ray()
     if not running:
         # Read when ray is imported. The token is of this run alone and is in no file: other users
-        # of the machine reach its loopback too.
+        # of the machine can reach its loopback too.
         os.environ.update(LOCAL_ENVIRONMENT)
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
@@ -120,69 +117,14 @@ def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
         ray.shutdown()
 
 
-PREFIX = "ray_"
-"""What Ray puts before the names of an application's metrics; after counters it puts `_total`."""
-
-
-class RayMetrics:
-    """The metrics of `SCORE`; made where Ray is connected.
-
-    Args:
-        run: the score root, which labels all of them.
-    """
-
-    def __init__(self, *, run: str) -> None:
-        from ray.util.metrics import Counter, Gauge
-
-        self._counters: dict[str, Counter] = {}
-        self._gauges: dict[str, Gauge] = {}
-        for name, metric in SCORE.items():
-            plain, labels = name.removeprefix(PREFIX).removesuffix("_total"), tuple(metric.labels)
-            made: Counter | Gauge
-            if metric.kind == "counter":
-                made = self._counters[name] = Counter(plain, metric.text, labels)
-            else:
-                made = self._gauges[name] = Gauge(plain, metric.text, labels)
-            made.set_default_tags({"run": run})
-        self._retried = 0
-
-    def pending(self, shards: int) -> None:
-        """Say how many shards have no result."""
-        self._gauges["ray_vlal_score_shards_pending"].set(shards)
-
-    def publish(self, result: object, *, left: int, retried: int) -> None:
-        """Count what a call gave, if it was about a shard.
-
-        Args:
-            result: of the call.
-            left: calls without a result.
-            retried: calls given out again so far.
-        """
-        if not isinstance(result, ShardResult):
-            return
-        outcome = "committed" if result.created else "skipped"
-        self._add("ray_vlal_score_shards_total", 1, result=outcome)
-        self._add("ray_vlal_score_shards_total", retried - self._retried, result="retried")
-        self._retried = retried
-        self._add("ray_vlal_score_images_total", result.images, result="ok")
-        self._add("ray_vlal_score_images_total", len(result.quarantined), result="failed")
-        for phase, seconds in asdict(result.seconds).items():
-            self._add("ray_vlal_score_seconds_total", seconds, phase=phase)
-        self.pending(left)
-
-    def _add(self, name: str, amount: float, **labels: str) -> None:
-        if amount > 0:  # Ray refuses to count nothing
-            self._counters[name].inc(amount, tags=labels)
-
-
 Call = tuple[str, tuple[object, ...]]
-"""A method of `ScoringActor` and its arguments."""
-
-POLL_S = 0.5
-"""How often the driver looks whether it was asked to stop."""
+"""A method of `ShardScorer` and its arguments."""
 
 UNDER_WAY = 2
-"""Shards that an actor works on at a time."""
+"""Shards that a worker scores at a time."""
+
+POLL_S = 0.5
+"""How often the driver looks at `stop`."""
 
 LATE_S = 10.0
 LATE_TIMES = 3.0
@@ -190,8 +132,7 @@ LATE_TIMES = 3.0
 is late: the backup tasks of MapReduce (Dean and Ghemawat 2004, section 3.6)."""
 
 OPEN: Call = ("open", ())
-ANSWER: Call = ("answer", ())
-ABOUT_SHARDS = ("score", "check")
+PING: Call = ("ping", ())
 
 
 class Given(NamedTuple):
@@ -203,88 +144,68 @@ class Given(NamedTuple):
 
 
 class ScoringActor:
-    """One scoring process. Opens in a call of its own, so that errors arrive with their type."""
+    """A `ShardScorer` in a process of its own.
+
+    It is opened by its first call, not by the constructor, so that errors arrive with their type.
+    """
 
     def __init__(self, job: ScoringJob) -> None:
         self.job = job
-        self.scorer: ShardScorer | None = None
 
     def open(self) -> int:
         """Load dataset and model; returns the process id, for the driver's log."""
         self.scorer = ShardScorer(self.job)
         return os.getpid()
 
-    def answer(self) -> None:
-        """Show that it lives."""
+    def ping(self) -> None:
+        """Return, to show that the process lives."""
 
-    def warm_up(
-        self, split: str, shard: int, batch_size: int | None, decode_threads: int | None
-    ) -> WarmUp:
-        """See `ShardScorer.warm_up`."""
-        return self._opened().warm_up(split, shard, batch_size, decode_threads)
-
-    def prepare_text(self, settings: ScoreSettings) -> int:
-        """See `ShardScorer.prepare_text`."""
-        return self._opened().prepare_text(settings)
-
-    def score(self, split: str, shard: int, settings: ScoreSettings) -> ShardResult:
-        """See `ShardScorer.score`."""
-        return self._opened().score(split, shard, settings)
-
-    def check(self, split: str, shard: int) -> ShardResult:
-        """See `ShardScorer.check`."""
-        return self._opened().check(split, shard)
-
-    def _opened(self) -> ShardScorer:
-        assert self.scorer is not None
-        return self.scorer
+    def work(self, method: str, *arguments: object) -> Any:
+        """Call a method of the scorer."""
+        return getattr(self.scorer, method)(*arguments)
 
 
 class ActorPool:
     """A fixed number of actors that work off calls; use inside `ray_session`.
 
     Args:
-        job: what the actors score.
+        job: what the actors score; `scoring` says what each needs, and how often a call is retried.
         size: number of actors.
-        cpus_per_actor: CPUs each asks for.
-        gpus_per_actor: GPUs each asks for (0 on device cpu).
-        max_retries: attempts after a lost actor, per call.
-        stopped: asked every `POLL_S`.
+        stop: looked at every `POLL_S`.
 
     Attributes:
-        retried: calls given out again, after a lost actor or because they were late.
+        retried: calls handed out again, after a lost actor or because they were late.
     """
 
-    def __init__(
-        self,
-        job: ScoringJob,
-        *,
-        size: int,
-        cpus_per_actor: float,
-        gpus_per_actor: float,
-        max_retries: int,
-        stopped: Callable[[], bool],
-    ) -> None:
+    def __init__(self, job: ScoringJob, *, size: int, stop: Event) -> None:
         import ray
 
-        self._ray = ray
+        self._ray, self._job, self._stop = ray, job, stop
+        gpus = job.scoring.gpus_per_actor if job.device == "cuda" else 0.0
         # max_restarts 0: the driver replaces a lost actor itself, which bounds attempts per shard
         # and leaves Ray no queue of its own.
         options: Any = {
-            "num_cpus": cpus_per_actor,
-            "num_gpus": gpus_per_actor,
+            "num_cpus": job.scoring.cpus_per_actor,
+            "num_gpus": gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
             "max_concurrency": UNDER_WAY,
         }
         self._actor_class: Any = ray.remote(**options)(ScoringActor)
-        self._job, self._max_retries, self._stopped = job, max_retries, stopped
-        self._idle: deque[Any] = deque()  # an actor stands here once for each shard it can take
+        self._idle: deque[Any] = deque()  # an actor is in it once for each shard it can take
         self._busy: dict[Any, Given] = {}
         self._lost: Counter[Call] = Counter()
         self.retried = 0
         self._metrics = RayMetrics(run=job.scores)
-        self._warn_if_unplaceable(size, gpus_per_actor)
+        there: float = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+        if gpus * size > there:
+            logger.warning(
+                "%d actors need %g GPUs, Ray has %g at present: the others wait for an "
+                "autoscaler. On a cluster without GPUs give --scoring.device cpu",
+                size,
+                gpus * size,
+                there,
+            )
         for _ in range(size):
             self._start()
 
@@ -293,11 +214,11 @@ class ActorPool:
 
         Raises:
             VlalError: what a call raised; or a call whose actor was lost too often.
-            Stopped: `stopped()` became true.
+            Stopped: `stop` was set.
         """
         queue, left = deque(calls), set(calls)
         longest: float | None = None
-        self._metrics.pending(sum(method in ABOUT_SHARDS for method, _ in calls))
+        self._metrics.pending(sum(method in ("score", "check") for method, _ in calls))
         while left:
             while queue and self._idle:
                 call = queue.popleft()
@@ -326,14 +247,16 @@ class ActorPool:
                 if given.call in left:
                     left.remove(given.call)
                     longest = max(longest or 0.0, time.monotonic() - given.since)
-                    self._metrics.publish(result, left=len(left), retried=self.retried)
+                    if isinstance(result, ShardResult):
+                        self._metrics.publish(result, left=len(left), retried=self.retried)
                     yield result
             if longest is not None and not queue:
                 queue.extend(self._late(left, max(LATE_S, LATE_TIMES * longest)))
 
     def _ready(self) -> list[tuple[Given, Any]]:
-        if self._stopped():
-            raise Stopped("stopped; committed shards are kept, the same command scores the rest")
+        """Calls that have ended since, with Ray's references; waits for one, `POLL_S` at most."""
+        if self._stop.is_set():
+            raise Stopped("stopped; repeat the command to score the remaining shards")
         done, _ = self._ray.wait(list(self._busy), num_returns=1, timeout=POLL_S)
         return [(self._busy.pop(reference), reference) for reference in done]
 
@@ -342,11 +265,14 @@ class ActorPool:
 
     def _submit(self, actor: Any, call: Call) -> None:
         method, arguments = call
-        reference = getattr(actor, method).remote(*arguments)
+        if call in (OPEN, PING):
+            reference = getattr(actor, method).remote()
+        else:
+            reference = actor.work.remote(method, *arguments)
         self._busy[reference] = Given(actor, call, time.monotonic())
 
     def _late(self, left: Collection[Call], allowed_s: float) -> list[Call]:
-        """Calls of `left` whose newest attempt has taken longer than it may, to be given out once
+        """Calls of `left` whose newest attempt has taken longer than allowed, to be handed out once
         more: their actors may hang, or only be slow.
         """
         newest: dict[Call, float] = {}
@@ -357,7 +283,7 @@ class ActorPool:
         late = [call for call, since in newest.items() if now - since > allowed_s]
         for call in late:
             logger.warning(
-                "%s has taken %.0f s and is given out again; the first answer counts",
+                "%s has taken %.0f s and is handed out again; the first answer counts",
                 _name(call),
                 now - newest[call],
             )
@@ -368,7 +294,7 @@ class ActorPool:
         """Put a new actor in the place of a lost one, which is ended if it still lives.
 
         Returns:
-            What it was working on and is still `left`, to be given out again.
+            Its calls that are still `left`, to be handed out again.
         """
         calls = [lost.call]
         for reference, other in list(self._busy.items()):
@@ -377,20 +303,16 @@ class ActorPool:
                 calls.append(other.call)
         self._ray.kill(lost.actor)
         self._start()
-        # Others of its node may be lost with it. Idle ones are asked, not tried out with shards, of
+        # Others of its node may be lost with it. Idle ones are pinged, not tried with shards, of
         # which each may be lost a few times only.
         self._idle = deque(one for one in self._idle if one != lost.actor)
         while self._idle:
-            self._submit(self._idle.popleft(), ANSWER)
+            self._submit(self._idle.popleft(), PING)
         again = [call for call in calls if call in left]
         reason = " ".join(str(error).split())[:300]
-        self._count_loss(again + [call for call in calls if call == OPEN], reason)
-        return again
-
-    def _count_loss(self, lost: Sequence[Call], reason: str) -> None:
-        for call in lost:
+        for call in [*again, *(call for call in calls if call == OPEN)]:
             self._lost[call] += 1
-            if self._lost[call] > self._max_retries:
+            if self._lost[call] > self._job.scoring.max_retries:
                 raise VlalError(
                     f"{_name(call)}: its actor was lost {self._lost[call]} times (last: {reason}); "
                     "correct the cause (often memory: fewer actors on a node, or a smaller "
@@ -398,18 +320,7 @@ class ActorPool:
                 )
             self.retried += call != OPEN
             logger.warning("an actor was lost at %s, a new one takes over: %s", _name(call), reason)
-
-    def _warn_if_unplaceable(self, size: int, gpus_per_actor: float) -> None:
-        resources: dict[str, float] = self._ray.cluster_resources()  # type: ignore[no-untyped-call]
-        there = resources.get("GPU", 0.0)
-        if gpus_per_actor * size > there:
-            logger.warning(
-                "%d actors ask for %g GPUs, Ray has %g at present: the others wait for an "
-                "autoscaler. On a cluster without GPUs give --scoring.device cpu",
-                size,
-                gpus_per_actor * size,
-                there,
-            )
+        return again
 
 
 def _cause(error: Any) -> BaseException:
@@ -421,3 +332,52 @@ def _cause(error: Any) -> BaseException:
 def _name(call: Call) -> str:
     method, arguments = call
     return " ".join([method, *map(str, arguments[:2])])
+
+
+class RayMetrics:
+    """The metrics `SCORE`, served by Ray's nodes; create it where Ray is connected.
+
+    The counts of a driver's last seconds may be lost when it ends (ray#39212); its summary is
+    exact.
+
+    Args:
+        run: the score root, which labels all of them.
+    """
+
+    def __init__(self, *, run: str) -> None:
+        from ray.util import metrics
+
+        self._metrics: dict[str, Any] = {}
+        kinds: dict[str, Any] = {"counter": metrics.Counter, "gauge": metrics.Gauge}
+        for name, metric in SCORE.items():
+            # Ray puts `ray_` before the names, and `_total` after those of counters.
+            plain = name.removeprefix("ray_").removesuffix("_total")
+            self._metrics[name] = kinds[metric.kind](plain, metric.text, tuple(metric.labels))
+            self._metrics[name].set_default_tags({"run": run})
+        self._retried = 0
+
+    def pending(self, shards: int) -> None:
+        """Set the number of shards that have no result."""
+        self._metrics["ray_vlal_score_shards_pending"].set(shards)
+
+    def publish(self, result: ShardResult, *, left: int, retried: int) -> None:
+        """Count the result of a shard.
+
+        Args:
+            result: of the shard.
+            left: calls without a result.
+            retried: calls handed out again so far.
+        """
+        outcome = "committed" if result.created else "skipped"
+        self._add("ray_vlal_score_shards_total", 1, result=outcome)
+        self._add("ray_vlal_score_shards_total", retried - self._retried, result="retried")
+        self._retried = retried
+        self._add("ray_vlal_score_images_total", result.images, result="ok")
+        self._add("ray_vlal_score_images_total", len(result.quarantined), result="failed")
+        for phase, seconds in asdict(result.seconds).items():
+            self._add("ray_vlal_score_seconds_total", seconds, phase=phase)
+        self.pending(left)
+
+    def _add(self, name: str, amount: float, **labels: str) -> None:
+        if amount > 0:  # Ray refuses to add 0
+            self._metrics[name].inc(amount, tags=labels)

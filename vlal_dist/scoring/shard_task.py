@@ -1,25 +1,23 @@
 """Score one shard (Sec. 2.2): embeddings to similarities over feasible attributes, committed once.
 
-A plain function of (shard, scorer, settings): the same bytes whoever runs it, and whenever. The
+A function of (shard, scorer, settings) alone: the same bytes on every worker and in every run. The
 file is committed create-only under a name made of both digests; its existence means `done`.
 
 Legend: n samples of the shard, D embedding width, S feasible pairs.
 """
 
 import json
-import time
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlal_dist.data.format.dataset import Split
 from vlal_dist.data.format.scores import ShardScores, encode_scores, read_shard_scores, score_key
 from vlal_dist.errors import ConflictError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.scoring.clip import Embedding, Seconds
-from vlal_dist.scoring.embed import Embedded, shard_rows
+from vlal_dist.scoring.clip import Embedding, PhaseSeconds
+from vlal_dist.scoring.embed import Embedded, SplitShard
 from vlal_dist.scoring.quality import ShardQuality
 from vlal_dist.scoring.text_bank import TextBank
 from vlal_dist.storage.store import Store
@@ -27,7 +25,7 @@ from vlal_dist.storage.store import Store
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What became of one shard.
+    """What a worker answers about one shard.
 
     Attributes:
         split: split name.
@@ -50,73 +48,57 @@ class ShardResult:
     identical: bool
     quality: ShardQuality
     quarantined: dict[int, str]
-    seconds: Seconds
+    seconds: PhaseSeconds
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What stands in the score root now.
-
-    Attributes:
-        scores: those computed here.
-        created: whether this call committed the file; False if another worker came first.
-        identical: whether the file that stands has the bytes computed here.
-    """
-
-    scores: ShardScores
-    created: bool
-    identical: bool
-
-
-def commit_scores(
+def shard_scores(
     embedded: Embedded,
-    split: Split,
-    shard: int,
+    shard: SplitShard,
     *,
-    store: Store,
     bank: TextBank,
     feasible: FeasibleSets,
     header: dict[str, str],
-    seconds: Seconds,
-) -> Committed:
-    """Similarities of a shard's embeddings, in its score file.
+) -> ShardScores:
+    """Similarities of a shard's embeddings, with the header of their file.
 
     Args:
-        embedded: of the shard's crops.
-        split: the opened split.
-        shard: position of the shard in it.
-        store: score root.
+        embedded: embeddings of the shard's crops, and which of them are unusable.
+        shard: whose crops.
         bank: unit vectors of the feasible pairs, float32 [S, D].
         feasible: the pairs.
-        header: the score file's digests and temperature, without `shard_sha256`.
-        seconds: added to.
+        header: the scorer's digests and temperature.
+    """
+    embedding, unusable = embedded
+    uid = shard.uid
+    indptr, similarity = feasible_similarities(
+        embedding, shard.object_id, bank=bank, feasible=feasible
+    )
+    header = {**header, "shard_sha256": shard.sha256}
+    if unusable:
+        named = {f"{uid[place]:016x}": why for place, why in sorted(unusable.items())}
+        header["quarantined"] = json.dumps(named)
+    return ShardScores(uid, embedding, indptr, similarity, header)
+
+
+def commit_scores(store: Store, split: str, scores: ShardScores) -> tuple[bool, bool]:
+    """Commit the score file of a shard, unless one is there.
+
+    Returns:
+        Whether this call created it, and whether the one that stands has the same bytes.
 
     Raises:
         DataError: the file that another worker committed is damaged.
         StorageError: the score root cannot be used.
     """
-    started = time.perf_counter()
-    rows, sha256 = shard_rows(split, shard), split.shards[shard].sha256
-    object_id = np.asarray(split.index.object_id[rows.start : rows.stop], dtype=np.int64)
-    uid = np.asarray(split.index.uid[rows.start : rows.stop], dtype=np.uint64)
-    indptr, similarity = feasible_similarities(
-        embedded.embedding, object_id, bank=bank, feasible=feasible
-    )
-    header = {**header, "shard_sha256": sha256}
-    if embedded.poison:
-        named = {f"{uid[place]:016x}": why for place, why in sorted(embedded.poison.items())}
-        header["quarantined"] = json.dumps(named)
-    scores = ShardScores(uid, embedded.embedding, indptr, similarity, header)
-    key = score_key(split.name, shard_sha256=sha256, scorer_digest=header["scorer_digest"])
+    sha256, scorer = scores.header["shard_sha256"], scores.header["scorer_digest"]
+    key = score_key(split, shard_sha256=sha256, scorer_digest=scorer)
     try:
-        created, identical = store.create(key, encode_scores(scores)), True
+        return store.create(key, encode_scores(scores)), True
     except ConflictError:
         # Another worker finished this shard first on hardware whose last bits differ. Its file
         # stands; it must only be a whole one for the same digests.
-        read_shard_scores(store, split.name, shard_sha256=sha256, manifest=header)
-        created, identical = False, False
-    seconds.write += time.perf_counter() - started
-    return Committed(scores, created, identical)
+        read_shard_scores(store, split, shard_sha256=sha256, manifest=scores.header)
+        return False, False
 
 
 def feasible_similarities(

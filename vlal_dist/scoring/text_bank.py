@@ -2,28 +2,59 @@
 
 The first worker to need it encodes the different prompts, averages templates and commits the file;
 all others, on any node and in any later run, read those very bytes.
+
+Legend: S feasible pairs, T templates, D embedding width.
 """
 
+import contextlib
 import logging
 import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from threading import Event
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError, Stopped
-from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
-from vlal_dist.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
 TextBank = npt.NDArray[np.float32]
 """float32 [S, D], unit length; row s is pair s of the feasible sets (CSR order)."""
+
+PLACEHOLDERS = ("attribute", "object")
+
+
+def ensure_bank(
+    store: Store,
+    encoder: ClipEncoder,
+    dataset: Dataset,
+    *,
+    templates: Sequence[str],
+    scorer_digest: str,
+    stop: Event,
+) -> TextBank:
+    """The bank that is committed in the score root; encoded and committed if there is none.
+
+    Raises:
+        ConfigError, Stopped: as `encode_bank`.
+        DataError: as `encode_bank` and `read_bank`.
+    """
+    num_pairs = len(dataset.feasible.indices)
+    with contextlib.suppress(NotFoundError):
+        return read_bank(store, scorer_digest=scorer_digest, num_pairs=num_pairs)
+    bank = encode_bank(encoder, dataset, templates, stop=stop)
+    data = safetensors.numpy.save({"embedding": bank}, metadata={"scorer_digest": scorer_digest})
+    try:
+        store.create(bank_key(scorer_digest), data)
+        return bank
+    except ConflictError:  # another worker's came first, and stands
+        return read_bank(store, scorer_digest=scorer_digest, num_pairs=num_pairs)
 
 
 def bank_key(scorer_digest: str) -> str:
@@ -31,58 +62,11 @@ def bank_key(scorer_digest: str) -> str:
     return f"text-{scorer_digest[:16]}.safetensors"
 
 
-def encode_bank(
-    encoder: ClipEncoder,
-    vocabulary: Vocabulary,
-    feasible: FeasibleSets,
-    *,
-    templates: Sequence[str],
-    stopped: Callable[[], bool],
-) -> TextBank:
-    """Encode each different prompt once; a pair's vector is the mean over templates, normalised.
-
-    Raises:
-        ConfigError: a template that cannot be filled.
-        DataError: no object has a feasible attribute.
-        Stopped: `stopped()` became true.
-    """
-    prompts = build_prompts(vocabulary, feasible, templates=templates)
-    if not prompts.text:
-        raise DataError("no object has a feasible attribute, so there is nothing to score")
-    logger.info("text bank: %d prompts for %d pairs", len(prompts.text), len(prompts.position))
-    batches = []
-    for start in range(0, len(prompts.text), encoder.batch_size):
-        if stopped():
-            raise Stopped("stopped while encoding prompts; the same command starts them again")
-        batches.append(encoder.encode_texts(prompts.text[start : start + encoder.batch_size]))
-    vectors = np.concatenate(batches)
-    total = np.zeros((len(prompts.position), vectors.shape[1]), dtype=np.float32)
-    for column in prompts.position.T:
-        total += vectors[column]
-    bank: TextBank = total / np.linalg.norm(total, axis=1, keepdims=True)
-    return bank
-
-
-def commit_bank(store: Store, bank: TextBank, *, scorer_digest: str) -> TextBank:
-    """Commit the bank, and return the one that stands (another worker's, if it came first)."""
-    data = safetensors.numpy.save({"embedding": bank}, metadata={"scorer_digest": scorer_digest})
-    try:
-        store.create(bank_key(scorer_digest), data)
-        return bank
-    except ConflictError:
-        return read_bank(store, scorer_digest=scorer_digest, num_pairs=len(bank))
-
-
 def read_bank(store: Store, *, scorer_digest: str, num_pairs: int) -> TextBank:
-    """Read a committed bank.
-
-    Args:
-        store: score root.
-        scorer_digest: whose bank.
-        num_pairs: S, feasible pairs of the dataset.
+    """Read a committed bank of S = `num_pairs` vectors.
 
     Raises:
-        NotFoundError: nobody committed it yet.
+        NotFoundError: none is committed yet.
         DataError: damaged, or of another length.
     """
     key = bank_key(scorer_digest)
@@ -98,38 +82,65 @@ def read_bank(store: Store, *, scorer_digest: str, num_pairs: int) -> TextBank:
     return bank
 
 
-def ensure_bank(
-    store: Store,
-    encoder: ClipEncoder,
-    vocabulary: Vocabulary,
-    feasible: FeasibleSets,
-    *,
-    templates: Sequence[str],
-    scorer_digest: str,
-    stopped: Callable[[], bool],
+def encode_bank(
+    encoder: ClipEncoder, dataset: Dataset, templates: Sequence[str], *, stop: Event
 ) -> TextBank:
-    """Read the committed bank, or encode and commit it; raises as the functions above."""
-    try:
-        return read_bank(store, scorer_digest=scorer_digest, num_pairs=len(feasible.indices))
-    except NotFoundError:
-        bank = encode_bank(encoder, vocabulary, feasible, templates=templates, stopped=stopped)
-        return commit_bank(store, bank, scorer_digest=scorer_digest)
+    """Encode each different prompt once; a pair's vector is the mean over templates, normalised.
 
-
-PLACEHOLDERS = ("attribute", "object")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The different prompts, and which of them belong to each feasible pair.
-
-    Attributes:
-        text: different prompts, in the order of their first use.
-        position: int32 [S, T], prompt of pair s (order of the feasible sets) under template t.
+    Raises:
+        ConfigError: a template that cannot be filled.
+        DataError: no object has a feasible attribute.
+        Stopped: `stop` was set.
     """
+    prompts, position = build_prompts(dataset, templates)
+    if not prompts:
+        raise DataError("no object has a feasible attribute, so there is nothing to score")
+    logger.info("text bank: %d prompts for %d pairs", len(prompts), len(position))
+    batches = []
+    for start in range(0, len(prompts), encoder.batch_size):
+        if stop.is_set():
+            raise Stopped("stopped while encoding prompts; repeat the command to start them again")
+        batches.append(encoder.encode_texts(prompts[start : start + encoder.batch_size]))
+    vectors = np.concatenate(batches)
+    total = np.zeros((len(position), vectors.shape[1]), dtype=np.float32)
+    for column in position.T:
+        total += vectors[column]
+    bank: TextBank = total / np.linalg.norm(total, axis=1, keepdims=True)
+    return bank
 
-    text: tuple[str, ...]
-    position: npt.NDArray[np.int32]
+
+def build_prompts(
+    dataset: Dataset, templates: Sequence[str]
+) -> tuple[list[str], npt.NDArray[np.int32]]:
+    """Fill every template for every feasible pair.
+
+    Args:
+        dataset: its vocabulary names the pairs of its feasible sets.
+        templates: texts with `{attribute}` and, usually, `{object}`.
+
+    Returns:
+        The different prompts, in the order of their first use; and int32 [S, T], which of them
+        pair s has under template t.
+
+    Raises:
+        ConfigError: a template that `check_templates` refuses.
+    """
+    check_templates(templates)
+    names = dataset.vocabulary
+    number: dict[str, int] = {}
+    position = [
+        [
+            number.setdefault(
+                template.format(attribute=names.attributes[attribute_id], object=object_name),
+                len(number),
+            )
+            for template in templates
+        ]
+        for object_id, object_name in enumerate(names.objects)
+        for attribute_id in dataset.feasible.of(object_id).tolist()
+    ]
+    shape = (len(position), len(templates))
+    return list(number), np.array(position, dtype=np.int32).reshape(shape)
 
 
 def check_templates(templates: Sequence[str]) -> None:
@@ -161,30 +172,3 @@ def check_templates(templates: Sequence[str]) -> None:
                 f"scoring.templates: {template!r} lacks {{attribute}}: all attributes of an "
                 "object would score the same; add it"
             )
-
-
-def build_prompts(
-    vocabulary: Vocabulary, feasible: FeasibleSets, *, templates: Sequence[str]
-) -> Prompts:
-    """Fill every template for every feasible pair, in the order of the feasible sets.
-
-    Args:
-        vocabulary: names of objects and attributes.
-        feasible: attribute ids of each object, CSR over objects.
-        templates: texts with `{attribute}` and, usually, `{object}`.
-
-    Raises:
-        ConfigError: a template that `check_templates` refuses.
-    """
-    check_templates(templates)
-    number: dict[str, int] = {}
-    position = np.empty((len(feasible.indices), len(templates)), dtype=np.int32)
-    pair = 0
-    for object_id, object_name in enumerate(vocabulary.objects):
-        for attribute_id in feasible.of(object_id).tolist():
-            attribute_name = vocabulary.attributes[attribute_id]
-            for column, template in enumerate(templates):
-                text = template.format(attribute=attribute_name, object=object_name)
-                position[pair, column] = number.setdefault(text, len(number))
-            pair += 1
-    return Prompts(text=tuple(number), position=position)
