@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fixtures.tiny_dataset import write_dataset, write_truth
+from tests.fixtures.tiny_dataset import write_dataset, write_dense_labels
 from vlal_dist.data.format.dataset import Dataset, open_dataset
 
 
@@ -20,4 +20,4 @@ def dataset(dataset_root: Path, tmp_path: Path) -> Dataset:
 
 @pytest.fixture
 def truth_file(tmp_path: Path) -> Path:
-    return write_truth(tmp_path / "truth.parquet")
+    return write_dense_labels(tmp_path / "truth.parquet")

@@ -24,7 +24,7 @@ def test_join_is_row_aligned_with_the_index(dataset: Dataset, truth_file: Path) 
     assert dense.unknown_names == []
     for row, instance in enumerate(make_instances()):
         present = [int(i) for i in (dense.label[row] == 1).nonzero()[0]]
-        assert present == instance.true
+        assert present == instance.present
     assert set(dense.label.ravel().tolist()) == {-1, 1}
 
 

@@ -80,7 +80,7 @@ def test_ranks_give_what_one_process_gives(dataset: Dataset, maker: BatchBuilder
     for row, instance in enumerate(make_instances()):
         assert np.flatnonzero(whole.label[row] == 1).tolist() == instance.positive
         assert np.flatnonzero(whole.label[row] == -1).tolist() == instance.negative
-        assert (whole.score[row, 0] > 0.5) == (0 in instance.true)
+        assert (whole.score[row, 0] > 0.5) == (0 in instance.present)
 
 
 def test_dummy_rows_are_left_out_and_progress_is_reported(maker: BatchBuilder) -> None:

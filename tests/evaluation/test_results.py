@@ -33,7 +33,7 @@ LARGE = VOCABULARY.attribute_ids["large"]
 def all_labels() -> np.ndarray:
     label = np.full((len(make_instances()), len(VOCABULARY.attributes)), -1, np.int8)
     for row, instance in enumerate(make_instances()):
-        label[row, instance.true] = 1
+        label[row, instance.present] = 1
     return label
 
 

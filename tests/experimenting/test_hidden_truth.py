@@ -132,14 +132,18 @@ def test_complete_and_hidden_labels_are_told_by_their_columns(
 ) -> None:
     instances, path = make_instances(), tmp_path / "some.parquet"
     whole = read_hidden_truth(str(truth_file), dataset, "test")
-    assert [np.flatnonzero(row == 1).tolist() for row in whole] == [i.true for i in instances]
+    assert [np.flatnonzero(row == 1).tolist() for row in whole] == [i.present for i in instances]
     assert set(whole.ravel().tolist()) == {-1, 1}
     rows = []
     for one in instances:
         free = set(range(len(VOCABULARY.attributes))) - {*one.positive, *one.negative}
         away = sorted(free)[:2]
         rows.append(
-            (one.instance_id, [a for a in away if a in one.true], sorted({*away} - {*one.true}))
+            (
+                one.instance_id,
+                [a for a in away if a in one.present],
+                sorted({*away} - {*one.present}),
+            )
         )
     pq.write_table(hidden_table(rows[::-1]), path)
     part = read_hidden_truth(str(path), dataset, "test")

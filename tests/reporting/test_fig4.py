@@ -43,7 +43,7 @@ def test_example_and_tally(dataset: Dataset) -> None:
     constant = predict_constant(dataset, "test")
     truth = np.full(constant.label.shape, -1, np.int8)
     for row, instance in enumerate(make_instances()):
-        truth[row, instance.true] = 1
+        truth[row, instance.present] = 1
     reader = SampleReader(open_split(dataset, "test"))
     found = build_example(reader, constant, 7, vocabulary=VOCABULARY, truth=truth, k=99)
     instance = make_instances()[7]
@@ -51,7 +51,7 @@ def test_example_and_tally(dataset: Dataset) -> None:
     assert found.positives == [VOCABULARY.attributes[i] for i in instance.positive]
     assert [guess.name for guess in found.guesses] == list(VOCABULARY.attributes)
     for attribute, guess in enumerate(found.guesses):
-        assert guess.truth == ("present" if attribute in instance.true else "absent")
+        assert guess.truth == ("present" if attribute in instance.present else "absent")
         if guess.kind != "unannotated":
             assert guess.kind == guess.truth
     image = Image.open(io.BytesIO(base64.b64decode(found.image.split(",")[1])))
