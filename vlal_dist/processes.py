@@ -1,11 +1,10 @@
-"""Other processes of this machine, as Linux tells of them in /proc; elsewhere nothing is known.
+"""Other processes of this machine, read from /proc; elsewhere than on Linux none is found.
 
-A process is named by its id and its start, so that a new process under an old id is not taken for
-it. One that has ended but that its parent has not waited for counts as gone.
+A process is identified by its id and start time, so that a new process under an old id is not taken
+for it. A zombie (ended, but its parent has not waited for it) counts as ended.
 """
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ class Process(NamedTuple):
 
     Attributes:
         pid: its id.
-        parent: id of its parent when it was looked at.
-        started: its start, in the kernel's ticks.
+        parent: id of its parent when it was looked up.
+        started: its start time, in the kernel's ticks.
     """
 
     pid: int
@@ -74,8 +73,3 @@ def _strings(pid: int, file: str) -> list[str]:
     except OSError:
         return []
     return [part.decode(errors="replace") for part in data.split(b"\0") if part]
-
-
-def names(words: Iterable[str]) -> set[str]:
-    """The last parts of the paths among some words."""
-    return {word.rpartition("/")[2] for word in words}

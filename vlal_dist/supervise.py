@@ -1,8 +1,8 @@
-"""`python -m vlal_dist.supervise -- COMMAND`: run a job, wait for all of it, start it again.
+"""`python -m vlal_dist.supervise -- COMMAND`: run a job, wait for all its processes, restart it.
 
-The `deepspeed` command forwards no signal, and is gone while its ranks still save; a container or
-scheduler that waits for it tears them down. This program waits for every process that came of the
-command. It imports no torch and works for any launcher; Linux only.
+The `deepspeed` command forwards no signal, and exits while its ranks still save; a container or
+scheduler that waits for it kills them. This program waits for every descendant of the command. It
+imports no torch and works with any launcher; Linux only.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from vlal_dist.config.load import help_text, parse_command_line
+from vlal_dist.config.sections import SuperviseConfig
 from vlal_dist.errors import ConfigError, DataError, Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.processes import Process, descendants, has_variable
@@ -28,52 +29,84 @@ logger = logging.getLogger("vlal_dist.supervise")
 
 USAGE = "python -m vlal_dist.supervise"
 PURPOSE = """
-Run the command that follows `--`, such as a training under deepspeed or torchrun. Asked to stop
-(SIGTERM, SIGINT, SIGUSR1, SIGHUP) it sends SIGTERM to the ranks, which save together and leave; the
-exit code is then 75. A command that fails for a reason that may pass (killed, out of reach, a peer
-lost) is started again, and resumes from its last whole checkpoint; done, a wrong setting, bad data
-or a stop end it. It ends when no process that came of the command is left.
+Run the command that follows `--`, such as a training under deepspeed or torchrun. On SIGTERM,
+SIGINT, SIGUSR1 or SIGHUP it sends SIGTERM to the ranks, which save together and leave; the exit
+code is then 75. A command that fails for a temporary reason (killed, storage out of reach, a peer
+lost) is started again and resumes from its last complete checkpoint; success, a wrong setting, bad
+data or a stop end it. It exits when no process of the command is left.
 """
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 FINAL = {0, UsageError.exit_code, ConfigError.exit_code, DataError.exit_code, Stopped.exit_code}
-"""Exit codes that another start would not change, or that ask for none."""
+"""Exit codes after which the command is not restarted."""
 BACKOFF_LIMIT_S = 60.0
 POLL_S = 0.1
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
-class Job:
-    """A command and what came of it, one start after another; only one such object at a time.
+class Supervisor:
+    """Runs a command and its restarts; one object per process, because it handles the signals.
 
     Args:
-        grace_s: how long its processes may take to end (seconds).
-        exit_file: where a program of ours leaves its exit code, which launchers change.
-
-    Attributes:
-        asked: the first signal that asked this process to stop.
+        config: restarts, pauses, and how long processes may take to end.
+        exit_file: where a program of this project writes its exit code, which launchers change.
     """
 
-    def __init__(self, *, grace_s: float, exit_file: Path) -> None:
-        self.asked: signal.Signals | None = None
-        self._grace_s, self._exit_file = grace_s, exit_file
-        # Orphans become our children: nothing that came of the command is lost from sight.
+    def __init__(self, config: SuperviseConfig, *, exit_file: Path) -> None:
+        self._config, self._exit_file = config, exit_file
+        self._stopped_by: signal.Signals | None = None
+        # Orphans become our children, so that every descendant of the command is found.
         _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         for number in SIGNALS:
-            under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             if not (number is signal.SIGHUP and under_nohup):
                 signal.signal(number, self._receive)
 
     def run(self, command: Sequence[str]) -> int:
-        """Start the command and wait until nothing of it is left.
-
-        Returns:
-            The exit code of rank 0's program, else the command's (-N: killed by signal N).
+        """Run a command until it ends for good; returns the exit code.
 
         Raises:
             UsageError: there is no such program.
         """
+        failures = 0
+        while True:
+            started = time.monotonic()
+            code = self._run_once(command)
+            lasted = time.monotonic() - started
+            if self._stopped_by is not None:
+                logger.info("stopped by %s; the command ended with %d", self._stopped_by.name, code)
+                return code if code in FINAL | {StorageError.exit_code} else Stopped.exit_code
+            if code in FINAL:
+                return code
+            if -code in (signal.SIGTERM, signal.SIGINT):  # somebody stopped the launcher itself
+                return Stopped.exit_code
+            failures = 1 if lasted >= self._config.healthy_s else failures + 1
+            if failures > self._config.restarts:
+                logger.error("the command ended with %d, failure %d in a row", code, failures)
+                return code if code > 0 else 128 - code
+            pause_s = min(self._config.backoff_s * 2 ** (failures - 1), BACKOFF_LIMIT_S)
+            logger.warning(
+                "the command ended with %d after %.1f s; restart %d of %d in %.1f s",
+                code,
+                lasted,
+                failures,
+                self._config.restarts,
+                pause_s,
+            )
+            deadline = time.monotonic() + pause_s
+            while self._stopped_by is None and time.monotonic() < deadline:
+                time.sleep(POLL_S)
+            if self._stopped_by is not None:
+                return Stopped.exit_code
+            command = resuming(command)
+
+    def _run_once(self, command: Sequence[str]) -> int:
+        """Start the command and wait until no process of it is left.
+
+        Returns:
+            The exit code of rank 0's program, else the command's (-N: killed by signal N).
+        """
         try:
-            # A session of its own: Ctrl-C reaches us alone, and we tell the ranks.
+            # A session of its own: Ctrl-C reaches us alone, and we signal the ranks.
             child = subprocess.Popen(
                 command,
                 env={**os.environ, EXIT_FILE: str(self._exit_file)},
@@ -84,25 +117,28 @@ class Job:
             raise UsageError(f"{command[0]}: {error.strerror}; give a program after --") from None
         code: int | None = None
         deadline: float | None = None
-        told: set[Process] = set()
+        signalled: set[Process] = set()
         while True:
-            for pid, status in _ended():
+            for pid, status in _ended_children():
                 if pid == child.pid:
                     code = child.returncode = os.waitstatus_to_exitcode(status)
-            if code is not None or self.asked is not None:
+            if code is not None or self._stopped_by is not None:
                 left = descendants(os.getpid())
                 if code is not None and not left:
-                    return self._told(code)
-                deadline = deadline or time.monotonic() + self._grace_s
-                if self.asked is not None:
-                    _tell(left, told)
+                    return self._exit_code(code)
+                deadline = deadline or time.monotonic() + self._config.grace_s
+                if self._stopped_by is not None:
+                    _terminate_ranks(left, signalled)
                 if time.monotonic() > deadline:
-                    _kill(left)
-                    deadline += self._grace_s
+                    logger.error("killing %d processes that did not end in time", len(left))
+                    for process in left:
+                        _send(process, signal.SIGKILL)
+                    deadline += self._config.grace_s
             time.sleep(POLL_S)
 
-    def _told(self, code: int) -> int:
-        if code == -signal.SIGKILL:  # nobody asked: its ranks noticed, saved and left
+    def _exit_code(self, code: int) -> int:
+        """The program's own exit code where it left one, else that of the launcher."""
+        if code == -signal.SIGKILL:  # its ranks noticed, saved and left with 75; restart them
             return code
         try:
             text = self._exit_file.read_text(encoding="ascii")
@@ -111,63 +147,12 @@ class Job:
         except (OSError, ValueError):
             return code
 
-    def wait(self, seconds: float) -> None:
-        """Sleep, less if asked to stop."""
-        until = time.monotonic() + seconds
-        while self.asked is None and time.monotonic() < until:
-            time.sleep(POLL_S)
-
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or signal.Signals(number)
-
-
-def supervise(
-    command: Sequence[str], *, restarts: int, backoff_s: float, healthy_s: float, grace_s: float
-) -> int:
-    """Run a command until it ends for good; returns the exit code (config/sections.py)."""
-    with tempfile.TemporaryDirectory(prefix="vlal-supervise-") as folder:
-        job = Job(grace_s=grace_s, exit_file=Path(folder, "code"))
-        return _again_and_again(
-            job, list(command), restarts=restarts, backoff_s=backoff_s, healthy_s=healthy_s
-        )
-
-
-def _again_and_again(
-    job: Job, command: list[str], *, restarts: int, backoff_s: float, healthy_s: float
-) -> int:
-    failures = 0
-    while True:
-        started = time.monotonic()
-        code = job.run(command)
-        lasted = time.monotonic() - started
-        if job.asked is not None:
-            logger.info("asked to stop by %s; the command ended with %d", job.asked.name, code)
-            return code if code in FINAL | {StorageError.exit_code} else Stopped.exit_code
-        if code in FINAL:
-            return code
-        if -code in (signal.SIGTERM, signal.SIGINT):  # the launcher itself was asked
-            return Stopped.exit_code
-        failures = 1 if lasted >= healthy_s else failures + 1
-        if failures > restarts:
-            logger.error("the command ended with %d, failure %d in a row", code, failures)
-            return code if code > 0 else 128 - code
-        pause_s = min(backoff_s * 2 ** (failures - 1), BACKOFF_LIMIT_S)
-        logger.warning(
-            "the command ended with %d after %.1f s; start %d of %d again in %.1f s",
-            code,
-            lasted,
-            failures,
-            restarts,
-            pause_s,
-        )
-        job.wait(pause_s)
-        if job.asked is not None:
-            return Stopped.exit_code
-        command = resuming(command)
+        self._stopped_by = self._stopped_by or signal.Signals(number)
 
 
 def resuming(command: Sequence[str]) -> list[str]:
-    """The command as a restart needs it: it must not begin anew, or go back to where it began."""
+    """The command of a restart: `--resume none` or a path would discard what was trained since."""
     words = list(command)
     for place, word in enumerate(words):
         if word == "--resume" and place + 1 < len(words):
@@ -177,23 +162,17 @@ def resuming(command: Sequence[str]) -> list[str]:
     return words
 
 
-def _tell(left: Sequence[Process], told: set[Process]) -> None:
-    """Send SIGTERM, once to each, to the ranks; where there are none, to the command.
+def _terminate_ranks(left: Sequence[Process], signalled: set[Process]) -> None:
+    """Send SIGTERM, once each, to the ranks; to the command where there are none.
 
-    Past the launchers, because DeepSpeed's ends its ranks one after another.
+    Not to launchers: DeepSpeed's ends its ranks one after another.
     """
     ranks = {one.pid: one for one in left if has_variable(one.pid, "RANK")}
     topmost = [one for one in ranks.values() if one.parent not in ranks]
     for process in topmost or left[:1]:
-        if process not in told:
-            told.add(process)
+        if process not in signalled:
+            signalled.add(process)
             _send(process, signal.SIGTERM)
-
-
-def _kill(left: Sequence[Process]) -> None:
-    logger.error("killing %d processes that did not end in time", len(left))
-    for process in left:
-        _send(process, signal.SIGKILL)
 
 
 def _send(process: Process, number: signal.Signals) -> None:
@@ -201,21 +180,17 @@ def _send(process: Process, number: signal.Signals) -> None:
         os.kill(process.pid, number)
 
 
-def _ended() -> list[tuple[int, int]]:
-    """Ids and statuses of our children that have ended since the last call, adopted ones too."""
+def _ended_children() -> list[tuple[int, int]]:
+    """Ids and statuses of the children, adopted ones too, that ended since the last call."""
     found: list[tuple[int, int]] = []
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return found
-        if pid == 0:
-            return found
-        found.append((pid, status))
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            found.append(ended)
+    return found
 
 
 def _die_with_parent() -> None:
-    """In the child, before the program: if this process is killed, it is to stop too."""
+    """In the child: end it too if this process is killed."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -226,10 +201,10 @@ def _prctl(option: int, value: int) -> None:
 
 def main() -> int:
     """Run on the command line's arguments."""
-    words = sys.argv[1:]
-    own, command = words, []
-    if "--" in words:
-        own, command = words[: words.index("--")], words[words.index("--") + 1 :]
+    own, command = sys.argv[1:], list[str]()
+    if "--" in own:
+        place = own.index("--")
+        own, command = own[:place], own[place + 1 :]
     if "--help" in own or "-h" in own:
         text = help_text(usage=USAGE, purpose=PURPOSE, sections=("supervise",), flags=())
         sys.stdout.write(text + "\n")
@@ -241,7 +216,8 @@ def main() -> int:
             raise UsageError(
                 "no command; write it after --, such as: -- deepspeed vlal_dist/train.py"
             )
-        return supervise(command, **line.config.supervise.model_dump())
+        with tempfile.TemporaryDirectory(prefix="vlal-supervise-") as folder:
+            return Supervisor(line.config.supervise, exit_file=Path(folder, "code")).run(command)
     except VlalError as error:
         sys.stderr.write(f"supervise: error: {error}\n")
         return error.exit_code

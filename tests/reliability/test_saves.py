@@ -95,7 +95,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_its_code(
     job = Job(config, tmp_path, run=str(small_disk / "run"))
     start = job.start(disk("fill", "applied", 9, small_disk))
     assert start.wait() == 74, start.text()
-    assert "trained to the end, but the last checkpoint was not written" in start.text()
+    assert "training is complete, but the last checkpoint was not written" in start.text()
 
 
 class S3Run:

@@ -15,7 +15,7 @@ RANK = """
 import sys, time
 from vlal_dist.training.stop import Launcher
 launcher = Launcher.of_this_process()
-print(len(launcher._watched), flush=True)
+print(len(launcher.watched), flush=True)
 while not launcher.is_gone():
     time.sleep(0.02)
 print("gone", flush=True)

@@ -88,7 +88,7 @@ class Engine:
 
     @property
     def reduces_apart(self) -> bool:
-        """Whether gradients are summed over ranks by `reduce`; ZeRO 1 and 2 do it in `backward`."""
+        """Whether `reduce` sums the gradients over ranks; with ZeRO 1 and 2 `backward` does."""
         return self.zero_stage == 0
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -98,7 +98,7 @@ class Engine:
             self._engine.backward(loss, scale_wrt_gas=False)
 
     def reduce(self) -> None:
-        """Sum the gradients of a step over ranks, if that was not done on the way."""
+        """Sum the gradients of a step over ranks, if `backward` has not."""
         if self.reduces_apart:
             self._engine.allreduce_gradients()
 
@@ -114,21 +114,17 @@ class Engine:
         return [gradient for gradient in found if gradient is not None]
 
     def optimizer_tensors(self, *, keep: bool) -> dict[str, Tensor]:
-        """Adam's whole state, the same with any ZeRO stage; every rank must call.
+        """Adam's whole state (optimizer_state.py), equal for any ZeRO stage; every rank must call.
 
         Args:
-            keep: whether this rank wants it; otherwise it may get nothing.
-
-        Returns:
-            PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step, on the CPU; nothing before
-            the first step.
+            keep: whether this rank needs it; otherwise it may get nothing.
         """
         if self.zero_stage:
             return gather_adam(self.module, self._engine.optimizer, keep=keep)
         return adam_tensors(self.module, self.optimizer) if keep else {}
 
     def restore_optimizer(self, tensors: Mapping[str, Tensor], *, where: str) -> None:
-        """Put `optimizer_tensors`' values back, of any stage and world size; weights come first.
+        """Undo `optimizer_tensors`, of any stage and world size; restore the weights before.
 
         Raises:
             DataError: a parameter's state is missing or has another shape.
@@ -146,11 +142,11 @@ class Engine:
 
 
 def leave_ranks() -> None:
-    """Leave the process group; call it when no engine is referenced any more.
+    """Destroy the process group; call it when no engine is referenced any more.
 
-    A process group that something still holds when it is destroyed can abort the finished process
-    ("terminate called without an active exception"). With bfloat16, 9 of 56 exits did so while
-    the engine was alive, none of 48 after it had been collected. Hence the collection first.
+    Destroying a process group that an engine still holds can abort the finished process
+    ("terminate called without an active exception"): with bfloat16 9 of 56 exits did, none of 48
+    after the engine had been collected.
     """
     gc.collect()
     comm = sys.modules.get("deepspeed.comm")
@@ -161,10 +157,10 @@ def leave_ranks() -> None:
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """Import DeepSpeed for this device, without its first-use compilation."""
+    """Import DeepSpeed for a device, without its compilation on first use."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     modules = cast("dict[str, Any]", sys.modules)
-    # Its autotuner, which nothing here runs, imports mlflow where there is one: 1.3 s of each rank.
+    # Its unused autotuner imports mlflow where it is installed: 1.3 s of each rank.
     hides_mlflow = modules.setdefault("mlflow", None) is None
     try:
         import deepspeed
@@ -173,8 +169,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     finally:
         if hides_mlflow:
             del modules["mlflow"]
-    # On CPU it would compile a shared-memory all-reduce (30 s, g++, ninja) that only its
-    # inference calls. Saying that the op is not there keeps training on torch's gloo.
+    # On CPU it would compile a shared-memory all-reduce (30 s, g++, ninja) that only its inference
+    # uses; marked as incompatible, training stays on torch's gloo.
     compatible = cast("dict[str, bool]", deepspeed.ops.__compatible_ops__)
     compatible["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,7 +1,7 @@
-"""The ranks of a job: who am I, and the few collectives that training uses besides gradients.
+"""Process group: joining it, and the collectives that training uses besides gradients.
 
-Works the same under `deepspeed`, `torchrun` and plain `python`. Flags travel on a gloo group of
-their own, so that agreeing on them needs no accelerator. No object is ever pickled over the wire.
+Works the same under `deepspeed`, `torchrun` and plain `python`. Flags and counts use a gloo group
+of their own, so that they need no accelerator. No object is pickled.
 """
 
 import os
@@ -22,9 +22,9 @@ from vlal_dist.errors import ConfigError, DataError, StorageError, VlalError
 T = TypeVar("T")
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-"""Variables that give the processes of this machine: torchrun's, then DeepSpeed's."""
+"""Variables with the number of processes of this machine: torchrun's, then DeepSpeed's."""
 FOREIGN_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Variables by which other launchers give the number of tasks."""
+"""Variables with the number of tasks of other launchers."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ranks:
     control: dist.ProcessGroup | None
 
     def agree(self, *flags: bool) -> tuple[bool, ...]:
-        """Each flag, raised if any rank raised it; every rank must call, and gets the same."""
+        """Each flag, true if it is true on any rank; every rank must call, and gets the same."""
         if self.control is None:
             return flags
         votes = torch.tensor(flags, dtype=torch.int64)
@@ -54,15 +54,15 @@ class Ranks:
         return tuple(bool(vote) for vote in votes.tolist())
 
     def together(self, work: Callable[[], T]) -> T:
-        """Do this rank's part of a work; if it fails on any rank, every rank raises.
+        """Do this rank's part of some work; if it fails on any rank, every rank raises.
 
         Raises:
-            VlalError: this rank's own error, or one of the worst exit code among the others'.
+            VlalError: this rank's own error, or one with the highest exit code of the others'.
         """
         failure: Exception | None = None
         try:
             done = work()
-        except Exception as error:  # whatever it is, the others must not wait for this rank
+        except Exception as error:  # of any kind: the others must not wait for this rank
             failure = error
         own = failure.exit_code if isinstance(failure, VlalError) else int(failure is not None)
         worst = torch.tensor([own])
@@ -71,19 +71,9 @@ class Ranks:
         if failure is not None:
             raise failure
         if code := int(worst):
-            kind = next(
-                (k for k in (ConfigError, DataError, StorageError) if k.exit_code == code),
-                VlalError,
-            )
-            raise kind("another rank failed; its own message says why")
+            kinds = {kind.exit_code: kind for kind in (ConfigError, DataError, StorageError)}
+            raise kinds.get(code, VlalError)("another rank failed; its own message says why")
         return done
-
-    def from_rank_0(self, *values: int) -> list[int]:
-        """Rank 0's integers, on every rank."""
-        message = torch.tensor(values, dtype=torch.int64)
-        if self.control is not None:
-            dist.broadcast(message, src=0, group=self.control)
-        return [int(value) for value in message.tolist()]
 
     def total(self, *values: int) -> list[int]:
         """Sums over ranks of integers of at most 32 bits each; every rank must call."""
@@ -94,9 +84,8 @@ class Ranks:
 
     def texts(self, own: str) -> list[str]:
         """The texts of all ranks, in rank order; every rank must call."""
-        data = torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8) if own else None
-        rows = torch.empty(0, dtype=torch.uint8) if data is None else data
-        return [bytes(part.cpu().numpy()).decode() for part in self.gather(rows.to(self.device))]
+        data = torch.tensor(list(own.encode()), dtype=torch.uint8, device=self.device)
+        return [bytes(part.cpu().numpy()).decode() for part in self.gather(data)]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, on `device`."""
@@ -105,9 +94,9 @@ class Ranks:
         return tensor
 
     def gather(self, rows: Tensor) -> list[Tensor]:
-        """The rows [n_r, ...] of all ranks, in rank order; n_r may differ.
+        """The rows [n_r, ...] of all ranks, in rank order.
 
-        Shorter parts are padded for the trip; the rest of the shape and the dtype must agree.
+        n_r may differ (shorter parts are padded in transit), the rest of the shape may not.
         """
         if self.world_size == 1:
             return [rows]
@@ -122,15 +111,15 @@ class Ranks:
 
 
 def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
-    """Join the peers that the launcher announced in the environment, or be alone without one.
+    """Join the process group that the launcher's variables describe; without them a single rank.
 
     Args:
         threads: torch threads of this process; 0: cores / processes on this machine.
-        timeout_s: longest wait for another rank, in the beginning and in each collective.
+        timeout_s: longest wait for another rank, at the start and in each collective.
 
     Raises:
         ConfigError: the launcher's variables are incomplete.
-        StorageError: the ranks cannot meet.
+        StorageError: the ranks cannot connect.
     """
     for name in FOREIGN_SIZES:
         if "WORLD_SIZE" not in os.environ and int(os.environ.get(name) or 1) > 1:
@@ -138,18 +127,15 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
                 f"{name} says {os.environ[name]} tasks, but no launcher set WORLD_SIZE: each task "
                 "would train alone into one run root; start with deepspeed or torchrun"
             )
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    rank, local_rank, world_size = (
-        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    )
-    local_size = _local_size(world_size)
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    rank, local_rank, world_size = (int(os.environ.setdefault(*one)) for one in defaults.items())
+    local_sizes = [int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name)]
+    local_size = max(1, local_sizes[0]) if local_sizes else world_size
     torch.set_num_threads(threads or max(1, _cores() // local_size))
     device = _device(local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if world_size == 1:
-        # Alone: an in-process store, so that nothing listens on any port.
+        # An in-process store, so that nothing listens on any port.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
         return Ranks(0, 1, local_rank, device, None)
@@ -158,12 +144,11 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
             f"WORLD_SIZE is {world_size} but {' and '.join(missing)} are not set; start with "
             "`deepspeed vlal_dist/train.py` or torchrun, or unset WORLD_SIZE for one process"
         )
-    announced = any(os.environ.get(name) for name in LOCAL_SIZES)
-    if announced and local_size == world_size and sys.platform == "linux":
+    if local_sizes and local_size == world_size and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
     timeout = timedelta(seconds=timeout_s)
-    # DeepSpeed makes groups of its own, with torch's default: a rank that hangs would be waited for
-    # half an hour. torch has no public way to set it; tests/reliability/test_peers.py holds this.
+    # DeepSpeed makes groups of its own with torch's default timeout, half an hour. torch has no
+    # public way to change it; tests/reliability/test_peers.py tests this.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
     try:
@@ -173,8 +158,8 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise StorageError(
-            f"ranks cannot meet at {where} ({error}); if another job holds the port, give the "
-            "launcher another: deepspeed --master_port N"
+            f"ranks cannot connect at {where} ({error}); if another job uses the port, give the "
+            "launcher another one: deepspeed --master_port N"
         ) from None
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, device, control)
@@ -182,10 +167,10 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
 
 @contextmanager
 def peers_needed() -> Iterator[None]:
-    """Name what it is when a collective fails because a peer has died, or hangs.
+    """Translate gloo's and NCCL's errors of a collective, whose peer has died or hangs.
 
     Raises:
-        VlalError: instead of gloo's or NCCL's error.
+        VlalError: instead.
     """
     try:
         yield
@@ -197,14 +182,6 @@ def peers_needed() -> Iterator[None]:
             f"another rank died, or hung for longer than training.peer_timeout_s ({first}); its "
             "own log may say why. The same command resumes from the last checkpoint"
         ) from error
-
-
-def _local_size(world_size: int) -> int:
-    """Processes on this machine: torchrun's name for it, then DeepSpeed's."""
-    for name in LOCAL_SIZES:
-        if os.environ.get(name):
-            return max(1, int(os.environ[name]))
-    return world_size
 
 
 def _cores() -> int:

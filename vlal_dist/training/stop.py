@@ -1,65 +1,69 @@
-"""Requests to stop a run: signals, and the end of its launcher.
+"""Stop requests of a run: signals, and the end of the launcher.
 
-SIGTERM to the `deepspeed` command ends that command alone: its child, which started the ranks, and
-the ranks go on, with nobody to wait for them. So a rank looks at both between its steps.
+SIGTERM to the `deepspeed` command ends that command alone: the process that started the ranks and
+the ranks themselves go on. So a rank checks its launcher between steps as well.
 
-Launchers signal ranks at different moments (DeepSpeed's up to 30 s apart), or die and leave them
-alone; so no rank acts on its own flag: `Ranks.agree` makes all of them save and leave after the
-same step.
+Launchers signal ranks at different moments (DeepSpeed's up to 30 s apart) or die without a signal.
+No rank acts on its own request: `Ranks.agree` makes all of them save and leave after the same step.
 """
 
 import os
 import signal
-from collections.abc import Sequence
-from types import FrameType, TracebackType
+from dataclasses import dataclass
+from types import FrameType
 
-from vlal_dist.processes import Process, command_line, look_at, names
+from vlal_dist.processes import Process, command_line, look_at
 
 PROGRAM_WORDS = 4
 """`python -u -m MODULE`: where a command line names its program; later words are arguments."""
 INIT = 1
-NOBODY = Process(pid=-1, parent=-1, started=-1)
+ENDED = Process(pid=-1, parent=-1, started=-1)
 
 
+@dataclass(frozen=True)
 class Launcher:
-    """The processes that started this rank and that it must not outlive.
+    """The processes that started this rank; the run stops when one of them has ended.
 
-    Args:
-        watched: none: nothing is ever missed.
+    Attributes:
+        watched: empty: the run never stops because of them.
     """
 
-    def __init__(self, watched: Sequence[Process]) -> None:
-        self._watched = tuple(watched)
+    watched: tuple[Process, ...]
 
     @classmethod
     def of_this_process(cls) -> "Launcher":
-        """DeepSpeed's two, torchrun's one; none for a process that a shell started.
+        """Two processes of DeepSpeed, or torchrun's one; none if a shell started this process.
 
-        What started a launcher (a shell, ssh, a scheduler) may end and leave it to its work.
+        What started the launcher itself (a shell, ssh, a scheduler) may end before it.
         """
         parent = look_at(os.getppid())
         if parent is None:
             return cls(())
         words = command_line(parent.pid)[:PROGRAM_WORDS]
-        if "torchrun" in names(words) or "torch.distributed.run" in words:
+        if _runs(parent, "torchrun") or "torch.distributed.run" in words:
             return cls((parent,))
         if "deepspeed.launcher.launch" not in words:
             return cls(())
         front = look_at(parent.parent)
-        if front is not None and "deepspeed" in names(command_line(front.pid)[:PROGRAM_WORDS]):
+        if front is not None and _runs(front, "deepspeed"):
             return cls((parent, front))
         if parent.parent == INIT and os.environ.get("CROSS_SIZE") == "1":
-            # On a single machine the front process starts the other: here it is gone already.
-            return cls((parent, NOBODY))
+            # On a single machine the front process starts the other: it has ended already.
+            return cls((parent, ENDED))
         return cls((parent,))
 
     def is_gone(self) -> bool:
         """Whether one of them has ended."""
-        return not all(process.is_alive() for process in self._watched)
+        return not all(process.is_alive() for process in self.watched)
+
+
+def _runs(process: Process, program: str) -> bool:
+    words = command_line(process.pid)[:PROGRAM_WORDS]
+    return program in {word.rpartition("/")[2] for word in words}
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""The last is what Slurm sends on request some time before a job's end."""
+"""SIGUSR1 is what Slurm sends on request some time before a job's end."""
 LAUNCHER_GONE = "launcher_gone"
 
 
@@ -69,7 +73,7 @@ class StopRequest:
     Must be entered in the main thread, as Python demands of signal handlers.
 
     Args:
-        launcher: whose end is a request too.
+        launcher: its end is a request, too.
 
     Attributes:
         received: name of the first signal, or LAUNCHER_GONE, or None.
@@ -92,12 +96,7 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
