@@ -46,11 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def printed(
-    folder: Path, what: str, capsys: pytest.CaptureFixture[str], *more: str
+    folder: Path, what: dict[str, int], capsys: pytest.CaptureFixture[str], *more: str
 ) -> tuple[str, list[dict[str, str]]]:
     """The first header line, and the lines by the names in the second."""
     capsys.readouterr()
-    assert run("inspect", folder / "config.yaml", "--order", what, *more) == 0
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in what.items()]
+    assert run("inspect", folder / "config.yaml", "--order", *flags, *more) == 0
     first, second, *lines = capsys.readouterr().out.splitlines()
     assert lines.pop().startswith("inspect: done:")
     names = second.removeprefix("# ").split("\t")
@@ -104,17 +105,29 @@ def seen_by_loaders(
     return sorted(found, key=lambda line: line[:2])
 
 
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "a whole epoch": ("epoch=0,step=0,steps=9,ranks=1", {}),
-    "three ranks": ("epoch=1,step=1,steps=2,ranks=3", {}),
-    "recut": ("epoch=0,step=2,steps=2,ranks=3,first=4", {"lanes": 8, "accumulation": 2}),
-    "fewer ranks": ("epoch=4,step=0,steps=2,ranks=2,first=4", {"accumulation": 2}),
-    "exact end": ("epoch=1,step=4,steps=3,ranks=2", {"epoch_end": "exact"}),
-    "one window": ("epoch=0,step=0,steps=2,ranks=2", {"window_blocks": 1}),
-    "mix": ("epoch=3,step=0,steps=9,ranks=2", {"mix": {"merged": 1.0, "other": 0.4}}),
-    "repeats": ("epoch=2,step=1,steps=9,ranks=4", {"repeat_threshold": 0.4}),
-    "subset": ("epoch=2,step=0,steps=2,ranks=2", {"subset": "keys.txt", "repeat_threshold": 0.2}),
-    "score files": ("epoch=0,step=0,steps=2,ranks=1", {"likelihood": "scores"}),
+CASES: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
+    "a whole epoch": ({"epoch": 0, "step": 0, "steps": 9, "ranks": 1}, {}),
+    "three ranks": ({"epoch": 1, "step": 1, "steps": 2, "ranks": 3}, {}),
+    "recut": (
+        {"epoch": 0, "step": 2, "steps": 2, "ranks": 3, "first_ranks": 4},
+        {"lanes": 8, "accumulation": 2},
+    ),
+    "fewer ranks": (
+        {"epoch": 4, "step": 0, "steps": 2, "ranks": 2, "first_ranks": 4},
+        {"accumulation": 2},
+    ),
+    "exact end": ({"epoch": 1, "step": 4, "steps": 3, "ranks": 2}, {"epoch_end": "exact"}),
+    "one window": ({"epoch": 0, "step": 0, "steps": 2, "ranks": 2}, {"window_blocks": 1}),
+    "mix": (
+        {"epoch": 3, "step": 0, "steps": 9, "ranks": 2},
+        {"mix": {"merged": 1.0, "other": 0.4}},
+    ),
+    "repeats": ({"epoch": 2, "step": 1, "steps": 9, "ranks": 4}, {"repeat_threshold": 0.4}),
+    "subset": (
+        {"epoch": 2, "step": 0, "steps": 2, "ranks": 2},
+        {"subset": "keys.txt", "repeat_threshold": 0.2},
+    ),
+    "score files": ({"epoch": 0, "step": 0, "steps": 2, "ranks": 1}, {"likelihood": "scores"}),
 }
 
 
@@ -122,8 +135,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_the_printed_order_is_what_loaders_give(
     folder: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, data = CASES[case][0], dict(CASES[case][1])
-    what = {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
+    what, data = CASES[case][0], dict(CASES[case][1])
     mix, accumulation = data.pop("mix", {}), data.pop("accumulation", 1)
     subset = str(folder / data.pop("subset")) if "subset" in data else None
     mixture = open_mixture(
@@ -139,7 +151,7 @@ def test_the_printed_order_is_what_loaders_give(
     expected = seen_by_loaders(
         mixture,
         what,
-        first=what.get("first", what["ranks"]),
+        first=what.get("first_ranks", what["ranks"]),
         training=TrainingConfig(batch_size=14, accumulation=accumulation),
         **{name: data[name] for name in named if name in data},
     )
@@ -148,16 +160,16 @@ def test_the_printed_order_is_what_loaders_give(
     arguments += ["--training.batch_size=14", f"--training.accumulation={accumulation}"]
     arguments += [f"--data.mix={json.dumps({str(folder / name): p for name, p in mix.items()})}"]
     arguments += [f"--data.subset={subset}"] if subset else []
-    _, lines = printed(folder, text, capsys, *arguments)
+    _, lines = printed(folder, what, capsys, *arguments)
     assert identities(lines) == expected
     for rank in range(what["ranks"]):
-        _, own = printed(folder, f"{text},rank={rank}", capsys, *arguments)
+        _, own = printed(folder, {**what, "rank": rank}, capsys, *arguments)
         assert identities(own) == [line for line in expected if line[1] == rank]
 
 
 def test_a_line_says_where_its_sample_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mix = json.dumps({str(folder / name): 1 for name in ("merged", "other")})
-    first, lines = printed(folder, "steps=99", capsys, "--data.mix", mix, "--data.lanes", "4")
+    first, lines = printed(folder, {"steps": 99}, capsys, "--data.mix", mix, "--data.lanes", "4")
     assert first == "# epoch 0, visits 144, lanes 4, micro_batches 1, steps 9"
     assert [int(line["position"]) for line in lines] == list(range(144))
     assert {line["dataset"] for line in lines} == {"merged", "other"}
@@ -183,7 +195,7 @@ def test_counts_go_to_the_json_file(
 ) -> None:
     found = tmp_path / "counts.json"
     more = ("--json", str(found), "--data.lanes", "12")
-    _, lines = printed(folder, "step=3,steps=5,ranks=3,rank=1", capsys, *more)
+    _, lines = printed(folder, {"step": 3, "steps": 5, "ranks": 3, "rank": 1}, capsys, *more)
     counts = json.loads(found.read_text())
     seconds = counts.pop("seconds")
     assert seconds >= 0 and counts == {
@@ -197,30 +209,34 @@ def test_counts_go_to_the_json_file(
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("flags", "message"),
     [
-        ("", "epoch=E,step=S"),
-        ("epoch", "epoch=E,step=S"),
-        ("epoch=1;step=2", "epoch=E,step=S"),
-        ("epoch=-1", "epoch=E,step=S"),
-        ("steps=two", "epoch=E,step=S"),
-        ("epoch=9999999999", "epoch=E,step=S"),
-        ("lanes=4", "epoch=E,step=S"),
-        ("epoch=1,epoch=2", "epoch is given twice"),
-        ("steps=0", "steps is 0"),
-        ("ranks=0", "ranks is 0"),
-        ("rank=1", "rank 1 of 1 ranks"),
-        ("step=4", "has 4 steps of 16 samples"),
-        ("ranks=5", "5 ranks but 4 lanes"),
-        ("first=5", "5 ranks but 4 lanes"),
+        ("--epoch=", "--epoch '': give a whole number, 0 or larger"),
+        ("--epoch=-1", "--epoch '-1': give a whole number, 0 or larger"),
+        ("--steps=two", "--steps 'two': give a whole number, 1 or larger"),
+        ("--epoch=9999999999", "give a whole number"),
+        ("--lanes=4", "unknown flag --lanes"),
+        ("--steps=0", "1 or larger"),
+        ("--ranks=0", "1 or larger"),
+        ("--rank=1", "--rank 1: ranks are counted from 0 and --ranks is 1"),
+        ("--step=4", "has 4 steps of 16 samples"),
+        ("--ranks=5", "5 ranks but 4 lanes"),
+        ("--first-ranks=5", "5 ranks but 4 lanes"),
     ],
 )
-def test_what_cannot_be_is_a_wrong_command_line(
-    folder: Path, what: str, message: str, capsys: pytest.CaptureFixture[str]
+def test_impossible_steps_are_a_usage_error(
+    folder: Path, flags: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--order", what, "--data.lanes", "4")
+    arguments = ("--order", flags, "--data.lanes", "4")
     assert run("inspect", folder / "config.yaml", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_flags_that_select_steps_need_the_order(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("inspect", folder / "config.yaml", "--step", "3") == 2
+    assert "give --order too" in capsys.readouterr().err
 
 
 def test_without_the_flag_the_dataset_is_described(

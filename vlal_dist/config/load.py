@@ -39,13 +39,18 @@ PROFILES: dict[str, dict[str, object]] = {
 
 DEFAULT_CONFIG = "configs/vaw.yaml"
 
-SWITCHES = ("plan", "retry-quarantined")
+SWITCHES = ("plan", "order", "retry-quarantined")
 FLAGS: dict[str, str] = {
     "plan": "print what would be done and stop",
     "resume": "auto | PATH | none: continue from a checkpoint",
     "json": "FILE: also write the closing counts there",
-    "order": "epoch=E,step=S,steps=K,ranks=W,rank=R,first=F, each optional: print what these steps "
-    "train on (first: ranks of the run's first start)",
+    "order": "print what the steps selected by the flags below train on",
+    "epoch": "E: epoch of the steps, from 0 (default: 0)",
+    "step": "S: first step in that epoch, from 0 (default: 0)",
+    "steps": "K: number of steps (default: 1)",
+    "ranks": "W: ranks that share a step (default: 1)",
+    "rank": "R: print the samples of this rank only",
+    "first-ranks": "F: ranks of the run's first start (default: W)",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
     "retry-quarantined": "score shards with unusable crops again",
     "object-vectors": "FILE: write CLIP text vectors of the object names of paths.instances there, "
