@@ -272,7 +272,11 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    """The loss: which terms, which exponents, and how many attributes are ignored."""
+    """The loss: a row of Table 1, its exponents, and which unannotated pairs are ignored.
+
+    It travels whole from here to the operator. A new number of the formula is a field, an entry of
+    `options`, and its use in `method/selective_loss.py` and `kernels/src/focal.h`.
+    """
 
     profile: Literal["paper", "released", "corrected"] = Field(
         "paper", description="named set of defaults over all sections; an explicit key overrides it"
@@ -288,7 +292,7 @@ class LossConfig(Section):
     )
     draw: Literal["random", "top"] = Field(
         "random",
-        description="ablation of loss selective: NUM_IGNORE drawn anew at each visit (Fig. 3), or "
+        description="ablation of loss selective: NUM_IGNORE drawn at each visit (Fig. 3), or "
         "the top ones by weight, the same at every visit (ties: lower attribute id)",
     )
     draw_weights: Literal["likelihood", "uniform", "cooccurrence"] = Field(
@@ -314,6 +318,49 @@ class LossConfig(Section):
     )
     psl_threshold: float = Field(0.5, ge=0, le=1, description="prior above which PSL ignores")
     psl_topk: int = Field(5, ge=0, description="unannotated ignored per row by PSL, over the batch")
+
+    @property
+    def gammas(self) -> tuple[float, float, float, float]:
+        """Exponents of POSITIVE, NEGATIVE, FEASIBLE and INFEASIBLE pairs in this row of Table 1."""
+        own = (self.gamma_positive, self.gamma_negative, self.gamma_feasible, self.gamma_infeasible)
+        return own if self.loss == "selective" else _TABLE_1[self.loss][1]
+
+    @property
+    def unannotated(self) -> Literal["draw", "top", "ignore", "negatify", "psl"]:
+        """Which unannotated pairs have no loss in this row of Table 1.
+
+        `draw`: those drawn by likelihood (Fig. 3); `top`: the likeliest; `ignore`: all;
+        `negatify`: none; `psl`: the most probable.
+        """
+        if self.loss == "selective":
+            return "draw" if self.draw == "random" else "top"
+        return _TABLE_1[self.loss][0]
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The numbers that the formula of a pair reads, named as C++ and CUDA read them."""
+        positive, negative, feasible, infeasible = self.gammas
+        return {
+            "gamma_positive": positive,
+            "gamma_negative": negative,
+            "gamma_feasible": feasible,
+            "gamma_infeasible": infeasible,
+            "margin": self.margin,
+            "detach_focal": float(self.detach_focal),
+        }
+
+
+_ASL, _CE = (1.0, 2.0, 4.0, 4.0), (0.0, 0.0, 0.0, 0.0)
+_TABLE_1: dict[
+    str, tuple[Literal["ignore", "negatify", "psl"], tuple[float, float, float, float]]
+] = {
+    "ce_ignoring": ("ignore", _CE),
+    "ce_negatifying": ("negatify", _CE),
+    "asl_ignoring": ("ignore", _ASL),
+    "asl_negatifying": ("negatify", _ASL),  # unlike textbook ASL, 4 for the unannotated
+    "psl": ("psl", _ASL),
+}
+"""The baselines of Table 1: unannotated pairs, and exponents as in `LossConfig.gammas`."""
 
 
 class ModelConfig(Section):

@@ -1,7 +1,7 @@
-"""Which backend computes the selective loss here, why, and whether it is right.
+"""Report and self-test of the backend that computes the selective loss on this machine.
 
 python -m vlal_dist.kernels          report and self-test
-python -m vlal_dist.kernels build    compile into the cache, for an image that has no compiler
+python -m vlal_dist.kernels build    compile into the cache, for an image without a compiler
 """
 
 import argparse
@@ -11,18 +11,25 @@ from pathlib import Path
 
 import torch
 
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cuda
+from vlal_dist.kernels.arguments import KINDS
 from vlal_dist.kernels.backend import VARIABLE, choose
 from vlal_dist.kernels.cpu import VARIANTS, build, cache_folder, compiler
 from vlal_dist.kernels.self_test import self_test
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
-GAMMAS = {"selective": (1.0, 2.0, 4.0, 7.0), "asl": (1.0, 2.0, 4.0, 4.0), "ce": (0.0,) * 4}
+ROWS = {
+    "selective": ("draw", "list"),
+    "asl_ignoring": ("ignore", "negatify", "mask"),
+    "ce_ignoring": ("ignore", "negatify", "mask"),
+}
+"""Rows of Table 1 that differ in their exponents, and the forms of ignored pairs they occur with."""
 
 
 def main() -> int:
-    """Report or build; 0, 1 where a backend is wrong, 64 where a request cannot be met."""
+    """Report or build; exit code 1 if a backend is wrong, 64 if a request cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m vlal_dist.kernels", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     commands = parser.add_subparsers(dest="command")
@@ -32,7 +39,7 @@ def main() -> int:
         nargs="*",
         default=(),
         metavar="SM",
-        help=f"GPUs to compile for, such as {' '.join(ARCHITECTURES)}; none: the CPU alone",
+        help=f"GPUs to compile for, such as {' '.join(ARCHITECTURES)}; none: only the CPU",
     )
     arguments = parser.parse_args()
     try:
@@ -78,19 +85,19 @@ def _build(architectures: list[str]) -> int:
     made: list[Path] = [build(variant) for variant in VARIANTS]
     for architecture in architectures:
         made.append(cuda.compiled(cuda.TOTALS, architecture))
-        made += [cuda.compiled(one.defines(), architecture) for one in _common()]
+        made += [cuda.compiled(defines, architecture) for defines in _common()]
     for path in made:
         sys.stdout.write(f"{path}\n")
     return 0
 
 
-def _common() -> list[cuda.Settings]:
-    """What the rows of Table 1 run with by default; other settings are compiled at first use."""
+def _common() -> list[tuple[str, ...]]:
+    """Programs of the rows of Table 1 with default settings; others are compiled at first use."""
     return [
-        cuda.Settings(kind, mode, gammas, 0.05, True, cuda.WARP)
-        for kind in (0, 1, 2)
-        for name, gammas in GAMMAS.items()
-        for mode in (("draw", "list") if name == "selective" else ("ignore", "negatify", "mask"))
+        cuda.program(kind, mode, LossConfig.model_validate({"loss": row}), cuda.WARP)
+        for kind in KINDS.values()
+        for row, modes in ROWS.items()
+        for mode in modes
     ]
 
 

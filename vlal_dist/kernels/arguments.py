@@ -1,13 +1,15 @@
-"""Arguments of the fused operator: types, checks, and the C structure shared by CPU and CUDA.
+"""Inputs of the fused operator: their types, checks, and the C structure that holds them.
 
 Legend: B rows, A attributes, O objects, S feasible pairs, F feasible pairs of the batch's rows.
 """
 
 import struct
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from vlal_dist.config.sections import LossConfig
 
 
 class FeasibleTable(NamedTuple):
@@ -16,8 +18,8 @@ class FeasibleTable(NamedTuple):
     Attributes:
         indptr: int64 [O + 1].
         indices: int32 [S], attributes ascending within an object.
-        largest: attributes of the greatest set, which decides how much of a GPU's memory a draw
-            takes; 0: not known, all attributes are provided for.
+        largest: number of attributes of the largest set, which decides how much of a GPU's shared
+            memory a draw takes; 0: unknown, space for all attributes is reserved.
     """
 
     indptr: Tensor
@@ -26,22 +28,18 @@ class FeasibleTable(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """The draw of Fig. 3, inside of the operator.
+    """Inputs of the draw of Fig. 3; how many are drawn, and from which set, is in `LossConfig`.
 
     Attributes:
         weight_indptr: int64 [B + 1]; each row is as long as its object's feasible set.
-        inverse_weight: float32 [F], max likelihood / likelihood (`inverse_weights`); what is not
-            positive and finite cannot be drawn.
-        num_ignore: NUM_IGNORE >= 0; -1: the whole drawing set.
-        over_unannotated: draw among the unannotated feasible attributes alone.
+        inverse_weight: float32 [F], max likelihood / likelihood (`inverse_weights`); attributes
+            whose weight is not positive and finite cannot be drawn.
         uid, visit: int64 [B].
         seed: int64 [1].
     """
 
     weight_indptr: Tensor
     inverse_weight: Tensor
-    num_ignore: int
-    over_unannotated: bool
     uid: Tensor
     visit: Tensor
     seed: Tensor
@@ -60,11 +58,12 @@ class Labels(NamedTuple):
 
 
 Tensors = dict[str, Tensor | None]
-"""By their names in the structure."""
+"""Tensors by their names in the C structure."""
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """Losses, gradient, sums and counts."""
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-MODES = {"draw": 0, "list": 1, "ignore": 2, "negatify": 3, "mask": 4}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MODES = {"draw": 0, "list": 1, "mask": 2, "ignore": 3, "negatify": 4}
+"""How ignored pairs are given: to be drawn, as attributes, as a mask; or all, or none."""
 
 _POINTERS = (
     *("logits", "gradient", "label", "label_indptr", "label_code", "object_id"),
@@ -72,82 +71,49 @@ _POINTERS = (
     *("seed", "drawn", "ignored", "row_weight", "per_row", "sums", "counts", "drawn_out"),
     *("keys", "partial"),
 )
-_LAYOUT = struct.Struct(f"@{len(_POINTERS)}P7q5d5i4x")
+LAYOUT = struct.Struct(f"@{len(_POINTERS)}P6q4i")
 """`struct Arguments` of arguments.h; packed, as a ctypes structure takes three times as long."""
 
 
-class Asked(TypedDict):
-    """What a backend is asked for, by keyword.
-
-    Attributes:
-        mode: a name of `MODES`.
-        num_ignore, over_unannotated: of the draw.
-        gammas, margin, detach_focal: of the loss.
-    """
-
-    mode: str
-    num_ignore: int
-    over_unannotated: bool
-    gammas: tuple[float, float, float, float]
-    margin: float
-    detach_focal: bool
-
-
-def draw_alone(num_ignore: int, over_unannotated: bool) -> Asked:
-    """A draw without a loss."""
-    return Asked(
-        mode="draw",
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=(0.0, 0.0, 0.0, 0.0),
-        margin=0.0,
-        detach_focal=False,
-    )
-
-
 def pack(
-    tensors: Tensors,
-    *,
-    attributes: int,
-    threads: int = 1,
-    largest: int = 0,
-    **asked: Unpack[Asked],
+    tensors: Tensors, mode: str, loss: LossConfig, *, largest: int = 0, threads: int = 1
 ) -> bytes:
-    """The structure's bytes.
+    """The bytes of `struct Arguments`.
 
     Args:
-        tensors: by their names in the structure, outputs included; contiguous, `logits` and
-            `gradient` along their rows. They must outlive the call. Without `logits` there is
-            a draw and no loss.
-        attributes: A.
-        threads: on the CPU, at most so many.
-        largest: on CUDA, the size of the greatest feasible set.
-        asked: see `Asked`.
+        tensors: inputs and outputs, contiguous, `logits` along its rows. They must outlive the
+            call.
+        mode: a name of `MODES`.
+        loss: its `num_ignore` and `draw_over` are used; the formula's numbers go another way
+            (`option_list`).
+        largest: on CUDA, the size of the largest feasible set.
+        threads: on the CPU, the most threads used.
     """
-    logits, gradient, object_id = (tensors.get(n) for n in ("logits", "gradient", "object_id"))
-    assert object_id is not None
+    logits = tensors["logits"]
+    assert logits is not None
+    rows, attributes = logits.shape
     drawn = tensors.get("drawn")
-    if drawn is None:
-        drawn = tensors.get("drawn_out")
+    drawn = tensors.get("drawn_out") if drawn is None else drawn
     found = map(tensors.get, _POINTERS)
-    rows = len(object_id)
-    apart = [attributes if t is None or rows < 2 else t.stride(0) for t in (logits, gradient)]
-    return _LAYOUT.pack(
+    return LAYOUT.pack(
         *[0 if tensor is None else tensor.data_ptr() for tensor in found],
         rows,
         attributes,
-        *apart,
+        attributes if rows < 2 else logits.stride(0),
         0 if drawn is None else drawn.shape[1],
-        asked["num_ignore"],
+        -1 if loss.num_ignore == "all" else loss.num_ignore,
         largest,
-        *asked["gammas"],
-        asked["margin"],
-        MODES[asked["mode"]],
-        0 if logits is None else KINDS[logits.dtype],
-        asked["detach_focal"],
-        asked["over_unannotated"],
+        MODES[mode],
+        KINDS[logits.dtype],
+        loss.draw_over == "unannotated",
         threads,
     )
+
+
+def option_list(loss: LossConfig) -> str:
+    """`-DVLAL_OPTIONS`: names and values of `LossConfig.options`, which `struct Loss` expands."""
+    listed = (f"OPTION({name},{float(value)!r}f)" for name, value in loss.options.items())
+    return f"-DVLAL_OPTIONS={''.join(listed)}"
 
 
 TYPES = {
@@ -166,32 +132,22 @@ TYPES = {
     "ignored": (torch.bool, "[B, A]"),
     "row_weight": (torch.float32, "[B]"),
 }
-"""Name -> type, and shape where there is one to hold it to."""
-NAMES = ("logits", *TYPES)
+"""Inputs beside the logits: type, and shape where it follows from the logits'."""
 
 
-def check_logits(logits: Tensor) -> None:
-    """Type and dimensions.
-
-    Raises:
-        ValueError: they do not fit.
-    """
-    if logits.dim() != 2 or logits.dtype not in KINDS:
-        raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}, floating [B, A] is needed")
-
-
-def check(tensors: Tensors, *, rows: int, attributes: int, device: torch.device) -> None:
-    """Shapes, types and devices; values (ids within their tables) are the caller's.
+def check(logits: Tensor, tensors: Tensors) -> None:
+    """Check shapes, types and devices; values (ids within their tables) are the caller's to check.
 
     Args:
-        tensors: of `TYPES`, by name.
-        rows: B.
-        attributes: A.
-        device: of all.
+        logits: [B, A].
+        tensors: entries of `TYPES`.
 
     Raises:
-        ValueError: something does not fit.
+        ValueError: a tensor does not fit.
     """
+    if logits.dim() != 2 or logits.dtype not in (*KINDS, torch.float64):
+        raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}; give floating [B, A]")
+    rows, attributes = logits.shape
     shapes = {
         "[B, A]": (rows, attributes),
         "[B]": (rows,),
@@ -199,12 +155,12 @@ def check(tensors: Tensors, *, rows: int, attributes: int, device: torch.device)
         "[1]": (1,),
     }
     for name, tensor in tensors.items():
-        if tensor is None or name == "logits":
+        if tensor is None:
             continue
         dtype, form = TYPES[name]
         wanted = (rows, tensor.shape[-1]) if form == "[B, k]" else shapes.get(form, tensor.shape)
-        if tensor.dtype != dtype or tensor.shape != wanted or tensor.device != device:
+        if tensor.dtype != dtype or tensor.shape != wanted or tensor.device != logits.device:
             raise ValueError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; {dtype} "
-                f"{form} with B = {rows}, A = {attributes} on {device} is needed"
+                f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; give {dtype} "
+                f"{form} with B = {rows}, A = {attributes} on {logits.device}"
             )

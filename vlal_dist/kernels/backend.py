@@ -1,7 +1,7 @@
-"""Which backend does the work, and why.
+"""Choice of the backend: the fastest that works.
 
-The fastest that works is used: a missing compiler, NVRTC or driver never breaks a run, it is said
-once. `VLAL_KERNEL` forces one of `BACKENDS`; then its absence is an error.
+A missing compiler, NVRTC or driver is logged once and the PyTorch implementation used instead.
+`VLAL_KERNEL` forces one of `BACKENDS`; then its absence is an error.
 """
 
 import functools
@@ -13,7 +13,6 @@ import torch
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cpu, cuda
-from vlal_dist.kernels.cpu import instruction_set
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +21,7 @@ BACKENDS = ("cpu", "cuda", "reference")
 
 
 class Chosen(NamedTuple):
-    """A backend and why it was taken."""
+    """A backend and the reason for it."""
 
     name: str
     why: str
@@ -36,13 +35,13 @@ def choose(device: str) -> Chosen:
         device: `cpu` or `cuda`.
 
     Raises:
-        ConfigError: `VLAL_KERNEL` names none, or one that does not work here.
+        ConfigError: `VLAL_KERNEL` is unknown, or a backend that does not work here.
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", *BACKENDS):
-        raise ConfigError(f"{VARIABLE}={forced} is none of {', '.join(BACKENDS)}; unset it")
+        raise ConfigError(f"{VARIABLE} is {forced!r}; give one of {', '.join(BACKENDS)}, or unset it")
     if forced == "reference":
-        return Chosen("reference", f"{VARIABLE} says so")
+        return Chosen("reference", f"set by {VARIABLE}")
     if forced not in ("", device):
         raise ConfigError(f"{VARIABLE}={forced} does not work on {device}; unset it")
     if device not in BACKENDS:
@@ -52,18 +51,18 @@ def choose(device: str) -> Chosen:
     except (ConfigError, OSError, RuntimeError) as error:  # torch and the driver raise the last
         if forced:
             raise ConfigError(f"{VARIABLE}={forced}: {error}") from None
-        logger.warning("the selective loss runs by its readable reference: %s", error)
+        logger.warning("selective loss: using the PyTorch reference (%s)", error)
         return Chosen("reference", str(error))
 
 
 def _try_cpu() -> str:
-    cpu.load(instruction_set())
-    return f"compiled for {instruction_set()}"
+    cpu.load(cpu.instruction_set())
+    return f"compiled for {cpu.instruction_set()}"
 
 
 def _try_cuda() -> str:
     if not torch.cuda.is_available():
         raise ConfigError("torch sees no GPU")
-    cuda.load(None, torch.cuda.current_device())
+    cuda.load(cuda.TOTALS, torch.cuda.current_device())
     major, minor = torch.cuda.get_device_capability()
     return f"compiled for sm_{major}{minor} by NVRTC {cuda.version()}"

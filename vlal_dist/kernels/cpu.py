@@ -1,9 +1,7 @@
-"""The selective loss on the CPU: compile the C++ library once, call it on tensors.
+"""CPU backend of the selective loss: a C++ library, compiled at first use.
 
-Nothing is compiled at install: at first use, under a file lock, g++ (or $CXX) makes a library of
-plain C functions without any header of torch or Python, so that it outlives their versions.
-
-Arguments are checked by `selective_loss.py`; here they are laid into the C structure.
+g++ (or $CXX) builds it under a file lock; it includes no header of torch or Python, so that it
+works with all their versions. Inputs were checked by `operator.selective_loss`.
 """
 
 import ctypes
@@ -13,21 +11,23 @@ import hashlib
 import os
 import shlex
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import Asked, Outputs, Tensors, draw_alone, pack
+from vlal_dist.kernels.arguments import Outputs, Tensors, option_list, pack
 
 SOURCES = Path(__file__).with_name("src")
-# No contraction: the draw's bits are single multiplications and additions. The loss says itself
-# where it wants fma, so that AVX2 and AVX-512 agree.
+# No contraction: the draw's bits are single multiplications and additions. The loss calls fma
+# explicitly, so that AVX2 and AVX-512 agree.
 FLAGS = (
+    option_list(LossConfig()),  # the names; values come with each call
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )
@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "baseline": (),
 }
-"""Instruction set -> its flags, the widest first."""
+"""Instruction set -> its compiler flags, the widest first."""
 _NAMES = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
@@ -60,7 +60,7 @@ def compiler() -> list[str]:
         if path is not None:
             return [path, *command[1:]]
     if wanted:
-        raise ConfigError(f"CXX={wanted} is no program; name a C++ compiler, or unset it")
+        raise ConfigError(f"CXX={wanted} is not a program; give a C++ compiler, or unset it")
     raise ConfigError("no C++ compiler: install g++, or set CXX")
 
 
@@ -84,7 +84,7 @@ def build(variant: str) -> Path:
 
 
 def digest_of(*settings: object) -> str:
-    """Of the sources and of whatever else decides what becomes of them."""
+    """Digest of the sources and of everything else that decides what they compile to."""
     digest = hashlib.sha256(repr(settings).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
@@ -92,10 +92,10 @@ def digest_of(*settings: object) -> str:
 
 
 def kept(name: str, make: Callable[[Path], None]) -> Path:
-    """The file of that name in the cache, made unless it is there.
+    """The file of that name in the cache, written unless it is there.
 
     Args:
-        name: tells apart whatever it can be made of.
+        name: must differ wherever the content does.
         make: writes the file to the path given.
 
     Raises:
@@ -140,85 +140,45 @@ WORTH_A_THREAD = 16_384
 
 
 @functools.cache
-def load(variant: str) -> Callable[[Any], None]:
+def load(variant: str) -> Callable[[Any, Any], None]:
     """The C function of a variant, compiled if need be."""
     function: Any = ctypes.CDLL(str(build(variant))).vlal_selective_loss
-    function.argtypes, function.restype = [ctypes.c_char_p], None
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_char_p], None
     return function  # type: ignore[no-any-return]
 
 
 def run(
     tensors: Tensors,
+    mode: str,
+    loss: LossConfig,
     *,
     threads: int | None = None,
     variant: str | None = None,
-    **asked: Unpack[Asked],
 ) -> Outputs:
-    """Losses, gradient, sums and counts; see `selective_loss.selective_loss`.
+    """Losses, gradient, sums and counts; see `operator.selective_loss`.
 
     Args:
-        tensors: by their names in the C structure; contiguous, `logits` along its rows. With
-            `gradient`, which may be `logits` itself, that is written and returned.
-        threads: at most so many; None: torch's.
+        tensors: by their names in the C structure; contiguous, `logits` along its rows and no
+            float64.
+        mode: a name of `MODES`.
+        loss: exponents, margin, and how the draw is made.
+        threads: most threads used; None: torch's number.
         variant: instruction set; None: the widest of this processor.
-        asked: see `Asked`.
     """
     logits = tensors["logits"]
     assert logits is not None
-    rows, attributes = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    gradient = tensors.get("gradient")
-    if gradient is None:
-        gradient = torch.empty(rows, attributes, dtype=logits.dtype)
-    per_row, sums = torch.empty(rows, dtype=dtype), torch.empty(5, dtype=torch.float64)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    per_row, sums = torch.empty(len(logits)), torch.empty(5, dtype=torch.float64)
     counts = torch.empty(5, dtype=torch.int64)
     if logits.numel() == 0:  # an empty tensor has no address
         return per_row.zero_(), gradient, sums.zero_(), counts.zero_()
+    most = torch.get_num_threads() if threads is None else threads
     arguments = pack(
         {**tensors, "gradient": gradient, "per_row": per_row, "sums": sums, "counts": counts},
-        attributes=attributes,
-        threads=_threads(rows * attributes, threads),
-        **asked,
+        mode,
+        loss,
+        threads=max(1, min(most, logits.numel() // WORTH_A_THREAD)),
     )
-    load(variant or instruction_set())(arguments)
+    options = loss.options.values()
+    load(variant or instruction_set())(arguments, struct.pack(f"{len(options)}f", *options))
     return per_row, gradient, sums, counts
-
-
-def draw(
-    tensors: Tensors,
-    attributes: int,
-    num_ignore: int,
-    over_unannotated: bool,
-    *,
-    threads: int | None = None,
-    variant: str | None = None,
-) -> Tensor:
-    """The attributes drawn, int32 [B, k]; see `selective_loss.draw_ignored`.
-
-    Args:
-        tensors: as `run`, without logits.
-        attributes: A.
-        num_ignore: k >= 0.
-        over_unannotated, threads, variant: as `run`.
-    """
-    object_id = tensors["object_id"]
-    assert object_id is not None
-    rows = len(object_id)
-    drawn = torch.full((rows, min(num_ignore, attributes)), -1, dtype=torch.int32)
-    if drawn.numel() == 0:
-        return drawn
-    unused = {"per_row": torch.empty(rows), "sums": torch.empty(5, dtype=torch.float64)}
-    unused["counts"] = torch.empty(5, dtype=torch.int64)
-    arguments = pack(
-        {**tensors, **unused, "drawn_out": drawn},
-        attributes=attributes,
-        threads=_threads(rows * attributes, threads),
-        **draw_alone(num_ignore, over_unannotated),
-    )
-    load(variant or instruction_set())(arguments)
-    return drawn
-
-
-def _threads(elements: int, most: int | None) -> int:
-    most = torch.get_num_threads() if most is None else most
-    return max(1, min(most, elements // WORTH_A_THREAD))

@@ -1,95 +1,73 @@
-"""The selective loss on a GPU: compile with NVRTC, choose a launch, run on torch's stream.
+"""GPU backend of the selective loss: compile with NVRTC, choose a launch, run on torch's stream.
 
-It needs no GPU and no toolkit. The settings of a run are constants of the program: powers become a
-few multiplications, and what a setting does not need is not there.
-
-Nothing here touches a GPU, so that the emulated programs of the tests are launched the same way.
+Compiling needs no GPU and no toolkit. The options of a loss are constants of the program: powers
+become a few multiplications, and unused branches disappear.
 
 Nothing waits for the device: a launch can be captured in a CUDA graph once its program is loaded,
-which the first call does. Arguments are checked by `selective_loss.py`.
+which the first call does. Inputs were checked by `operator.selective_loss`.
 """
 
 import ctypes
 import functools
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import KINDS, MODES, Asked, Outputs, Tensors, draw_alone, pack
+from vlal_dist.kernels.arguments import KINDS, MODES, Outputs, Tensors, option_list, pack
 from vlal_dist.kernels.cpu import SOURCES, digest_of, kept
 
 WARP, BLOCK = 32, 256
 """Lanes of a team: short rows get a warp each, long ones a block."""
 TOTALS = ("-DVLAL_TOTALS", f"-DVLAL_TEAM={BLOCK}")
-"""Defines of the program that adds up what the blocks of the other one left."""
+"""Defines of the program that adds up the sums of the other one's blocks."""
 # No contraction: the draw's bits are single multiplications and additions, as on the CPU.
 _OPTIONS = ("--std=c++17", "--fmad=false")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a program is compiled for.
+@functools.cache
+def program(kind: int, mode: str, loss: LossConfig, team: int) -> tuple[str, ...]:
+    """Defines of the program for a type of logits, a form of the ignored pairs and a loss.
 
-    Attributes:
-        kind: of the logits, an entry of `arguments.KINDS` below float64.
+    Args:
+        kind: of the logits, a value of `arguments.KINDS`.
         mode: a name of `arguments.MODES`.
-        gammas, margin, detach_focal: of the loss.
+        loss: its `options` become constants.
         team: `WARP` or `BLOCK`.
     """
-
-    kind: int
-    mode: str
-    gammas: tuple[float, float, float, float]
-    margin: float
-    detach_focal: bool
-    team: int
-
-    @classmethod
-    def of(cls, asked: Asked, *, kind: int, team: int) -> "Settings":
-        """Those of a call."""
-        loss = (asked["gammas"], asked["margin"], asked["detach_focal"])
-        return cls(kind, asked["mode"], *loss, team)
-
-    def defines(self) -> tuple[str, ...]:
-        """As the compiler takes them."""
-        names = ("POSITIVE", "NEGATIVE", "FEASIBLE", "INFEASIBLE")
-        gammas = (
-            f"-DVLAL_GAMMA_{name}={gamma!r}f"
-            for name, gamma in zip(names, map(float, self.gammas), strict=True)
-        )
-        return (
-            f"-DVLAL_KIND={self.kind}",
-            f"-DVLAL_MODE={MODES[self.mode]}",
-            *gammas,
-            f"-DVLAL_MARGIN={float(self.margin)!r}f",
-            f"-DVLAL_DETACH={'true' if self.detach_focal else 'false'}",
-            f"-DVLAL_TEAM={self.team}",
-        )
+    return (
+        f"-DVLAL_KIND={kind}",
+        f"-DVLAL_MODE={MODES[mode]}",
+        option_list(loss),
+        f"-DVLAL_TEAM={team}",
+    )
 
 
 def compiled(defines: tuple[str, ...], architecture: str) -> Path:
     """The program for a GPU, compiled unless it is in the cache.
 
     Args:
-        defines: `Settings.defines()`, or `TOTALS`.
+        defines: `program(...)`, or `TOTALS`.
         architecture: such as `sm_90`.
 
     Raises:
         ConfigError: NVRTC is missing or fails, or the cache cannot be written.
     """
     digest = digest_of(_OPTIONS, defines, version())
-    name = f"cuda-{architecture}-{digest}.cubin"
-    return kept(name, lambda target: _write(target, compile_program(defines, architecture)[0]))
+
+    def make(target: Path) -> None:
+        target.write_bytes(compile_program(defines, architecture)[0])
+
+    return kept(f"cuda-{architecture}-{digest}.cubin", make)
 
 
 def compile_program(
     defines: tuple[str, ...], architecture: str, *, source: bytes = b'#include "cuda.cu"'
 ) -> tuple[bytes, str]:
-    """The program's bytes, and what the assembler says of registers and spills.
+    """The program's bytes, and the assembler's log, which lists registers and spills.
 
     Args:
         defines, architecture: of `compiled`.
@@ -118,21 +96,21 @@ def compile_program(
         _check(status)
         log = bytearray(size)
         _check(*nvrtc.nvrtcGetProgramLog(program, log))
-        told = bytes(log).decode(errors="replace").strip("\0\n")
+        text = bytes(log).decode(errors="replace").strip("\0\n")
         if failed != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            lines = [line for line in told.splitlines() if "error" in line]
+            lines = [line for line in text.splitlines() if "error" in line]
             raise ConfigError(f"NVRTC for {architecture}: {(lines or [failed.name])[0][:300]}")
         status, size = nvrtc.nvrtcGetCUBINSize(program)
         _check(status)
         cubin = bytearray(size)
         _check(*nvrtc.nvrtcGetCUBIN(program, cubin))
-        return bytes(cubin), told
+        return bytes(cubin), text
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 
 
 def version() -> str:
-    """Of NVRTC.
+    """Version of NVRTC.
 
     Raises:
         ConfigError: there is none.
@@ -142,17 +120,13 @@ def version() -> str:
     return f"{major}.{minor}"
 
 
-def _write(target: Path, cubin: bytes) -> None:
-    target.write_bytes(cubin)
-
-
 def _check(status: object) -> None:
     if getattr(status, "value", 0) != 0:
-        raise ConfigError(f"NVRTC fails: {status}")
+        raise ConfigError(f"NVRTC failed: {status}")
 
 
 def _nvrtc() -> Any:
-    """The bindings; imported here, as a build of torch without CUDA does not bring them.
+    """The bindings, which a build of torch without CUDA does not bring.
 
     Raises:
         ConfigError: they or the library are missing.
@@ -178,7 +152,7 @@ class Launch(NamedTuple):
         team: lanes that work on a row.
         blocks: of `THREADS` threads.
         shared: bytes of shared memory of a block.
-        keys_shared: whether the race keys have their place there, or in device memory.
+        keys_shared: whether the race keys lie there, or in device memory.
     """
 
     team: int
@@ -211,21 +185,21 @@ def plan_launch(*, rows: int, attributes: int, drawable: int, most_shared: int) 
 
 
 STATIC = 1024
-"""Shared memory that the program itself declares, at most."""
+"""Most bytes of shared memory that the program itself declares."""
 
 
 class Prepared(NamedTuple):
     """A call, ready to be launched.
 
     Attributes:
-        settings: what the program of the rows is compiled for.
+        defines: of the program of the rows.
         launch: how it is launched; the program of the totals is one block.
         arguments: of both programs.
         outputs: losses, gradient, sums and counts, not written yet.
-        held: what must live until the launch.
+        held: tensors that must live until the launch.
     """
 
-    settings: Settings
+    defines: tuple[str, ...]
     launch: Launch
     arguments: bytes
     outputs: Outputs
@@ -233,12 +207,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    tensors: Tensors, *, largest: int, most_shared: int, **asked: Unpack[Asked]
+    tensors: Tensors, mode: str, loss: LossConfig, largest: int, *, most_shared: int
 ) -> Prepared:
     """Outputs and arguments of a batch that is not empty.
 
     Args:
-        tensors, largest, asked: of `cuda.run`.
+        tensors, mode, loss, largest: of `run`.
         most_shared: bytes of shared memory that a block can have.
 
     Raises:
@@ -247,64 +221,37 @@ def prepare(
     logits = tensors["logits"]
     assert logits is not None
     rows, attributes = logits.shape
-    draws = asked["mode"] == "draw" and asked["num_ignore"] > 0
+    draws = mode == "draw" and loss.num_ignore not in (0, "all")
     drawable = (largest or attributes) if draws else 0
     launch = plan_launch(
         rows=rows, attributes=attributes, drawable=drawable, most_shared=most_shared
     )
-    outputs = outputs_for(tensors)
+    outputs = outputs_for(logits)
     made = dict(zip(("per_row", "gradient", "sums", "counts"), outputs, strict=True))
     made["partial"] = logits.new_empty(launch.blocks, 9, dtype=torch.float32)
     if not launch.keys_shared:
         made["keys"] = logits.new_empty(rows, drawable, dtype=torch.int32)
-    arguments = pack({**tensors, **made}, attributes=attributes, largest=drawable, **asked)
-    settings = Settings.of(asked, kind=KINDS[logits.dtype], team=launch.team)
-    return Prepared(settings, launch, arguments, outputs, list(made.values()))
+    arguments = pack({**tensors, **made}, mode, loss, largest=drawable)
+    defines = program(KINDS[logits.dtype], mode, loss, launch.team)
+    return Prepared(defines, launch, arguments, outputs, list(made.values()))
 
 
-def prepare_draw(
-    tensors: Tensors,
-    attributes: int,
-    num_ignore: int,
-    over_unannotated: bool,
-    *,
-    largest: int,
-    most_shared: int,
-) -> tuple[Settings, Launch, bytes, list[Tensor]]:
-    """Program, launch, arguments and what must live until then, of a draw without a loss."""
-    object_id = tensors["object_id"]
-    assert object_id is not None
-    drawable, rows = largest or attributes, len(object_id)
-    launch = plan_launch(
-        rows=rows, attributes=attributes, drawable=drawable, most_shared=most_shared
-    )
-    made: dict[str, Tensor] = {}
-    if not launch.keys_shared:
-        made["keys"] = object_id.new_empty(rows, drawable, dtype=torch.int32)
-    asked = draw_alone(num_ignore, over_unannotated)
-    arguments = pack({**tensors, **made}, attributes=attributes, largest=drawable, **asked)
-    settings = Settings.of(asked, kind=0, team=launch.team)
-    return settings, launch, arguments, list(made.values())
-
-
-def outputs_for(tensors: Tensors) -> Outputs:
+def outputs_for(logits: Tensor) -> Outputs:
     """Losses, gradient, sums and counts, to be written."""
-    logits, gradient = tensors["logits"], tensors.get("gradient")
-    assert logits is not None
     return (
         logits.new_empty(len(logits), dtype=torch.float32),
-        logits.new_empty(logits.shape) if gradient is None else gradient,
+        logits.new_empty(logits.shape),
         logits.new_empty(5, dtype=torch.float64),
         logits.new_empty(5, dtype=torch.int64),
     )
 
 
-def run(tensors: Tensors, *, largest: int = 0, **asked: Unpack[Asked]) -> Outputs:
-    """As `cpu.run`, on the GPU of the logits, which are no float64.
+def run(tensors: Tensors, mode: str, loss: LossConfig, largest: int = 0) -> Outputs:
+    """As `cpu.run`, on the GPU of the logits.
 
     Args:
-        tensors, asked: of `cpu.run`.
-        largest: attributes of the greatest feasible set; 0: not known.
+        tensors, mode, loss: of `cpu.run`.
+        largest: attributes of the largest feasible set; 0: unknown.
 
     Raises:
         ConfigError: the program cannot be compiled or loaded, or a row is too long.
@@ -313,56 +260,31 @@ def run(tensors: Tensors, *, largest: int = 0, **asked: Unpack[Asked]) -> Output
     assert logits is not None
     device = logits.device
     if logits.numel() == 0:
-        per_row, gradient, sums, counts = outputs_for(tensors)
+        per_row, gradient, sums, counts = outputs_for(logits)
         return per_row.zero_(), gradient, sums.zero_(), counts.zero_()
-    call = prepare(tensors, largest=largest, most_shared=_most_shared(device.index), **asked)
+    call = prepare(tensors, mode, loss, largest, most_shared=_most_shared(device.index))
     blocks, shared = call.launch.blocks, call.launch.shared
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        rows, totals = load(call.settings, device.index), load(None, device.index)
+        rows, totals = load(call.defines, device.index), load(TOTALS, device.index)
         _start(rows, blocks, shared, stream, call.arguments)
         _start(totals, 1, 0, stream, call.arguments, blocks.to_bytes(8, "little"))
     return call.outputs
 
 
-def draw(
-    tensors: Tensors, attributes: int, num_ignore: int, over_unannotated: bool, *, largest: int = 0
-) -> Tensor:
-    """As `cpu.draw`, on the GPU of the object ids; largest as in `run`."""
-    object_id = tensors["object_id"]
-    assert object_id is not None
-    rows, device = len(object_id), object_id.device
-    drawn = object_id.new_full((rows, min(num_ignore, attributes)), -1, dtype=torch.int32)
-    if drawn.numel() == 0:
-        return drawn
-    settings, launch, arguments, _ = prepare_draw(
-        {**tensors, "drawn_out": drawn},
-        attributes,
-        num_ignore,
-        over_unannotated,
-        largest=largest,
-        most_shared=_most_shared(device.index),
-    )
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _start(load(settings, device.index), launch.blocks, launch.shared, stream, arguments)
-    return drawn
-
-
 @functools.cache
-def load(settings: Settings | None, device: int) -> Any:
-    """The kernel of the rows, or without settings that of the totals, compiled if need be.
+def load(defines: tuple[str, ...], device: int) -> Any:
+    """The kernel of a program, compiled if need be.
 
     Raises:
         ConfigError: it cannot be compiled or loaded.
     """
     driver = _driver()
     major, minor = torch.cuda.get_device_capability(device)
-    defines = settings.defines() if settings else TOTALS
     cubin = compiled(defines, f"sm_{major}{minor}").read_bytes()
     torch.cuda.current_stream(device).synchronize()  # torch's context is there and current
     module = _done(driver.cuModuleLoadData(cubin))
-    name = b"vlal_rows" if settings else b"vlal_totals"
+    name = b"vlal_totals" if defines == TOTALS else b"vlal_rows"
     kernel = _done(driver.cuModuleGetFunction(module, name))
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _done(driver.cuFuncSetAttribute(kernel, attribute, _most_shared(device) - STATIC))
@@ -378,7 +300,7 @@ def _start(kernel: Any, blocks: int, shared: int, stream: int, *arguments: bytes
 
 @functools.cache
 def _most_shared(device: int) -> int:
-    """Bytes of shared memory that a block may ask for."""
+    """Most bytes of shared memory that a block can have."""
     driver = _driver()
     name = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
     return int(_done(driver.cuDeviceGetAttribute(name, _done(driver.cuDeviceGet(device)))))
@@ -394,12 +316,12 @@ def _driver() -> Any:
 
 
 def _done(answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver gives.
+    """The result of a driver call.
 
     Raises:
         ConfigError: it failed.
     """
     status, *values = answer
     if status.value != 0:
-        raise ConfigError(f"the CUDA driver answers {status.name}")
+        raise ConfigError(f"the CUDA driver failed: {status.name}")
     return values[0] if values else None

@@ -1,127 +1,192 @@
-"""The selective loss as torch knows it: gradient, registration, and who does the work."""
+"""The selective loss with its draw as one operator: Eqs. (1), (3), (4) and Fig. 3 in one pass.
 
-from typing import Any
+It gives the same numbers as `method/`, which tests use as the oracle: the draw bit for bit, losses
+and gradients within float32. `method/selective_loss.py` has the table of terms.
+
+Legend: B rows, A attributes.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vlal_dist.config.sections import LossConfig
+from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cpu, cuda, reference
-from vlal_dist.kernels.arguments import NAMES, Asked, Outputs, Tensors
+from vlal_dist.kernels.arguments import (
+    TYPES,
+    Draw,
+    FeasibleTable,
+    Labels,
+    Outputs,
+    Tensors,
+    check,
+)
 from vlal_dist.kernels.backend import choose
+from vlal_dist.method.selective_loss import LossTerms
 
-Settings = tuple[str, int, bool, list[float], float, bool, int, str]
-"""mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest, kernel."""
+Kernel = Literal["auto", "reference"]
+
+
+def selective_loss(
+    logits: Tensor,
+    *,
+    label: Tensor | Labels,
+    object_id: Tensor,
+    feasible: FeasibleTable,
+    ignored: Draw | Tensor | None,
+    loss: LossConfig,
+    row_weight: Tensor | None = None,
+    kernel: Kernel = "auto",
+) -> LossTerms:
+    """Losses of all rows; their gradient is computed in the same pass.
+
+    Args:
+        logits: float32, bfloat16 or float16 [B, A], or float64, which the reference computes; rows
+            may be strided.
+        label: int8 [B, A] (+1 present, -1 absent, 0 unannotated), or CSR.
+        object_id: int64 [B].
+        feasible: Omega_o of all objects.
+        ignored: the draw of Fig. 3; or drawn attributes, int32 [B, k], -1 where there are fewer;
+            or a mask, bool [B, A]; or None where all unannotated pairs are ignored or none, as
+            `loss.unannotated` says.
+        loss: exponents, margin, and how the draw is made.
+        row_weight: float32 [B], or None for 1; a row of weight 0 has no loss, whatever its logits.
+        kernel: `auto` takes the fastest backend (`backend.choose`), `reference` the readable one.
+
+    Returns:
+        Losses [B] (float32, float64 of float64 logits), sums and counts of the terms.
+
+    Raises:
+        ConfigError: `ignored` is None, but `loss.unannotated` is neither `ignore` nor `negatify`.
+        ValueError: tensors whose shapes or types do not fit.
+    """
+    tensors: Tensors = {
+        "object_id": object_id,
+        "feasible_indptr": feasible.indptr,
+        "feasible_index": feasible.indices,
+        "row_weight": row_weight,
+    }
+    if isinstance(label, Labels):
+        tensors |= {"label_indptr": label.indptr, "label_code": label.code}
+    else:
+        tensors["label"] = label
+    mode: str = loss.unannotated
+    if isinstance(ignored, Draw):
+        mode = "draw"
+        tensors |= ignored._asdict()
+    elif ignored is not None:
+        mode, name = ("mask", "ignored") if ignored.dtype == torch.bool else ("list", "drawn")
+        tensors[name] = ignored
+    elif mode not in ("ignore", "negatify"):
+        raise ConfigError(f"ignored is None, but the loss needs `{mode}`; give a Draw or a mask")
+    check(logits, tensors)
+    if torch.compiler.is_compiling():
+        listed = [tensors.get(name) for name in TYPES]
+        options, sizes = _numbers(loss, feasible.largest)
+        per_row, _, sums, counts = compiled_loss(logits, listed, options, sizes, mode, kernel)
+    else:
+        given = (tensors, mode, loss, feasible.largest, kernel)
+        per_row, sums, counts = EagerLoss.apply(logits, *given)  # type: ignore[no-untyped-call]
+    return LossTerms(per_row, sums, counts)
+
+
+def _run(
+    logits: Tensor, tensors: Tensors, mode: str, loss: LossConfig, largest: int, kernel: str
+) -> Outputs:
+    """Compute losses and gradient on the backend of the logits' device."""
+    laid = {n: None if t is None else t.contiguous() for n, t in tensors.items()}
+    # Rows may be strided, elements of a row may not.
+    laid["logits"] = logits if logits.stride(1) == 1 else logits.contiguous()
+    backend = choose(logits.device.type).name if kernel == "auto" else kernel
+    if backend == "reference" or logits.dtype == torch.float64:
+        return reference.run(laid, mode, loss)
+    return cpu.run(laid, mode, loss) if backend == "cpu" else cuda.run(laid, mode, loss, largest)
 
 
 class EagerLoss(torch.autograd.Function):
-    """Outside of torch.compile: a third of the registered operator's overhead."""
+    """The operator outside of torch.compile: a third of the registered operator's overhead."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tensors: Tensors, settings: Settings, in_place: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, sums, counts; keeps the gradient."""
-        if in_place:
-            tensors["gradient"] = logits
-        per_row, gradient, sums, counts = _run(tensors, settings)
-        if in_place:
-            # Whoever kept these logits for its own gradient is told that they are gone.
-            torch.autograd.graph.increment_version(logits)
-            gradient = logits.detach()
+        per_row, gradient, sums, counts = _run(logits, *given)
         ctx.save_for_backward(gradient)
-        ctx.in_place = in_place
         ctx.mark_non_differentiable(sums, counts)
         return per_row, sums, counts
 
     @staticmethod
     def backward(ctx: Any, grad_per_row: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient, scaled by row."""
-        (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, grad_per_row, in_place=ctx.in_place), None, None, None
+        return _scaled(ctx, grad_per_row), *[None] * 5
 
 
-def _scaled(gradient: Tensor, by_row: Tensor, *, in_place: bool) -> Tensor:
-    """The gradient times that of each row's loss.
+def _scaled(ctx: Any, by_row: Tensor) -> Tensor:
+    """The kept gradient times that of each row's loss.
 
     Raises:
         RuntimeError: within create_graph: the gradient has no derivative of its own.
     """
     if torch.is_grad_enabled():
         raise RuntimeError("the fused selective loss cannot be differentiated twice")
+    gradient: Tensor
+    (gradient,) = ctx.saved_tensors
     if by_row.stride() == (0,) and by_row.is_cpu and len(by_row) and by_row[0].item() == 1.0:
         return gradient  # of a plain sum: another pass would only multiply by 1
-    if in_place and gradient.dtype == by_row.dtype:
-        return gradient.mul_(by_row[:, None])
     # In float32 also for 16 bits, which do not hold a loss scale of 65536.
     return (gradient * by_row[:, None]).to(gradient.dtype)
-
-
-def _run(tensors: Tensors, settings: Settings) -> Outputs:
-    """By the backend of the logits' device."""
-    mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest, kernel = settings
-    positive, negative, feasible, infeasible = gammas
-    logits = tensors["logits"]
-    assert logits is not None
-    laid = {n: None if t is None else t.contiguous() for n, t in tensors.items()}
-    if logits.stride(1) == 1:  # rows may lie apart, elements of a row may not
-        laid["logits"] = logits
-        laid["gradient"] = tensors.get("gradient")
-    asked = Asked(
-        mode=mode,
-        num_ignore=num_ignore,
-        over_unannotated=over_unannotated,
-        gammas=(positive, negative, feasible, infeasible),
-        margin=margin,
-        detach_focal=detach_focal,
-    )
-    backend = choose(logits.device.type).name if kernel == "auto" else kernel
-    if backend == "cpu":
-        return cpu.run(laid, **asked)
-    if backend == "cuda" and logits.dtype != torch.float64:
-        return cuda.run(laid, largest=largest, **asked)
-    return reference.run(laid, **asked)
 
 
 @torch.library.custom_op("vlal::selective_loss", mutates_args=())
 def compiled_loss(
     logits: Tensor,
-    label: Tensor | None,
-    label_indptr: Tensor | None,
-    label_code: Tensor | None,
-    object_id: Tensor,
-    feasible_indptr: Tensor,
-    feasible_index: Tensor,
-    weight_indptr: Tensor | None,
-    inverse_weight: Tensor | None,
-    uid: Tensor | None,
-    visit: Tensor | None,
-    seed: Tensor | None,
-    drawn: Tensor | None,
-    ignored: Tensor | None,
-    row_weight: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    options: Sequence[float],
+    sizes: Sequence[int],
     mode: str,
-    num_ignore: int,
-    over_unannotated: bool,
-    gammas: list[float],
-    margin: float,
-    detach_focal: bool,
-    largest: int,
     kernel: str,
 ) -> Outputs:
-    """Losses, gradient, sums and counts, for torch.compile."""
-    here = locals()
-    settings = (mode, num_ignore, over_unannotated, gammas, margin, detach_focal, largest, kernel)
-    return _run({name: here[name] for name in NAMES}, settings)
+    """Losses, gradient, sums and counts, for torch.compile.
+
+    Args:
+        logits: [B, A].
+        tensors: the others in the order of `TYPES`.
+        options, sizes: `_numbers` of the loss and the table.
+        mode: a name of `MODES`.
+        kernel: as `selective_loss` takes it.
+    """
+    named = dict(zip(TYPES, tensors, strict=True))
+    loss = _loss_of(tuple(options), *sizes[:2])
+    return _run(logits, named, mode, loss, sizes[2], kernel)
+
+
+def _numbers(loss: LossConfig, largest: int) -> tuple[list[float], list[int]]:
+    """What `_run` reads of a loss and a feasible table, as the dispatcher takes it."""
+    num_ignore = -1 if loss.num_ignore == "all" else loss.num_ignore
+    over_unannotated = int(loss.draw_over == "unannotated")
+    return list(loss.options.values()), [num_ignore, over_unannotated, largest]
+
+
+@cache
+def _loss_of(options: tuple[float, ...], num_ignore: int, over_unannotated: int) -> LossConfig:
+    """The loss that `_numbers` was given, as a row of Table 1 that has its own exponents."""
+    named: dict[str, Any] = dict(zip(LossConfig().options, options, strict=True))
+    return LossConfig(
+        **named,
+        num_ignore="all" if num_ignore < 0 else num_ignore,
+        draw_over="unannotated" if over_unannotated else "feasible",
+    )
 
 
 @compiled_loss.register_fake
 def _(logits: Tensor, *_: Any) -> Outputs:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    per_row = logits.new_empty(logits.shape[0], dtype=dtype)
-    gradient = logits.new_empty(logits.shape)
     return (
-        per_row,
-        gradient,
+        logits.new_empty(logits.shape[0], dtype=dtype),
+        logits.new_empty(logits.shape),
         logits.new_empty(5, dtype=torch.float64),
         logits.new_empty(5, dtype=torch.int64),
     )
@@ -131,13 +196,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     _, gradient, sums, counts = output
     ctx.save_for_backward(gradient)
     ctx.mark_non_differentiable(gradient, sums, counts)
-    ctx.inputs = len(inputs)
 
 
 def _backward(ctx: Any, grad_per_row: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    scaled = _scaled(gradient, grad_per_row, in_place=False)
-    return (scaled, *[None] * (ctx.inputs - 1))
+    return _scaled(ctx, grad_per_row), *[None] * 5
 
 
 compiled_loss.register_autograd(_backward, setup_context=_keep)

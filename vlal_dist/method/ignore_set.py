@@ -7,11 +7,16 @@ With inverse weights max(g) / g_a the race needs no normalisation and no divisio
 Shapes: B batch, A attributes. Nothing here touches a generator's state.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vlal_dist.errors import ConfigError
 from vlal_dist.method.philox import philox4x32, unit_exponential
+
+NumIgnore = int | Literal["all"]
+"""NUM_IGNORE >= 0, or the whole drawing set, members that cannot be drawn included."""
 
 _WORD = 0xFFFFFFFF
 # Orders after every key of an attribute that can be drawn, infinite ones included.
@@ -41,7 +46,7 @@ def draw_keys(*, uid: Tensor, visit: Tensor, seed: int, num_attributes: int) -> 
         ((uid >> 32) & _WORD)[:, None],
     )
     words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
-    word = torch.stack(words, dim=2).reshape(len(uid), -1)[:, :num_attributes]
+    word = torch.stack(words, dim=2).reshape(len(uid), 4 * len(group))[:, :num_attributes]
     return unit_exponential(word)
 
 
@@ -49,7 +54,7 @@ def sample_ignore_set(
     *,
     inverse_weight: Tensor,
     drawable: Tensor,
-    num_ignore: int | None,
+    num_ignore: NumIgnore,
     uid: Tensor,
     visit: Tensor,
     seed: int,
@@ -64,8 +69,7 @@ def sample_ignore_set(
         inverse_weight: float32 [B, A], max likelihood / likelihood (`inverse_weights`); an
             attribute whose value is not positive and finite cannot be drawn.
         drawable: bool [B, A], the drawing set, such as Omega_o.
-        num_ignore: NUM_IGNORE >= 0; None (`all`) takes the whole drawing set, including
-            members that cannot be drawn.
+        num_ignore: attributes drawn per row.
         uid: int64 [B].
         visit: int64 [B].
         seed: of the run.
@@ -76,17 +80,14 @@ def sample_ignore_set(
     Raises:
         ConfigError: num_ignore is negative.
     """
-    if num_ignore is None:
+    if num_ignore == "all":
         return drawable.clone()
-    _check(num_ignore)
-    if num_ignore == 0 or inverse_weight.numel() == 0:
-        return torch.zeros_like(drawable)
-    weight, candidate = _candidates(inverse_weight, drawable)
+    weight = inverse_weight.to(torch.float32)
     clock = draw_keys(uid=uid, visit=visit, seed=seed, num_attributes=weight.shape[1])
-    return _smallest(clock * weight, candidate, num_ignore)
+    return _smallest(clock * weight, drawable & (weight > 0) & weight.isfinite(), num_ignore)
 
 
-def top_ignore_set(*, inverse_weight: Tensor, drawable: Tensor, num_ignore: int | None) -> Tensor:
+def top_ignore_set(*, inverse_weight: Tensor, drawable: Tensor, num_ignore: NumIgnore) -> Tensor:
     """The most likely attributes instead of a draw: an ablation of Fig. 3, without randomness.
 
     The k smallest inverse weights, k as in `sample_ignore_set`; ties go to the lower attribute id.
@@ -100,27 +101,18 @@ def top_ignore_set(*, inverse_weight: Tensor, drawable: Tensor, num_ignore: int 
     Raises:
         ConfigError: num_ignore is negative.
     """
-    if num_ignore is None:
+    if num_ignore == "all":
         return drawable.clone()
-    _check(num_ignore)
-    if num_ignore == 0 or inverse_weight.numel() == 0:
-        return torch.zeros_like(drawable)
-    return _smallest(*_candidates(inverse_weight, drawable), num_ignore)
-
-
-def _check(num_ignore: int) -> None:
-    if num_ignore < 0:
-        raise ConfigError(f"num_ignore is {num_ignore}; give 0 or more, or all")
-
-
-def _candidates(inverse_weight: Tensor, drawable: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights float32, and which attributes can be drawn by them; both [B, A]."""
     weight = inverse_weight.to(torch.float32)
-    return weight, drawable & (weight > 0) & weight.isfinite()
+    return _smallest(weight, drawable & (weight > 0) & weight.isfinite(), num_ignore)
 
 
 def _smallest(key: Tensor, candidate: Tensor, count: int) -> Tensor:
     """The candidates with the smallest keys, float32 and positive; bool [B, A]."""
+    if count < 0:
+        raise ConfigError(f"num_ignore is {count}; give 0 or more, or all")
+    if count == 0 or key.numel() == 0:
+        return torch.zeros_like(candidate)
     num_attributes = key.shape[1]
     # Positive floats order as their bits do; the id below them makes every code distinct.
     bits = torch.where(candidate, key.view(torch.int32), _NOT_DRAWN).to(torch.int64)

@@ -14,6 +14,8 @@ A margin m (the authors' code: 0.05) replaces p by max(p - m, 0) in all terms bu
 the loss and its gradient are 0 where p <= m. Nothing is clamped: by softplus all forms, and
 autograd's gradients of them, are right at any logit.
 
+The fused operator (`kernels/`) computes the same table; its formulas are in `kernels/src/focal.h`.
+
 Shapes: B batch, A attributes. Neither draws (ignore_set.py) nor reduces over the batch.
 """
 
@@ -24,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vlal_dist.method.baselines import check_settings
+from vlal_dist.config.sections import LossConfig
 
 
 class Term(IntEnum):
-    """What a pair counts as; the first four index `gammas`."""
+    """What a pair counts as; the first four index `LossConfig.gammas`."""
 
     POSITIVE = 0
     NEGATIVE = 1
@@ -69,13 +71,7 @@ def assign_terms(label: Tensor, feasible: Tensor, ignored: Tensor) -> Tensor:
 
 
 def selective_loss(
-    logits: Tensor,
-    term: Tensor,
-    *,
-    gammas: tuple[float, float, float, float],
-    margin: float = 0.0,
-    detach_focal: bool = False,
-    row_weight: Tensor | None = None,
+    logits: Tensor, term: Tensor, *, loss: LossConfig, row_weight: Tensor | None = None
 ) -> LossTerms:
     """Loss of each row by the table above: Eq. (1), Eq. (3) and Eq. (4).
 
@@ -85,47 +81,80 @@ def selective_loss(
     Args:
         logits: floating [B, A].
         term: uint8 [B, A] (`assign_terms`).
-        gammas: focusing exponents >= 0 of POSITIVE, NEGATIVE, FEASIBLE, INFEASIBLE.
-        margin: m in [0, 1).
-        detach_focal: no gradient through the focusing weight (the authors' code).
+        loss: its `gammas`, `margin` and `detach_focal` (no gradient through the focusing weight,
+            as in the authors' code) are used.
         row_weight: floating [B] or None for 1; no gradient flows to it.
 
     Returns:
         Losses, sums and counts; float32, or float64 for float64 logits.
-
-    Raises:
-        ConfigError: a gamma is negative, or the margin is outside [0, 1).
     """
-    check_settings(gammas, margin)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     dropped = term == int(Term.IGNORED)
     if row_weight is not None:
         dropped = dropped | (row_weight == 0)[:, None]
     z = torch.where(dropped, 0.0, logits.to(dtype))
-    gamma = torch.tensor([*gammas, 0.0], dtype=dtype, device=z.device)[term.to(torch.int64)]
+    gamma = _gamma(term, loss, z)
     positive = term == int(Term.POSITIVE)
-    if margin > 0:
+    if loss.margin > 0:
         # Each form sees only its own pairs: the other's are 0, where both are regular.
-        plain = _focal(torch.where(positive, -z, 0.0), gamma, detach_focal)
-        clipped = _focal_margin(torch.where(positive, 0.0, z), gamma, margin, detach_focal)
-        loss = torch.where(positive, plain, clipped)
+        plain = _focal(torch.where(positive, -z, 0.0), gamma, loss)
+        clipped = _focal_margin(torch.where(positive, 0.0, z), gamma, loss)
+        pairs = torch.where(positive, plain, clipped)
     else:
-        loss = _focal(torch.where(positive, -z, z), gamma, detach_focal)
-    loss = torch.where(dropped, 0.0, loss)
+        pairs = _focal(torch.where(positive, -z, z), gamma, loss)
+    pairs = torch.where(dropped, 0.0, pairs)
     if row_weight is not None:
-        loss = loss * row_weight.detach().to(dtype)[:, None]
+        pairs = pairs * row_weight.detach().to(dtype)[:, None]
         term = torch.where((row_weight == 0)[:, None], len(Term), term)  # counted nowhere
     per_term = [term == int(kind) for kind in Term]
-    sums = torch.stack([torch.where(mask, loss.detach(), 0.0).sum() for mask in per_term])
-    return LossTerms(loss.sum(dim=1), sums, torch.stack([mask.sum() for mask in per_term]))
+    sums = torch.stack([torch.where(mask, pairs.detach(), 0.0).sum() for mask in per_term])
+    return LossTerms(pairs.sum(dim=1), sums, torch.stack([mask.sum() for mask in per_term]))
 
 
-def _focal(u: Tensor, gamma: Tensor, detach_focal: bool) -> Tensor:
+def selective_slopes(logits: Tensor, term: Tensor, *, loss: LossConfig) -> Tensor:
+    """d loss / d logit of each pair in closed form, for use where autograd does not record.
+
+    With u = -z of POSITIVE and z else, P = sigmoid(u), Q = 1 - P, s = softplus(u):
+    P^g (g Q s + P); with a margin and p_m = P - m, q_m = Q + m, l = -log(q_m):
+    p_m^g (g P Q l / p_m + P Q / q_m), 0 where P <= m. Detached: the second summands alone.
+
+    Args:
+        logits, term, loss: as `selective_loss` takes them.
+
+    Returns:
+        float32 [B, A], float64 of float64 logits; 0 of ignored pairs.
+    """
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    ignored, positive = term == int(Term.IGNORED), term == int(Term.POSITIVE)
+    z = torch.where(ignored, 0.0, logits.to(dtype))
+    gamma = _gamma(term, loss, z)
+    u = torch.where(positive, -z, z)
+    p, q, entropy = F.logsigmoid(u).exp(), F.logsigmoid(-u).exp(), -F.logsigmoid(-u)
+    base = torch.where(gamma == 0, 0.0, gamma * F.logsigmoid(u)).exp()
+    slope = base * p if loss.detach_focal else base * (gamma * q * entropy + p)
+    if loss.margin > 0:
+        active = ~(p - loss.margin <= 0)
+        p_m = torch.where(active, p - loss.margin, 0.5)
+        q_m = q + loss.margin
+        entropy = torch.where(p_m < 0.5, -torch.log1p(-p_m.clamp(max=0.5)), -torch.log(q_m))
+        base = torch.where(gamma == 0, 0.0, gamma * torch.log(p_m)).exp()
+        pull = p * q / q_m
+        clipped = base * (pull if loss.detach_focal else gamma * p * q * entropy / p_m + pull)
+        slope = torch.where(positive, slope, torch.where(active, clipped, 0.0))
+    return torch.where(ignored, 0.0, torch.where(positive, -slope, slope))
+
+
+def _gamma(term: Tensor, loss: LossConfig, like: Tensor) -> Tensor:
+    """Each pair's exponent; 0 of ignored pairs."""
+    return like.new_tensor([*loss.gammas, 0.0])[term.to(torch.int64)]
+
+
+def _focal(u: Tensor, gamma: Tensor, loss: LossConfig) -> Tensor:
     """P^gamma * softplus(u) with P = sigmoid(u): all four terms, u = -logit for POSITIVE."""
-    return _power(F.logsigmoid(u), gamma, detach_focal) * -F.logsigmoid(-u)
+    return _power(F.logsigmoid(u), gamma, loss) * -F.logsigmoid(-u)
 
 
-def _focal_margin(z: Tensor, gamma: Tensor, margin: float, detach_focal: bool) -> Tensor:
+def _focal_margin(z: Tensor, gamma: Tensor, loss: LossConfig) -> Tensor:
     """p_m^gamma * -log(1 - p_m) with p_m = max(p - m, 0).
 
     `where` stands before every function that is singular on the side not taken: a zero gradient
@@ -133,16 +162,16 @@ def _focal_margin(z: Tensor, gamma: Tensor, margin: float, detach_focal: bool) -
     """
     # exp(logsigmoid), not sigmoid: autograd's slope p (1 - p) loses 1 - p at large logits.
     p, q = F.logsigmoid(z).exp(), F.logsigmoid(-z).exp()
-    active = ~(p - margin <= 0)
-    p_m = torch.where(active, p - margin, 0.5)
+    active = ~(p - loss.margin <= 0)
+    p_m = torch.where(active, p - loss.margin, 0.5)
     small = p_m < 0.5
     cross_entropy = torch.where(
-        small, -torch.log1p(-torch.where(small, p_m, 0.0)), -torch.log(q + margin)
+        small, -torch.log1p(-torch.where(small, p_m, 0.0)), -torch.log(q + loss.margin)
     )
-    return torch.where(active, _power(torch.log(p_m), gamma, detach_focal) * cross_entropy, 0.0)
+    return torch.where(active, _power(torch.log(p_m), gamma, loss) * cross_entropy, 0.0)
 
 
-def _power(log_base: Tensor, gamma: Tensor, detach_focal: bool) -> Tensor:
+def _power(log_base: Tensor, gamma: Tensor, loss: LossConfig) -> Tensor:
     """base^gamma; gamma 0 gives 1 also for base 0, whose logarithm times 0 is NaN."""
     exponent = torch.where(gamma == 0, 0.0, gamma * log_base)
-    return exponent.detach().exp() if detach_focal else exponent.exp()
+    return exponent.detach().exp() if loss.detach_focal else exponent.exp()

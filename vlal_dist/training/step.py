@@ -1,13 +1,15 @@
-"""BatchNorm's running statistics across ranks and dummy rows (design 8).
+"""One training step, in the order of the paper's Section 2: logits, ignore set, loss, gradient, sum
+over ranks, update.
 
-Every rank normalises by its own micro-batch; only the running statistics that evaluation uses are
-made equal, after every step, so that a save or an evaluation at any step changes nothing.
+The objective is (reference_batch / B) x the sum over the global batch of the sum over attributes,
+B the configured batch also where the last one is shorter: at B = 64 the authors' plain sum
+(docs/method.md).
 """
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,115 +17,168 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from vlal_dist.config.sections import LossConfig, TrainingConfig
 from vlal_dist.data.loading.batch import Batch, on_device
 from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import DataError
-from vlal_dist.kernels.arguments import FeasibleTable
-from vlal_dist.kernels.selective_loss import selective_loss
+from vlal_dist.kernels.arguments import Draw, FeasibleTable
+from vlal_dist.kernels.operator import selective_loss
 from vlal_dist.method.selective_loss import LossTerms, Term
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import (
-    Objective,
     check_psl,
-    choose_ignored,
+    dummy_batch,
+    psl_pairs,
     seed_bits,
+    top_pairs,
     undrawable,
 )
 from vlal_dist.training.ranks import Ranks, name_uids
 
 
-def running_statistics(model: nn.Module) -> list[Tensor]:
-    """running_mean and running_var of every BatchNorm layer, in the model's order.
-
-    `num_batches_tracked` is left out: with a fixed momentum nothing reads it, and as each rank runs
-    equally many micro-batches it is equal everywhere anyway.
-    """
-    return [
-        buffer
-        for name, buffer in model.named_buffers()
-        if name.rpartition(".")[2] in ("running_mean", "running_var")
-    ]
-
-
-def average_statistics(statistics: list[Tensor], ranks: Ranks) -> None:
-    """Replace each statistic by its mean over ranks; one flat all-reduce, nothing for one rank."""
-    if ranks.world_size == 1 or not statistics:
-        return
-    flat = ranks.sum(torch.cat([tensor.flatten() for tensor in statistics])) / ranks.world_size
-    means = torch.split(flat, [tensor.numel() for tensor in statistics])
-    for tensor, mean in zip(statistics, means, strict=True):
-        tensor.copy_(mean.view_as(tensor))
-
-
-@contextmanager
-def restored_statistics(statistics: list[Tensor]) -> Iterator[None]:
-    """Undo what a forward pass inside does to the statistics; for dummy rows.
-
-    The backward pass belongs inside too: autograd refuses buffers that changed before it.
-    """
-    before = [tensor.clone() for tensor in statistics]
-    yield
-    for tensor, old in zip(statistics, before, strict=True):
-        tensor.copy_(old)
-
-
-class StepClock:
-    """Times the two parts of steps; nothing waits for a device because of it.
-
-    On a CPU every step, by the monotonic clock. A GPU works behind the host's clock: there events
-    go into its stream, in some steps only, and are read once the device has passed them.
+class TrainStep:
+    """Runs steps on the engine of this rank.
 
     Args:
-        device: where the model lives.
+        engine: the model and its optimizer.
+        ranks: this process among its peers.
+        loss: what is minimised.
+        training: its `seed`, `kernel`, `batch_size` and `reference_batch` are used.
+        feasible: Omega_o of all objects, on the ranks' device.
+        micro_batches: forward passes of this rank in a step.
+        psl_prior: floating [A], mean probability of each attribute over training, for PSL.
+
+    Raises:
+        ConfigError: PSL with more than one micro-batch per step, or without a prior.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._timing = False
-        self._marks: list[Any] = []
-        self._times: list[tuple[float, float]] = []
+    def __init__(
+        self,
+        engine: Engine,
+        ranks: Ranks,
+        *,
+        loss: LossConfig,
+        training: TrainingConfig,
+        feasible: FeasibleTable,
+        micro_batches: int,
+        psl_prior: Tensor | None = None,
+    ) -> None:
+        if loss.unannotated == "psl":
+            check_psl(psl_prior, micro_batches)
+        self.engine, self.ranks, self.loss, self.training = engine, ranks, loss, training
+        self.feasible, self.psl_prior = feasible, psl_prior
+        self.scale = training.reference_batch / training.batch_size
+        self.seed = seed_bits(training.seed, ranks.device)
+        self.statistics = running_statistics(engine.module)
+        self.tally = Tally.empty(ranks.device)
+        self.clock = StepClock(ranks.device)
+        self._set_size = feasible.indptr.diff().cpu()
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._grad_norm: Tensor | None = None
 
-    def begin(self, *, sampled: bool) -> None:
-        """A step's first pass begins.
+    def accumulate(self, step: Step, *, sampled: bool = False) -> None:
+        """Forward and backward passes of a step; the gradient is then the global one.
 
         Args:
-            sampled: whether to time the step on a GPU, too.
+            step: this rank's rows.
+            sampled: whether to time a GPU as well.
         """
-        self._timing, self._marks = sampled or not self._on_gpu, []
-        self.mark()
+        self._rows = []
+        last = len(step.micro_batches) - 1
+        self.clock.begin(sampled=sampled)
+        for number, batch in enumerate(step.micro_batches):
+            index = step.sample_index[number]
+            if len(batch):
+                self._forward_backward(batch, index, last=number == last)
+            else:
+                # A rank without rows still takes part in the sum, with one row of weight 0.
+                with restored_statistics(self.statistics):
+                    self._forward_backward(dummy_batch(batch), index, last=number == last)
+        self.clock.mark()
+        self.engine.reduce()
+        self.clock.mark()
 
-    def mark(self) -> None:
-        """A part ends: first the passes, then the sum."""
-        if not self._timing:
-            return
-        if not self._on_gpu:
-            self._marks.append(time.monotonic())
-            self._settle()
-            return
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        self._marks.append(event)
+    def _forward_backward(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
+        """Sec. 2.1 to 2.3 on one micro-batch; `index`: positions within the epoch of real rows."""
+        draws = self.loss.unannotated in ("draw", "top")
+        if not len(index) or (draws and batch.inverse_weight is None):
+            batch = undrawable(batch, self._set_size)
+        batch = on_device(batch, self.ranks.device)
+        logits = self.engine(batch.image, batch.object_id)
+        terms = selective_loss(
+            logits,
+            label=batch.label,
+            object_id=batch.object_id,
+            feasible=self.feasible,
+            ignored=self._ignored(logits, batch, index),
+            loss=self.loss,
+            row_weight=batch.row_weight,
+            kernel=self.training.kernel,
+        )
+        self.engine.backward(self.scale * terms.per_row.sum(), last=last)
+        self.tally.add(terms, len(index))
+        self._rows.append((batch.uid, terms.per_row.detach()))
 
-    def take(self) -> list[tuple[float, float]]:
-        """(seconds of the passes, seconds of the sum) of each step timed since the last call.
+    def _ignored(
+        self, logits: Tensor, batch: Batch, index: npt.NDArray[np.int64]
+    ) -> Draw | Tensor | None:
+        """Omega_Ignore as the operator takes it: a draw (Fig. 3), or what a baseline ignores."""
+        if self.loss.unannotated == "draw":
+            assert batch.weight_indptr is not None and batch.inverse_weight is not None
+            weights = (batch.weight_indptr, batch.inverse_weight)
+            return Draw(*weights, uid=batch.uid, visit=batch.visit, seed=self.seed)
+        if self.loss.unannotated == "top":
+            return top_pairs(self.loss, batch, self.feasible)
+        if self.loss.unannotated == "psl":
+            assert self.psl_prior is not None
+            unannotated = batch.label == 0
+            return psl_pairs(self.loss, self.psl_prior, logits, unannotated, index, self.ranks)
+        return None
 
-        On a GPU a step is in it once the device has finished both.
+    def is_finite(self) -> bool:
+        """Whether the accumulated losses and (ZeRO 0) the summed gradient are finite."""
+        checks = [per_row.isfinite().all() for _, per_row in self._rows]
+        if gradients := self.engine.gradients():
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+            checks.append(self._grad_norm.isfinite())
+        return bool(torch.stack(checks).all())
+
+    def grad_norm(self) -> float | None:
+        """Norm of the last step's summed gradient (ZeRO 0), computed already by `is_finite`."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    def refuse(self, step: int) -> None:
+        """Raise for a step that is not finite; every rank must call.
+
+        Raises:
+            DataError: naming the uids of the rows with a loss that is not finite.
         """
-        if self._on_gpu and self._marks and self._marks[-1].query():
-            self._settle()
-        taken, self._times = self._times, []
+        bad = [int(u) for uid, per_row in self._rows for u in uid[~per_row.isfinite()].tolist()]
+        named = [uid % 2**64 for uid in name_uids(self.ranks, bad)]
+        what = f"the loss is not finite in rows with uid {named}"
+        raise DataError(
+            f"step {step + 1}: {what if named else 'loss is finite but the gradient is not'}; "
+            "nothing was applied. Look at these samples with shard_tools inspect, or lower "
+            "training.lr_new"
+        )
+
+    def apply(self) -> None:
+        """The optimizer step; then BatchNorm's running statistics are averaged over ranks."""
+        self.engine.step()
+        average_statistics(self.statistics, self.ranks)
+
+    def take_tally(self) -> "Tally":
+        """Sums since the last call."""
+        taken, self.tally = self.tally, Tally.empty(self.ranks.device)
         return taken
 
-    def _settle(self) -> None:
-        """Turn the marks of a whole step into seconds."""
-        if len(self._marks) < 3:
-            return
-        begin, passed, summed = self._marks
-        self._times.append((self._seconds(begin, passed), self._seconds(passed, summed)))
-        self._marks = []
+    def take_times(self) -> list[tuple[float, float]]:
+        """(seconds of own passes, seconds of the sum over ranks) of the steps timed since.
 
-    def _seconds(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin)
+        Empty where the sum is not apart from the passes (ZeRO 1 and 2).
+        """
+        times = self.clock.take()
+        return times if self.engine.reduces_apart else []
 
 
 @dataclass(frozen=True)
@@ -142,12 +197,12 @@ class Tally:
 
     @classmethod
     def empty(cls, device: torch.device) -> "Tally":
-        """All zero."""
+        """No rows."""
         five, one = (torch.zeros(n, dtype=torch.float64, device=device) for n in (5, 1))
         return cls(five, five.clone(), one)
 
     def add(self, terms: LossTerms, rows: int) -> None:
-        """Count a micro-batch, on the device and without waiting for it."""
+        """Count a micro-batch, without waiting for the device."""
         self.loss.add_(terms.sums)
         self.pairs.add_(terms.counts)
         self.rows.add_(rows)
@@ -169,143 +224,96 @@ class Tally:
         return means
 
 
-class TrainStep:
-    """Runs steps on the engine of this rank.
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """running_mean and running_var of every BatchNorm layer, in the model's order.
+
+    Every rank normalises by its own micro-batch; only these statistics, which evaluation uses, are
+    made equal after every step (docs/training.md). `num_batches_tracked` is left out: with a fixed
+    momentum nothing reads it, and it is equal on all ranks anyway.
+    """
+    return [
+        buffer
+        for name, buffer in model.named_buffers()
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
+    ]
+
+
+def average_statistics(statistics: list[Tensor], ranks: Ranks) -> None:
+    """Replace each statistic by its mean over ranks; one flat all-reduce, nothing for one rank."""
+    if ranks.world_size == 1 or not statistics:
+        return
+    flat = ranks.sum(torch.cat([tensor.flatten() for tensor in statistics])) / ranks.world_size
+    means = torch.split(flat, [tensor.numel() for tensor in statistics])
+    for tensor, mean in zip(statistics, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+@contextmanager
+def restored_statistics(statistics: list[Tensor]) -> Iterator[None]:
+    """Restore the statistics at the end; for the passes of a dummy row.
+
+    The backward pass belongs inside too: autograd refuses buffers that changed before it.
+    """
+    before = [tensor.clone() for tensor in statistics]
+    yield
+    for tensor, old in zip(statistics, before, strict=True):
+        tensor.copy_(old)
+
+
+class StepClock:
+    """Times the passes and the sum over ranks of steps, without waiting for a device.
+
+    On a CPU every step, by the monotonic clock. A GPU runs asynchronously: there events go into its
+    stream, in some steps only, and are read once the device has passed them.
 
     Args:
-        engine: the model and its optimizer.
-        ranks: this process among its peers.
-        objective: what is minimised.
-        feasible: Omega_o of all objects, on the ranks' device.
-        micro_batches: forward passes of this rank in a step.
-
-    Raises:
-        ConfigError: PSL with more than one micro-batch per step, or without a prior.
+        device: where the model lives.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        ranks: Ranks,
-        *,
-        objective: Objective,
-        feasible: FeasibleTable,
-        micro_batches: int,
-    ) -> None:
-        if objective.loss.unannotated == "psl":
-            check_psl(objective, micro_batches)
-        self.engine, self.ranks, self.objective = engine, ranks, objective
-        self.feasible, self.seed = feasible, seed_bits(objective.seed, ranks.device)
-        self._set_size = feasible.indptr.diff().cpu()
-        self.statistics = running_statistics(engine.module)
-        self.tally = Tally.empty(ranks.device)
-        self.clock = StepClock(ranks.device)
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._grad_norm: Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._timing = False
+        self._marks: list[Any] = []
+        self._times: list[tuple[float, float]] = []
 
-    def accumulate(self, step: Step, *, sampled: bool = False) -> None:
-        """Forward and backward passes of a step; the gradient is then the global one.
+    def begin(self, *, sampled: bool) -> None:
+        """Start of a step's first pass.
 
         Args:
-            step: this rank's rows.
-            sampled: whether the clock also looks at a GPU.
+            sampled: whether to time the step on a GPU as well.
         """
-        self._rows = []
-        last = len(step.micro_batches) - 1
-        self.clock.begin(sampled=sampled)
-        for number, batch in enumerate(step.micro_batches):
-            self._micro_batch(batch, step.sample_index[number], last=number == last)
-        self.clock.mark()
-        self.engine.reduce()
-        self.clock.mark()
+        self._timing, self._marks = sampled or not self._on_gpu, []
+        self.mark()
 
-    def is_finite(self) -> bool:
-        """Whether the accumulated losses and (ZeRO 0) the summed gradient are finite."""
-        checks = [per_row.isfinite().all() for _, per_row in self._rows]
-        if gradients := self.engine.gradients():
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-            checks.append(self._grad_norm.isfinite())
-        return bool(torch.stack(checks).all())
+    def mark(self) -> None:
+        """End of a part: first of the passes, then of the sum."""
+        if not self._timing:
+            return
+        if not self._on_gpu:
+            self._marks.append(time.monotonic())
+            self._settle()
+            return
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._marks.append(event)
 
-    def grad_norm(self) -> float | None:
-        """Norm of the last step's summed gradient (ZeRO 0), computed already by `is_finite`."""
-        return None if self._grad_norm is None else float(self._grad_norm)
+    def take(self) -> list[tuple[float, float]]:
+        """(seconds of the passes, seconds of the sum) of each step timed since the last call.
 
-    def refuse(self, step: int) -> None:
-        """Raise for a step that is not finite; every rank must call.
-
-        Raises:
-            DataError: naming the uids of the rows at fault.
+        On a GPU a step is included once the device has finished both.
         """
-        bad = [int(u) for uid, per_row in self._rows for u in uid[~per_row.isfinite()].tolist()]
-        named = [uid % 2**64 for uid in name_uids(self.ranks, bad)]
-        which = f"rows with uid {named}" if named else "no single row, but the gradient"
-        raise DataError(
-            f"step {step + 1}: the loss is not finite in {which}; nothing was applied. Look at "
-            "these samples with shard_tools inspect, or lower training.lr_new"
-        )
-
-    def apply(self) -> None:
-        """The optimizer step; then BatchNorm's running statistics are averaged over ranks."""
-        self.engine.step()
-        average_statistics(self.statistics, self.ranks)
-
-    def take_tally(self) -> Tally:
-        """Sums since the last call."""
-        taken, self.tally = self.tally, Tally.empty(self.ranks.device)
+        if self._on_gpu and self._marks and self._marks[-1].query():
+            self._settle()
+        taken, self._times = self._times, []
         return taken
 
-    def take_times(self) -> list[tuple[float, float]]:
-        """(seconds of own passes, seconds of the sum over ranks) of the steps timed since.
-
-        Empty where the sum is not apart from the passes (ZeRO 1 and 2).
-        """
-        times = self.clock.take()
-        return times if self.engine.reduces_apart else []
-
-    def _micro_batch(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
-        if len(batch):
-            if batch.inverse_weight is None and self.objective.loss.unannotated == "select":
-                batch = undrawable(batch, self._set_size)
-            self._forward_backward(on_device(batch, self.ranks.device), index, last=last)
+    def _settle(self) -> None:
+        """Turn the marks of a whole step into seconds."""
+        if len(self._marks) < 3:
             return
-        # A rank without rows still takes part in the reduction: with one row of weight 0.
-        with restored_statistics(self.statistics):
-            dummy = undrawable(dummy_batch(batch), self._set_size)
-            self._forward_backward(on_device(dummy, self.ranks.device), index, last=last)
+        begin, passed, summed = self._marks
+        self._times.append((self._seconds(begin, passed), self._seconds(passed, summed)))
+        self._marks = []
 
-    def _forward_backward(self, batch: Batch, index: npt.NDArray[np.int64], *, last: bool) -> None:
-        logits = self.engine(batch.image, batch.object_id)
-        ignored = choose_ignored(
-            self.objective,
-            logits,
-            batch,
-            seed=self.seed,
-            index=index,
-            ranks=self.ranks,
-            feasible=self.feasible,
-        )
-        loss = selective_loss(
-            logits,
-            label=batch.label,
-            object_id=batch.object_id,
-            feasible=self.feasible,
-            ignored=ignored,
-            gammas=self.objective.loss.gammas,
-            margin=self.objective.margin,
-            detach_focal=self.objective.detach_focal,
-            row_weight=batch.row_weight,
-            kernel=self.objective.kernel,
-        )
-        self.engine.backward(self.objective.scale * loss.per_row.sum(), last=last)
-        self.tally.add(loss, len(index))
-        self._rows.append((batch.uid, loss.per_row.detach()))
-
-
-def dummy_batch(empty: Batch) -> Batch:
-    """One row of zeros and weight 0, shaped like the rows of a batch that has none.
-
-    What it could draw from is left to `undrawable`.
-    """
-    rows = {name: t.new_zeros((1, *t.shape[1:])) for name, t in empty.tensors().items()}
-    return replace(empty, **rows)  # type: ignore[arg-type]
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return float(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin)

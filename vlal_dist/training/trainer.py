@@ -27,7 +27,6 @@ from vlal_dist.data.loading.batch import decoded
 from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import ConflictError, DataError, Stopped, StorageError, VlalError
 from vlal_dist.kernels.backend import Chosen, choose
-from vlal_dist.method.baselines import loss_settings
 from vlal_dist.method.model import build_model, parameter_groups
 from vlal_dist.release.saved_model import SavedModelInfo
 from vlal_dist.storage.store import Store, open_store
@@ -44,7 +43,7 @@ from vlal_dist.training.checkpoint import (
 from vlal_dist.training.data import make_builder, make_loader, open_data, read_prior
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.epoch_check import EpochCheck
-from vlal_dist.training.objective import Objective, feasible_table
+from vlal_dist.training.objective import feasible_table
 from vlal_dist.training.ranks import join_ranks, peers_needed
 from vlal_dist.training.run_log import (
     RunLog,
@@ -231,32 +230,13 @@ class Trainer:
         loss, training, dataset = self.config.loss, self.config.training, self.data.dataset
         attributes = dataset.vocabulary.attributes
         prior = None
-        if loss.loss == "psl" and loss.psl_prior is not None:
+        if loss.unannotated == "psl" and loss.psl_prior is not None:
             prior = read_prior(loss.psl_prior, attributes)
         return TrainStep(
             self.engine,
             self.ranks,
-            objective=Objective(
-                loss=loss_settings(
-                    loss.loss,
-                    gamma_positive=loss.gamma_positive,
-                    gamma_negative=loss.gamma_negative,
-                    gamma_feasible=loss.gamma_feasible,
-                    gamma_infeasible=loss.gamma_infeasible,
-                ),
-                margin=loss.margin,
-                detach_focal=loss.detach_focal,
-                num_ignore=None if loss.num_ignore == "all" else loss.num_ignore,
-                draw_over=loss.draw_over,
-                draw=loss.draw,
-                seed=training.seed,
-                kernel=training.kernel,
-                batch_size=training.batch_size,
-                reference_batch=training.reference_batch,
-                psl_prior=prior,
-                psl_threshold=loss.psl_threshold,
-                psl_top_k=loss.psl_topk,
-            ),
+            loss=loss,
+            training=training,
             feasible=feasible_table(
                 dataset.feasible,
                 num_objects=len(dataset.vocabulary.objects),
@@ -264,6 +244,7 @@ class Trainer:
                 device=self.ranks.device,
             ),
             micro_batches=self.loader.micro_batches_per_step,
+            psl_prior=prior,
         )
 
     def _restore(self, found: Checkpoint | None) -> TrainState:

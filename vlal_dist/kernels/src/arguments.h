@@ -1,4 +1,4 @@
-// What the operator is given; shared by CPU and CUDA, without any header.
+// Arguments of the operator, shared by CPU and CUDA; includes no header.
 #ifndef VLAL_ARGUMENTS_H
 #define VLAL_ARGUMENTS_H
 
@@ -7,14 +7,14 @@ typedef unsigned long long vlal_u64;
 typedef long long vlal_i64;
 
 enum Term : unsigned char { kPositive, kNegative, kFeasible, kInfeasible, kIgnored, kTerms };
-enum Mode : int { kDraw, kList, kIgnoreAll, kIgnoreNone, kMask };
-enum Kind : int { kFloat32, kBfloat16, kFloat16, kFloat64 };
+enum Mode : int { kDraw, kList, kMask, kIgnoreAll, kIgnoreNone };
+enum Kind : int { kFloat32, kBfloat16, kFloat16 };
 
 // Packed field by field in arguments.py. Pointers may be null where the mode or the form of the
 // labels does not need them.
 struct Arguments {
-  const void* logits;               // [rows, attributes], rows `stride` apart; null: draw alone
-  void* gradient;                   // [rows, attributes], rows `gradient_stride` apart
+  const void* logits;               // [rows, attributes], rows `stride` apart
+  void* gradient;                   // [rows, attributes], contiguous, of the same type
   const signed char* label;         // dense [rows, attributes], contiguous
   const vlal_i64* label_indptr;     // or CSR: [rows + 1], and
   const int* label_code;            // attribute * 2 + (1: present)
@@ -29,18 +29,16 @@ struct Arguments {
   const int* drawn;                 // [rows, drawn_per_row], -1 where there are fewer
   const unsigned char* ignored;     // dense bool [rows, attributes], contiguous
   const float* row_weight;          // [rows]; null: 1
-  void* per_row;                    // float, or double for double logits
+  float* per_row;                   // [rows]
   double* sums;                     // [5]
   vlal_i64* counts;                 // [5]
-  int* drawn_out;                   // as drawn, -1 before; null: not wanted; rows of weight 0 stay
+  int* drawn_out;                   // as drawn, -1 before; null: not wanted; rows of weight 0 keep -1
   vlal_u32* keys;                   // CUDA: [rows, largest], null where they fit shared memory
   float* partial;                   // CUDA: [blocks, 9], sums of four terms and five counts
-  vlal_i64 rows, attributes, stride, gradient_stride, drawn_per_row;
+  vlal_i64 rows, attributes, stride, drawn_per_row;
   vlal_i64 num_ignore;              // -1: all
   vlal_i64 largest;                 // CUDA: no feasible set has more attributes
-  double gamma[4];
-  double margin;
-  int mode, kind, detach, over_unannotated, threads;
+  int mode, kind, over_unannotated, threads;
 };
 
 #endif

@@ -1,4 +1,4 @@
-// What each attribute of a row counts as, and the draw of Fig. 3, by a team in shared memory.
+// The term of each attribute of a row, and the draw of Fig. 3, by a team in shared memory.
 #ifndef VLAL_CODES_H
 #define VLAL_CODES_H
 
@@ -45,7 +45,7 @@ VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, unsigned char* code,
   END_LANES
 }
 
-// The race keys of the row's feasible attributes, and whom they let be drawn.
+// The race keys of the row's feasible attributes, and which of them are drawn.
 struct Race {
   vlal_u32* keys;
   const int* index;

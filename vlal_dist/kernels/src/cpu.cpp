@@ -14,9 +14,6 @@
 #include <vector>
 
 #define VLAL_INLINE inline __attribute__((always_inline))
-#include "draw.h"
-#include "scratch.h"
-#include "race.h"
 #include "row.h"
 
 namespace {
@@ -63,7 +60,7 @@ void find_positives(const int8_t* label, int64_t size, std::vector<int32_t>& fou
   }
 }
 
-// Codes of all attributes of a row, its positives, and what counts as what.
+// Lays out the codes of all attributes of a row, lists its positives and counts its terms.
 void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
   uint8_t* code = s.code.data();
   const int64_t size = a.attributes;
@@ -111,8 +108,8 @@ void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
   count_terms(code, size, result.counts);
 }
 
-using RowLoss = void (*)(const float*, float*, const Arguments&, const Exponents&, float, Scratch&,
-                         RowResult&);
+using RowLoss = void (*)(const float*, float*, int64_t, const Loss&, const Exponents&, float,
+                         Scratch&, RowResult&);
 
 RowLoss choose(bool margin, bool detach, bool integer) {
   static const RowLoss all[8] = {
@@ -130,34 +127,29 @@ uint16_t to_bfloat16(float value) {
   return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-void one_row(const Arguments& a, int64_t row, const Exponents& x, RowLoss loss, Scratch& s,
-             RowResult& result) {
+void one_row(const Arguments& a, int64_t row, const Loss& loss, const Exponents& x,
+             RowLoss row_loss, Scratch& s, RowResult& result) {
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
-  const int64_t at = row * a.stride, to = row * a.gradient_stride, size = a.attributes;
-  if (!a.logits) {
-    lay_out(a, row, s, result);
-    return;
-  }
+  const int64_t from = row * a.stride, to = row * a.attributes, size = a.attributes;
   if (weight == 0) {
-    const size_t width = a.kind == kFloat64 ? 8 : a.kind == kFloat32 ? 4 : 2;
+    const size_t width = a.kind == kFloat32 ? 4 : 2;
     std::memset((char*)a.gradient + to * width, 0, size * width);
     return;
   }
   lay_out(a, row, s, result);
-  if (a.kind == kFloat64) {
-    row_loss_double((const double*)a.logits + at, (double*)a.gradient + to, a, weight, s, result);
-  } else if (a.kind == kFloat32) {
-    loss((const float*)a.logits + at, (float*)a.gradient + to, a, x, weight, s, result);
+  if (a.kind == kFloat32) {
+    row_loss((const float*)a.logits + from, (float*)a.gradient + to, size, loss, x, weight, s,
+             result);
   } else {
     float *z = s.logits.data(), *gradient = s.gradient.data();
     if (a.kind == kBfloat16) {
-      const uint16_t* in = (const uint16_t*)a.logits + at;
+      const uint16_t* in = (const uint16_t*)a.logits + from;
       for (int64_t i = 0; i < size; ++i) z[i] = from_bfloat16(in[i]);
     } else {
-      const _Float16* in = (const _Float16*)a.logits + at;
+      const _Float16* in = (const _Float16*)a.logits + from;
       for (int64_t i = 0; i < size; ++i) z[i] = (float)in[i];
     }
-    loss(z, gradient, a, x, weight, s, result);
+    row_loss(z, gradient, size, loss, x, weight, s, result);
     if (a.kind == kBfloat16) {
       uint16_t* out = (uint16_t*)a.gradient + to;
       for (int64_t i = 0; i < size; ++i) out[i] = to_bfloat16(gradient[i]);
@@ -174,34 +166,25 @@ void one_row(const Arguments& a, int64_t row, const Exponents& x, RowLoss loss, 
 
 }  // namespace
 
-extern "C" void vlal_selective_loss(const Arguments* arguments) {
+extern "C" void vlal_selective_loss(const Arguments* arguments, const Loss* loss) {
   const Arguments& a = *arguments;
-  Exponents x;
-  bool integer = true;
-  for (int t = 0; t < 4; ++t) {
-    x.gamma[t] = (float)a.gamma[t];
-    x.bits[t] = (int32_t)a.gamma[t];
-    integer = integer && a.gamma[t] == x.bits[t] && a.gamma[t] < 8;
-  }
-  const RowLoss loss = choose(a.margin > 0, a.detach, integer);
+  const Exponents x(*loss);
+  const RowLoss row_loss = choose(loss->margin > 0, loss->detach_focal != 0, x.whole);
   std::vector<RowResult> results(a.rows);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     Scratch scratch(a);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) one_row(a, row, x, loss, scratch, results[row]);
+    for (int64_t row = 0; row < a.rows; ++row) {
+      one_row(a, row, *loss, x, row_loss, scratch, results[row]);
+    }
   }
   for (int t = 0; t < kTerms; ++t) a.sums[t] = a.counts[t] = 0;
   for (int64_t row = 0; row < a.rows; ++row) {
-    const RowResult& one = results[row];
-    if (a.kind == kFloat64) {
-      ((double*)a.per_row)[row] = one.loss;
-    } else {
-      ((float*)a.per_row)[row] = (float)one.loss;
-    }
+    a.per_row[row] = (float)results[row].loss;
     for (int t = 0; t < kTerms; ++t) {
-      a.sums[t] += one.sums[t];
-      a.counts[t] += one.counts[t];
+      a.sums[t] += results[row].sums[t];
+      a.counts[t] += results[row].counts[t];
     }
   }
 }

@@ -1,4 +1,4 @@
-// What is launched on the GPU; cuda.py compiles it for a run's settings. No header but its own.
+// The GPU kernels; cuda.py compiles them for a run's loss. Includes no header but its own.
 #include "team.h"
 
 #ifdef VLAL_TOTALS

@@ -1,13 +1,19 @@
 // Loss and gradient of a pair, Eqs. (1) and (3), for a float (CUDA) or a vector of them (CPU).
 //
-// Who includes it brings, for its V: fused(a, b, c), select, broadcast, bits_of, float_of,
-// converted, reciprocal and exp_minus_abs. With P = sigmoid(u), Q = 1 - P, s = softplus(u):
+// The including file defines, for its V: fused(a, b, c), select, broadcast, bits_of, float_of,
+// converted, reciprocal and exp_minus_abs; and OPTION, which makes of VLAL_OPTIONS, the names and
+// values of LossConfig.options, fields that a call fills (CPU) or constants (CUDA). With
+// P = sigmoid(u), Q = 1 - P, s = softplus(u):
 //
 //   loss P^g s, slope P^g (g Q s + P); detached: the second summand alone.
 #ifndef VLAL_FOCAL_H
 #define VLAL_FOCAL_H
 
 #include "draw.h"
+
+struct Loss {
+  VLAL_OPTIONS
+};
 
 template <class V>
 struct Focal {
@@ -46,12 +52,12 @@ VLAL_INLINE V minus_log(V c, V x_direct, Mask direct) {
 // `log_of` = e / (2 + e) for log(1 + e); with one p = p_m = P - m, q = 1 - p_m and `log_of` = P Q.
 // The slope of -log(1 - p) is `pull`.
 template <class V>
-struct Parts {
+struct Sigmoid {
   V p, q, pull, log_of;
 };
 
 template <class V>
-VLAL_INLINE Parts<V> parts(V u, V e) {
+VLAL_INLINE Sigmoid<V> sigmoid_of(V u, V e) {
   const V one = 1.0f + e, two = 2.0f + e, r = reciprocal(one * two);
   const V large = two * r, small = e * large;
   const auto up = u >= 0.0f;
@@ -60,7 +66,7 @@ VLAL_INLINE Parts<V> parts(V u, V e) {
 }
 
 template <class V>
-VLAL_INLINE Parts<V> parts(V z, V e, float margin) {
+VLAL_INLINE Sigmoid<V> sigmoid_of(V z, V e, float margin) {
   const V one = 1.0f + e, unit = broadcast(1.0f);
   const auto up = z >= 0.0f;
   const V p_one = select(up, unit, e), q_one = select(up, e, unit);
@@ -68,11 +74,12 @@ VLAL_INLINE Parts<V> parts(V z, V e, float margin) {
   return {fused(p_one, r, -margin), fused(q_one, r, margin), e * both, e * r * r};
 }
 
-// `power(base, minus_log)` is base^gamma; minus_log() is -log(base), made where it is wanted alone.
+// `power(base, minus_log)` is base^gamma; minus_log() computes -log(base), only where it is needed.
 template <bool MARGIN, bool DETACH, class V, class Power>
-VLAL_INLINE Focal<V> focal(V u, const Parts<V>& x, V gamma, Power power) {
+VLAL_INLINE Focal<V> focal([[maybe_unused]] const Loss& loss, V u, const Sigmoid<V>& x, V gamma,
+                           Power power) {
   if constexpr (MARGIN) {
-    // Asked so that NaN is active and takes the direct way, which keeps it.
+    // Written so that NaN is active and takes the direct branch, which keeps it.
     const auto idle = x.p <= 0.0f, far = x.q < VLAL_SQRT_HALF;
     const V entropy = minus_log(x.q, -x.p, !far);
     const V w = select(idle, V{}, power(x.p, [&] {

@@ -1,7 +1,7 @@
-// As many floats as the processor's registers hold, and what the loss does with them.
+// Vectors of floats as wide as the processor's registers, and their arithmetic.
 //
-// Compilers' own vectors, so that one text serves every instruction set; only what they lack is
-// written by intrinsics. A row is worked on in chunks of kLanes, kParts vectors each: no sum
+// Compiler vector extensions, so that one text serves every instruction set; intrinsics only where
+// these lack an operation. A row is processed in chunks of kLanes, kVectors vectors each: no sum
 // depends on the width.
 #ifndef VLAL_LANES_H
 #define VLAL_LANES_H
@@ -13,9 +13,11 @@
 #include <immintrin.h>
 #endif
 
-#include "scratch.h"
+#include "draw.h"
 
 namespace {
+
+constexpr int kLanes = 16;
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16;
@@ -24,7 +26,7 @@ constexpr int kWidth = 8;
 #else
 constexpr int kWidth = 4;
 #endif
-constexpr int kParts = kLanes / kWidth;
+constexpr int kVectors = kLanes / kWidth;
 
 typedef float Floats __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Ints __attribute__((vector_size(4 * kWidth)));

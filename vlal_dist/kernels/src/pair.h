@@ -1,10 +1,10 @@
-// Loss and gradient of one pair on the GPU, for the settings that the program is compiled for:
-// VLAL_KIND, VLAL_MARGIN, VLAL_DETACH and VLAL_GAMMA_POSITIVE, _NEGATIVE, _FEASIBLE, _INFEASIBLE.
+// Loss and gradient of one pair on the GPU, for the type of logits (VLAL_KIND) and the loss
+// (VLAL_OPTIONS) that the program is compiled for.
 #ifndef VLAL_PAIR_H
 #define VLAL_PAIR_H
 
-// -log(c) of c = 1 + x; before focal.h, whose polynomial it stands for. The GPU's
-// own logarithm is off by 2e-7 however small it is; near 1 a series takes its place.
+// -log(c) of c = 1 + x; before focal.h, whose polynomial it replaces. The GPU's
+// own logarithm has an absolute error of 2e-7; near 1 a series replaces it.
 VLAL_INLINE float minus_log(float c, float x, bool) {
   const float y = -x;
   float series = fused(0.2f, y, 0.25f);
@@ -32,8 +32,9 @@ VLAL_INLINE Element from_float(float v) { return to_float16(v); }
 
 VLAL_INLINE constexpr bool is_whole(float g) { return g >= 0 && g < 8 && g == (float)(int)g; }
 
-constexpr bool kInteger = is_whole(VLAL_GAMMA_POSITIVE) && is_whole(VLAL_GAMMA_NEGATIVE) &&
-                          is_whole(VLAL_GAMMA_FEASIBLE) && is_whole(VLAL_GAMMA_INFEASIBLE);
+constexpr bool kInteger = is_whole(Loss::gamma_positive) && is_whole(Loss::gamma_negative) &&
+                          is_whole(Loss::gamma_feasible) && is_whole(Loss::gamma_infeasible);
+constexpr bool kMargin = Loss::margin > 0, kDetach = Loss::detach_focal != 0;
 
 // exp(-|x|). The product is rounded, which costs a power (g + 1) |x| * 6e-8 of its accuracy: 5e-6
 // before it underflows.
@@ -57,9 +58,9 @@ struct NegativePower {
   VLAL_INLINE_MEMBER float operator()(float base, MinusLog minus_log) const {
     if constexpr (kInteger) {
       const float square = base * base, fourth = square * square;
-      const float n = whole_power<(int)VLAL_GAMMA_NEGATIVE>(base, square, fourth);
-      const float f = whole_power<(int)VLAL_GAMMA_FEASIBLE>(base, square, fourth);
-      const float i = whole_power<(int)VLAL_GAMMA_INFEASIBLE>(base, square, fourth);
+      const float n = whole_power<(int)Loss::gamma_negative>(base, square, fourth);
+      const float f = whole_power<(int)Loss::gamma_feasible>(base, square, fourth);
+      const float i = whole_power<(int)Loss::gamma_infeasible>(base, square, fourth);
       return code == kInfeasible ? i : code == kFeasible ? f : n;
     } else {
       return gamma == 0.0f ? 1.0f : exp_minus_abs(gamma * minus_log());
@@ -71,28 +72,27 @@ struct PositivePower {
   template <class MinusLog>
   VLAL_INLINE_MEMBER float operator()(float base, MinusLog minus_log) const {
     if constexpr (kInteger) {
-      return whole_power<(int)VLAL_GAMMA_POSITIVE>(base, base * base, base * base * (base * base));
+      return whole_power<(int)Loss::gamma_positive>(base, base * base, base * base * (base * base));
     } else {
-      constexpr float gamma = VLAL_GAMMA_POSITIVE;
+      constexpr float gamma = Loss::gamma_positive;
       return gamma == 0.0f ? 1.0f : exp_minus_abs(gamma * minus_log());
     }
   }
 };
 
 VLAL_INLINE Focal<float> negative_pair(float z, int code) {
-  const float infeasible = VLAL_GAMMA_INFEASIBLE, feasible = VLAL_GAMMA_FEASIBLE;
-  const float negative = VLAL_GAMMA_NEGATIVE;
+  const float infeasible = Loss::gamma_infeasible, feasible = Loss::gamma_feasible;
+  const float negative = Loss::gamma_negative;
   const float gamma = code == kInfeasible ? infeasible : code == kFeasible ? feasible : negative;
   const float e = exp_minus_abs(z);
-  constexpr bool margin = VLAL_MARGIN > 0;
-  const Parts<float> x = margin ? parts(z, e, VLAL_MARGIN) : parts(z, e);
-  return focal<margin, VLAL_DETACH>(z, x, gamma, NegativePower{gamma, code});
+  const Sigmoid<float> x = kMargin ? sigmoid_of(z, e, Loss::margin) : sigmoid_of(z, e);
+  return focal<kMargin, kDetach>(Loss{}, z, x, gamma, NegativePower{gamma, code});
 }
 
 VLAL_INLINE Focal<float> positive_pair(float z) {
-  const float gamma = VLAL_GAMMA_POSITIVE;
-  const Parts<float> x = parts(-z, exp_minus_abs(z));
-  const Focal<float> f = focal<false, VLAL_DETACH>(-z, x, gamma, PositivePower{});
+  const Sigmoid<float> x = sigmoid_of(-z, exp_minus_abs(z));
+  const float gamma = Loss::gamma_positive;
+  const Focal<float> f = focal<false, kDetach>(Loss{}, -z, x, gamma, PositivePower{});
   return {f.loss, -f.slope};
 }
 

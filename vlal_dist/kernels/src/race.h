@@ -1,18 +1,35 @@
-// The draw of Fig. 3 for one row, on the vectors of the processor.
+// The draw of Fig. 3 for one row, on the CPU.
 #ifndef VLAL_RACE_H
 #define VLAL_RACE_H
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
+#include <vector>
 
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 #include "draw.h"
-#include "scratch.h"
+#include "lanes.h"
 
 namespace {
+
+// Buffers of a thread, kept from row to row.
+struct Scratch {
+  std::vector<uint8_t> code;
+  std::vector<float> logits, gradient, gathered;
+  std::vector<int32_t> positives, taken;
+  std::vector<uint32_t> words, word, keys;
+
+  explicit Scratch(const Arguments& a) : code(a.attributes + kLanes) {
+    if (a.kind != kFloat32) {
+      logits.resize(a.attributes);
+      gradient.resize(a.attributes);
+    }
+  }
+};
 
 // Single loads: a gather takes longer.
 __attribute__((noinline, optimize("no-tree-vectorize"))) void pick(
@@ -152,7 +169,7 @@ VLAL_INLINE uint32_t take(const uint32_t* keys, const int32_t* index, int32_t si
     number += (uint32_t)__builtin_popcount(small);
   }
 #endif
-  for (; n < size; ++n) {  // no branch: nobody could foretell it
+  for (; n < size; ++n) {  // no branch: it would be unpredictable
     taken[number] = index[n];
     number += keys[n] <= bound;
   }

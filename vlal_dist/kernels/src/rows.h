@@ -9,7 +9,7 @@
 #include "codes.h"
 #include "pair.h"
 
-constexpr int kAhead = 4;  // logits that a lane asks for before it works on the first
+constexpr int kAhead = 4;  // logits that a lane loads before it works on the first
 
 // Slopes of COUNT pairs of a lane, kTeam apart from `start`; their losses join `sum`.
 template <int COUNT>
@@ -43,7 +43,7 @@ VLAL_INLINE void work(const Element* logits, Element* gradient, const unsigned c
   for (int k = 0; k < COUNT; ++k) gradient[start + k * kTeam] = from_float(slope[k]);
 }
 
-// What becomes of a row: its loss by term, and what counts as what.
+// Result of a row: its loss by term, and the number of attributes of each term.
 struct RowSums {
   float sum[4];
   vlal_u32 count[5];
@@ -86,16 +86,15 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   RowSums result = {};
   const int size = (int)a.attributes;
   const Element* logits = (const Element*)a.logits + row * a.stride;
-  Element* gradient = (Element*)a.gradient + row * a.gradient_stride;
+  Element* gradient = (Element*)a.gradient + row * a.attributes;
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
-  if (weight == 0 && a.logits) {
+  if (weight == 0) {
     EACH_LANE(lane)
       for (int n = lane; n < size; n += kTeam) gradient[n] = from_float(0.0f);
     END_LANES
     return result;
   }
   lay_out(a, row, code, keys);
-  if (!a.logits) return result;
   count_codes(code, size, result);
   PerLane<float> gathered[4];
   EACH_LANE(lane)
@@ -112,7 +111,7 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   return result;
 }
 
-// Bytes of shared memory that a team works in; launch.py knows this too.
+// Bytes of shared memory that a team works in; `plan_launch` in cuda.py computes the same.
 VLAL_INLINE int team_bytes(const Arguments& a) {
   return code_bytes((int)a.attributes) + (a.keys ? 0 : (4 * (int)a.largest + 15) / 16 * 16);
 }
@@ -133,11 +132,10 @@ VLAL_INLINE void rows_block(const Arguments& a, vlal_i64 block, unsigned char* s
       if (lane == 0) {
         done[team] = sums;
         const float loss = sums.sum[0] + sums.sum[1] + sums.sum[2] + sums.sum[3];
-        if (row < a.rows && a.per_row) ((float*)a.per_row)[row] = loss;
+        if (row < a.rows) a.per_row[row] = loss;
       }
     END_LANES
   END_TEAMS
-  if (!a.partial) return;
   EACH_TEAM(team)
     EACH_LANE(lane)
       if (team == 0 && lane < 9) {
