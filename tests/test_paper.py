@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.method.feasible import feasible_sets
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.likelihood import inverse_weights, log_likelihood
 from vlal_dist.method.selective_loss import Term, assign_terms, selective_loss
 
 GAMMA = {"positive": 1, "negative": 2, "feasible": 4, "infeasible": 7}  # Sec. 3.2
-GAMMAS = tuple(float(v) for v in GAMMA.values())
+LOSS = LossConfig(margin=0.0, detach_focal=False)
 
 
 def test_omega_o_is_co_occurrence_on_training_annotations():
@@ -69,7 +70,7 @@ def test_eqs_1_3_4_loss(label, feasible, ignored):
         torch.tensor([label], dtype=torch.int8), torch.tensor([feasible]), torch.tensor([ignored])
     )
     logits = torch.tensor([[math.log(v / (1 - v)) for v in p]], dtype=torch.float64)
-    loss = selective_loss(logits, term, gammas=GAMMAS).per_row
+    loss = selective_loss(logits, term, loss=LOSS).per_row
     assert loss.item() == pytest.approx(paper_loss(p, label, feasible, ignored), rel=1e-12)
 
 

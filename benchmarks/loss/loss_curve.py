@@ -82,7 +82,7 @@ def in_double() -> None:
 
 def listen(file: Path, *, nudge: bool) -> None:
     """Write a line for each call of the operator in this process's training."""
-    from vlal_dist.kernels.selective_loss import selective_loss
+    from vlal_dist.kernels.operator import selective_loss
     from vlal_dist.training import step
 
     lines = file.open("w", buffering=1)
@@ -94,7 +94,8 @@ def listen(file: Path, *, nudge: bool) -> None:
         return terms, leaf.grad
 
     def drawn(logits: Any, **given: Any) -> Any:
-        flat = {**given, "gammas": (0.0, 0.0, 0.0, 0.0), "margin": 0.0}
+        names = [name for name in given["loss"].options if name != "detach_focal"]
+        flat = {**given, "loss": given["loss"].model_copy(update=dict.fromkeys(names, 0.0))}
         return gradient_of(torch.zeros(logits.shape), **flat)[1] == 0
 
     def heard(logits: Any, **given: Any) -> Any:

@@ -13,7 +13,6 @@ annotated attributes a row. The ways:
     compile_loss   the lean loss alone through torch.compile, the mask given
     ours           the fused operator, draw included
     ours_loss      the fused operator, the drawn attributes given
-    in_place       as `ours`, the gradient in the logits' memory, which are made anew by a copy
     copy           logits copied into memory that is there: what must be read and written at least
 
 On the CPU all ways in turn within a round, the least time of each round, medians over rounds;
@@ -35,14 +34,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.loss.selective_loss_gpu import on_gpu  # noqa: E402
-from benchmarks.loss.ways import RATIOS, Data, Way, make, ours, ways  # noqa: E402
+from benchmarks.loss.ways import RATIOS, Way, make, ways  # noqa: E402
 from vlal_dist.kernels.backend import choose  # noqa: E402
 
 LARGE = 20_000_000
 SHAPES = ((64, 591), (1024, 591), (16384, 591), (65536, 620), (4096, 50000))
 NAMES = (
     *("paper", "psl", "eager", "compile_draw", "compile_loss"),
-    *("ours", "ours_loss", "in_place", "copy"),
+    *("ours", "ours_loss", "copy"),
 )
 
 
@@ -56,23 +55,14 @@ def least(way: Way, clock: Callable[[], float], seconds: float) -> float:
     return best
 
 
-def memory_ways(data: Data) -> dict[str, Way]:
-    """What shows the cost of memory."""
-    source, there = data.logits.detach(), torch.empty_like(data.logits)
-
-    def in_place() -> None:
-        there.copy_(source)
-        ours(data, data.draw, there, in_place=True)
-
-    return {"in_place": in_place, "copy": lambda: there.copy_(source)}
-
-
 def compare(rows: int, attributes: int, threads: int, *, rounds: int) -> dict[str, float]:
     """Milliseconds of every way, and the ratios."""
     torch.set_num_threads(threads)
     data = make(rows, attributes)
     clock = time.process_time if threads == 1 else time.perf_counter
-    found = {**ways(data, paper=rows * attributes < 5e7), **memory_ways(data)}
+    found = ways(data, paper=rows * attributes < 5e7)
+    source, there = data.logits.detach(), torch.empty_like(data.logits)
+    found["copy"] = lambda: there.copy_(source)
     for way in found.values():
         way()
     taken: dict[str, list[float]] = {name: [] for name in found}

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from vlal_dist.config.sections import LossConfig  # noqa: E402
 from vlal_dist.kernels.arguments import Draw, FeasibleTable  # noqa: E402
-from vlal_dist.kernels.selective_loss import selective_loss  # noqa: E402
+from vlal_dist.kernels.operator import selective_loss  # noqa: E402
 
 Way = Callable[[], None]
 RATIOS = {
@@ -27,7 +28,8 @@ RATIOS = {
     "vs_compile_draw": ("compile_draw", "ours"),
     "vs_compile_loss": ("compile_loss", "ours_loss"),
 }
-OBJECTS, K, GAMMAS, MARGIN = 50, 30, (1.0, 2.0, 4.0, 7.0), 0.05
+OBJECTS, LOSS = 50, LossConfig()
+K, GAMMAS, MARGIN = 30, LOSS.gammas, LOSS.margin
 
 
 @dataclass
@@ -78,8 +80,6 @@ def make(rows: int, attributes: int) -> Data:
     draw = Draw(
         torch.from_numpy(row_indptr.astype(np.int64)),
         torch.from_numpy(inverse),
-        K,
-        False,
         torch.from_numpy(rng.integers(-(2**63), 2**63 - 1, rows)),
         torch.zeros(rows, dtype=torch.int64),
         torch.tensor([1]),
@@ -152,9 +152,7 @@ def lean_loss(z: Tensor, label: Tensor, feasible: Tensor, ignored: Tensor) -> Te
     return torch.where(ignored & (label == 0), 0.0, weight * entropy).sum()
 
 
-def ours(
-    data: Data, ignored: Draw | Tensor, logits: Tensor | None = None, *, in_place: bool = False
-) -> Tensor:
+def ours(data: Data, ignored: Draw | Tensor, logits: Tensor | None = None) -> Tensor:
     """The fused operator's loss of the batch."""
     return selective_loss(
         data.logits if logits is None else logits,
@@ -162,10 +160,7 @@ def ours(
         object_id=data.object_id,
         feasible=data.table,
         ignored=ignored,
-        gammas=GAMMAS,
-        margin=MARGIN,
-        detach_focal=True,
-        in_place=in_place,
+        loss=LOSS,
     ).per_row.sum()
 
 

@@ -8,11 +8,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import torch
-
-from vlal_dist.kernels import cuda, reference
+from vlal_dist.kernels import cuda
 from vlal_dist.kernels.cpu import SOURCES, compiler, digest_of, kept
-from vlal_dist.kernels.cuda import outputs_for, prepare, prepare_draw
+from vlal_dist.kernels.cuda import outputs_for, prepare
 
 FOLDER = Path(__file__).with_name("emulation")
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Werror")
@@ -35,26 +33,12 @@ def load(defines: tuple[str, ...], extra: tuple[str, ...] = ()):
     return function
 
 
-def run(tensors, *, largest=0, most_shared=232_448, **settings):
-    """As the operator runs a batch of a GPU, for tensors of the CPU."""
-    if tensors["logits"].dtype == torch.float64:  # as selective_loss.py decides
-        return reference.run(tensors, **settings)
+def run(tensors, mode, loss, largest=0, *, most_shared=232_448):
+    """As `cuda.run`, for tensors of the CPU."""
     if tensors["logits"].numel() == 0:
-        losses, gradient, sums, counts = outputs_for(tensors)
+        losses, gradient, sums, counts = outputs_for(tensors["logits"])
         return losses.zero_(), gradient, sums.zero_(), counts.zero_()
-    call = prepare(tensors, largest=largest, most_shared=most_shared, **settings)
-    load(call.settings.defines())(call.arguments, call.launch.blocks)
+    call = prepare(tensors, mode, loss, largest, most_shared=most_shared)
+    load(call.defines)(call.arguments, call.launch.blocks)
     load(cuda.TOTALS)(call.arguments, call.launch.blocks)
     return call.outputs
-
-
-def draw(tensors, attributes, num_ignore, over_unannotated, *, largest=0, most_shared=232_448):
-    """As `cuda.draw`."""
-    rows = len(tensors["object_id"])
-    drawn = torch.full((rows, min(num_ignore, attributes)), -1, dtype=torch.int32)
-    if drawn.numel() == 0:
-        return drawn
-    given = ({**tensors, "drawn_out": drawn}, attributes, num_ignore, over_unannotated)
-    settings, launch, arguments, _ = prepare_draw(*given, largest=largest, most_shared=most_shared)
-    load(settings.defines())(arguments, launch.blocks)
-    return drawn

@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.fixtures.loss_batches import FUSED, MODES, PAPER, Case, draw_of, make, run
-from vlal_dist.kernels.selective_loss import selective_loss
+from tests.fixtures.loss_batches import FUSED, Case, draw_of, loss_config, make, run
+from vlal_dist.kernels.arguments import MODES
+from vlal_dist.kernels.operator import selective_loss
 
 ROWS, FEATURES, NUM_IGNORE = 61, 12, 7
 SPLITS = ("parts", "turns", "shuffled", "rank 0 has all", "uneven")
@@ -70,8 +71,8 @@ def global_loss(model: nn.Module, case: Case, inputs: Tensor) -> Tensor:
         label=case.label,
         object_id=case.object_id,
         feasible=case.feasible,
-        ignored=draw_of(case, NUM_IGNORE),
-        gammas=PAPER,
+        ignored=draw_of(case),
+        loss=loss_config(num_ignore=NUM_IGNORE),
         row_weight=case.row_weight,
     )
     return terms.per_row.sum() / ROWS

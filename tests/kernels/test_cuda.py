@@ -1,7 +1,7 @@
-"""The operator on a GPU; where there is none, its launches on a driver of our own making.
+"""The operator on a GPU; without one, its launches on a driver made here.
 
-With a GPU every test of a backend runs on it too (`cases.FUSED`); what is here is the device's own:
-streams, graphs, torch.compile, devices that are not the current one.
+With a GPU every test of a backend runs on it too (`loss_batches.FUSED`); here are streams, graphs,
+torch.compile and devices that are not the current one.
 """
 
 import contextlib
@@ -11,21 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.fixtures.loss_batches import PAPER, draw_of, make, oracle, same_bits, tensors
+from tests.fixtures.loss_batches import draw_of, loss_config, make, oracle, same_bits, tensors
 from tests.kernels import emulated_cuda
 from vlal_dist.kernels import cuda
-from vlal_dist.kernels.arguments import _LAYOUT, Draw, FeasibleTable
-from vlal_dist.kernels.selective_loss import draw_ignored, selective_loss
+from vlal_dist.kernels.arguments import LAYOUT, Draw, FeasibleTable
+from vlal_dist.kernels.operator import selective_loss
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-SETTINGS = {
-    "mode": "draw",
-    "num_ignore": 7,
-    "over_unannotated": False,
-    "gammas": PAPER,
-    "margin": 0.05,
-    "detach_focal": True,
-}
+LOSS = loss_config(margin=0.05, detach_focal=True)
 
 
 class Driver:
@@ -63,7 +56,7 @@ class Driver:
         totals = name == b"vlal_totals"
         pointers = (ctypes.c_void_p * (2 if totals else 1)).from_address(address)
         blocks = ctypes.c_int64.from_address(pointers[1]).value if totals else sizes[0]
-        emulated_cuda.load(defines)(ctypes.string_at(pointers[0], _LAYOUT.size), blocks)
+        emulated_cuda.load(defines)(ctypes.string_at(pointers[0], LAYOUT.size), blocks)
         return (self.fine,)
 
 
@@ -94,8 +87,8 @@ def driver(monkeypatch, tmp_path):
 def test_a_launch_passes_what_the_programs_read(driver, attributes):
     case = make(rows=11, attributes=attributes, annotated=0.2)
     given = tensors(case, "draw")
-    found = cuda.run(given, **SETTINGS)
-    assert same_bits(found, emulated_cuda.run(given, **SETTINGS))
+    found = cuda.run(given, "draw", LOSS)
+    assert same_bits(found, emulated_cuda.run(given, "draw", LOSS))
     assert torch.equal(found[3], oracle(case, margin=0.05, detach_focal=True)[3])
     blocks = 2 if attributes == 131 else 11
     names = [(name, sizes) for name, sizes, _ in driver.launched]
@@ -105,35 +98,21 @@ def test_a_launch_passes_what_the_programs_read(driver, attributes):
     ]
 
 
-def without_logits(case):
-    return {name: t for name, t in tensors(case, "draw").items() if name != "logits"}
-
-
-def test_a_draw_is_launched_alone(driver):
-    given = without_logits(make(rows=11, attributes=131))
-    found = cuda.draw(given, 131, 7, False)
-    assert torch.equal(found, emulated_cuda.draw(given, 131, 7, False))
-    assert [name for name, *_ in driver.launched] == [b"vlal_rows"]
-
-
 def test_nothing_is_launched_for_nothing(driver):
     case = make(rows=0, attributes=5)
-    losses, _, sums, counts = cuda.run(tensors(case, "draw"), **SETTINGS)
+    losses, _, sums, counts = cuda.run(tensors(case, "draw"), "draw", LOSS)
     assert losses.shape == (0,) and not sums.any() and not counts.any()
-    assert cuda.draw(without_logits(case), 5, 7, False).shape == (0, 5)
     assert driver.launched == []
 
 
 def moved(case, device="cuda"):
     """The arguments of `selective_loss` on a device."""
-    draw = draw_of(case)
-    held = [t.to(device) if isinstance(t, torch.Tensor) else t for t in draw]
     return {
         "label": case.label.to(device),
         "object_id": case.object_id.to(device),
         "feasible": FeasibleTable(*(t.to(device) for t in case.feasible[:2])),
-        "ignored": Draw(*held),
-        "gammas": PAPER,
+        "ignored": Draw(*(t.to(device) for t in draw_of(case))),
+        "loss": loss_config(),
     }
 
 
@@ -190,17 +169,6 @@ def test_compiled_is_eager():
     wanted = torch.autograd.grad(step(leaf), leaf)[0]
     found = torch.autograd.grad(torch.compile(step, fullgraph=True)(leaf), leaf)[0]
     assert torch.equal(found, wanted)
-
-
-@on_gpu
-def test_the_early_draw_of_the_device():
-    case = make(rows=100, attributes=591, objects=9)
-    given = moved(case)
-    draw = given.pop("ignored")
-    del given["gammas"]
-    early = draw_ignored(draw, attributes=591, **given)
-    wanted = draw_ignored(draw, attributes=591, kernel="reference", **given)
-    assert torch.equal(early, wanted)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")

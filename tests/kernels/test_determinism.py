@@ -9,12 +9,21 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.fixtures.loss_batches import MODES, PAPER, draw_of, drawn, labels, make, plain
+from tests.fixtures.loss_batches import (
+    draw_of,
+    drawn,
+    labels,
+    loss_config,
+    make,
+    plain,
+)
+from vlal_dist.kernels.arguments import MODES
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.selective_loss import selective_loss
+from vlal_dist.kernels.operator import selective_loss
 
 RUNS = {"cpu": 100, "reference": 10}
 """The readable one is made of torch's own operations, slow on a busy machine."""
+ROWS = {"ignore": "asl_ignoring", "negatify": "asl_negatifying"}
 FORMS = {"draw": draw_of, "list": drawn, "mask": lambda case: case.ignored}
 
 
@@ -52,9 +61,8 @@ def step(case, mode, sparse):
         label=labels(case) if sparse else case.label,
         object_id=case.object_id,
         feasible=case.feasible,
-        ignored=FORMS[mode](case) if mode in FORMS else mode,
-        gammas=PAPER,
-        margin=0.05,
+        ignored=FORMS[mode](case) if mode in FORMS else None,
+        loss=loss_config(ROWS.get(mode, "selective"), margin=0.05),
         row_weight=case.row_weight,
     )
     (terms.per_row.double() * torch.linspace(0.5, 2, len(leaf))).sum().backward()

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.fixtures.loss_batches import (
-    PAPER,
     Backend,
     make,
     oracle,
@@ -24,8 +23,10 @@ from tests.fixtures.loss_batches import (
 from tests.kernels import emulated_cuda
 from tests.kernels.test_draw import GOLDEN_DRAWN, drawn_by, golden_outputs
 from tests.kernels.test_parity import assert_close
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cuda
+from vlal_dist.kernels.arguments import pack
 from vlal_dist.kernels.cpu import compiler
 from vlal_dist.kernels.cuda import STATIC, plan_launch
 
@@ -110,15 +111,15 @@ def test_what_the_program_declares_fits(tmp_path):
     except ConfigError as error:
         pytest.skip(str(error))
     for team in (cuda.WARP, cuda.BLOCK):
-        program = cuda.Settings(0, "draw", PAPER, 0.05, True, team)
-        _, log = cuda.compile_program(program.defines(), "sm_90")
+        defines = cuda.program(0, "draw", LossConfig(), team)
+        _, log = cuda.compile_program(defines, "sm_90")
         assert int(log.split(" bytes smem")[0].split()[-1]) <= STATIC
 
 
 SANITIZED = """
 import sys
 sys.path.insert(0, {root!r})
-from tests.kernels import emulated
+from tests.kernels import emulated_cuda
 from tests.fixtures.loss_batches import Backend, make, run
 flags = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 load, emulated_cuda.load = emulated_cuda.load, lambda defines: load(defines, flags)
@@ -133,7 +134,7 @@ print("clean")
 
 
 @pytest.mark.long
-def test_nothing_is_read_or_written_beyond_its_place(pytestconfig):
+def test_nothing_is_read_or_written_out_of_bounds(pytestconfig):
     """As compute-sanitizer looks; shared memory is as large as a launch asks for."""
     found = [
         subprocess.run(
@@ -171,17 +172,7 @@ def test_arguments_are_as_long_as_the_structure(tmp_path):
     command = [*compiler(), "-shared", "-fPIC", "-I", str(emulated_cuda.SOURCES), str(source)]
     subprocess.run([*command, "-o", str(library)], check=True)
     case = make(rows=2, attributes=9)
-    packed = emulated_cuda.prepare(
-        tensors(case, "draw"),
-        mode="draw",
-        num_ignore=3,
-        over_unannotated=False,
-        gammas=PAPER,
-        margin=0.0,
-        detach_focal=False,
-        largest=0,
-        most_shared=48_000,
-    ).arguments
+    packed = pack(tensors(case, "draw"), "draw", LossConfig())
     loaded = ctypes.CDLL(str(library))
     assert loaded.size() == len(packed)
     loaded.last.argtypes = [ctypes.c_char_p]

@@ -39,20 +39,20 @@ def uniform(logits, term: str) -> Case:
 
 
 @on_fused
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("margin", [0.0, 0.05])
 @pytest.mark.parametrize("gammas", GAMMAS)
 @pytest.mark.parametrize("term", TERMS)
-def test_nan_poisons_its_own_gradient_and_its_rows_loss(backend, term, gammas, margin, dtype):
+def test_nan_reaches_its_own_gradient_and_its_rows_loss(backend, term, gammas, margin, dtype):
     logits = torch.zeros(3, 37)
     logits[1, 5] = math.nan
     found = run(backend, uniform(logits.to(dtype), term), "mask", gammas=gammas, margin=margin)
-    poisoned = term != "ignored"
-    assert found[0].isnan().tolist() == [False, poisoned, False]
+    reached = term != "ignored"
+    assert found[0].isnan().tolist() == [False, reached, False]
     at = found[1].isnan().nonzero().tolist()
-    assert at == ([[1, 5]] if poisoned else [])
-    assert found[2].isnan().tolist() == [poisoned and term == name for name in TERMS]
-    if not poisoned:
+    assert at == ([[1, 5]] if reached else [])
+    assert found[2].isnan().tolist() == [reached and term == name for name in TERMS]
+    if not reached:
         assert (found[1] == 0).all() and (found[0] == 0).all()
 
 

@@ -6,15 +6,14 @@ import torch
 from tests.fixtures.loss_batches import (
     BACKENDS,
     FUSED,
-    MODES,
-    PAPER,
     indptr,
+    loss_config,
     make,
     plain,
     run,
     same_bits,
 )
-from vlal_dist.kernels.arguments import FeasibleTable
+from vlal_dist.kernels.arguments import MODES, FeasibleTable
 
 on_backends = pytest.mark.parametrize("backend", BACKENDS, ids=[b.name for b in BACKENDS])
 on_fused = pytest.mark.parametrize("backend", FUSED, ids=[b.name for b in FUSED])
@@ -101,8 +100,7 @@ def test_more_elements_than_32_bits_count():
             "seed": torch.tensor([-1]),
             "drawn_out": out,
         }
-        settings = {"num_ignore": k, "over_unannotated": False, "margin": 0.0}
-        made = FUSED[0].run(given, mode="draw", gammas=PAPER, detach_focal=False, **settings)
+        made = FUSED[0].run(given, "draw", loss_config(num_ignore=k))
         return *made, out
 
     losses, gradient, _, counts, drawn = outputs(0, rows)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.fixtures.loss_batches import PAPER, Case, draw_of, make
+from tests.fixtures.loss_batches import Case, draw_of, loss_config, make
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.selective_loss import selective_loss
+from vlal_dist.kernels.operator import selective_loss
 
 ROWS, FEATURES, SIZE = 33, 16, 131
 NUM_IGNORE = 20
@@ -42,8 +42,8 @@ def per_row(case: Case, logits: Tensor) -> Tensor:
         label=case.label,
         object_id=case.object_id,
         feasible=case.feasible,
-        ignored=draw_of(case, NUM_IGNORE),
-        gammas=PAPER,
+        ignored=draw_of(case),
+        loss=loss_config(num_ignore=NUM_IGNORE),
         row_weight=case.row_weight,
     )
     return terms.per_row

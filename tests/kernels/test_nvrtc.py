@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.fixtures.loss_batches import loss_config
 from tests.fixtures.wide_matrix import some_of
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels import cuda
 from vlal_dist.kernels.cpu import SOURCES
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100")
-PAPER = (1.0, 2.0, 4.0, 7.0)
 REGISTERS = 64
 """Four blocks of 256 threads on an SM: 65,536 / 64 / 256."""
 
@@ -29,16 +29,10 @@ def each(architectures: tuple[str, ...]) -> list[object]:
     return [pytest.param(n, marks=m) for n, m in zip(architectures, marks, strict=True)]
 
 
-def settings(**changes) -> cuda.Settings:
-    given = {
-        "kind": 0,
-        "mode": "draw",
-        "gammas": PAPER,
-        "margin": 0.05,
-        "detach_focal": True,
-        "team": cuda.WARP,
-    }
-    return cuda.Settings(**{**given, **changes})
+def program(mode="draw", *, kind=0, team=cuda.WARP, margin=0.05, detach_focal=True, **gammas):
+    """Defines of a program."""
+    loss = loss_config(margin=margin, detach_focal=detach_focal, **gammas)
+    return cuda.program(kind, mode, loss, team)
 
 
 @pytest.fixture(autouse=True)
@@ -58,18 +52,18 @@ def resources(log: str) -> tuple[int, int, int]:
     return tuple(found)
 
 
-def assert_within_budget(program: cuda.Settings, architecture: str) -> None:
-    cubin, log = cuda.compile_program(program.defines(), architecture)
+def assert_within_budget(defines: tuple[str, ...], architecture: str) -> None:
+    cubin, log = cuda.compile_program(defines, architecture)
     assert cubin[:4] == b"\x7fELF" and b"vlal_rows" in cubin
     registers, *spilled = resources(log)
-    assert registers <= REGISTERS and spilled == [0, 0], program
+    assert registers <= REGISTERS and spilled == [0, 0], defines
 
 
 @pytest.mark.parametrize("architecture", each(ARCHITECTURES))
 @pytest.mark.parametrize("team", [cuda.WARP, cuda.BLOCK])
 def test_registers_and_spills(team, architecture):
     for kind in (0, 1):
-        assert_within_budget(settings(kind=kind, team=team), architecture)
+        assert_within_budget(program(kind=kind, team=team), architecture)
 
 
 @pytest.mark.long
@@ -84,7 +78,7 @@ def test_registers_and_spills(team, architecture):
     ],
 )
 def test_registers_of_other_settings(changes, kind, architecture):
-    assert_within_budget(settings(kind=kind, **changes), architecture)
+    assert_within_budget(program(kind=kind, **changes), architecture)
 
 
 @pytest.mark.parametrize("architecture", each(ARCHITECTURES))
@@ -154,8 +148,8 @@ BUDGETS = [
 @pytest.mark.parametrize("architecture", each(("sm_75", "sm_90", "sm_100")))
 @pytest.mark.parametrize("changes, most, special", some_of(BUDGETS, 0, 2))
 def test_instructions_of_the_main_loop(changes, most, special, architecture, tmp_path):
-    program = settings(mode="list", **changes)
-    loop = main_loop(cuda.compile_program(program.defines(), architecture)[0], tmp_path)
+    cubin, _ = cuda.compile_program(program("list", **changes), architecture)
+    loop = main_loop(cubin, tmp_path)
     assert 100 < len(loop) <= most
     assert count(loop, "MUFU") <= special
 
@@ -183,7 +177,7 @@ def test_nvcc_compiles_the_same_source(tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    for defines in (settings().defines(), settings(kind=1, team=256).defines(), cuda.TOTALS):
+    for defines in (program(), program(kind=1, team=256), cuda.TOTALS):
         command = [nvcc, "-cubin", "-arch=sm_90", "-std=c++17", "--fmad=false", *defines]
         command += [str(SOURCES / "cuda.cu"), "-o", str(tmp_path / "program.cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -192,13 +186,13 @@ def test_nvcc_compiles_the_same_source(tmp_path):
 
 def test_a_program_is_compiled_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = cuda.compiled(settings().defines(), "sm_90")
+    first = cuda.compiled(program(), "sm_90")
     stamp = first.stat().st_mtime_ns
-    assert cuda.compiled(settings().defines(), "sm_90") == first
+    assert cuda.compiled(program(), "sm_90") == first
     assert first.stat().st_mtime_ns == stamp
     others = {
-        cuda.compiled(settings(margin=0.0).defines(), "sm_90"),
-        cuda.compiled(settings().defines(), "sm_80"),
+        cuda.compiled(program(margin=0.0), "sm_90"),
+        cuda.compiled(program(), "sm_80"),
         cuda.compiled(cuda.TOTALS, "sm_90"),
     }
     assert len(others | {first}) == 4
@@ -207,5 +201,5 @@ def test_a_program_is_compiled_once(tmp_path, monkeypatch):
 def test_an_unknown_architecture_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="sm_20"):
-        cuda.compiled(settings().defines(), "sm_20")
+        cuda.compiled(program(), "sm_20")
     assert not list((tmp_path / "vlal-dist").glob("cuda*"))

@@ -8,23 +8,22 @@ import pytest
 import torch
 
 from tests.fixtures.loss_batches import (
-    PAPER,
-    SETTINGS,
     draw_of,
     drawn,
     labels,
+    loss_config,
     make,
     oracle,
     tensors,
 )
 from tests.fixtures.wide_matrix import some_of
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import NAMES
+from vlal_dist.kernels.arguments import MODES, TYPES
 from vlal_dist.kernels.backend import choose
-from vlal_dist.kernels.operator import compiled_loss
-from vlal_dist.kernels.selective_loss import selective_loss
+from vlal_dist.kernels.operator import _numbers, compiled_loss, selective_loss
 
-FORMS = ("draw", "list", "mask", "ignore", "negatify")
+ROWS = {"ignore": "asl_ignoring", "negatify": "asl_negatifying"}
 
 
 @pytest.fixture(params=["cpu", "reference"], autouse=True)
@@ -36,17 +35,18 @@ def forced(request, monkeypatch):
     choose.cache_clear()
 
 
-def call(case, logits, form="draw", *, sparse=False, **settings):
+def call(case, logits, form="draw", *, sparse=False, loss=None, **settings):
     forms = {"draw": draw_of, "list": drawn, "mask": lambda one: one.ignored}
-    ignored = forms[form](case) if form in forms else form
+    if loss is None:
+        loss = loss_config(ROWS.get(form, "selective"), **settings)
     return selective_loss(
         logits,
         label=labels(case) if sparse else case.label,
         object_id=case.object_id,
         feasible=case.feasible,
-        ignored=ignored,
+        ignored=forms[form](case) if form in forms else None,
         row_weight=case.row_weight,
-        **{"gammas": PAPER, **settings},
+        loss=loss,
     )
 
 
@@ -58,11 +58,12 @@ def slope_of(case, scale, **given):
 
 
 @pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", MODES)
 def test_gives_what_the_oracle_gives(form, sparse):
     case = make(annotated=0.2)._replace(row_weight=torch.linspace(0, 3, 9))
     found = call(case, case.logits.clone().requires_grad_(), form, sparse=sparse)
-    losses, gradient, sums, counts = oracle(case, form)
+    gammas = loss_config(ROWS.get(form, "selective")).gammas
+    losses, gradient, sums, counts = oracle(case, form, gammas=gammas)
     torch.testing.assert_close(found.per_row.detach().double(), losses, rtol=1e-5, atol=0)
     torch.testing.assert_close(found.sums, sums, rtol=1e-5, atol=0)
     assert torch.equal(found.counts, counts)
@@ -176,19 +177,14 @@ def test_layouts_of_the_logits():
 
 
 def registered(case, logits, mode="draw", **settings):
-    given = {**tensors(case, mode), "logits": logits}
-    chosen = {**SETTINGS, **settings}
-    return compiled_loss(
-        *(given.get(name) for name in NAMES),
-        mode,
-        chosen["num_ignore"],
-        chosen["over_unannotated"],
-        list(chosen["gammas"]),
-        chosen["margin"],
-        chosen["detach_focal"],
-        0,
-        "auto",
-    )
+    return compiled_loss(*flat(case, logits, mode, **settings))
+
+
+def flat(case, logits, mode, **settings):
+    """Arguments of the registered operator."""
+    given = tensors(case, mode)
+    listed = [given.get(name) for name in TYPES]
+    return logits, listed, *_numbers(loss_config(**settings), 0), mode, "auto"
 
 
 OPCHECKS = itertools.product(
@@ -204,27 +200,18 @@ def test_opcheck(mode, layout, dtype):
         "sliced": torch.cat([case.logits, case.logits], dim=1)[:, 5:38],
         "transposed": case.logits.t().contiguous().t(),
     }[layout]
-    given = {**tensors(case, mode), "logits": logits.detach().requires_grad_()}
-    arguments = (
-        *(given.get(name) for name in NAMES),
-        mode,
-        7,
-        False,
-        list(PAPER),
-        0.05,
-        False,
-        0,
-        "auto",
-    )
-    torch.library.opcheck(compiled_loss, arguments)
+    leaf = logits.detach().requires_grad_()
+    torch.library.opcheck(compiled_loss, flat(case, leaf, mode, margin=0.05))
 
 
 @pytest.mark.parametrize("form", ["draw", "ignore"])
 def test_compiled_is_eager(form):
     torch._dynamo.reset()
 
+    loss = loss_config(ROWS.get(form, "selective"))
+
     def step(logits, case):
-        return call(case, logits * 2, form).per_row.mean()
+        return call(case, logits * 2, form, loss=loss).per_row.mean()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (9, 5, 17):
@@ -232,8 +219,8 @@ def test_compiled_is_eager(form):
         found, wanted = (case.logits.clone().requires_grad_() for _ in range(2))
         losses = compiled(found, case), step(wanted, case)
         assert torch.equal(*losses)
-        for loss in losses:
-            loss.backward()
+        for one in losses:
+            one.backward()
         assert torch.equal(found.grad, wanted.grad)
     torch._dynamo.reset()
 
@@ -271,7 +258,7 @@ def test_misfits_of_lists_masks_and_sparse_labels_are_named():
                 object_id=case.object_id,
                 feasible=case.feasible,
                 ignored=wrong,
-                gammas=PAPER,
+                loss=loss_config(),
             )
     for field in ("indptr", "code"):
         sparse = labels(case)
@@ -282,53 +269,22 @@ def test_misfits_of_lists_masks_and_sparse_labels_are_named():
                 label=sparse,
                 object_id=case.object_id,
                 feasible=case.feasible,
-                ignored="ignore",
-                gammas=PAPER,
+                ignored=None,
+                loss=loss_config("ce_ignoring"),
             )
 
 
-NAN = float("nan")
-
-
-@pytest.mark.parametrize(
-    ("gammas", "margin"),
-    [
-        ((-1.0, 0, 0, 0), 0.0),
-        (PAPER[:3], 0.0),
-        *[(tuple(NAN if i == n else 1.0 for i in range(4)), 0.0) for n in range(4)],
-        *[(PAPER, margin) for margin in (1.0, -0.1, NAN)],
-    ],
-)
-def test_settings_out_of_range_are_refused(gammas, margin):
+@pytest.mark.parametrize("loss", [{}, {"draw": "top"}, {"loss": "psl"}])
+def test_a_loss_that_ignores_some_pairs_needs_to_be_given_them(loss):
     case = make()
-    with pytest.raises(ConfigError, match="give 4 gammas"):
-        call(case, case.logits, gammas=gammas, margin=margin)
-
-
-def test_negative_num_ignore_is_refused():
-    case = make()
-    with pytest.raises(ConfigError, match="num_ignore is -2"):
+    with pytest.raises(ConfigError, match="give a Draw or a mask"):
         selective_loss(
             case.logits,
             label=case.label,
             object_id=case.object_id,
             feasible=case.feasible,
-            ignored=draw_of(case, -2),
-            gammas=PAPER,
-        )
-
-
-@pytest.mark.parametrize("name", ["mask", "draw", "list", "drop"])
-def test_another_treatment_is_refused(name):
-    case = make()
-    with pytest.raises(ConfigError, match="give ignore, negatify"):
-        selective_loss(
-            case.logits,
-            label=case.label,
-            object_id=case.object_id,
-            feasible=case.feasible,
-            ignored=name,
-            gammas=PAPER,
+            ignored=None,
+            loss=LossConfig(**loss),
         )
 
 
@@ -342,51 +298,3 @@ def test_no_attributes(forced):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-def test_in_place_gives_the_same_in_the_logits_memory(scale, dtype):
-    case = make(annotated=0.3).to(dtype)
-    weight = torch.eye(131, dtype=dtype).requires_grad_()
-    expected = call(case, case.logits @ weight)
-    (wanted,) = torch.autograd.grad(expected.per_row.sum() * scale, weight)
-    logits = case.logits @ weight
-    found = call(case, logits, in_place=True)
-    assert torch.equal(found.per_row, expected.per_row)
-    slope = slope_of(case, torch.ones(9))
-    assert torch.equal(logits.detach(), slope), "the gradient lies where the logits were"
-    (gradient,) = torch.autograd.grad(found.per_row.sum() * scale, weight)
-    assert torch.equal(gradient, wanted)
-
-
-def test_in_place_of_rows_that_lie_apart():
-    case = make(annotated=0.3)
-    wide = torch.full((9, 200), 7.0)
-    wide[:, 20:151] = case.logits
-    expected = call(case, case.logits).per_row
-    assert torch.equal(call(case, wide[:, 20:151], in_place=True).per_row, expected)
-    assert torch.equal(wide[:, 20:151], slope_of(case, torch.ones(9)))
-    assert (wide[:, :20] == 7).all() and (wide[:, 151:] == 7).all()
-    columns = case.logits.t().contiguous().t()  # elements of a row lie apart: a copy is worked on
-    assert torch.equal(call(case, columns, in_place=True).per_row, expected)
-
-
-def test_in_place_is_refused_where_the_logits_are_needed():
-    case = make()
-    with pytest.raises(ValueError, match="leaf"):
-        call(case, case.logits.clone().requires_grad_(), in_place=True)
-    leaf = case.logits.clone().requires_grad_()
-    logits = torch.sigmoid(leaf)  # whose own gradient is made of its result
-    loss = call(case, logits, in_place=True).per_row.sum()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
-def test_in_place_scales_once():
-    case = make()
-    weight = torch.eye(131).requires_grad_()
-    loss = call(case, case.logits @ weight, in_place=True).per_row.sum() * 0.5
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()

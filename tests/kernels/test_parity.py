@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.fixtures.loss_batches import (
+    BACKENDS,
     GAMMAS,
-    MODES,
     PAPER,
     away_from,
     make,
@@ -15,6 +15,7 @@ from tests.fixtures.loss_batches import (
     run,
     same_bits,
 )
+from vlal_dist.kernels.arguments import MODES
 
 WEIGHTS = torch.tensor([1.0, 0.0, 2.5, 0.37, 1e-3, 1.0, 0.0, 8.0, 1.0])
 
@@ -78,7 +79,7 @@ def test_modes_and_forms_of_the_labels(backend, mode, weighted, sparse):
 
 @on_backends
 @pytest.mark.parametrize("over_unannotated", [False, True])
-@pytest.mark.parametrize("num_ignore", [-1, 0, 1, 30, 10_000])
+@pytest.mark.parametrize("num_ignore", ["all", 0, 1, 30, 10_000])
 def test_draws(backend, num_ignore, over_unannotated):
     case = make(annotated=0.3, seed=3)
     settings = {"num_ignore": num_ignore, "over_unannotated": over_unannotated}
@@ -118,15 +119,14 @@ def test_every_half_precision_number_is_read_and_written(backend):
         torch.testing.assert_close(found[1], wide[1].to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@on_fused
 @pytest.mark.parametrize("detach_focal", [False, True])
 @pytest.mark.parametrize("margin", [0.0, 0.05, 0.2])
 @pytest.mark.parametrize("gammas", GAMMAS)
-def test_float64(backend, gammas, margin, detach_focal):
+def test_float64(gammas, margin, detach_focal):
     case = away_from(make(seed=5).to(torch.float64), margin, 1e-4)
     case = case._replace(row_weight=WEIGHTS)
     settings = {"gammas": gammas, "margin": margin, "detach_focal": detach_focal}
-    found, exact = run(backend, case, **settings), oracle(case, **settings)
+    found, exact = run(BACKENDS[-1], case, **settings), oracle(case, **settings)
     assert found[0].dtype == found[1].dtype == torch.float64
     torch.testing.assert_close(found[0], exact[0], rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(found[2], exact[2], rtol=1e-12, atol=1e-13)
@@ -134,7 +134,7 @@ def test_float64(backend, gammas, margin, detach_focal):
 
 
 @on_fused
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_may_lie_apart(backend, dtype):
     """Columns of a wider tensor, and every other row: the same bits as from a copy."""
     case = make(rows=9, attributes=131).to(dtype)

@@ -46,7 +46,7 @@ def cases(draw):
     )
 
 
-@given(cases(), st.sampled_from([-1, 0, 1, 2, 7, 64, 1000]), st.booleans(), st.booleans())
+@given(cases(), st.sampled_from(["all", 0, 1, 2, 7, 64, 1000]), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=80)
 def test_any_draw(case, num_ignore, over_unannotated, sparse):
     given_ = {"num_ignore": num_ignore, "over_unannotated": over_unannotated}
@@ -55,7 +55,7 @@ def test_any_draw(case, num_ignore, over_unannotated, sparse):
     rows, attributes = case.label.shape
     for backend in FUSED:
         out = torch.full((rows, attributes), -1, dtype=torch.int32)
-        extra = {"drawn_out": out} if num_ignore >= 0 else {}
+        extra = {"drawn_out": out} if num_ignore != "all" else {}
         losses, gradient, _, counts = run(backend, case, sparse=sparse, extra=extra, **given_)
         ids = [row[row >= 0].tolist() for row in out]
         if extra:
@@ -74,5 +74,5 @@ def test_all_is_the_whole_drawing_set(case):
     unannotated = case.label == 0
     wanted = (feasible_mask(case) & unannotated).sum()
     for backend in FUSED:
-        *_, counts = run(backend, case, num_ignore=-1)
+        *_, counts = run(backend, case, num_ignore="all")
         assert counts[4] == wanted and counts[2] == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures.loss_batches import FUSED, MODES, oracle_mask, plain
+from tests.fixtures.loss_batches import FUSED, oracle_mask, plain
 from tests.fixtures.rank_processes import run_ranks
 from tests.kernels.rank_worker import (
     NUM_IGNORE,
@@ -18,6 +18,7 @@ from tests.kernels.rank_worker import (
     rows_of,
     small_model,
 )
+from vlal_dist.kernels.arguments import MODES
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 

@@ -1,17 +1,17 @@
-"""Table 1's rows, and PSL's selection."""
+"""Rows of Table 1, and the pairs that PSL ignores."""
 
 import pytest
 import torch
 
-from vlal_dist.errors import ConfigError
-from vlal_dist.method.baselines import fixed_ignored, loss_settings, psl_ignored
-from vlal_dist.method.selective_loss import Term, assign_terms, selective_loss
+from vlal_dist.config.sections import LossConfig
+from vlal_dist.method.baselines import psl_ignored
+from vlal_dist.method.selective_loss import assign_terms, selective_loss
 
 
 @pytest.mark.parametrize(
     ("name", "gammas", "unannotated"),
     [
-        ("selective", (1, 2, 4, 7), "select"),
+        ("selective", (1, 2, 4, 7), "draw"),
         ("ce_ignoring", (0, 0, 0, 0), "ignore"),
         ("ce_negatifying", (0, 0, 0, 0), "negatify"),
         ("asl_ignoring", (1, 2, 4, 4), "ignore"),
@@ -20,31 +20,25 @@ from vlal_dist.method.selective_loss import Term, assign_terms, selective_loss
     ],
 )
 def test_rows_of_table_1(name, gammas, unannotated):
-    found = loss_settings(name)
+    found = LossConfig(loss=name)
     assert (found.gammas, found.unannotated) == (gammas, unannotated)
-    other = loss_settings(name, gamma_feasible=3.0)
+    other = LossConfig(loss=name, gamma_feasible=3.0, draw="top")
     assert other.gammas == ((1, 2, 3, 7) if name == "selective" else gammas)
+    assert other.unannotated == ("top" if name == "selective" else unannotated)
 
 
-def test_unknown_row():
-    with pytest.raises(ConfigError, match="ce_ignoring"):
-        loss_settings("ce")
-
-
-def test_treatments_as_terms():
-    label = torch.tensor([[1, -1, 0, 0]], dtype=torch.int8)
-    feasible = torch.tensor([[True, True, True, False]])
-    ignore = assign_terms(label, feasible, fixed_ignored(label == 0, treatment="ignore"))
-    negatify = assign_terms(label, feasible, fixed_ignored(label == 0, treatment="negatify"))
-    assert ignore.tolist() == [[Term.POSITIVE, Term.NEGATIVE, Term.IGNORED, Term.IGNORED]]
-    assert negatify.tolist() == [[Term.POSITIVE, Term.NEGATIVE, Term.FEASIBLE, Term.INFEASIBLE]]
+def test_options_are_numbers_in_the_order_of_gammas():
+    loss = LossConfig(margin=0.1, detach_focal=False, gamma_negative=2.5)
+    assert list(loss.options.values()) == [1.0, 2.5, 4.0, 7.0, 0.1, 0.0]
+    assert list(loss.options) == list(LossConfig(loss="psl").options)
 
 
 def test_ce_negatifying_is_binary_cross_entropy():
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
     label = torch.randint(-1, 2, (5, 7), generator=torch.Generator().manual_seed(1))
     term = assign_terms(label.to(torch.int8), label > 5, label > 5)
-    loss = selective_loss(logits, term, gammas=loss_settings("ce_negatifying").gammas).per_row
+    config = LossConfig(loss="ce_negatifying", margin=0.0)
+    loss = selective_loss(logits, term, loss=config).per_row
     target = (label > 0).float()
     expected = torch.nn.functional.binary_cross_entropy_with_logits(
         logits, target, reduction="none"
@@ -68,8 +62,8 @@ def test_psl_equals_plain_sorting(top_k, margin):
     probability = (torch.rand(9, 11, generator=generator) * 8).round() / 8  # many ties
     unannotated = torch.rand(9, 11, generator=generator) < 0.7
     prior = torch.rand(11, generator=generator)
-    given = dict(prior=prior, threshold=0.8, top_k=top_k, margin=margin)  # noqa: C408
-    found = psl_ignored(probability=probability, unannotated=unannotated, **given)
+    loss = LossConfig(psl_threshold=0.8, psl_topk=top_k, margin=margin)
+    found = psl_ignored(probability=probability, unannotated=unannotated, prior=prior, loss=loss)
     assert found.tolist() == slow_psl(probability, unannotated, prior, 0.8, top_k, margin)
 
 
@@ -78,9 +72,7 @@ def test_pairs_ignored_by_the_prior_use_the_quota():
         probability=torch.tensor([[0.9, 0.8, 0.7]]),
         unannotated=torch.ones(1, 3, dtype=torch.bool),
         prior=torch.tensor([1.0, 0.0, 0.0]),
-        threshold=0.5,
-        top_k=1,
-        margin=0.05,
+        loss=LossConfig(psl_topk=1),
     )
     assert found.tolist() == [[True, False, False]]
 
@@ -90,16 +82,6 @@ def test_psl_ranks_over_the_whole_batch():
         probability=torch.tensor([[0.9, 0.8], [0.1, 0.2]], requires_grad=True),
         unannotated=torch.ones(2, 2, dtype=torch.bool),
         prior=torch.zeros(2),
-        threshold=0.5,
-        top_k=1,
-        margin=0.0,
+        loss=LossConfig(psl_topk=1, margin=0.0),
     )
     assert found.tolist() == [[True, True], [False, False]] and not found.requires_grad
-
-
-def test_negative_quota_is_refused():
-    with pytest.raises(ConfigError, match="psl_topk"):
-        psl_ignored(
-            probability=torch.ones(1, 1), unannotated=torch.ones(1, 1, dtype=torch.bool),
-            prior=torch.ones(1), threshold=0.5, top_k=-1, margin=0.0,
-        )  # fmt: skip

@@ -197,7 +197,7 @@ def test_drawing_set_bounds_the_draw():
 def test_all_takes_the_whole_set_even_with_zero_weight():
     drawable = torch.tensor([[True, False, True]])
     weight = torch.tensor([[0.0, 1.0, torch.inf]])
-    assert torch.equal(draw(weight, k=None, drawable=drawable), drawable)
+    assert torch.equal(draw(weight, k="all", drawable=drawable), drawable)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (2, 3), (2, 4), (2, 5)])
@@ -246,7 +246,7 @@ def test_top_takes_as_many_as_the_draw_does():
     rng = np.random.default_rng(3)
     weight = torch.from_numpy(rng.choice([1, 2.5, 3e38, np.inf, 0], (60, 11)).astype(np.float32))
     drawable = torch.from_numpy(rng.random((60, 11)) < 0.6)
-    for k in (0, 3, 11, None):
+    for k in (0, 3, 11, "all"):
         top = top_ignore_set(inverse_weight=weight, drawable=drawable, num_ignore=k)
         assert torch.equal(top.sum(1), draw(weight, k=k, drawable=drawable).sum(1))
         assert not (top & ~drawable).any()

@@ -13,7 +13,6 @@ from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.errors import DataError
 from vlal_dist.training.engine import Engine, leave_ranks
 from vlal_dist.training.ranks import Ranks, join_ranks
-from vlal_dist.training.step import TrainStep
 
 
 def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
@@ -26,12 +25,12 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
         TrainingConfig(batch_size=tiny_model.BATCH, zero_stage=case["zero"], precision="fp32"),
         micro_batches=count,
     )
-    train_step = TrainStep(
+    train_step = tiny_model.train_step(
         engine,
         ranks,
-        objective=tiny_model.objective(case["loss"], kernel=case["kernel"]),
-        feasible=tiny_model.table(),
+        tiny_model.loss_config(case["loss"]),
         micro_batches=count,
+        kernel=case["kernel"],
     )
     engine.module.train(case["batch_norm"] == "train")
     start, found = 0, {}
@@ -44,8 +43,8 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
             world_size=ranks.world_size,
         )
         for batch in step.micro_batches:
-            if case.get("poison") is not None:
-                batch.image[batch.row == case["poison"]] = float("nan")
+            if case.get("nan_row") is not None:
+                batch.image[batch.row == case["nan_row"]] = float("nan")
         train_step.accumulate(step)
         (diverged,) = ranks.agree(not train_step.is_finite())
         if diverged:

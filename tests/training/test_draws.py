@@ -14,27 +14,14 @@ from scipy import stats
 from tests.fixtures import tiny_model
 from tests.fixtures.tiny_vaw import run
 from tests.integration.test_training_runs import arguments, finish, lines, start
-from tests.training.test_kernel import ALONE, CPU, IGNORED, compare
+from tests.training.test_kernel import IGNORED, compare
 from vlal_dist.config.sections import DataConfig, LossConfig, PathsConfig, ScoringConfig
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.likelihoods import ObjectLikelihoods
-from vlal_dist.kernels.arguments import Draw
 from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set
 from vlal_dist.method.likelihood import inverse_weights
 from vlal_dist.training.data import TrainingData, open_data
-from vlal_dist.training.objective import choose_ignored, seed_bits
-
-
-def chosen(batch: Batch, **changes: Any) -> torch.Tensor | Draw | str:
-    return choose_ignored(
-        tiny_model.objective("selective", **changes),
-        torch.zeros(len(batch), tiny_model.ATTRIBUTES),
-        batch,
-        seed=seed_bits(99, CPU),
-        index=np.arange(len(batch)),
-        ranks=ALONE,
-        feasible=tiny_model.table(),
-    )
+from vlal_dist.training.objective import top_pairs
 
 
 def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,19 +36,18 @@ def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("draw_over", ["feasible", "unannotated"])
-@pytest.mark.parametrize("num_ignore", [0, 2, None])
-def test_top_is_the_mask_of_the_greatest_weights(num_ignore: int | None, draw_over: str) -> None:
+@pytest.mark.parametrize("num_ignore", [0, 2, "all"])
+def test_top_is_the_mask_of_the_greatest_weights(num_ignore: Any, draw_over: str) -> None:
     batch = tiny_model.rows(np.arange(tiny_model.ROWS))
     weight, drawable = dense(batch)
     if draw_over == "unannotated":
         drawable &= batch.label == 0
-    found = chosen(batch, draw="top", draw_over=draw_over, num_ignore=num_ignore)
+    loss = tiny_model.loss_config("selective", draw_over=draw_over, num_ignore=num_ignore)
+    found = top_pairs(loss, batch, tiny_model.table())
     expected = top_ignore_set(inverse_weight=weight, drawable=drawable, num_ignore=num_ignore)
-    assert isinstance(found, torch.Tensor) and torch.equal(found, expected)
+    assert torch.equal(found, expected)
     batch.visit += 3
-    again = chosen(batch, draw="top", draw_over=draw_over, num_ignore=num_ignore)
-    assert isinstance(again, torch.Tensor) and torch.equal(again, expected)
-    assert isinstance(chosen(batch), Draw)
+    assert torch.equal(top_pairs(loss, batch, tiny_model.table()), expected)
 
 
 @pytest.mark.parametrize("draw_over", ["feasible", "unannotated"])

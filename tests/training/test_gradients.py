@@ -1,4 +1,4 @@
-"""The objective's scale (design 5, 8): one gradient for any W, accumulation, ZeRO stage, row count.
+"""Scale of the objective: the same gradient for any W, accumulation, ZeRO stage and row count.
 
 Real gloo processes under a real DeepSpeed engine against one process in float64 without either.
 """
@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tests.fixtures import tiny_model
 from tests.fixtures.rank_processes import run_ranks
 from vlal_dist.data.loading.batch import Batch
-from vlal_dist.method.baselines import fixed_ignored
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.selective_loss import assign_terms, selective_loss
 
@@ -47,7 +46,7 @@ def cases_of(world_size: int) -> list[dict[str, Any]]:
     for samples in (12, 1):
         name = f"w{world_size}-train{samples}"
         found.append(case(name, batch_norm="train", micro_batches=world_size, samples=(samples,)))
-    found.append(case(f"w{world_size}-nan", micro_batches=2, samples=(12,), poison=7))
+    found.append(case(f"w{world_size}-nan", micro_batches=2, samples=(12,), nan_row=7))
     return found
 
 
@@ -73,7 +72,6 @@ def dense(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 def reference(loss: str) -> dict[str, torch.Tensor]:
     """Gradients and weights by autograd and Adam written out, in float64, one row set a step."""
     model = tiny_model.SmallClassifier().double().eval()
-    goal = tiny_model.objective(loss)
     average = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     square = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     found: dict[str, torch.Tensor] = {}
@@ -92,14 +90,12 @@ def reference(loss: str) -> dict[str, torch.Tensor]:
                 seed=99,
             )
         else:
-            ignored = fixed_ignored(batch.label == 0, treatment="ignore")
+            ignored = batch.label == 0
         logits = model(batch.image, batch.object_id)
         per_row = selective_loss(
             logits,
             assign_terms(batch.label, feasible, ignored),
-            gammas=goal.loss.gammas,
-            margin=0.05,
-            detach_focal=True,
+            loss=tiny_model.loss_config(loss),
         ).per_row
         model.zero_grad()
         (6 / tiny_model.BATCH * per_row.sum()).backward()
@@ -128,7 +124,7 @@ def check(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 def test_gradient_and_adam_equal_the_single_process_sum(results: Path, world_size: int) -> None:
     expected, pairs = reference("selective"), []
     for one in cases_of(world_size):
-        if one["loss"] != "selective" or one["batch_norm"] == "train" or "poison" in one:
+        if one["loss"] != "selective" or one["batch_norm"] == "train" or "nan_row" in one:
             continue
         for rank in range(world_size):
             found = load_file(results / f"{one['name']}-{rank}.safetensors")

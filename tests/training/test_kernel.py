@@ -15,7 +15,7 @@ from vlal_dist.method.selective_loss import Term
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import feasible_table, seed_bits, undrawable
 from vlal_dist.training.ranks import Ranks
-from vlal_dist.training.step import Tally, TrainStep
+from vlal_dist.training.step import Tally
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, 0, CPU, None)
@@ -59,14 +59,23 @@ def steps(*, micro_batches: int, likelihood: bool = True) -> list[Step]:
     return found
 
 
-def train(loss: str, *, micro_batches: int, likelihood: bool = True, **changes: Any) -> list[Tally]:
-    """Losses and pairs of each step."""
-    train_step = TrainStep(
+def train(
+    loss: str,
+    *,
+    micro_batches: int,
+    likelihood: bool = True,
+    kernel: str = "auto",
+    seed: int = 99,
+    **changes: Any,
+) -> list[Tally]:
+    """Losses and pairs of each step; `changes` are of the loss."""
+    train_step = tiny_model.train_step(
         cast(Engine, PlainEngine()),
         ALONE,
-        objective=tiny_model.objective(loss, **changes),
-        feasible=tiny_model.table(),
+        tiny_model.loss_config(loss, **changes),
         micro_batches=micro_batches,
+        kernel=kernel,
+        seed=seed,
     )
     found = []
     for step in steps(micro_batches=micro_batches, likelihood=likelihood):
@@ -119,12 +128,12 @@ def test_the_baselines_choose_the_same(loss: str) -> None:
         assert ignored == (unannotated if loss == "ce_ignoring" else [0] * len(SAMPLES))
 
 
-@pytest.mark.parametrize("num_ignore", [0, 2, None])
-def test_without_likelihoods_only_the_whole_set_can_be_ignored(num_ignore: int | None) -> None:
+@pytest.mark.parametrize("num_ignore", [0, 2, "all"])
+def test_without_likelihoods_only_the_whole_set_can_be_ignored(num_ignore: int | str) -> None:
     found = compare("selective", micro_batches=2, likelihood=False, num_ignore=num_ignore)
     for one in found:
         none_left = one.pairs[int(Term.FEASIBLE)] == 0
-        assert none_left if num_ignore is None else one.pairs[IGNORED] == 0
+        assert none_left if num_ignore == "all" else one.pairs[IGNORED] == 0
 
 
 def test_rows_that_cannot_draw_have_weights_as_long_as_their_sets() -> None:

@@ -25,7 +25,7 @@ ROWS = {
     "asl_ignoring": ("ignore", "negatify", "mask"),
     "ce_ignoring": ("ignore", "negatify", "mask"),
 }
-"""Rows of Table 1 that differ in their exponents, and the forms of ignored pairs they occur with."""
+"""Rows of Table 1 with different exponents, and the forms of ignored pairs they occur with."""
 
 
 def main() -> int:

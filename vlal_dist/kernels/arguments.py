@@ -84,8 +84,8 @@ def pack(
         tensors: inputs and outputs, contiguous, `logits` along its rows. They must outlive the
             call.
         mode: a name of `MODES`.
-        loss: its `num_ignore` and `draw_over` are used; the formula's numbers go another way
-            (`option_list`).
+        loss: its `num_ignore` and `draw_over` are used; `LossConfig.options` are passed apart
+            from this structure.
         largest: on CUDA, the size of the largest feasible set.
         threads: on the CPU, the most threads used.
     """
@@ -110,10 +110,8 @@ def pack(
     )
 
 
-def option_list(loss: LossConfig) -> str:
-    """`-DVLAL_OPTIONS`: names and values of `LossConfig.options`, which `struct Loss` expands."""
-    listed = (f"OPTION({name},{float(value)!r}f)" for name, value in loss.options.items())
-    return f"-DVLAL_OPTIONS={''.join(listed)}"
+OPTIONS = f"-DVLAL_OPTIONS={''.join(f'OPTION({name})' for name in LossConfig().options)}"
+"""Define of the names of `LossConfig.options`, which `struct Loss` of focal.h expands."""
 
 
 TYPES = {

@@ -39,7 +39,9 @@ def choose(device: str) -> Chosen:
     """
     forced = os.environ.get(VARIABLE, "")
     if forced not in ("", *BACKENDS):
-        raise ConfigError(f"{VARIABLE} is {forced!r}; give one of {', '.join(BACKENDS)}, or unset it")
+        raise ConfigError(
+            f"{VARIABLE} is {forced!r}; give one of {', '.join(BACKENDS)}, or unset it"
+        )
     if forced == "reference":
         return Chosen("reference", f"set by {VARIABLE}")
     if forced not in ("", device):

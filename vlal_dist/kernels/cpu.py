@@ -21,13 +21,13 @@ import torch
 
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import Outputs, Tensors, option_list, pack
+from vlal_dist.kernels.arguments import OPTIONS, Outputs, Tensors, pack
 
 SOURCES = Path(__file__).with_name("src")
 # No contraction: the draw's bits are single multiplications and additions. The loss calls fma
 # explicitly, so that AVX2 and AVX-512 agree.
 FLAGS = (
-    option_list(LossConfig()),  # the names; values come with each call
+    OPTIONS,
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wall", "-Wextra"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import KINDS, MODES, Outputs, Tensors, option_list, pack
+from vlal_dist.kernels.arguments import KINDS, MODES, OPTIONS, Outputs, Tensors, pack
 from vlal_dist.kernels.cpu import SOURCES, digest_of, kept
 
 WARP, BLOCK = 32, 256
@@ -41,8 +41,9 @@ def program(kind: int, mode: str, loss: LossConfig, team: int) -> tuple[str, ...
     return (
         f"-DVLAL_KIND={kind}",
         f"-DVLAL_MODE={MODES[mode]}",
-        option_list(loss),
         f"-DVLAL_TEAM={team}",
+        OPTIONS,
+        *(f"-DVLAL_{name}={float(value)!r}f" for name, value in loss.options.items()),
     )
 
 

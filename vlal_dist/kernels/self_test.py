@@ -48,7 +48,9 @@ def self_test(device: torch.device) -> Difference:
     logits = 3 * torch.randn(ROWS, ATTRIBUTES, generator=generator) - 2
     weight = torch.rand(int(lengths.sum()), generator=generator).mul(12).exp()
     zero = torch.zeros(1, dtype=torch.int64)
-    sets = (torch.cat([zero, sizes.cumsum(0)]), member.nonzero()[:, 1].to(torch.int32))
+    sets = FeasibleTable(
+        torch.cat([zero, sizes.cumsum(0)]), member.nonzero()[:, 1].to(torch.int32), int(sizes.max())
+    )
     draw = Draw(
         weight_indptr=torch.cat([zero, lengths.cumsum(0)]),
         inverse_weight=weight,
@@ -63,7 +65,7 @@ def self_test(device: torch.device) -> Difference:
             leaf,
             label=label.to(device),
             object_id=object_id.to(device),
-            feasible=FeasibleTable(*(t.to(device) for t in sets), int(sizes.max())),
+            feasible=FeasibleTable(sets.indptr.to(device), sets.indices.to(device), sets.largest),
             ignored=Draw(*(t.to(device) for t in draw)),
             loss=LossConfig(),
             kernel=kernel,

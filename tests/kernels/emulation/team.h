@@ -5,6 +5,7 @@
 
 #define VLAL_INLINE inline
 #define VLAL_INLINE_MEMBER inline
+#define OPTION(name) static constexpr float name = VLAL_##name;
 #include "arguments.h"
 
 constexpr int kTeam = VLAL_TEAM, kThreads = 256, kTeams = kThreads / kTeam;

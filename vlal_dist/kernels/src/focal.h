@@ -1,9 +1,9 @@
 // Loss and gradient of a pair, Eqs. (1) and (3), for a float (CUDA) or a vector of them (CPU).
 //
 // The including file defines, for its V: fused(a, b, c), select, broadcast, bits_of, float_of,
-// converted, reciprocal and exp_minus_abs; and OPTION, which makes of VLAL_OPTIONS, the names and
-// values of LossConfig.options, fields that a call fills (CPU) or constants (CUDA). With
-// P = sigmoid(u), Q = 1 - P, s = softplus(u):
+// converted, reciprocal and exp_minus_abs; and OPTION, which makes of VLAL_OPTIONS, the names of
+// LossConfig.options, fields that a call fills (CPU) or constants (CUDA). With P = sigmoid(u),
+// Q = 1 - P, s = softplus(u):
 //
 //   loss P^g s, slope P^g (g Q s + P); detached: the second summand alone.
 #ifndef VLAL_FOCAL_H

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#define OPTION(name, value) float name;
+#define OPTION(name) float name;
 #include "lanes.h"
 
 #include "focal.h"

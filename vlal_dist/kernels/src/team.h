@@ -8,7 +8,7 @@
 
 #define VLAL_INLINE static __device__ __forceinline__
 #define VLAL_INLINE_MEMBER __device__ __forceinline__
-#define OPTION(name, value) static constexpr float name = value;
+#define OPTION(name) static constexpr float name = VLAL_##name;
 #include "arguments.h"
 
 // VLAL_TEAM lanes: a warp, or the whole block.
