@@ -271,11 +271,15 @@ class DataConfig(Section):
     )
 
 
+Gammas = tuple[float, float, float, float]
+Unannotated = Literal["draw", "top", "ignore", "negatify", "psl"]
+
+
 class LossConfig(Section):
     """The loss: a row of Table 1, its exponents, and which unannotated pairs are ignored.
 
-    It travels whole from here to the operator. A new number of the formula is a field, an entry of
-    `options`, and its use in `method/selective_loss.py` and `kernels/src/focal.h`.
+    A new number of the formula is a field here, an entry of `options`, and its use in
+    `method/selective_loss.py` and `kernels/src/focal.h`.
     """
 
     profile: Literal["paper", "released", "corrected"] = Field(
@@ -320,47 +324,36 @@ class LossConfig(Section):
     psl_topk: int = Field(5, ge=0, description="unannotated ignored per row by PSL, over the batch")
 
     @property
-    def gammas(self) -> tuple[float, float, float, float]:
-        """Exponents of POSITIVE, NEGATIVE, FEASIBLE and INFEASIBLE pairs in this row of Table 1."""
+    def gammas(self) -> Gammas:
+        """Exponents of POSITIVE, NEGATIVE, FEASIBLE and INFEASIBLE pairs."""
         own = (self.gamma_positive, self.gamma_negative, self.gamma_feasible, self.gamma_infeasible)
-        return own if self.loss == "selective" else _TABLE_1[self.loss][1]
+        return own if self.loss == "selective" else _BASELINES[self.loss][1]
 
     @property
-    def unannotated(self) -> Literal["draw", "top", "ignore", "negatify", "psl"]:
-        """Which unannotated pairs have no loss in this row of Table 1.
+    def unannotated(self) -> Unannotated:
+        """Which unannotated pairs have no loss.
 
-        `draw`: those drawn by likelihood (Fig. 3); `top`: the likeliest; `ignore`: all;
-        `negatify`: none; `psl`: the most probable.
+        `draw`: drawn by likelihood (Fig. 3); `top`: the likeliest; `ignore`: all; `negatify`:
+        none; `psl`: the most probable.
         """
-        if self.loss == "selective":
-            return "draw" if self.draw == "random" else "top"
-        return _TABLE_1[self.loss][0]
+        own: Unannotated = "draw" if self.draw == "random" else "top"
+        return own if self.loss == "selective" else _BASELINES[self.loss][0]
 
     @property
     def options(self) -> dict[str, float]:
         """The numbers that the formula of a pair reads, named as C++ and CUDA read them."""
-        positive, negative, feasible, infeasible = self.gammas
-        return {
-            "gamma_positive": positive,
-            "gamma_negative": negative,
-            "gamma_feasible": feasible,
-            "gamma_infeasible": infeasible,
-            "margin": self.margin,
-            "detach_focal": float(self.detach_focal),
-        }
+        names = ("gamma_positive", "gamma_negative", "gamma_feasible", "gamma_infeasible")
+        gammas = dict(zip(names, self.gammas, strict=True))
+        return {**gammas, "margin": self.margin, "detach_focal": float(self.detach_focal)}
 
 
-_ASL, _CE = (1.0, 2.0, 4.0, 4.0), (0.0, 0.0, 0.0, 0.0)
-_TABLE_1: dict[
-    str, tuple[Literal["ignore", "negatify", "psl"], tuple[float, float, float, float]]
-] = {
-    "ce_ignoring": ("ignore", _CE),
-    "ce_negatifying": ("negatify", _CE),
-    "asl_ignoring": ("ignore", _ASL),
-    "asl_negatifying": ("negatify", _ASL),  # unlike textbook ASL, 4 for the unannotated
-    "psl": ("psl", _ASL),
+_BASELINES: dict[str, tuple[Unannotated, Gammas]] = {
+    "ce_ignoring": ("ignore", (0.0, 0.0, 0.0, 0.0)),
+    "ce_negatifying": ("negatify", (0.0, 0.0, 0.0, 0.0)),
+    "asl_ignoring": ("ignore", (1.0, 2.0, 4.0, 4.0)),
+    "asl_negatifying": ("negatify", (1.0, 2.0, 4.0, 4.0)),  # textbook ASL: 2 for unannotated, too
+    "psl": ("psl", (1.0, 2.0, 4.0, 4.0)),
 }
-"""The baselines of Table 1: unannotated pairs, and exponents as in `LossConfig.gammas`."""
 
 
 class ModelConfig(Section):
