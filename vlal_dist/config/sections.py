@@ -331,11 +331,7 @@ class LossConfig(Section):
 
     @property
     def unannotated(self) -> Unannotated:
-        """Which unannotated pairs have no loss.
-
-        `draw`: drawn by likelihood (Fig. 3); `top`: the likeliest; `ignore`: all; `negatify`:
-        none; `psl`: the most probable.
-        """
+        """Unannotated pairs without a loss: drawn ones, the likeliest (`top`), all, none, PSL's."""
         own: Unannotated = "draw" if self.draw == "random" else "top"
         return own if self.loss == "selective" else _BASELINES[self.loss][0]
 
