@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from vlal_dist.method.metrics import average_precision
+from vlal_dist.reporting.charts import LineChart
 from vlal_dist.reporting.pr_curves import (
-    LEAST_LABELS,
-    PrCurve,
+    FRAME,
+    MIN_LABELS,
     choose_curves,
     draw_pr,
     draw_pr_curves,
@@ -33,21 +34,21 @@ def make_line(label: npt.NDArray[np.int8], ap: float | None, name: str = "red") 
     }
 
 
-def drawn_area(curve: PrCurve) -> float:
+def drawn_area(curve: LineChart) -> float:
     """Area under the step path, as a share of the frame; recall must only grow."""
     x = y = area = 0.0
     for command, first, second in re.findall(r"([MHV])([\d.]+)(?: ([\d.]+))?", curve.path):
         if command == "M":
             x, y = float(first), float(second)
-            assert x == curve.left
+            assert x == FRAME.left
         elif command == "V":
             y = float(first)
         else:
             assert float(first) >= x
-            area += (float(first) - x) * (curve.bottom - y)
+            area += (float(first) - x) * (FRAME.bottom - y)
             x = float(first)
-    assert x == curve.right
-    return area / ((curve.right - curve.left) * (curve.bottom - curve.top))
+    assert x == FRAME.right
+    return area / ((FRAME.right - FRAME.left) * (FRAME.bottom - FRAME.top))
 
 
 @st.composite
@@ -67,7 +68,7 @@ def test_the_drawn_area_is_the_average_precision(
 ) -> None:
     score, label = case
     expected = float(average_precision(score[:, None], label[:, None])[0])
-    curve = draw_pr(pr_steps(score, label), make_line(label, expected))
+    curve = draw_pr(*pr_steps(score, label), make_line(label, expected))
     assert drawn_area(curve) == pytest.approx(expected, abs=1e-3)
 
 
@@ -76,29 +77,27 @@ def test_thinning_keeps_the_area() -> None:
     label = rng.choice(np.array([-1, 0, 1], np.int8), 20_000)
     score = (rng.random(20_000) + 0.3 * label).astype(np.float32)
     steps = pr_steps(score, label)
-    thin = thin_steps(steps, 300)
-    assert len(steps.recall) > 5000 and len(thin.recall) == 300 and thin.recall[-1] == 1
+    thin = thin_steps(*steps, 300)
+    assert len(steps[0]) > 5000 and len(thin[0]) == 300 and thin[0][-1] == 1
 
     def area(recall: npt.NDArray[np.float64], precision: npt.NDArray[np.float64]) -> float:
         return float((np.diff(recall, prepend=0) * precision).sum())
 
     expected = float(average_precision(score[:, None], label[:, None])[0])
-    assert area(thin.recall, thin.precision) == pytest.approx(expected, abs=1e-12)
-    assert area(thin.recall, thin.precision) == pytest.approx(
-        area(steps.recall, steps.precision), abs=1e-12
-    )
+    assert area(*thin) == pytest.approx(expected, abs=1e-12)
+    assert area(*thin) == pytest.approx(area(*steps), abs=1e-12)
 
 
 def test_best_worst_and_most_frequent_have_enough_labels() -> None:
-    label = np.ones(LEAST_LABELS, np.int8)
+    label = np.ones(MIN_LABELS, np.int8)
     firm = np.concatenate([label, -label])
     lines = [make_line(firm, ap) for ap in (0.5, 0.9, 0.1, 0.7)]
     lines[3]["num_positive"] += 1
     lines += [make_line(np.array([1, -1], np.int8), 1.0), make_line(label, None)]
     rule, groups = choose_curves(lines, count=2)
     assert groups == {"Highest AP": [1, 3], "Lowest AP": [2, 0], "Most positives": [3, 0]}
-    assert "the 4 attributes" in rule and f"at least {LEAST_LABELS} " in rule
-    rule, groups = choose_curves(lines, count=3)  # too few are firm: all that are defined
+    assert "the 4 attributes" in rule and f"at least {MIN_LABELS} " in rule
+    rule, groups = choose_curves(lines, count=3)  # too few have enough: all that are defined
     assert groups["Highest AP"] == [4, 1, 3] and "the 5 attributes with at least 1 " in rule
 
 

@@ -1,12 +1,22 @@
-"""The run card says what the run left behind, and nothing that it did not."""
+"""The run card shows what the run left behind, and nothing else."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vlal_dist.errors import DataError
-from vlal_dist.reporting.run_card import read_object, run_card, samples_seen
-from vlal_dist.reporting.training_curves import Line
+from vlal_dist.reporting.run_card import (
+    Line,
+    RunFiles,
+    parse_lines,
+    read_run_files,
+    run_card,
+    samples_seen,
+    series,
+)
+from vlal_dist.storage.store import open_store
 
 START: Line = {
     "step": 0,
@@ -31,8 +41,7 @@ MANIFEST = {"splits": {"train": {"samples": 10_000, "rejected": 2}, "test": {"sa
 
 
 def card(**given: Any) -> dict[str, str]:
-    known: dict[str, Any] = {"run_config": {}, "lines": [], "starts": [], "finished": {}}
-    return dict(run_card(RESULT, MANIFEST, **{**known, **given}))
+    return dict(run_card(RESULT, MANIFEST, RunFiles(**given)))
 
 
 def train(epoch: int, step: int, count: int) -> Line:
@@ -72,7 +81,7 @@ def test_hardware_of_every_start_and_the_time_of_the_last() -> None:
     assert shown["Hardware"].startswith("A GPU, 4 ranks with 2 threads")
     assert shown["Software"] == "vlal_dist 1.2 (abc), torch 2.9, loss by cuda"
     assert shown["Wall time of training"] == "1 h 2 min"
-    resumed = START | {"step": 50, "device": "a CPU", "commit": None, "ranks": 1, "threads": 1}
+    resumed = {**START, "step": 50, "device": "a CPU", "commit": None, "ranks": 1, "threads": 1}
     shown = card(starts=[START, START, resumed], finished={"code": 0, "counts": {"seconds": 61}})
     assert (
         shown["Hardware"].count("A GPU") == 1
@@ -82,8 +91,37 @@ def test_hardware_of_every_start_and_the_time_of_the_last() -> None:
     assert "ended with code 75" in card(finished={"code": 75, "reason": "x"})["Wall time"]
 
 
-def test_a_damaged_record_is_told() -> None:
-    assert read_object("", where="w") == {}
-    for text in ("{", "[]"):
-        with pytest.raises(DataError, match="w is"):
-            read_object(text, where="w")
+def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    assert read_run_files(store) == RunFiles(lines=[], starts=[])
+    for text in (b"{", b"[]"):
+        store.replace("train.result.json", text)
+        with pytest.raises(DataError, match=r"train\.result\.json is damaged"):
+            read_run_files(store)
+
+
+def test_series_by_kind_the_later_line_wins_and_values_that_are_not_numbers_are_left_out() -> None:
+    text = "\n".join(
+        json.dumps(line)
+        for line in (
+            {"kind": "train", "step": 20, "loss": 5.0, "ignored_effective": 3.5},
+            {"kind": "validation", "epoch": 1, "step": 30, "mAP": 0.25},
+            {"kind": "train", "step": 10, "loss": 9.0},
+            {"kind": "train", "step": 20, "loss": 4.0},
+            {"kind": "train", "step": 30, "loss": float("nan")},
+            {"kind": "train", "step": 40},
+        )
+    )
+    lines = parse_lines(text, where="m")
+    assert series(lines, "train", "loss") == [(10, 9), (20, 4)]
+    assert series(lines, "validation", "mAP") == [(30, 0.25)]
+    assert series(lines, "train", "ignored_effective") == [(20, 3.5)]
+
+
+def test_a_cut_last_line_is_left_out_another_is_an_error() -> None:
+    assert parse_lines('{"a": 1}\n{"b": ', where="m") == [{"a": 1}]
+    assert parse_lines("", where="m") == []
+    with pytest.raises(DataError, match="m, line 1"):
+        parse_lines('{"b": \n{"a": 1}\n', where="m")
+    with pytest.raises(DataError, match="not a JSON object"):
+        parse_lines("[1]\n{}\n", where="m")

@@ -1,4 +1,4 @@
-"""What was ignored, and likelihood against annotation: a merged dataset, counted slowly."""
+"""Ignored attributes, and likelihood against annotation: a merged dataset, counted slowly."""
 
 from pathlib import Path
 from typing import Any
@@ -8,17 +8,16 @@ import pytest
 import yaml
 
 from vlal_dist.config.load import config_yaml, load_config
+from vlal_dist.config.sections import PathsConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.format.sample_reader import SampleReader
-from vlal_dist.errors import DataError
 from vlal_dist.method.ignore_set import draw_keys
 from vlal_dist.reporting.selective_sections import (
     CalibrationSection,
     IgnoredSection,
     TrainingCrops,
-    calibration_bins,
+    calibrate,
     count_ignored,
-    draw_calibration,
     read_training_crops,
     selective_sections,
 )
@@ -36,6 +35,10 @@ def run_config(small: Path) -> dict[str, Any]:
     config = load_config(small / "config.yaml", {"method.num_ignore": str(NUM_IGNORE)})
     values: dict[str, Any] = yaml.safe_load(config_yaml(config))
     return values
+
+
+def paths_of(dataset: Dataset) -> PathsConfig:
+    return PathsConfig(merged=dataset.url, cache=str(dataset.cache))
 
 
 def result_of(dataset: Dataset) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def test_counts_are_those_of_the_races(
     merged: Dataset, run_config: dict[str, Any], draw_over: str
 ) -> None:
     run_config["method"]["draw_over"] = draw_over
-    ignored, calibration = selective_sections(run_config, result_of(merged), lambda: merged)
+    ignored, calibration = selective_sections(run_config, result_of(merged), paths_of(merged))
     assert isinstance(ignored, IgnoredSection) and isinstance(calibration, CalibrationSection)
     expected = slow_counts(merged, draw_over)
     assert {one.name: (one.crops, one.ignored) for one in ignored.attributes} == {
@@ -120,7 +123,7 @@ def make_crops(likelihood: np.ndarray, label: np.ndarray) -> TrainingCrops:
     return TrainingCrops(
         dataset="made",
         split="train",
-        of=rows,
+        num_samples=rows,
         uid=np.random.default_rng(3).integers(0, 2**63, rows).astype(np.uint64),
         label=label,
         feasible=likelihood > 0,
@@ -134,7 +137,9 @@ def test_bins_hold_every_annotated_feasible_pair_once() -> None:
     likelihood = rng.dirichlet(np.full(20, 0.2), size=60)
     likelihood[:, 15:] = 0
     label = rng.choice(np.array([-1, 0, 1], np.int8), likelihood.shape)
-    bins = calibration_bins(make_crops(likelihood, label))
+    section = calibrate(make_crops(likelihood, label))
+    assert isinstance(section, CalibrationSection)
+    bins = section.bins
     feasible = likelihood > 0
     assert sum(one.pairs for one in bins) == ((label != 0) & feasible).sum()
     assert sum(one.positive for one in bins) == ((label > 0) & feasible).sum()
@@ -148,12 +153,13 @@ def test_bins_hold_every_annotated_feasible_pair_once() -> None:
 def test_the_chart_puts_a_full_bar_at_the_top() -> None:
     likelihood = np.array([[0.9, 0.1]] * 4)
     label = np.array([[1, -1]] * 4, np.int8)
-    section = draw_calibration(make_crops(likelihood, label))
+    section = calibrate(make_crops(likelihood, label))
     assert isinstance(section, CalibrationSection)
-    low, high = section.bars[0], section.bars[-1]
-    assert (low.share, low.height) == ("0%", 0) and (high.share, high.y) == ("100%", section.top)
-    assert high.height == section.bottom - section.top and high.pairs == "4"
-    nothing = draw_calibration(make_crops(likelihood, np.zeros_like(label)))
+    low, high = section.bins[0], section.bins[-1]
+    assert (low.percent, section.frame.y(low.share)) == ("0%", section.frame.bottom)
+    assert (high.percent, section.frame.y(high.share)) == ("100%", section.frame.top)
+    assert high.count == "4" and section.share == 0.5
+    nothing = calibrate(make_crops(likelihood, np.zeros_like(label)))
     assert nothing == "None of the counted crops has an annotated feasible attribute."
 
 
@@ -169,7 +175,7 @@ def test_the_chart_puts_a_full_bar_at_the_top() -> None:
         ({"data.train_split": "night"}, "no likelihoods of split night", "split night"),
     ],
 )
-def test_what_does_not_fit_is_left_out_with_its_reason(
+def test_a_section_that_does_not_fit_is_left_out_with_its_reason(
     merged: Dataset,
     run_config: dict[str, Any],
     changes: dict[str, object],
@@ -179,7 +185,7 @@ def test_what_does_not_fit_is_left_out_with_its_reason(
     for key, value in changes.items():
         section, name = key.split(".")
         run_config[section][name] = value
-    found = selective_sections(run_config, result_of(merged), lambda: merged)
+    found = selective_sections(run_config, result_of(merged), paths_of(merged))
     assert isinstance(found[0], str) and ignored in found[0]
     if likelihood is None:
         assert isinstance(found[1], CalibrationSection)
@@ -190,16 +196,15 @@ def test_what_does_not_fit_is_left_out_with_its_reason(
 def test_an_absent_or_foreign_dataset_is_no_error(
     merged: Dataset, run_config: dict[str, Any]
 ) -> None:
-    def nowhere() -> Dataset:
-        raise DataError("no dataset there")
-
-    assert "no dataset there" in str(selective_sections(run_config, result_of(merged), nowhere)[0])
+    paths = PathsConfig(merged=f"{merged.url}-absent", cache=str(merged.cache))
+    found = selective_sections(run_config, result_of(merged), paths)
+    assert "holds no dataset.json" in str(found[0]) and found[0] == found[1]
     result = result_of(merged)
     result["dataset"]["feasible_digest"] = "other"
-    found = selective_sections(run_config, result, lambda: merged)
+    found = selective_sections(run_config, result, paths_of(merged))
     assert "another feasible digest" in str(found[0]) and found[0] == found[1]
-    assert "nothing was trained" in str(selective_sections({}, result, lambda: merged)[0])
-    assert "lacks 'loss'" in str(selective_sections({"method": {}}, result, lambda: merged)[0])
+    assert "nothing was trained" in str(selective_sections({}, result, paths)[0])
+    assert "lacks 'loss'" in str(selective_sections({"method": {}}, result, paths)[0])
 
 
 def test_another_temperature_than_the_merges_is_used(merged: Dataset) -> None:

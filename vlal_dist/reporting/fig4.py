@@ -1,7 +1,7 @@
-"""The crops of the paper's Fig. 4: which are shown, and what is said of each.
+"""Crops with their highest attributes, as in the paper's Fig. 4.
 
-Shown are the crops with at least one annotated positive that come first when all are ordered by
-sha256 of seed and uid: a rule fixed before any score is known.
+Of the crops with at least one annotated positive, those come first whose sha256 of seed and uid is
+lowest: a rule that does not depend on scores.
 """
 
 import base64
@@ -20,6 +20,7 @@ from vlal_dist.vocabulary import Vocabulary
 
 CROP_SIDE = 176
 JPEG_QUALITY = 82
+LABEL_NAMES = {1: "present", -1: "absent", 0: "unannotated"}
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,6 @@ def choose_rows(predictions: Predictions, *, count: int, seed: int) -> npt.NDArr
     return np.asarray(candidates[order], dtype=np.int64)
 
 
-def top_attributes(score: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
-    """Ids of the k highest scores of each row, highest first, ties to the lower id; [N, k]."""
-    return np.argsort(-score, axis=-1, kind="stable")[..., :k]
-
-
 def build_example(
     reader: SampleReader,
     predictions: Predictions,
@@ -85,7 +81,7 @@ def build_example(
     truth: npt.NDArray[np.int8] | None,
     k: int,
 ) -> Example:
-    """Read one crop and put its best k attributes beside its annotation.
+    """Read one crop and set its highest k attributes beside its annotation.
 
     Args:
         reader: of the split.
@@ -96,26 +92,27 @@ def build_example(
         k: attributes listed.
     """
     sample = reader.read(int(predictions.row[position]))
-    image, width, height = _small_jpeg(sample.jpg)
+    image = Image.fromarray(decode_rgb(sample.jpg))
+    image.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
+    jpg = io.BytesIO()
+    image.save(jpg, "JPEG", quality=JPEG_QUALITY)
     label, score = predictions.label[position], predictions.score[position]
-    words = {1: "present", -1: "absent", 0: "unannotated"}
-    guesses = [
-        Guess(
-            name=vocabulary.attributes[attribute],
-            score=float(score[attribute]),
-            kind=words[int(label[attribute])],
-            truth="" if truth is None else words[int(truth[position, attribute])],
-        )
-        for attribute in top_attributes(score, k)
-    ]
     return Example(
-        image=image,
-        width=width,
-        height=height,
+        image=f"data:image/jpeg;base64,{base64.b64encode(jpg.getvalue()).decode('ascii')}",
+        width=image.width,
+        height=image.height,
         object_name=vocabulary.objects[sample.object_id],
         uid=f"{sample.uid:016x}",
         positives=[vocabulary.attributes[i] for i in np.flatnonzero(label == 1)],
-        guesses=guesses,
+        guesses=[
+            Guess(
+                name=vocabulary.attributes[attribute],
+                score=float(score[attribute]),
+                kind=LABEL_NAMES[int(label[attribute])],
+                truth="" if truth is None else LABEL_NAMES[int(truth[position, attribute])],
+            )
+            for attribute in top_attributes(score, k)
+        ],
     )
 
 
@@ -131,22 +128,13 @@ def tally(
     top = top_attributes(predictions.score, k)
     label = np.take_along_axis(predictions.label, top, axis=1)
     total = max(label.size, 1)
-    shares = {
-        "present": float((label == 1).sum() / total),
-        "absent": float((label == -1).sum() / total),
-        "unannotated": float((label == 0).sum() / total),
-    }
+    shares = {name: float((label == sign).sum() / total) for sign, name in LABEL_NAMES.items()}
     if truth is not None:
-        blue = np.take_along_axis(truth, top, axis=1)[label == 0]
-        shares["unannotated_true"] = float((blue == 1).mean()) if len(blue) else 0.0
+        unannotated = np.take_along_axis(truth, top, axis=1)[label == 0]
+        shares["unannotated_true"] = float((unannotated == 1).mean()) if len(unannotated) else 0.0
     return shares
 
 
-def _small_jpeg(jpg: bytes) -> tuple[str, int, int]:
-    """Data URI of the crop shrunk to fit `CROP_SIDE`, with its width and height."""
-    image = Image.fromarray(decode_rgb(jpg))
-    image.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
-    sink = io.BytesIO()
-    image.save(sink, "JPEG", quality=JPEG_QUALITY)
-    text = base64.b64encode(sink.getvalue()).decode("ascii")
-    return f"data:image/jpeg;base64,{text}", image.width, image.height
+def top_attributes(score: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]:
+    """Ids of the k highest scores of each row, highest first, ties to the lower id; [N, k]."""
+    return np.argsort(-score, axis=-1, kind="stable")[..., :k]

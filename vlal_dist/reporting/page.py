@@ -1,45 +1,72 @@
-"""The HTML report and table pages: self-contained files that open from disk.
+"""HTML report of a run, and pages of experiment tables: self-contained files that open from disk.
 
-All texts pass jinja2's autoescape: names are data. The page carries a Content-Security-Policy that
-allows its own style and script by their hashes, images as data URIs, and nothing else.
-
-Like the report: all texts are escaped, and the page allows its own style and nothing else.
+All texts pass jinja2's autoescape. A page's Content-Security-Policy allows its own style and script
+by their hashes, images as data URIs, and nothing else.
 """
 
 import base64
 import hashlib
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
-import markupsafe
+import numpy as np
 
-from vlal_dist.errors import ConfigError
-from vlal_dist.evaluation.results import percent
-from vlal_dist.reporting.fig4 import Example
-from vlal_dist.reporting.pr_curves import PrSection
-from vlal_dist.reporting.result_table import Column, ExperimentTable, Row
-from vlal_dist.reporting.selective_sections import CalibrationSection, IgnoredSection
-from vlal_dist.reporting.training_curves import Curve
+from vlal_dist.config.sections import EvaluationConfig, PathsConfig
+from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.format.photo_groups import image_numbers
+from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
+from vlal_dist.evaluation.dense_labels import read_dense_labels
+from vlal_dist.evaluation.predictions import Predictions, load_predictions
+from vlal_dist.evaluation.results import percent, read_attributes, result_folder
+from vlal_dist.reporting.charts import IntervalChart, LineChart, draw_curve
+from vlal_dist.reporting.fig4 import Example, build_example, choose_rows, tally
+from vlal_dist.reporting.pr_curves import PrSection, draw_pr_curves
+from vlal_dist.reporting.result_table import (
+    Column,
+    ExperimentTable,
+    Row,
+    read_tables,
+    result_columns,
+    result_notes,
+    result_row,
+)
+from vlal_dist.reporting.run_card import (
+    ignored_sentence,
+    read_run_files,
+    run_card,
+    series,
+)
+from vlal_dist.reporting.selective_sections import (
+    CalibrationSection,
+    IgnoredSection,
+    selective_sections,
+)
+from vlal_dist.storage.store import Store, open_store, read_url
 
 MAX_PAGE_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that the template shows; a section that is a text says why it is left out.
+    """Everything that the report's template shows; a section that is a text says why it is absent.
 
     Attributes:
         title: heading.
+        result: `result.json` of the page's own evaluation.
         card: run card, (name, value).
         config: the run's resolved configuration as YAML, or empty.
         digests: (name, digest in full).
         columns, rows: the result table.
         interval_note: what the intervals are, or why there are none.
         notes: remarks below it.
-        excluded: attributes without a positive or without a negative in the split.
         attributes: rows of `attributes.parquet`, plus `baseline` and `lift`.
         pr_curves: precision-recall curves.
         curves: training curves.
@@ -51,10 +78,11 @@ class Page:
         tally: shares of the highest attributes by annotation, over all crops.
         top: how many attributes are listed per crop.
         has_truth: complete labels are known.
-        experiments: tables of `vlal_dist.experiments`; none: no such section.
+        experiments: tables of `vlal_dist.experiments`; without one the section is absent.
     """
 
     title: str
+    result: dict[str, Any]
     card: list[tuple[str, str]]
     config: str
     digests: list[tuple[str, str]]
@@ -62,10 +90,9 @@ class Page:
     rows: list[Row]
     interval_note: str
     notes: list[str]
-    excluded: list[str]
     attributes: list[dict[str, Any]]
     pr_curves: PrSection | str
-    curves: list[Curve]
+    curves: list[LineChart]
     ignored_mean: str
     ignored: IgnoredSection | str
     calibration: CalibrationSection | str
@@ -73,7 +100,7 @@ class Page:
     example_rule: str
     tally: dict[str, float]
     top: int
-    has_truth: bool = field(default=False)
+    has_truth: bool = False
     experiments: list[ExperimentTable] = field(default_factory=list)
 
     @property
@@ -82,27 +109,88 @@ class Page:
         return any(column.interval for column in self.columns)
 
 
+def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Page:
+    """Read a run and its evaluation, and assemble the page.
+
+    Args:
+        config: what was evaluated, and what is shown.
+        paths: `run`, `dataset`, `merged` and `cache` are read.
+        seed: decides which crops are shown.
+
+    Raises:
+        DataError: no evaluation there, or one of another dataset; a damaged file.
+    """
+    store = open_store(paths.run)
+    dataset = open_dataset(paths.dataset, cache=Path(paths.cache))
+    split = open_split(dataset, config.split)
+    folder = result_folder(config.split, config.predictor)
+    result = _read_result(store, folder)
+    predictions = _read_predictions(store, folder, result, dataset, split)
+    truth = None if config.truth is None else read_dense_labels(config.truth, dataset, config.split).label
+    attributes = read_attributes(store, folder)
+    run = read_run_files(store)
+    intervals, interval_note = _intervals(predictions, split, dataset)
+    curves = (
+        draw_curve(series(run.lines, "validation", "mAP"), title="Validation mAP, %", percent=True),
+        draw_curve(series(run.lines, "train", "loss"), title="Training loss", percent=False),
+    )
+    ignored, calibration = selective_sections(run.config, result, paths)
+    reader, top = SampleReader(split), config.example_attributes
+    examples = choose_rows(predictions, count=config.examples, seed=seed).tolist()
+    return Page(
+        title=f"{result['name']} on {dataset.name}, {config.split}",
+        result=result,
+        card=run_card(result, dataset.manifest, run),
+        config=run.config_text,
+        digests=[
+            ("dataset.json", dataset.digest),
+            ("vocabulary", dataset.vocabulary.digest),
+            ("feasible sets", dataset.feasible.digest),
+        ],
+        columns=result_columns(result, intervals),
+        rows=list(_rows(config, store, result)),
+        interval_note=interval_note,
+        notes=result_notes(result),
+        attributes=attributes,
+        pr_curves=draw_pr_curves(
+            attributes, predictions.score, predictions.label, count=config.curves
+        ),
+        curves=[curve for curve in curves if curve is not None],
+        ignored_mean=ignored_sentence(run),
+        ignored=ignored,
+        calibration=calibration,
+        examples=[
+            build_example(
+                reader, predictions, position, vocabulary=dataset.vocabulary, truth=truth, k=top
+            )
+            for position in examples
+        ],
+        example_rule=(
+            "Not hand-picked: of the crops with at least one attribute annotated present, the "
+            f"first {config.examples} in the order of sha256(seed:uid), seed {seed}, a rule that "
+            "does not depend on scores."
+        ),
+        tally=tally(predictions, truth, k=top),
+        top=top,
+        has_truth=truth is not None,
+        experiments=[] if config.experiments is None else read_tables(config.experiments),
+    )
+
+
 def render_page(page: Page) -> bytes:
-    """The page as UTF-8 HTML.
+    """The report as UTF-8 HTML.
 
     Raises:
         ConfigError: it would exceed `MAX_PAGE_BYTES`.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_part),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    style, script = _part("style.css"), _part("script.js")
-    text = environment.get_template("page.html").render(
+    style, script = _template("style.css"), _template("script.js")
+    text = _render(
+        "page.html",
         page=page,
         style=style,
         script=script,
-        style_hash=_hash(style),
-        script_hash=_hash(script),
+        style_hash=_csp_hash(style),
+        script_hash=_csp_hash(script),
     )
     data = text.encode()
     if len(data) > MAX_PAGE_BYTES:
@@ -113,53 +201,99 @@ def render_page(page: Page) -> bytes:
     return data
 
 
-def _part(name: str) -> str:
-    """A file of `templates`: a section, the style, the script."""
+def render_table(table: ExperimentTable) -> bytes:
+    """A page of one experiment table as UTF-8 HTML."""
+    (style,) = re.findall(r"<style>(.*?)</style>", _template("table.html"), flags=re.DOTALL)
+    return _render("table.html", table=table, style_hash=_csp_hash(style)).encode()
+
+
+def render_chart(chart: IntervalChart) -> str:
+    """A chart of intervals as SVG text; colours are attributes, so it needs no style sheet."""
+    return _render("intervals.svg", chart=chart) + "\n"
+
+
+def _render(template: str, **values: object) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_template),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment.get_template(template).render(**values)
+
+
+def _template(name: str) -> str:
     return resources.files("vlal_dist.reporting").joinpath("templates", name).read_text("utf-8")
 
 
-def hash_of(source: str, tag: str) -> str:
-    """CSP hash of a text's only element of that name, which must have no template code in it."""
-    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", source, flags=re.DOTALL)
-    return _hash(content)
-
-
-def _hash(content: str) -> str:
-    """What the Content-Security-Policy calls an element of that content by."""
+def _csp_hash(content: str) -> str:
+    """The name of a style or script in the Content-Security-Policy."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
 
 
-@dataclass(frozen=True)
-class TablePage:
-    """All that the template shows.
-
-    Attributes:
-        title, lead: heading and the line below it.
-        head: heading of the rows' names.
-        columns, rows: the table; a row has a cell per column.
-        notes: what is what, below it.
-        curve: SVG text from `draw_interval_curve`, which escapes its texts; empty: none.
-    """
-
-    title: str
-    lead: str
-    head: str
-    columns: list[Column]
-    rows: list[Row]
-    notes: list[str]
-    curve: str = ""
+def _read_result(store: Store, folder: str) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(store.read(f"{folder}/result.json"))
+        return result
+    except NotFoundError:
+        raise DataError(
+            f"{store.url} holds no {folder}/result.json; run python -m vlal_dist.evaluate with "
+            "the same --paths.run, --evaluation.split and --evaluation.predictor"
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{store.url}: {folder}/result.json is damaged ({error})") from None
 
 
-def render_table(page: TablePage) -> bytes:
-    """The page as UTF-8 HTML."""
-    source = _part("table.html")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+def _read_predictions(
+    store: Store, folder: str, result: dict[str, Any], dataset: Dataset, split: Split
+) -> Predictions:
+    """The predictions, checked to be of this dataset."""
+    found = result["dataset"]["digest"]
+    if found != dataset.digest:
+        raise DataError(
+            f"{store.url}: {folder} was evaluated on a dataset with digest {found}, {dataset.url} "
+            f"has {dataset.digest}; point paths.dataset at the former, or evaluate again"
+        )
+    predictions = load_predictions(store, f"{folder}/predictions.safetensors")
+    if not np.array_equal(split.index.uid, predictions.uid):
+        raise DataError(
+            f"{store.url}: {folder}/predictions.safetensors names other samples than "
+            f"{dataset.url}; evaluate again"
+        )
+    return predictions
+
+
+def _intervals(
+    predictions: Predictions, split: Split, dataset: Dataset
+) -> tuple[dict[str, tuple[float, float]], str]:
+    """Intervals of the groups' mAP, and what they are in words."""
+    image = image_numbers(split)
+    photos = int(image.max(initial=-1)) + 1
+    if photos < 2:
+        return {}, "No interval: the split has a single photo."
+    return group_intervals(predictions, image, dataset.vocabulary.groups()), (
+        "The interval estimates how the mAP would vary over other draws of photos: the central "
+        f"95 % of {REPLICATES:,} Bayesian bootstrap replicates over the {photos:,} photos of the "
+        "split, centred on the mAP. It does not cover the variation between training seeds."
     )
-    text = environment.from_string(source).render(
-        page=page,
-        curve=markupsafe.Markup(page.curve),
-        style_hash=hash_of(source, "style"),
-    )
-    return text.encode()
+
+
+def _rows(config: EvaluationConfig, store: Store, main: dict[str, Any]) -> Iterator[Row]:
+    """The run's own row, then constant and CLIP of the same run, then `evaluation.compare`."""
+    yield result_row(main, main, where="this run", is_main=True)
+    for predictor in ("model", "constant", "clip"):
+        folder = result_folder(config.split, predictor)
+        if predictor != config.predictor and store.exists(f"{folder}/result.json"):
+            yield result_row(_read_result(store, folder), main, where=folder)
+    for url in config.compare:
+        try:
+            compared = json.loads(read_url(url))
+        except (NotFoundError, ValueError) as error:
+            raise DataError(
+                f"evaluation.compare: {url} cannot be read ({error}); name result.json files that "
+                "evaluate wrote"
+            ) from None
+        yield result_row(compared, main, where=url)

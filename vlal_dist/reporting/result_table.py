@@ -1,26 +1,24 @@
-"""Result tables of the report: the groups of Table 1, and tables of experiments.
+"""Result tables of the page: the groups of Table 1, and the tables of experiments.
 
-Read from `ROOT/TABLE/TABLE.json` for table1, table2 and ablations: `title`, `lead`, `head`,
-`reference`, `columns` (name, count), `rows` (variant, label, cells, groups), `notes`. Nothing of
-them but text and numbers reaches the page.
+Tables of experiments are read from `ROOT/TABLE/TABLE.json`, for table1, table2 and ablations.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import markupsafe
-
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.results import headline_metrics, percent
-from vlal_dist.reporting.interval_chart import Point, draw_interval_curve
+from vlal_dist.reporting.charts import IntervalChart, IntervalPoint
 from vlal_dist.storage.store import open_store
+
+EXPERIMENT_TABLES = ("table1", "table2", "ablations")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of the result table.
+    """A figure of a table.
 
     Attributes:
         name: group, or metric.
@@ -35,19 +33,40 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation.
+    """One evaluation, or one row of an experiment.
 
     Attributes:
         name: what was evaluated.
         note: what sets it apart (split, dataset), in small print.
-        cells: one text per column, percent.
-        main: the run that the page is about.
+        cells: one text per column.
+        main: the run that the page is about, or the reference.
     """
 
     name: str
     note: str
     cells: list[str]
     main: bool = False
+
+
+@dataclass(frozen=True)
+class ExperimentTable:
+    """One table of experiments.
+
+    Attributes:
+        title, lead: heading and the line below it.
+        head: heading of the rows' names.
+        columns, rows: the table; a row has a cell per column.
+        notes: explanations below the table.
+        chart: mAP by row (Table 2), or None.
+    """
+
+    title: str
+    lead: str
+    head: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str]
+    chart: IntervalChart | None
 
 
 def result_columns(
@@ -59,19 +78,14 @@ def result_columns(
         result: `result.json` of the page's own run.
         intervals: of the groups' mAP, shares of 1; NaN or absent: none.
     """
-    columns = [
-        Column(
-            group["name"],
-            f"{group['num_classes']} of {group['num_attributes']}",
-            _interval(intervals.get(group["name"])),
-        )
-        for group in result["groups"]
-    ]
-    overall = result["groups"][0]
-    columns += [
-        Column(name, str(overall["num_classes_vaw"]))
-        for name in headline_metrics(result["settings"]["top_k"])
-    ]
+    columns = []
+    for group in result["groups"]:
+        low, high = intervals.get(group["name"], (float("nan"), float("nan")))
+        interval = f"[{percent(low)}, {percent(high)}]" if low == low else ""
+        count = f"{group['num_classes']} of {group['num_attributes']}"
+        columns.append(Column(group["name"], count, interval))
+    count = str(result["groups"][0]["num_classes_vaw"])
+    columns += [Column(name, count) for name in headline_metrics(result["settings"]["top_k"])]
     if result["truth"] is not None:
         whole = result["truth"]["groups"][0]
         columns.append(Column("mAP, complete labels", str(whole["num_classes"])))
@@ -79,10 +93,10 @@ def result_columns(
 
 
 def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool = False) -> Row:
-    """One row under the columns of `main`; what differs from `main` is said in the note.
+    """One row under the columns of `main`; the note says what differs from `main`.
 
     Raises:
-        DataError: `result` is no result of ours.
+        DataError: `result` is not a `result.json` of this version.
     """
     try:
         groups = {group["name"]: group for group in result["groups"]}
@@ -108,7 +122,7 @@ def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool =
         return Row(name=result["name"], note=", ".join(note), cells=cells, main=is_main)
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(
-            f"{where} is no result.json of this version ({error!r}); evaluate that run again"
+            f"{where} is not a result.json of this version ({error!r}); evaluate that run again"
         ) from None
 
 
@@ -116,9 +130,8 @@ def result_notes(result: dict[str, Any]) -> list[str]:
     """Remarks below the table."""
     notes = []
     if result["predictor"] == "clip":
-        notes.append("CLIP similarities rank crops; they are no probabilities, so mA says little.")
-    overall = result["groups"][0]
-    if (overall["mA"] or 0) < 0:
+        notes.append("CLIP similarities rank crops; they are not probabilities: ignore mA.")
+    if (result["groups"][0]["mA"] or 0) < 0:
         notes.append(
             "-: the VAW evaluator leaves a metric undefined where one attribute of the group has "
             "no annotated positive (or, for mA, no negative) in the split."
@@ -132,108 +145,86 @@ def result_notes(result: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _interval(ends: tuple[float, float] | None) -> str:
-    """`[36.12, 41.90]`; empty where there is none."""
-    if ends is None or ends[0] != ends[0]:
-        return ""
-    return f"[{percent(ends[0])}, {percent(ends[1])}]"
-
-
-SHOWN = ("table1", "table2", "ablations")
-
-
-@dataclass(frozen=True)
-class ExperimentTable:
-    """One table.
-
-    Attributes:
-        title, lead: heading and the line below it.
-        head: heading of the rows' names.
-        columns, rows: the table; a row has a cell per column.
-        notes: what is what, below it.
-        curve: SVG of mAP by row (Table 2), or empty.
-    """
-
-    title: str
-    lead: str
-    head: str
-    columns: list[Column]
-    rows: list[Row]
-    notes: list[str]
-    curve: markupsafe.Markup
-
-
 def read_tables(url: str) -> list[ExperimentTable]:
-    """The tables of a root of experiments that are there.
+    """The tables below a root of experiments.
 
     Raises:
-        DataError: none is there, or one is none of this version.
+        DataError: there is none, or one is of another version.
     """
     store = open_store(url)
-    keys = [f"{name}/{name}.json" for name in SHOWN]
-    there = [key for key in keys if store.exists(key)]
-    if not there:
+    keys = [f"{name}/{name}.json" for name in EXPERIMENT_TABLES]
+    present = [key for key in keys if store.exists(key)]
+    if not present:
         raise DataError(
             f"evaluation.experiments: {store.url} holds no {', no '.join(keys)}; run "
             "python -m vlal_dist.experiments, or name its root"
         )
-    return [parse_table(store.read(key), where=f"{store.url}/{key}") for key in there]
+    return [parse_table(store.read(key), where=f"{store.url}/{key}") for key in present]
 
 
 def parse_table(data: bytes, *, where: str) -> ExperimentTable:
-    """One table of its JSON.
+    """A table from the bytes of its `TABLE.json`; names, labels and notes are text, never markup.
 
     Raises:
-        DataError: another content; `where` is named.
+        DataError: other content; `where` is named.
     """
     try:
-        values = json.loads(data)
-        reference = values["reference"]
-        return ExperimentTable(
-            title=str(values["title"]),
-            lead=str(values["lead"]),
-            head=str(values["head"]),
-            columns=[Column(str(one["name"]), str(one["count"])) for one in values["columns"]],
-            rows=[
-                Row(
-                    str(one["label"]),
-                    "",
-                    [str(cell) for cell in one["cells"]],
-                    main=one["variant"] == reference,
-                )
-                for one in values["rows"]
-            ],
-            notes=[str(note) for note in values["notes"]],
-            curve=markupsafe.Markup(_curve(values) if values["table"] == "table2" else ""),
-        )
+        return experiment_table(json.loads(data))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{where} is no table of this version ({error!r}); run vlal_dist.experiments again"
+            f"{where} is not a table of this version ({error!r}); run vlal_dist.experiments again"
         ) from None
 
 
-def _curve(values: dict[str, Any]) -> str:
-    """mAP by NUM_IGNORE; rows without a finished run are left out. All texts are escaped."""
+def experiment_table(
+    values: Mapping[str, Any], singles: Mapping[str, Sequence[float]] | None = None
+) -> ExperimentTable:
+    """A table from the content of its `TABLE.json`.
+
+    Args:
+        values: `table`, `title`, `lead`, `head`, `dataset`, `reference`, `columns` (name, count),
+            `rows` (variant, label, cells, groups), `notes`.
+        singles: variant -> mAP of each seed in percent, shown in the chart; None: not known.
+    """
+    reference = values["reference"]
     points = []
-    for row in values["rows"]:
-        own = row["groups"].get("overall")
+    for row in values["rows"] if values["table"] == "table2" else []:
+        own, label = row["groups"].get("overall"), str(row["label"])
         if own is None or own["low"] is None or own["high"] is None:
             continue
-        label = str(row["label"])
         points.append(
-            Point(
+            IntervalPoint(
                 x=float(label) if label.isdecimal() else None,
-                label=label,
+                label="ALL" if label == "all" else label,
                 value=100 * float(own["mean"]),
                 low=100 * float(own["low"]),
                 high=100 * float(own["high"]),
-                marked=row["variant"] == values["reference"],
+                singles=tuple(singles[row["variant"]]) if singles else (),
+                marked=row["variant"] == reference,
             )
         )
-    return draw_interval_curve(
-        points,
+    chart = IntervalChart(
         title=f"Test mAP by NUM_IGNORE, {values['dataset']}",
         x_title="NUM_IGNORE: attributes left out of the loss per visit",
-        y_title="test mAP, % (95 % over photos)",
-        marked_title="as configured",
+        y_title="test mAP, % (bars: 95 % over photos, rings: seeds)"
+        if singles
+        else "test mAP, % (95 % over photos)",
+        points=points,
+    )
+    return ExperimentTable(
+        title=str(values["title"]),
+        lead=str(values["lead"]),
+        head=str(values["head"]),
+        columns=[Column(str(one["name"]), str(one["count"])) for one in values["columns"]],
+        rows=[
+            Row(
+                str(one["label"]),
+                "",
+                [str(cell) for cell in one["cells"]],
+                one["variant"] == reference,
+            )
+            for one in values["rows"]
+        ],
+        notes=[str(note) for note in values["notes"]],
+        chart=chart if points else None,
     )

@@ -1,11 +1,19 @@
-"""The run card: what was trained, on what, how long; read from what train left behind."""
+"""Run card: what was trained, on what, how long; read from the files that train left.
+
+`metrics.jsonl` has lines `{"kind": "validation", "epoch": .., "step": .., "mAP": ..}` and
+`{"kind": "train", "step": .., "loss": ..}`; further keys and kinds are ignored.
+"""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from vlal_dist.errors import DataError
-from vlal_dist.reporting.training_curves import Line, series
+from vlal_dist.storage.store import Store
 
 CARD_KEYS = (
     "method.profile",
@@ -23,27 +31,101 @@ CARD_KEYS = (
     "training.seed",
 )
 
+Line = Mapping[str, Any]
 Card = list[tuple[str, str]]
 
 
-def run_card(
-    result: Mapping[str, Any],
-    manifest: Mapping[str, Any],
-    *,
-    run_config: Mapping[str, Any],
-    lines: Sequence[Line],
-    starts: Sequence[Line],
-    finished: Mapping[str, Any],
-) -> Card:
-    """(name, value) of the card, in order; what the run did not leave behind is not mentioned.
+@dataclass(frozen=True)
+class RunFiles:
+    """What train left in a run's root; all empty without training (constant, CLIP).
+
+    Attributes:
+        config_text: `config.yaml`, the resolved configuration.
+        config: the same as values.
+        lines: of `metrics.jsonl`.
+        starts: of `starts.jsonl`, a line per start.
+        finished: `train.result.json`.
+    """
+
+    config_text: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    lines: Sequence[Line] = ()
+    starts: Sequence[Line] = ()
+    finished: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run_files(store: Store) -> RunFiles:
+    """Read what train left in a run's root.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+
+    def read(key: str) -> str:
+        return store.read(key).decode() if store.exists(key) else ""
+
+    finished = read("train.result.json")
+    try:
+        values = json.loads(finished or "{}")
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise DataError(
+            f"{store.url}: train.result.json is damaged ({error}); remove it, or train again"
+        ) from None
+    config_text = read("config.yaml")
+    return RunFiles(
+        config_text=config_text,
+        config=yaml.safe_load(config_text) or {},
+        lines=parse_lines(read("metrics.jsonl"), where=f"{store.url}: metrics.jsonl"),
+        starts=parse_lines(read("starts.jsonl"), where=f"{store.url}: starts.jsonl"),
+        finished=values,
+    )
+
+
+def parse_lines(text: str, *, where: str) -> list[Line]:
+    """The objects of a JSON-lines file; a last line that a kill cut short is left out.
+
+    Raises:
+        DataError: another line is not a JSON object.
+    """
+    raw = [line for line in text.split("\n") if line.strip()]
+    lines: list[Line] = []
+    for number, line in enumerate(raw, start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(raw):
+                break
+            raise DataError(
+                f"{where}, line {number} is not JSON ({error}); remove that line"
+            ) from None
+        if not isinstance(value, dict):
+            raise DataError(f"{where}, line {number} is not a JSON object; remove that line")
+        lines.append(value)
+    return lines
+
+
+def series(lines: Sequence[Line], kind: str, key: str) -> list[tuple[float, float]]:
+    """(step, value) of one kind of line, by step; after a resume the later of two values.
+
+    Lines without a finite step and value are left out.
+    """
+    found = {
+        float(line["step"]): float(line[key])
+        for line in lines
+        if line.get("kind") == kind and _is_finite(line.get("step")) and _is_finite(line.get(key))
+    }
+    return sorted(found.items())
+
+
+def run_card(result: Mapping[str, Any], manifest: Mapping[str, Any], run: RunFiles) -> Card:
+    """(name, value) of the card, in order; what the run did not leave behind is left out.
 
     Args:
         result: `result.json`.
         manifest: `dataset.json` of what was evaluated.
-        run_config: the run's resolved configuration; empty without training.
-        lines: of `metrics.jsonl`.
-        starts: of `starts.jsonl`.
-        finished: `train.result.json`; empty without.
+        run: what train left.
     """
     splits = manifest["splits"]
     card = [
@@ -56,13 +138,26 @@ def run_card(
     ]
     for key in CARD_KEYS:
         section, name = key.split(".")
-        if name in run_config.get(section, {}):
-            card.append((key, str(run_config[section][name])))
+        if name in run.config.get(section, {}):
+            card.append((key, str(run.config[section][name])))
     model = result["model"]
     if model is not None:
         card.append(("Best model", f"step {model['step']:,}, epoch {model['epoch']}"))
         card.append(("Its validation mAP", f"{100 * model['validation_map']:.2f} %"))
-    return card + _trained(lines) + _ran_on(starts) + _wall_time(finished, starts)
+    steps = series(run.lines, "train", "loss")
+    if steps:
+        card.append(("Trained", f"{steps[-1][0]:,.0f} steps"))
+        seen = samples_seen(run.lines)
+        if seen is not None:
+            card.append(("Samples seen", f"{seen:,} crops, repeated visits counted"))
+        quarantined = series(run.lines, "train", "quarantined")
+        if quarantined:
+            card.append(("Quarantined", f"{quarantined[-1][1]:,.0f}"))
+    for title, describe in (("Hardware", _hardware), ("Software", _software)):
+        texts = dict.fromkeys(describe(line) for line in run.starts)  # a resume may change them
+        if texts:
+            card.append((title, "; then ".join(texts)))
+    return card + _wall_time(run)
 
 
 def samples_seen(lines: Sequence[Line]) -> int | None:
@@ -70,24 +165,20 @@ def samples_seen(lines: Sequence[Line]) -> int | None:
 
     A ledger counts its epoch so far; the last of each epoch counts. None where no line has one.
     """
-    counts: dict[int, int] = {}
-    for line in lines:
-        ledger = line.get("ledger")
-        if line.get("kind") == "train" and isinstance(ledger, dict):
-            counts[int(str(line["epoch"]))] = int(ledger["count"])
+    counts = {
+        line["epoch"]: int(line["ledger"]["count"])
+        for line in lines
+        if line.get("kind") == "train" and isinstance(line.get("ledger"), dict)
+    }
     return sum(counts.values()) if counts else None
 
 
-def ignored_sentence(lines: Sequence[Line], method: Mapping[str, Any]) -> str:
-    """NUM_IGNORE beside how many unannotated attributes were really left out per crop.
-
-    Args:
-        lines: of `metrics.jsonl`.
-        method: the section of the run's configuration.
-    """
-    values = [value for _, value in series(lines, "train", "ignored_effective")]
+def ignored_sentence(run: RunFiles) -> str:
+    """NUM_IGNORE beside the unannotated attributes left out per crop; empty where not logged."""
+    values = [value for _, value in series(run.lines, "train", "ignored_effective")]
     if not values:
         return ""
+    method = run.config.get("method", {})
     mean = sum(values) / len(values)
     left_out = (
         f"{mean:.2f} unannotated attributes per crop and visit were left out of the loss "
@@ -101,74 +192,38 @@ def ignored_sentence(lines: Sequence[Line], method: Mapping[str, Any]) -> str:
     )
 
 
-def read_object(text: str, *, where: str) -> dict[str, Any]:
-    """A JSON object, or an empty one of an empty text.
-
-    Raises:
-        DataError: it is something else.
-    """
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is damaged ({error}); remove it, or train again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is no JSON object; remove it, or train again")
-    return value
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _trained(lines: Sequence[Line]) -> Card:
-    steps = [int(step) for step, _ in series(lines, "train", "loss")]
-    if not steps:
-        return []
-    card = [("Trained", f"{steps[-1]:,} steps")]
-    seen = samples_seen(lines)
-    if seen is not None:
-        card.append(("Samples seen", f"{seen:,} crops, repeated visits counted"))
-    quarantined = series(lines, "train", "quarantined")
-    if quarantined:
-        card.append(("Quarantined", f"{quarantined[-1][1]:,.0f}"))
-    return card
-
-
-def _ran_on(starts: Sequence[Line]) -> Card:
-    """Hardware and software; each different line once, where a run was resumed."""
-    card: Card = []
-    for title, describe in (("Hardware", _hardware), ("Software", _software)):
-        texts = dict.fromkeys(describe(line) for line in starts)
-        if texts:
-            card.append((title, "; then ".join(texts)))
-    return card
-
-
-def _hardware(line: Line) -> str:
+def _hardware(start: Line) -> str:
     ranks, threads, cores = (
-        f"{line.get(name)} {name[:-1] if line.get(name) == 1 else name}"
+        f"{start.get(name)} {name[:-1] if start.get(name) == 1 else name}"
         for name in ("ranks", "threads", "cores")
     )
-    return f"{line.get('device')}, {ranks} with {threads}; rank 0's machine has {cores}"
+    return f"{start.get('device')}, {ranks} with {threads}; rank 0's machine has {cores}"
 
 
-def _software(line: Line) -> str:
-    commit = line.get("commit")
-    known = f" ({commit})" if commit else ""
+def _software(start: Line) -> str:
+    commit = f" ({start['commit']})" if start.get("commit") else ""
     return (
-        f"vlal_dist {line.get('version')}{known}, torch {line.get('torch')}, "
-        f"loss by {line.get('kernel')}"
+        f"vlal_dist {start.get('version')}{commit}, torch {start.get('torch')}, "
+        f"loss by {start.get('kernel')}"
     )
 
 
-def _wall_time(finished: Mapping[str, Any], starts: Sequence[Line]) -> Card:
-    """Seconds of the program that ended the run; earlier starts left no record of theirs."""
-    if not finished:
+def _wall_time(run: RunFiles) -> Card:
+    """Time of the program that ended the run; earlier starts recorded none."""
+    if not run.finished:
         return []
-    seconds = finished.get("counts", {}).get("seconds")
+    seconds = run.finished.get("counts", {}).get("seconds")
     if seconds is None:
-        return [("Wall time", f"not known: the last start ended with code {finished.get('code')}")]
+        code = run.finished.get("code")
+        return [("Wall time", f"not known: the last start ended with code {code}")]
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     text = f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-    if len(starts) > 1:
-        text += f", of the last of {len(starts)} starts (from step {starts[-1].get('step'):,})"
+    if len(run.starts) > 1:
+        last = run.starts[-1].get("step")
+        text += f", of the last of {len(run.starts)} starts (from step {last:,})"
     return [("Wall time of training", text)]

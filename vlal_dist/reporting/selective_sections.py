@@ -2,30 +2,31 @@
 
 Shapes: N crops, A attributes.
 
-The trainer logs only how many pairs it ignored per crop. The draw is a function of seed, uid and
-visit alone, so that it can be repeated here without a model, bit for bit.
-
-Shapes: N crops, A attributes.
-
-Eq. (2) gives probabilities within a feasible set, so that their size depends on the set's: the
-likelihood relative to uniform, g |Omega_o|, compares crops of different objects.
+Training logs only how many attributes it ignored per crop. A draw is a function of seed, uid and
+visit alone, so it is repeated here without a model, bit for bit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vlal_dist.data.format.dataset import Dataset, open_split
+from vlal_dist.config.sections import PathsConfig
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import DataError, VlalError
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.likelihood import inverse_weights, rescale
+from vlal_dist.reporting.charts import Frame, Tick
 
-MOST_CROPS = 2000
+MAX_CROPS = 2000
+MAX_ATTRIBUTES = 15
+CALIBRATION_FRAME = Frame(width=720, height=280, left=48, right=708, top=24, bottom=218)
+EDGES = tuple(float(edge) for edge in 10.0 ** np.arange(-3.0, 2.01, 0.25))
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,8 @@ class TrainingCrops:
     """Crops in index order, from the first on.
 
     Attributes:
-        dataset: name of the dataset.
-        split: it is of.
-        of: crops in that split.
+        dataset, split: names of the dataset and of the split.
+        num_samples: crops in the split, N or more.
         uid: uint64 [N].
         label: int8 [N, A], +1 annotated present, -1 annotated absent, 0 unannotated.
         feasible: bool [N, A], Omega_o of each crop's object.
@@ -45,7 +45,7 @@ class TrainingCrops:
 
     dataset: str
     split: str
-    of: int
+    num_samples: int
     uid: npt.NDArray[np.uint64]
     label: npt.NDArray[np.int8]
     feasible: npt.NDArray[np.bool_]
@@ -53,17 +53,179 @@ class TrainingCrops:
     inverse_weight: npt.NDArray[np.float32]
 
 
-def why_no_crops(
-    run_config: Mapping[str, Any], manifest: Mapping[str, Any], result: Mapping[str, Any]
-) -> str:
-    """Why the crops of a dataset say nothing about a run's draws; empty: they do.
+@dataclass(frozen=True)
+class IgnoredAttribute:
+    """How often one attribute was ignored.
+
+    Attributes:
+        name: attribute.
+        kind: its type.
+        crops: crops in which it is feasible and unannotated.
+        ignored: those of them in which it was drawn.
+        uniform: share that a draw with equal weights would ignore, expected.
+    """
+
+    name: str
+    kind: str
+    crops: int
+    ignored: int
+    uniform: float
+
+    @property
+    def share(self) -> float:
+        """Share of the crops, of 1."""
+        return self.ignored / self.crops
+
+
+@dataclass(frozen=True)
+class IgnoredSection:
+    """Ignored attributes.
+
+    Attributes:
+        counted: what was counted, in words.
+        summary: over all attributes, in words.
+        attributes: the most ignored, highest share first.
+    """
+
+    counted: str
+    summary: str
+    attributes: list[IgnoredAttribute]
+
+
+@dataclass(frozen=True)
+class LikelihoodBin:
+    """Annotated feasible pairs whose likelihood relative to uniform lies in one range.
+
+    Attributes:
+        low, high: its ends; 0 and infinity for the outermost.
+        pairs: annotated pairs.
+        positive: those annotated present.
+    """
+
+    low: float
+    high: float
+    pairs: int
+    positive: int
+
+    @property
+    def share(self) -> float:
+        """Share annotated present, of 1."""
+        return self.positive / self.pairs if self.pairs else 0.0
+
+    @property
+    def percent(self) -> str:
+        """The share as text; empty without a pair."""
+        return f"{100 * self.share:.0f}%" if self.pairs else ""
+
+    @property
+    def count(self) -> str:
+        """The number of pairs as text."""
+        return f"{self.pairs / 1000:.1f}k" if self.pairs >= 10_000 else f"{self.pairs:,}"
+
+    @property
+    def range(self) -> str:
+        """The range in words."""
+        if self.low == 0:
+            return f"below {self.high:.2g}"
+        end = " or more" if np.isinf(self.high) else f" to {self.high:.2g}"
+        return f"{self.low:.2g}{end}"
+
+    @property
+    def decade(self) -> str:
+        """The lower end where it is a power of ten, for the axis; else empty."""
+        exponent = np.log10(self.low) if self.low else 0.5
+        return f"{self.low:g}" if abs(exponent - round(float(exponent))) < 1e-6 else ""
+
+
+@dataclass(frozen=True)
+class CalibrationSection:
+    """Share annotated present by likelihood, a chart of bars.
+
+    Attributes:
+        summary: what it shows, in words.
+        bins: one per bar.
+        share: annotated present over all bins, of 1.
+    """
+
+    summary: str
+    bins: list[LikelihoodBin]
+    share: float
+    frame: Frame = CALIBRATION_FRAME
+
+    def x(self, place: float) -> float:
+        """Position of the left edge of a bar, counted from 0."""
+        return self.frame.x(place / len(self.bins))
+
+    @property
+    def y_ticks(self) -> list[Tick]:
+        """(position, text) of the shares beside the chart."""
+        return [(self.frame.y(share), f"{100 * share:g}%") for share in (0, 0.25, 0.5, 0.75, 1)]
+
+
+def selective_sections(
+    run_config: Mapping[str, Any], result: Mapping[str, Any], paths: PathsConfig
+) -> tuple[IgnoredSection | str, CalibrationSection | str]:
+    """Both sections; a sentence with the reason in place of one that cannot be made.
 
     Args:
-        run_config: the run's resolved configuration.
-        manifest: `dataset.json` of the merged dataset.
+        run_config: the run's resolved configuration; empty without training.
         result: `result.json`, whose digests are of the dataset that was evaluated.
+        paths: `paths.merged` is read.
     """
-    data, split = run_config["data"], run_config["data"]["train_split"]
+    if not run_config:
+        reason = "This run holds no config.yaml: nothing was trained here."
+        return reason, reason
+    try:
+        method = run_config["method"]
+        no_draw = _why_no_draw(method)
+        if method["loss"] != "selective":
+            return no_draw, f"method.loss {method['loss']} uses no likelihoods."
+        merged = open_dataset(paths.merged, cache=Path(paths.cache))
+        reason = _why_no_crops(run_config["data"], merged.manifest, result)
+        if reason:
+            return reason, reason
+        crops = read_training_crops(
+            merged,
+            run_config["data"]["train_split"],
+            temperature=run_config["scoring"]["temperature"],
+        )
+        ignored = no_draw or count_ignored(
+            crops,
+            names=merged.vocabulary.attributes,
+            kinds=merged.vocabulary.attribute_type,
+            num_ignore=method["num_ignore"],
+            draw_over=method["draw_over"],
+            seed=run_config["training"]["seed"],
+        )
+        return ignored, calibrate(crops)
+    except VlalError as error:
+        reason = f"The merged dataset cannot be read: {error}"
+    except KeyError as error:
+        reason = f"The run's config.yaml is of another version and lacks {error}."
+    return reason, reason
+
+
+def _why_no_draw(method: Mapping[str, Any]) -> str:
+    """Why a run has no draws to repeat; empty: it has."""
+    if method["loss"] != "selective":
+        return f"method.loss {method['loss']} draws no ignore sets."
+    draw, weights = method.get("draw", "random"), method.get("draw_weights", "likelihood")
+    if (draw, weights) != ("random", "likelihood"):
+        return (
+            f"Only random draws weighted by the likelihood are counted here; this run has "
+            f"method.draw {draw} and method.draw_weights {weights}."
+        )
+    if method["num_ignore"] in (0, "all"):
+        return (
+            f"method.num_ignore {method['num_ignore']}: each feasible attribute is treated alike."
+        )
+    return ""
+
+
+def _why_no_crops(
+    data: Mapping[str, Any], manifest: Mapping[str, Any], result: Mapping[str, Any]
+) -> str:
+    """Why the merged dataset is not what a run drew from; empty: it is."""
     if data["likelihood"] != "tar":
         return "The run read its likelihoods from score files (data.likelihood), not from tars."
     if data["mix"]:
@@ -71,6 +233,7 @@ def why_no_crops(
     for key in ("vocabulary_digest", "feasible_digest"):
         if manifest[key] != result["dataset"][key]:
             return f"The merged dataset in paths.merged has another {key.replace('_', ' ')}."
+    split = data["train_split"]
     if manifest["likelihood"] is None or split not in manifest["likelihood"]["splits"]:
         return f"The dataset in paths.merged has no likelihoods of split {split}."
     return ""
@@ -81,7 +244,7 @@ def read_training_crops(
     split_name: str,
     *,
     temperature: float | None,
-    most: int | None = MOST_CROPS,
+    most: int | None = MAX_CROPS,
 ) -> TrainingCrops:
     """Read the first crops of a split.
 
@@ -119,76 +282,13 @@ def read_training_crops(
     return TrainingCrops(
         dataset=dataset.name,
         split=split_name,
-        of=split.num_samples,
+        num_samples=split.num_samples,
         uid=np.array(split.index.uid[: len(rows)]),
         label=label,
         feasible=feasible,
         likelihood=likelihood,
         inverse_weight=inverse,
     )
-
-
-SHOWN = 15
-
-
-@dataclass(frozen=True)
-class IgnoredAttribute:
-    """How often one attribute was ignored.
-
-    Attributes:
-        name: attribute.
-        kind: its type.
-        crops: crops in which it is feasible and unannotated.
-        ignored: those of them in which it was drawn.
-        uniform: share that a draw with equal weights would ignore, expected.
-    """
-
-    name: str
-    kind: str
-    crops: int
-    ignored: int
-    uniform: float
-
-    @property
-    def share(self) -> float:
-        """Share of the crops, of 1."""
-        return self.ignored / self.crops
-
-
-@dataclass(frozen=True)
-class IgnoredSection:
-    """What the page says of it.
-
-    Attributes:
-        counted: what was counted, in words.
-        summary: over all attributes, in words.
-        attributes: the most ignored, highest share first.
-    """
-
-    counted: str
-    summary: str
-    attributes: list[IgnoredAttribute]
-
-
-def why_no_draw(method: Mapping[str, Any]) -> str:
-    """Why there is nothing to draw again; empty: there is.
-
-    Args:
-        method: the section of the run's resolved configuration.
-    """
-    if method["loss"] != "selective":
-        return f"method.loss {method['loss']} draws no ignore sets."
-    draw, weights = method.get("draw", "random"), method.get("draw_weights", "likelihood")
-    if (draw, weights) != ("random", "likelihood"):
-        return (
-            f"Only random draws weighted by the likelihood are counted here; this run has "
-            f"method.draw {draw} and method.draw_weights {weights}."
-        )
-    if method["num_ignore"] in (0, "all"):
-        return (
-            f"method.num_ignore {method['num_ignore']}: each feasible attribute is treated alike."
-        )
-    return ""
 
 
 def count_ignored(
@@ -220,9 +320,10 @@ def count_ignored(
         seed=seed,
     ).numpy()
     ignored = drawn & open_pairs
-    size = drawable.sum(axis=1)
-    chance = np.minimum(1.0, num_ignore / np.maximum(size, 1))
-    least = max(1, len(crops.uid) // 100)
+    set_size = drawable.sum(axis=1)
+    chance = np.minimum(1.0, num_ignore / np.maximum(set_size, 1))
+    num_crops = len(crops.uid)
+    least = max(1, num_crops // 100)
     count = open_pairs.sum(axis=0)
     found = [
         IgnoredAttribute(
@@ -235,215 +336,51 @@ def count_ignored(
         for a in np.flatnonzero(count >= least).tolist()
     ]
     found.sort(key=lambda one: (-one.share, -one.crops, one.name))
+    pairs, left_out = int(open_pairs.sum()), int(ignored.sum())
+    small = 100 * float((set_size <= num_ignore).sum()) / max(1, num_crops)
     return IgnoredSection(
         counted=(
-            f"Drawn again for the first {len(crops.uid):,} of {crops.of:,} crops of split "
+            f"Drawn again for the first {num_crops:,} of {crops.num_samples:,} crops of split "
             f"{crops.split} of {crops.dataset}, in index order, each at its first visit, with the "
             f"run's NUM_IGNORE {num_ignore}, method.draw_over {draw_over} and seed {seed}. "
             f"Attributes that are feasible and unannotated in fewer than {least} of these crops "
             "are not listed."
         ),
-        summary=_summary(int(open_pairs.sum()), int(ignored.sum()), size, num_ignore),
-        attributes=found[:SHOWN],
+        summary=(
+            f"{left_out:,} of {pairs:,} feasible unannotated pairs were ignored "
+            f"({100 * left_out / max(1, pairs):.1f} %, {left_out / max(1, num_crops):.1f} per "
+            f"crop); the others counted as weak negatives. In {small:.1f} % of the crops the "
+            f"drawing set has {num_ignore} members or fewer, and all of them were ignored."
+        ),
+        attributes=found[:MAX_ATTRIBUTES],
     )
 
 
-def _summary(pairs: int, ignored: int, size: npt.NDArray[np.int64], num_ignore: int) -> str:
-    """Over all attributes; `size` is that of each crop's drawing set."""
-    crops = max(1, len(size))
-    small = 100 * float((size <= num_ignore).sum()) / crops
-    return (
-        f"{ignored:,} of {pairs:,} feasible unannotated pairs were ignored "
-        f"({100 * ignored / max(1, pairs):.1f} %, {ignored / crops:.1f} per crop); the others "
-        f"counted as weak negatives. In {small:.1f} % of the crops the drawing set has "
-        f"{num_ignore} members or fewer, and nothing was left to chance."
-    )
+def calibrate(crops: TrainingCrops) -> CalibrationSection | str:
+    """Annotated feasible pairs by g |Omega_o|, in bins of a quarter of a decade; or why not.
 
-
-WIDTH, HEIGHT = 720, 280
-LEFT, RIGHT, TOP, BOTTOM = 48, 12, 24, 62
-EDGES = tuple(float(edge) for edge in 10.0 ** np.arange(-3.0, 2.01, 0.25))
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Annotated feasible pairs whose likelihood relative to uniform lies in one range.
-
-    Attributes:
-        low, high: its ends; 0 and infinity for the outermost.
-        pairs: annotated pairs.
-        positive: those annotated present.
-    """
-
-    low: float
-    high: float
-    pairs: int
-    positive: int
-
-    @property
-    def share(self) -> float:
-        """Share annotated present, of 1."""
-        return self.positive / self.pairs if self.pairs else 0.0
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bin as drawn, in SVG units, with its texts."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    share: str
-    pairs: str
-    range: str
-
-
-@dataclass(frozen=True)
-class CalibrationSection:
-    """The chart.
-
-    Attributes:
-        summary: what it shows, in words.
-        bars: one per bin.
-        overall: y of the share annotated present over all bins.
-        x_ticks, y_ticks: (position, text).
-        width, height, left, right, top, bottom: frame.
-    """
-
-    summary: str
-    bars: list[Bar]
-    overall: float
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-    bottom: int = HEIGHT - BOTTOM
-
-
-def calibration_bins(crops: TrainingCrops) -> list[Bin]:
-    """Annotated feasible pairs by g |Omega_o|, in bins of a quarter of a decade.
-
-    Empty bins at either end are left out. The two outermost of all are open.
+    Eq. (2) gives probabilities within a feasible set: the likelihood relative to uniform,
+    g |Omega_o|, compares crops of different objects. Empty bins at either end are left out. The
+    outermost ones of `EDGES` are open.
     """
     row, column = np.nonzero(crops.feasible & (crops.label != 0))
+    if not len(row):
+        return "None of the counted crops has an annotated feasible attribute."
     ratio = crops.likelihood[row, column] * crops.feasible.sum(axis=1)[row]
     positive = crops.label[row, column] > 0
     place = np.searchsorted(EDGES, ratio, side="right")
     pairs = np.bincount(place, minlength=len(EDGES) + 1)
     found = np.bincount(place[positive], minlength=len(EDGES) + 1)
     ends = (0.0, *EDGES, float("inf"))
-    used = np.flatnonzero(pairs)
-    kept = range(int(used[0]), int(used[-1]) + 1) if len(used) else range(0)
-    return [Bin(ends[n], ends[n + 1], int(pairs[n]), int(found[n])) for n in kept]
-
-
-def draw_calibration(crops: TrainingCrops) -> CalibrationSection | str:
-    """The chart, or why there is none."""
-    bins = calibration_bins(crops)
-    total, positive = sum(one.pairs for one in bins), sum(one.positive for one in bins)
-    if not total:
-        return "None of the counted crops has an annotated feasible attribute."
-    step = (WIDTH - RIGHT - LEFT) / len(bins)
-    bars = [
-        Bar(
-            x=round(LEFT + number * step + 3, 1),
-            y=_place(one.share),
-            width=round(step - 6, 1),
-            height=round(HEIGHT - BOTTOM - _place(one.share), 1),
-            share=f"{100 * one.share:.0f}%" if one.pairs else "",
-            pairs=_short(one.pairs),
-            range=_range(one),
-        )
-        for number, one in enumerate(bins)
-    ]
-    inner = [(number, one.low) for number, one in enumerate(bins) if one.low > 0]
+    share = float(positive.mean())
     return CalibrationSection(
         summary=(
-            f"{total:,} annotated feasible pairs of the first {len(crops.uid):,} crops of split "
-            f"{crops.split}; {100 * positive / total:.1f} % of them are annotated present."
+            f"{len(row):,} annotated feasible pairs of the first {len(crops.uid):,} crops of split "
+            f"{crops.split}; {100 * share:.1f} % of them are annotated present."
         ),
-        bars=bars,
-        overall=_place(positive / total),
-        x_ticks=[
-            (round(LEFT + number * step, 1), f"{low:g}")
-            for number, low in inner
-            if abs(np.log10(low) - round(float(np.log10(low)))) < 1e-6
+        bins=[
+            LikelihoodBin(ends[n], ends[n + 1], int(pairs[n]), int(found[n]))
+            for n in range(int(place.min()), int(place.max()) + 1)
         ],
-        y_ticks=[(_place(share), f"{100 * share:g}%") for share in (0, 0.25, 0.5, 0.75, 1)],
-    )
-
-
-def _place(share: float) -> float:
-    return round(TOP + (1 - share) * (HEIGHT - BOTTOM - TOP), 1)
-
-
-def _range(one: Bin) -> str:
-    if one.low == 0:
-        return f"below {one.high:.2g}"
-    return f"{one.low:.2g} or more" if np.isinf(one.high) else f"{one.low:.2g} to {one.high:.2g}"
-
-
-def _short(count: int) -> str:
-    return f"{count / 1000:.1f}k" if count >= 10_000 else f"{count:,}"
-
-
-def selective_sections(
-    run_config: Mapping[str, Any],
-    result: Mapping[str, Any],
-    open_merged: Callable[[], Dataset],
-) -> tuple[IgnoredSection | str, CalibrationSection | str]:
-    """What was ignored, and likelihood against annotation; a sentence where there is no section.
-
-    A page is worth having without them: nothing that lacks or does not fit is an error here.
-
-    Args:
-        run_config: the run's resolved configuration; empty without training.
-        result: `result.json`.
-        open_merged: opens the merged dataset in `paths.merged`.
-    """
-    if not run_config:
-        reason = "This run holds no config.yaml: nothing was trained here."
-        return reason, reason
-    try:
-        return _sections(run_config, result, open_merged)
-    except VlalError as error:
-        reason = f"The merged dataset cannot be read: {error}"
-    except KeyError as error:
-        reason = f"The run's config.yaml is of another version and lacks {error}."
-    return reason, reason
-
-
-def _sections(
-    run_config: Mapping[str, Any], result: Mapping[str, Any], open_merged: Callable[[], Dataset]
-) -> tuple[IgnoredSection | str, CalibrationSection | str]:
-    method = run_config["method"]
-    no_draw = why_no_draw(method)
-    if method["loss"] != "selective":
-        return no_draw, f"method.loss {method['loss']} uses no likelihoods."
-    merged = open_merged()
-    reason = why_no_crops(run_config, merged.manifest, result)
-    if reason:
-        return reason, reason
-    crops = read_training_crops(
-        merged,
-        run_config["data"]["train_split"],
-        temperature=run_config["scoring"]["temperature"],
-    )
-    calibration = draw_calibration(crops)
-    if no_draw:
-        return no_draw, calibration
-    return (
-        count_ignored(
-            crops,
-            names=merged.vocabulary.attributes,
-            kinds=merged.vocabulary.attribute_type,
-            num_ignore=method["num_ignore"],
-            draw_over=method["draw_over"],
-            seed=run_config["training"]["seed"],
-        ),
-        calibration,
+        share=share,
     )
