@@ -16,6 +16,7 @@ deviations over visits.
 """
 
 import argparse
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from vlal_dist.errors import DataError, VlalError  # noqa: E402
 from vlal_dist.experimenting.hidden_truth import (  # noqa: E402
     HiddenCount,
     count_hidden_truth,
-    mean_and_spread,
     read_hidden_truth,
 )
 from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set  # noqa: E402
@@ -154,8 +154,9 @@ def count_all(
 
 def cell(counts: Sequence[HiddenCount], measure: Callable[[HiddenCount], float]) -> str:
     """One number, with its spread over visits where there are some."""
-    mean, spread = mean_and_spread([measure(one) for one in counts])
-    return f"{mean:.1f}" if spread is None else f"{mean:.1f} ± {spread:.2f}"
+    values = [measure(one) for one in counts]
+    mean = f"{statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 def markdown(chance: HiddenCount, found: Counts, num_ignores: Sequence[int]) -> str:

@@ -47,7 +47,7 @@ def test_a_plan_starts_and_writes_nothing(
     assert not root.exists()
 
 
-def test_what_cannot_be_is_refused(
+def test_impossible_settings_are_refused(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     remote = command(small, tmp_path, "table1", "--plan")
@@ -134,7 +134,7 @@ def test_killed_in_the_middle_and_repeated_the_table_is_the_same(
     first.kill()
     first.communicate()
     try:
-        assert "works in" in finish(again, code=75)
+        assert "is in use by another queue" in finish(again, code=75)
     finally:
         to_all(groups, signal.SIGKILL)
     time.sleep(1)

@@ -1,28 +1,20 @@
-"""Which rows a table has, and that a run is shared wherever it is the same."""
+"""Rows of the tables; a run that stands in several tables is shared."""
 
 import itertools
 
 import pytest
 
 from vlal_dist.config.load import load_config
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.experimenting.grid import (
     REFERENCE,
-    Base,
     Variant,
     ablation_rows,
     table1_rows,
     table2_rows,
 )
 
-BASE = Base(
-    num_ignore="30",
-    margin=0.05,
-    draw_over="feasible",
-    draw="random",
-    draw_weights="likelihood",
-    detach_focal=True,
-    temperature=0.01,
-)
+METHOD = LossConfig()
 
 
 def names(rows: list[Variant]) -> list[str]:
@@ -49,35 +41,47 @@ def test_table2_adds_nothing_all_and_the_configured_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "base",
+    ("method", "temperature"),
     [
-        BASE,
-        Base("all", 0.0, "unannotated", "top", "uniform", False, 0.5),
-        Base("0", 0.1, "feasible", "random", "cooccurrence", True, 2.0),
+        (METHOD, 0.01),
+        (
+            LossConfig(
+                num_ignore="all",
+                margin=0.0,
+                draw_over="unannotated",
+                draw="top",
+                draw_weights="uniform",
+                detach_focal=False,
+            ),
+            0.5,
+        ),
+        (LossConfig(num_ignore=0, margin=0.1, draw_weights="cooccurrence"), 2.0),
     ],
 )
-def test_each_ablation_is_one_change_to_another_value(base: Base) -> None:
+def test_each_ablation_is_one_change_to_another_value(
+    method: LossConfig, temperature: float
+) -> None:
     own = {
-        "method.margin": f"{base.margin:g}",
-        "method.draw_over": base.draw_over,
-        "method.draw": base.draw,
-        "method.draw_weights": base.draw_weights,
-        "method.detach_focal": str(base.detach_focal).lower(),
-        "method.num_ignore": base.num_ignore,
-        "scoring.temperature": repr(base.temperature),
+        "method.margin": f"{method.margin:g}",
+        "method.draw_over": method.draw_over,
+        "method.draw": method.draw,
+        "method.draw_weights": method.draw_weights,
+        "method.detach_focal": str(method.detach_focal).lower(),
+        "method.num_ignore": str(method.num_ignore),
+        "scoring.temperature": repr(temperature),
     }
-    first, *rows = ablation_rows(base)
+    first, *rows = ablation_rows(method, temperature)
     assert first.name == REFERENCE and dict(first.overrides) == {"method.loss": "selective"}
     for row in rows:
         ((key, value),) = (set(row.overrides.items())) - {("method.loss", "selective")}
         assert own[key] != value
     assert {key for row in rows for key in row.overrides} == {*own, "method.loss"}
     factors = [float(r.overrides["scoring.temperature"]) for r in rows if "temperature" in r.name]
-    assert factors == pytest.approx([base.temperature * f for f in (0.25, 0.5, 2)])
+    assert factors == pytest.approx([temperature * f for f in (0.25, 0.5, 2)])
 
 
-def test_a_folder_is_one_run_whatever_table_asks() -> None:
-    tables = [table1_rows(), table2_rows([10], "30"), ablation_rows(BASE)]
+def test_a_folder_is_one_run_in_all_tables() -> None:
+    tables = [table1_rows(), table2_rows([10], "30"), ablation_rows(METHOD, 0.01)]
     for rows in tables:
         assert len(set(names(rows))) == len(rows)
     for one, other in itertools.combinations(itertools.chain(*tables), 2):
@@ -86,5 +90,5 @@ def test_a_folder_is_one_run_whatever_table_asks() -> None:
 
 
 def test_all_overrides_are_settings() -> None:
-    for row in [*table1_rows(), *table2_rows([10], "30"), *ablation_rows(BASE)]:
+    for row in [*table1_rows(), *table2_rows([10], "30"), *ablation_rows(METHOD, 0.01)]:
         assert load_config(None, row.overrides).method.loss == row.overrides["method.loss"]

@@ -1,4 +1,4 @@
-"""What was ignored against hidden truth, pair by pair; the program against a slow recount."""
+"""Ignored pairs against hidden truth; the benchmark program against a slow recount."""
 
 import math
 import statistics
@@ -27,7 +27,6 @@ from vlal_dist.experimenting.hidden_truth import (
     HiddenCount,
     count_hidden_truth,
     join_hidden,
-    mean_and_spread,
     read_hidden_truth,
 )
 from vlal_dist.method.ignore_set import draw_keys
@@ -90,14 +89,6 @@ def test_a_draw_and_what_it_left_make_chance(case: Any) -> None:
     assert (all_.known, all_.ignored) == (some.known + rest.known, some.ignored + rest.ignored)
 
 
-def test_the_spread_is_over_visits_and_of_one_visit_there_is_none() -> None:
-    assert mean_and_spread([0.25]) == (0.25, None)
-    values = [0.1, 0.4, 0.2]
-    mean, spread = mean_and_spread(values)
-    assert mean == pytest.approx(statistics.mean(values))
-    assert spread == pytest.approx(statistics.stdev(values))
-
-
 def hidden_table(rows: list[tuple[str, list[int], list[int]]]) -> pa.Table:
     columns = zip(*rows, strict=True)
     return pa.table(dict(zip(SCHEMA.names, map(list, columns), strict=True)), schema=SCHEMA)
@@ -127,7 +118,7 @@ def test_hidden_labels_of_another_dataset_are_refused(
         join_hidden(hidden_table(rows), pa.array(["a", "b"]), label=label, where="t")
 
 
-def test_complete_and_hidden_labels_are_told_by_their_columns(
+def test_complete_and_hidden_labels_are_recognised_by_their_columns(
     dataset: Dataset, truth_file: Path, tmp_path: Path
 ) -> None:
     instances, path = make_instances(), tmp_path / "some.parquet"
@@ -158,8 +149,8 @@ def test_other_files_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     pq.write_table(hidden_table([("a", [1], [])]).drop(["negative"]), path)
     with pytest.raises(DataError, match="clean\\.hide writes"):
         read_hidden_truth(str(path), dataset, "test")
-    path.write_text("no Parquet")
-    with pytest.raises(DataError, match="no Parquet file"):
+    path.write_text("text")
+    with pytest.raises(DataError, match="not a Parquet file"):
         read_hidden_truth(str(path), dataset, "test")
 
 

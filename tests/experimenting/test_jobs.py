@@ -1,11 +1,11 @@
-"""What of a run is still to do, and on which devices."""
+"""Commands of a run that are still to do, and their devices."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from vlal_dist.experimenting.jobs import Job, Place, state_of, steps_of
+from vlal_dist.experimenting.jobs import Job, Place, commands_of, state_of
 
 CPU = Place(ranks=2, devices=(), cores=3)
 
@@ -16,10 +16,10 @@ def write(path: Path, value: object) -> None:
 
 
 def names(job: Job) -> list[str]:
-    return [step.name for step in steps_of(job, CPU)]
+    return [command.name for command in commands_of(job, CPU)]
 
 
-def test_finished_steps_are_not_repeated(tmp_path: Path) -> None:
+def test_finished_commands_are_not_repeated(tmp_path: Path) -> None:
     prior = tmp_path / "ce"
     job = Job("psl", 1, tmp_path / "psl", "", prior, truth=True)
     assert state_of(job) == "to do" and names(job) == ["prior", "train", "evaluate"]
@@ -44,15 +44,15 @@ def test_commands_name_their_devices(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     job = Job("selective", 1, tmp_path, "", None, truth=False)
-    train, evaluate = steps_of(job, Place(ranks=2, devices=("6", "7"), cores=3))
-    assert train.command[1:3] == ["--include", "localhost:6,7"]
+    train, evaluate = commands_of(job, Place(ranks=2, devices=("6", "7"), cores=3))
+    assert train.argv[1:3] == ["--include", "localhost:6,7"]
     assert "CUDA_VISIBLE_DEVICES" not in train.environment
     assert "DS_ACCELERATOR" not in train.environment
     assert evaluate.environment["CUDA_VISIBLE_DEVICES"] == "6"
     assert evaluate.environment["OMP_NUM_THREADS"] == "3"
-    train, _ = steps_of(job, CPU)
-    assert train.command[1:3] == ["--num_accelerators", "2"]
+    train, _ = commands_of(job, CPU)
+    assert train.argv[1:3] == ["--num_accelerators", "2"]
     assert train.environment["DS_ACCELERATOR"] == "cpu"
-    other, _ = steps_of(job, CPU)
-    ports = [step.command[step.command.index("--master_port") + 1] for step in (train, other)]
+    other, _ = commands_of(job, CPU)
+    ports = [one.argv[one.argv.index("--master_port") + 1] for one in (train, other)]
     assert all(port.isdigit() for port in ports)

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.rank_processes import ROOT
+from vlal_dist.config.sections import ExperimentsConfig
 from vlal_dist.errors import Stopped
-from vlal_dist.experimenting.jobs import Job, Place, Step, places, state_of
+from vlal_dist.experimenting.jobs import Command, Job, Place, places, state_of
 from vlal_dist.experimenting.queue import Outcome, run_queue
 
 PLACE = Place(ranks=1, devices=(), cores=1)
@@ -25,8 +26,8 @@ def job(root: Path, name: str, code: str, *, prior: str | None = None) -> Job:
     return Job(name, 7, root / name, code, None if prior is None else root / prior, False)
 
 
-def steps(one: Job, place: Place) -> list[Step]:
-    return [Step("train", [sys.executable, "-c", one.config_text], dict(os.environ))]
+def commands(one: Job, place: Place) -> list[Command]:
+    return [Command("train", [sys.executable, "-c", one.config_text], dict(os.environ))]
 
 
 def run(root: Path, jobs: list[Job], at_once: int = 1) -> tuple[list[Outcome], list[Outcome]]:
@@ -37,13 +38,13 @@ def run(root: Path, jobs: list[Job], at_once: int = 1) -> tuple[list[Outcome], l
         [PLACE] * at_once,
         root=root,
         started=lambda one, waiting: None,
-        ended=found.append,
-        steps=steps,
+        ended=lambda outcome, left: found.append(outcome),
+        commands=commands,
     )
     return found, failures
 
 
-def test_a_failure_is_kept_and_stops_no_other(tmp_path: Path) -> None:
+def test_a_failure_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
     loud = "print('[2026-01-01 00:00:00] [INFO] [launch.py:1:main] x'); print('why'); exit(65)"
     jobs = [
         job(tmp_path, "bad", loud),
@@ -56,7 +57,7 @@ def test_a_failure_is_kept_and_stops_no_other(tmp_path: Path) -> None:
     assert ends == {"bad": 65, "needy": 65, "good": 0, "killed": 137}
     assert [outcome.job.variant for outcome in failures] == ["bad", "needy", "killed"]
     command, *lines = found[0].lines
-    assert command.startswith("$ ") and lines == ["why"]  # without the launcher's chatter
+    assert command.startswith("$ ") and lines == ["why"]  # without the launcher's own lines
     assert json.loads((tmp_path / "bad" / "failed.json").read_text())["code"] == 65
     assert state_of(jobs[0]) == "failed" and state_of(jobs[2]) == "begun"
     assert "fine" in (tmp_path / "good" / "log.txt").read_text()
@@ -150,9 +151,9 @@ def test_a_signal_ends_the_whole_group(tmp_path: Path) -> None:
 
 
 def test_devices_and_cores_are_dealt() -> None:
-    dealt = places(2, ranks=2, devices=["0", "1", "2", "3"], cores=9)
+    dealt = places(ExperimentsConfig(jobs=2, ranks=2), devices=["0", "1", "2", "3"], cores=9)
     assert [place.devices for place in dealt] == [("0", "1"), ("2", "3")]
     assert [place.cores for place in dealt] == [4, 4]
-    shared = places(3, ranks=1, devices=["4", "6"], cores=2)
+    shared = places(ExperimentsConfig(jobs=3, ranks=1), devices=["4", "6"], cores=2)
     assert [place.devices for place in shared] == [("4",), ("6",), ("4",)]
-    assert places(1, ranks=2, devices=[], cores=1) == [Place(2, (), 1)]
+    assert places(ExperimentsConfig(jobs=1, ranks=2), devices=[], cores=1) == [Place(2, (), 1)]

@@ -1,22 +1,23 @@
-"""Of what a draw ignored, how much was really there: unannotated pairs whose truth is known.
+"""Ignored pairs against hidden truth: how many of the pairs that a draw ignored are present.
 
-The truth is either complete (rendered data) or the labels that clean put aside (`clean.hide`):
-then only some pairs are known, those that an annotator had judged. Neither touches training.
+The truth is complete (rendered data), or the labels that clean put aside (`clean.hide`): then only
+pairs that an annotator judged are known. Neither is used in training.
 
 Shapes: N crops, A attributes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet
 
 from vlal_dist.data.format.dataset import Dataset, read_labels
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.dense_labels import instance_rows, join_dense_labels
+from vlal_dist.evaluation.predictions import label_matrix
 from vlal_dist.storage.store import read_url
 
 Labels = npt.NDArray[np.int8]
@@ -25,16 +26,14 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class HiddenCount:
-    """What one choice of ignored pairs hit, summed over all crops.
-
-    Only unannotated feasible pairs count: elsewhere being drawn has no effect on the loss.
+    """Unannotated feasible pairs of all crops; elsewhere a draw has no effect on the loss.
 
     Attributes:
         crops: N.
         ignored: pairs that were ignored.
         known: those of them whose truth is known.
-        positive: those of the known that are really present.
-        hidden: pairs really present, ignored or not.
+        positive: those of the known that are present.
+        hidden: pairs that are present, ignored or not.
     """
 
     crops: int
@@ -45,12 +44,12 @@ class HiddenCount:
 
     @property
     def positive_share(self) -> float:
-        """Of the ignored pairs whose truth is known, the share really present; NaN of none."""
+        """Of the ignored pairs whose truth is known, the share present; NaN of none."""
         return _share(self.positive, self.known)
 
     @property
     def hidden_share(self) -> float:
-        """Of the pairs really present, the share that was ignored; NaN of none."""
+        """Of the pairs that are present, the share ignored; NaN of none."""
         return _share(self.positive, self.hidden)
 
     @property
@@ -64,14 +63,18 @@ class HiddenCount:
         return _share(self.ignored, self.crops)
 
 
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else float("nan")
+
+
 def count_hidden_truth(drawn: Mask, *, feasible: Mask, label: Labels, truth: Labels) -> HiddenCount:
     """Count one draw against the truth.
 
     Args:
-        drawn: bool [N, A], Omega_Ignore of each crop. All of `feasible` gives what chance gives.
+        drawn: bool [N, A], Omega_Ignore of each crop; `feasible` itself gives chance.
         feasible: bool [N, A], Omega_o.
         label: int8 [N, A], +1 annotated present, -1 annotated absent, 0 unannotated.
-        truth: int8 [N, A], +1 present, -1 absent, 0 not known; ignored where `label` is not 0.
+        truth: int8 [N, A], +1 present, -1 absent, 0 not known; not read where `label` is not 0.
     """
     unannotated = feasible & (label == 0)
     ignored = drawn & unannotated
@@ -84,14 +87,8 @@ def count_hidden_truth(drawn: Mask, *, feasible: Mask, label: Labels, truth: Lab
     )
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n - 1) of one quantity over visits; of one visit, no spread."""
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), spread
-
-
 def read_hidden_truth(url: str, dataset: Dataset, split: str) -> Labels:
-    """Read what is known of a split's pairs, int8 [N, A]: +1 present, -1 absent, 0 not known.
+    """Read the known truth of a split's pairs, int8 [N, A]: +1 present, -1 absent, 0 not known.
 
     The Parquet file at `url` has the column `instance_id` string, and either `positive`
     list<string>, complete labels by name; or `positive` and `negative` list<uint32>, the labels
@@ -107,7 +104,7 @@ def read_hidden_truth(url: str, dataset: Dataset, split: str) -> Labels:
     try:
         table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
     except pa.ArrowInvalid as error:
-        raise DataError(f"truth {url} is no Parquet file: {error}") from None
+        raise DataError(f"truth {url} is not a Parquet file: {error}") from None
     types = {name: table[name].type for name in table.column_names}
     ids = pa.list_(pa.uint32())
     if types.get("instance_id") == pa.string():
@@ -136,8 +133,8 @@ def join_hidden(
         where: name of the table, for errors.
 
     Raises:
-        DataError: an instance twice or missing, an id beyond A, or a label that is not hidden: it
-            is annotated as well, so that the file is of another dataset.
+        DataError: an instance twice or missing, an id beyond A, or a label that is annotated as
+            well, so that the file is of another dataset.
     """
     position = instance_rows(table, instance_id, where=where)
     hidden = _dense(table.take(position), label.shape[1], where=where)
@@ -145,26 +142,20 @@ def join_hidden(
     if both:
         raise DataError(
             f"truth {where}: {both} of its labels are annotated in the dataset too; give the file "
-            "that the clean of this very dataset wrote"
+            "that the clean run of this dataset wrote"
         )
     return hidden
 
 
 def _dense(table: pa.Table, num_attributes: int, *, where: str) -> Labels:
     """Columns `positive` and `negative` (lists of ids) as int8 [N, A]."""
-    label = np.zeros((len(table), num_attributes), np.int8)
-    for name, sign in (("positive", 1), ("negative", -1)):
-        lists = table[name].combine_chunks()
-        ids = np.asarray(lists.flatten()).astype(np.int64)
-        if int(ids.max(initial=-1)) >= num_attributes:
-            raise DataError(
-                f"{where}: attribute {ids.max()} of {num_attributes}; give the file that the "
-                "clean of this very dataset wrote"
-            )
-        row = np.repeat(np.arange(len(lists)), np.asarray(pa.compute.list_value_length(lists)))
-        label[row, ids] = sign
-    return label
-
-
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else float("nan")
+    ids = pa.concat_arrays(
+        [table[name].combine_chunks().flatten() for name in ("positive", "negative")]
+    )
+    largest = pa.compute.max(ids).as_py() or 0
+    if largest >= num_attributes:
+        raise DataError(
+            f"{where}: attribute {largest} of {num_attributes}; give the file that the clean run "
+            "of this dataset wrote"
+        )
+    return label_matrix(table["positive"], table["negative"], width=num_attributes)

@@ -1,4 +1,4 @@
-"""Tau of Eq. (2) of the likelihoods that training reads, for the rows at other temperatures."""
+"""Jobs of an experiment: state on disk, commands that are still to run, devices, checks."""
 
 import json
 import os
@@ -7,35 +7,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import vlal_dist
+from vlal_dist.config.sections import DataConfig, ExperimentsConfig, PathsConfig
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.data.format.scores import finished_manifest
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.storage.store import open_store
 
-
-def stored_temperature(*, dataset_url: str, scores_url: str | None, cache: Path) -> float:
-    """The scorer's, as merge or score_clip recorded it.
-
-    Args:
-        dataset_url: merged dataset.
-        scores_url: score root, where the likelihoods come from there; None: from the tars.
-        cache: local folder for index files.
-
-    Raises:
-        DataError: samples without likelihood, or scoring has not finished.
-    """
-    if scores_url is not None:
-        return float(finished_manifest(open_store(scores_url))["temperature"])
-    likelihood = open_dataset(dataset_url, cache=cache).manifest["likelihood"]
-    if likelihood is None:
-        raise DataError(
-            f"{dataset_url} holds samples without likelihood; run score_clip and shard_tools "
-            "merge, or point paths.merged at what merge wrote"
-        )
-    return float(likelihood["temperature"])
-
+QUEUED, LOG, FAILED, SECONDS = "queued.yaml", "log.txt", "failed.json", "seconds.json"
+TEST = "evaluation/test-model"
+TRAIN = "evaluation/train-model"
+PACKAGE = Path(vlal_dist.__file__).resolve().parent
 
 EXECUTION = frozenset(
     {
@@ -51,41 +37,6 @@ EXECUTION = frozenset(
     }
 )
 """Keys that do not decide what is learned (the prior's place follows from the root)."""
-
-
-def flat_settings(sections: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
-    """Dotted key -> value of everything that decides a run's result, in the given order."""
-    flat = {
-        f"{section}.{key}": value
-        for section, keys in sections.items()
-        for key, value in keys.items()
-    }
-    return {key: value for key, value in flat.items() if key not in EXECUTION}
-
-
-def check_same(recorded: Mapping[str, object], now: Mapping[str, object], *, where: str) -> None:
-    """Refuse to count a run that was trained with other settings.
-
-    Args:
-        recorded: `flat_settings` of the configuration that training wrote.
-        now: those of the run as it would be started now.
-        where: the run root, for the error.
-
-    Raises:
-        ConfigError: names the first key that differs, both values, and the remedy.
-    """
-    for key, value in now.items():
-        if recorded.get(key) != value:
-            raise ConfigError(
-                f"{where} was trained with {key} {recorded.get(key)!r}, now it is {value!r}; set "
-                "it back, or give another paths.experiments"
-            )
-
-
-QUEUED, LOG, FAILED, SECONDS = "queued.yaml", "log.txt", "failed.json", "seconds.json"
-TEST = "evaluation/test-model"
-TRAIN = "evaluation/train-model"
-PACKAGE = Path(vlal_dist.__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -110,18 +61,18 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What the screen calls it."""
+        """Name of the run on the screen."""
         return f"{self.variant} seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Place:
-    """What one of the jobs running at a time may use.
+    """Resources of one of the jobs that run at a time.
 
     Attributes:
         ranks: DeepSpeed ranks.
         devices: CUDA devices by number, one per rank; empty: CPU.
-        cores: of this job.
+        cores: CPU cores.
     """
 
     ranks: int
@@ -130,22 +81,16 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One command of a run.
-
-    Attributes:
-        name: prior, train or evaluate.
-        command: as it is started.
-        environment: of it.
-    """
+class Command:
+    """One command of a run, named prior, train or evaluate, with its environment."""
 
     name: str
-    command: list[str]
+    argv: list[str]
     environment: Mapping[str, str]
 
 
 def state_of(job: Job) -> str:
-    """`done`, `failed`, `begun` or `to do`, by what lies in the run's folder."""
+    """`done`, `failed`, `begun` or `to do`, by the files in the run's folder."""
     if is_done(job):
         return "done"
     if (job.root / FAILED).is_file():
@@ -156,39 +101,40 @@ def state_of(job: Job) -> str:
 def is_done(job: Job) -> bool:
     """Whether the test result is there, with complete labels where they are configured."""
     result = read_json(job.root / TEST / "result.json")
-    return result is not None and (not job.truth or result.get("truth") is not None)
+    return bool(result) and (not job.truth or result.get("truth") is not None)
 
 
-def steps_of(job: Job, place: Place) -> list[Step]:
+def commands_of(job: Job, place: Place) -> list[Command]:
     """The commands that are still to run, in order."""
-    steps = []
+    commands = []
     if job.prior is not None and not (job.prior / TRAIN / "result.json").is_file():
-        steps.append(_evaluate("prior", job.prior, "train", place, "--evaluation.truth", "none"))
-    if (read_json(job.root / "train.result.json") or {}).get("code") != 0:
-        steps.append(_train(job, place))
-    steps.append(_evaluate("evaluate", job.root, "test", place))
-    return steps
+        no_truth = ("--evaluation.truth", "none")
+        commands.append(_evaluate("prior", job.prior, "train", place, *no_truth))
+    if read_json(job.root / "train.result.json").get("code") != 0:
+        commands.append(_train(job, place))
+    commands.append(_evaluate("evaluate", job.root, "test", place))
+    return commands
 
 
-def places(jobs: int, *, ranks: int, devices: Sequence[str], cores: int) -> list[Place]:
-    """The machine's devices and cores, dealt to so many jobs at a time.
+def places(config: ExperimentsConfig, *, devices: Sequence[str], cores: int) -> list[Place]:
+    """The machine's devices and cores, dealt to `config.jobs` jobs of `config.ranks` ranks.
 
     Args:
-        jobs: at a time.
-        ranks: of each.
-        devices: CUDA devices that may be used, `ranks` at least; empty: CPU. With fewer than
+        config: section of the configuration.
+        devices: CUDA devices that may be used, one per rank at least; empty: CPU. With fewer than
             jobs x ranks, jobs share devices.
         cores: of the machine.
     """
     return [
         Place(
-            ranks=ranks,
-            devices=tuple(devices[(job * ranks + rank) % len(devices)] for rank in range(ranks))
-            if devices
-            else (),
-            cores=max(1, cores // jobs),
+            ranks=config.ranks,
+            devices=tuple(
+                devices[(job * config.ranks + rank) % len(devices)]
+                for rank in range(config.ranks if devices else 0)
+            ),
+            cores=max(1, cores // config.jobs),
         )
-        for job in range(jobs)
+        for job in range(config.jobs)
     ]
 
 
@@ -196,10 +142,8 @@ def cuda_devices(ranks: int) -> list[str]:
     """CUDA devices of this machine, by number; none: training runs on the CPU.
 
     Raises:
-        ConfigError: fewer than `ranks`, and some.
+        ConfigError: some devices, but fewer than `ranks`.
     """
-    import torch  # seconds; only where something is trained
-
     if not torch.cuda.is_available():
         return []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -211,42 +155,87 @@ def cuda_devices(ranks: int) -> list[str]:
     return found
 
 
-def read_json(path: Path) -> dict[str, object] | None:
-    """An object in a file; None if there is none, or it is damaged."""
+def stored_temperature(data: DataConfig, paths: PathsConfig) -> float:
+    """Tau of Eq. (2) of the likelihoods that training reads, as score_clip or merge recorded it.
+
+    Raises:
+        DataError: samples without likelihood, or scoring has not finished.
+    """
+    if data.likelihood == "scores":
+        return float(finished_manifest(open_store(paths.scores))["temperature"])
+    url = next(iter(data.mix), paths.merged)
+    likelihood = open_dataset(url, cache=Path(paths.cache)).manifest["likelihood"]
+    if likelihood is None:
+        raise DataError(
+            f"{url} holds samples without likelihood; run score_clip and shard_tools merge, or "
+            "point paths.merged at what merge wrote"
+        )
+    return float(likelihood["temperature"])
+
+
+def check_config(
+    recorded: Mapping[str, Mapping[str, object]],
+    now: Mapping[str, Mapping[str, object]],
+    *,
+    where: str,
+) -> None:
+    """Refuse to count a run that was trained with other settings; keys of `EXECUTION` may differ.
+
+    Args:
+        recorded: section -> key -> value of the configuration that training wrote.
+        now: that of the run as it would be started now.
+        where: the run root, for the error.
+
+    Raises:
+        ConfigError: names the first key that differs, both values, and the remedy.
+    """
+    for section, values in now.items():
+        for name, value in values.items():
+            key, old = f"{section}.{name}", recorded[section].get(name)
+            if key not in EXECUTION and old != value:
+                raise ConfigError(
+                    f"{where} was trained with {key} {old!r}, now it is {value!r}; set it back, or "
+                    "give another paths.experiments"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty if there is none, or it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def _train(job: Job, place: Place) -> Step:
+def _train(job: Job, place: Place) -> Command:
     environment = _environment()
     where = ["--num_accelerators", str(place.ranks)]
     if place.devices:
-        # The launcher takes device numbers, not those that this variable has left over.
+        # The launcher numbers all devices of the machine, not those left by this variable.
         environment.pop("CUDA_VISIBLE_DEVICES", None)
         where = ["--include", f"localhost:{','.join(place.devices)}"]
     else:
         environment["DS_ACCELERATOR"] = "cpu"
     launcher = str(Path(sys.executable).with_name("deepspeed"))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])  # free now
     program = [str(PACKAGE / "train.py"), "--config", str(job.root / QUEUED)]
-    command = [launcher, *where, "--master_port", str(_free_port()), *program]
-    return Step("train", command, environment)
+    return Command("train", [launcher, *where, "--master_port", port, *program], environment)
 
 
-def _evaluate(name: str, root: Path, split: str, place: Place, *more: str) -> Step:
+def _evaluate(name: str, root: Path, split: str, place: Place, *more: str) -> Command:
     environment = _environment()
     if place.devices:
         environment["CUDA_VISIBLE_DEVICES"] = place.devices[0]
     environment.setdefault("OMP_NUM_THREADS", str(place.cores))
-    command = [sys.executable, "-m", "vlal_dist.evaluate", "--config", str(root / QUEUED)]
-    command += ["--evaluation.split", split, "--evaluation.predictor", "model", *more]
-    return Step(name, command, environment)
+    argv = [sys.executable, "-m", "vlal_dist.evaluate", "--config", str(root / QUEUED)]
+    argv += ["--evaluation.split", split, "--evaluation.predictor", "model", *more]
+    return Command(name, argv, environment)
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the interpreter's programs and this very package found first."""
+    """Environment in which this interpreter's programs and this package are found first."""
 
     def first(path: Path, name: str) -> str:
         return os.pathsep.join(filter(None, [str(path), os.environ.get(name)]))
@@ -256,9 +245,3 @@ def _environment() -> dict[str, str]:
         "PATH": first(Path(sys.executable).parent, "PATH"),
         "PYTHONPATH": first(PACKAGE.parent, "PYTHONPATH"),
     }
-
-
-def _free_port() -> int:
-    """A port of the loopback that is free now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
 """Rows of a table: means and spreads over seeds, and paired differences from the reference row.
 
-Pure functions. Shares are of 1. Legend: R bootstrap replicates.
+Shares are of 1. R bootstrap replicates.
 """
 
 import statistics
@@ -11,7 +11,7 @@ import numpy as np
 
 from vlal_dist.evaluation.bootstrap import interval
 from vlal_dist.experimenting.grid import REFERENCE, Variant
-from vlal_dist.experimenting.results import Float64, RunResult
+from vlal_dist.experimenting.results import RunResult
 
 Runs = Mapping[tuple[str, int], RunResult]
 """(row, seed) -> finished run."""
@@ -72,27 +72,29 @@ def summarise(
     Args:
         variants: in the table's order.
         runs: what has finished.
-        seeds: those asked for.
+        seeds: of the experiment.
         failed: (row, seed) of failed runs.
     """
     rows = []
     for variant in variants:
         have = [seed for seed in seeds if (variant.name, seed) in runs]
         own = [runs[variant.name, seed] for seed in have]
-        shared = [seed for seed in have if (REFERENCE, seed) in runs]
-        pairs = [(runs[variant.name, seed], runs[REFERENCE, seed]) for seed in shared]
-        times = [run.seconds for run in own if run.seconds is not None]
+        pairs = [
+            (runs[variant.name, seed], runs[REFERENCE, seed])
+            for seed in have
+            if (REFERENCE, seed) in runs and variant.name != REFERENCE
+        ]
+        seconds = [run.seconds for run in own if run.seconds is not None]
         groups = list(own[0].maps) if own else []
-        is_reference = variant.name == REFERENCE
         rows.append(
             SummaryRow(
                 variant=variant,
                 seeds=have,
                 failed=[seed for seed in seeds if (variant.name, seed) in failed],
                 maps=_estimates(groups, [(run, None) for run in own]),
-                differences={} if is_reference else _estimates(groups, pairs),
+                differences=_estimates(groups, pairs),
                 validation_map=_mean([run.validation_map for run in own]),
-                seconds=_mean(times),
+                seconds=_mean(seconds),
             )
         )
     return rows
@@ -101,39 +103,31 @@ def summarise(
 def _estimates(
     groups: Sequence[str], pairs: Sequence[tuple[RunResult, RunResult | None]]
 ) -> dict[str, Estimate]:
-    """Group -> estimate of first - second (nothing: 0), over the pairs."""
+    """Group -> estimate of first - second (None: 0), over the pairs; undefined groups left out.
+
+    Replicates are subtracted pair by pair: both of a pair see the same photos.
+    """
     found = {}
     for group in groups:
-        values = [_difference(first, second, group) for first, second in pairs]
-        known = [value for value in values if value is not None]
-        if not known or len(known) < len(values):
+        values, replicates = [], []
+        for first, second in pairs:
+            value = first.maps[group]
+            other = 0.0 if second is None else second.maps.get(group)
+            if value is not None and other is not None:
+                values.append(value - other)
+            runs = [first] if second is None else [first, second]
+            if all(group in run.replicates for run in runs):
+                base = 0.0 if second is None else second.replicates[group]
+                replicates.append(first.replicates[group] - base)
+        if not values or len(values) < len(pairs):
             continue
-        mean = statistics.fmean(known)
-        low, high = _interval(mean, pairs, group)
-        sd = statistics.stdev(known) if len(known) > 1 else None
-        found[group] = Estimate(mean, sd, low, high, len(known))
+        mean = statistics.fmean(values)
+        low, high = None, None
+        if len(replicates) == len(pairs):
+            low, high = interval(mean, np.mean(replicates, axis=0))
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        found[group] = Estimate(mean, sd, low, high, len(values))
     return found
-
-
-def _difference(first: RunResult, second: RunResult | None, group: str) -> float | None:
-    value = first.maps[group]
-    if second is None or value is None:
-        return value
-    other = second.maps.get(group)
-    return None if other is None else value - other
-
-
-def _interval(
-    mean: float, pairs: Sequence[tuple[RunResult, RunResult | None]], group: str
-) -> tuple[float | None, float | None]:
-    """About the mean over pairs, replicate by replicate: both of a pair see the same photos."""
-    if any(group not in run.replicates for pair in pairs for run in pair if run is not None):
-        return None, None
-    values: list[Float64] = [
-        first.replicates[group] - (0.0 if second is None else second.replicates[group])
-        for first, second in pairs
-    ]
-    return interval(mean, np.mean(values, axis=0))
 
 
 def _mean(values: Sequence[float]) -> float | None:
