@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.fixtures.tiny_dataset import HOSTILE
+from vlal_dist.config.sections import EvaluationConfig
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.reporting.charts import IntervalChart, IntervalPoint, draw_curve
 from vlal_dist.reporting.fig4 import Example, Guess
@@ -23,6 +24,7 @@ from vlal_dist.reporting.result_table import (
     result_columns,
     result_row,
 )
+from vlal_dist.reporting.run_card import RunFiles
 from vlal_dist.reporting.selective_sections import (
     CalibrationSection,
     IgnoredAttribute,
@@ -67,27 +69,30 @@ def hostile_page(image: str = PIXEL) -> Page:
     )
     return Page(
         title=HOSTILE,
-        result={"excluded": [HOSTILE]},
+        config=EvaluationConfig(),
+        seed=99,
+        result={
+            "predictor": "clip",
+            "groups": [{"mA": -1}],
+            "truth": {"unknown_names": [HOSTILE]},
+            "excluded": [HOSTILE],
+        },
+        run=RunFiles(HOSTILE, {"method": {"loss": HOSTILE}}),
         card=[(HOSTILE, HOSTILE)],
-        config=HOSTILE,
         digests=[(HOSTILE, HOSTILE)],
         columns=[Column(HOSTILE, HOSTILE, HOSTILE)],
         rows=[Row(HOSTILE, HOSTILE, [HOSTILE], main=True)],
-        interval_note=HOSTILE,
-        notes=[HOSTILE],
+        photos=2,
         attributes=[LINE, LINE | {"ap": None, "lift": None}],
         pr_curves=PrSection(HOSTILE, {HOSTILE: [pr_curve]}),
         curves=[curve],
-        ignored_mean=HOSTILE,
+        ignored_mean=2.5,
         ignored=IgnoredSection(HOSTILE, HOSTILE, [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)]),
         calibration=CalibrationSection(
             summary=HOSTILE, bins=[LikelihoodBin(0.1, 0.2, 4, 1)], share=0.25
         ),
         examples=[example],
-        example_rule=HOSTILE,
         tally={"present": 0.5, "absent": 0.2, "unannotated": 0.3, "unannotated_true": 0.25},
-        top=3,
-        has_truth=True,
         experiments=[
             ExperimentTable(
                 title=HOSTILE,

@@ -8,8 +8,9 @@ import base64
 import hashlib
 import json
 import re
+import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,10 @@ from vlal_dist.reporting.result_table import (
     Row,
     read_tables,
     result_columns,
-    result_notes,
     result_row,
 )
 from vlal_dist.reporting.run_card import (
-    ignored_sentence,
+    RunFiles,
     read_run_files,
     run_card,
     series,
@@ -56,52 +56,47 @@ MAX_PAGE_BYTES = 10_000_000
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that the report's template shows; a section that is a text says why it is absent.
+    """The content of a report; a section that is a text says why it is absent.
 
     Attributes:
         title: heading.
+        config, seed: what is shown, and what decided the choice of crops.
         result: `result.json` of the page's own evaluation.
+        run: what training left.
         card: run card, (name, value).
-        config: the run's resolved configuration as YAML, or empty.
         digests: (name, digest in full).
         columns, rows: the result table.
-        interval_note: what the intervals are, or why there are none.
-        notes: remarks below it.
+        photos: of the split.
         attributes: rows of `attributes.parquet`, plus `baseline` and `lift`.
         pr_curves: precision-recall curves.
         curves: training curves.
-        ignored_mean: the effective number ignored beside NUM_IGNORE, in words, or empty.
+        ignored_mean: unannotated attributes left out per crop, mean over the logged steps, or None.
         ignored: which attributes were ignored.
         calibration: likelihood against annotation.
         examples: cells of the grid.
-        example_rule: how they were chosen.
         tally: shares of the highest attributes by annotation, over all crops.
-        top: how many attributes are listed per crop.
-        has_truth: complete labels are known.
         experiments: tables of `vlal_dist.experiments`; without one the section is absent.
     """
 
     title: str
+    config: EvaluationConfig
+    seed: int
     result: dict[str, Any]
+    run: RunFiles
     card: list[tuple[str, str]]
-    config: str
     digests: list[tuple[str, str]]
     columns: list[Column]
     rows: list[Row]
-    interval_note: str
-    notes: list[str]
+    photos: int
     attributes: list[dict[str, Any]]
     pr_curves: PrSection | str
     curves: list[LineChart]
-    ignored_mean: str
+    ignored_mean: float | None
     ignored: IgnoredSection | str
     calibration: CalibrationSection | str
     examples: list[Example]
-    example_rule: str
     tally: dict[str, float]
-    top: int
-    has_truth: bool = False
-    experiments: list[ExperimentTable] = field(default_factory=list)
+    experiments: list[ExperimentTable]
 
     @property
     def has_intervals(self) -> bool:
@@ -126,22 +121,29 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Pa
     folder = result_folder(config.split, config.predictor)
     result = _read_result(store, folder)
     predictions = _read_predictions(store, folder, result, dataset, split)
-    truth = None if config.truth is None else read_dense_labels(config.truth, dataset, config.split).label
+    truth = None
+    if config.truth is not None:
+        truth = read_dense_labels(config.truth, dataset, config.split).label
     attributes = read_attributes(store, folder)
     run = read_run_files(store)
-    intervals, interval_note = _intervals(predictions, split, dataset)
+    photo = image_numbers(split)
+    photos = int(photo.max(initial=-1)) + 1
+    groups = dataset.vocabulary.groups()
+    intervals = group_intervals(predictions, photo, groups) if photos > 1 else {}
     curves = (
         draw_curve(series(run.lines, "validation", "mAP"), title="Validation mAP, %", percent=True),
         draw_curve(series(run.lines, "train", "loss"), title="Training loss", percent=False),
     )
+    left_out = [value for _, value in series(run.lines, "train", "ignored_effective")]
     ignored, calibration = selective_sections(run.config, result, paths)
     reader, top = SampleReader(split), config.example_attributes
-    examples = choose_rows(predictions, count=config.examples, seed=seed).tolist()
     return Page(
         title=f"{result['name']} on {dataset.name}, {config.split}",
+        config=config,
+        seed=seed,
         result=result,
+        run=run,
         card=run_card(result, dataset.manifest, run),
-        config=run.config_text,
         digests=[
             ("dataset.json", dataset.digest),
             ("vocabulary", dataset.vocabulary.digest),
@@ -149,30 +151,22 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Pa
         ],
         columns=result_columns(result, intervals),
         rows=list(_rows(config, store, result)),
-        interval_note=interval_note,
-        notes=result_notes(result),
+        photos=photos,
         attributes=attributes,
         pr_curves=draw_pr_curves(
             attributes, predictions.score, predictions.label, count=config.curves
         ),
         curves=[curve for curve in curves if curve is not None],
-        ignored_mean=ignored_sentence(run),
+        ignored_mean=statistics.fmean(left_out) if left_out else None,
         ignored=ignored,
         calibration=calibration,
         examples=[
             build_example(
                 reader, predictions, position, vocabulary=dataset.vocabulary, truth=truth, k=top
             )
-            for position in examples
+            for position in choose_rows(predictions, count=config.examples, seed=seed).tolist()
         ],
-        example_rule=(
-            "Not hand-picked: of the crops with at least one attribute annotated present, the "
-            f"first {config.examples} in the order of sha256(seed:uid), seed {seed}, a rule that "
-            "does not depend on scores."
-        ),
         tally=tally(predictions, truth, k=top),
-        top=top,
-        has_truth=truth is not None,
         experiments=[] if config.experiments is None else read_tables(config.experiments),
     )
 
@@ -187,6 +181,7 @@ def render_page(page: Page) -> bytes:
     text = _render(
         "page.html",
         page=page,
+        replicates=REPLICATES,
         style=style,
         script=script,
         style_hash=_csp_hash(style),
@@ -264,21 +259,6 @@ def _read_predictions(
             f"{dataset.url}; evaluate again"
         )
     return predictions
-
-
-def _intervals(
-    predictions: Predictions, split: Split, dataset: Dataset
-) -> tuple[dict[str, tuple[float, float]], str]:
-    """Intervals of the groups' mAP, and what they are in words."""
-    image = image_numbers(split)
-    photos = int(image.max(initial=-1)) + 1
-    if photos < 2:
-        return {}, "No interval: the split has a single photo."
-    return group_intervals(predictions, image, dataset.vocabulary.groups()), (
-        "The interval estimates how the mAP would vary over other draws of photos: the central "
-        f"95 % of {REPLICATES:,} Bayesian bootstrap replicates over the {photos:,} photos of the "
-        "split, centred on the mAP. It does not cover the variation between training seeds."
-    )
 
 
 def _rows(config: EvaluationConfig, store: Store, main: dict[str, Any]) -> Iterator[Row]:

@@ -126,25 +126,6 @@ def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool =
         ) from None
 
 
-def result_notes(result: dict[str, Any]) -> list[str]:
-    """Remarks below the table."""
-    notes = []
-    if result["predictor"] == "clip":
-        notes.append("CLIP similarities rank crops; they are not probabilities: ignore mA.")
-    if (result["groups"][0]["mA"] or 0) < 0:
-        notes.append(
-            "-: the VAW evaluator leaves a metric undefined where one attribute of the group has "
-            "no annotated positive (or, for mA, no negative) in the split."
-        )
-    unknown = [] if result["truth"] is None else result["truth"]["unknown_names"]
-    if unknown:
-        notes.append(
-            "Names in the complete labels that the vocabulary lacks, left out: "
-            + ", ".join(unknown)
-        )
-    return notes
-
-
 def read_tables(url: str) -> list[ExperimentTable]:
     """The tables below a root of experiments.
 

@@ -173,25 +173,6 @@ def samples_seen(lines: Sequence[Line]) -> int | None:
     return sum(counts.values()) if counts else None
 
 
-def ignored_sentence(run: RunFiles) -> str:
-    """NUM_IGNORE beside the unannotated attributes left out per crop; empty where not logged."""
-    values = [value for _, value in series(run.lines, "train", "ignored_effective")]
-    if not values:
-        return ""
-    method = run.config.get("method", {})
-    mean = sum(values) / len(values)
-    left_out = (
-        f"{mean:.2f} unannotated attributes per crop and visit were left out of the loss "
-        "(mean over the logged training steps)"
-    )
-    if method.get("loss", "selective") != "selective":
-        return f"By the rule of {method['loss']}, {left_out}."
-    return (
-        f"NUM_IGNORE is {method.get('num_ignore', 'unknown')}; {left_out}. The two differ where "
-        "a feasible set is smaller than NUM_IGNORE, and where a draw meets an annotated attribute."
-    )
-
-
 def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
