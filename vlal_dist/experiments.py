@@ -28,8 +28,7 @@ from vlal_dist.experimenting.jobs import (
     stored_temperature,
 )
 from vlal_dist.experimenting.queue import Outcome, run_queue
-from vlal_dist.experimenting.results import ResultReader
-from vlal_dist.experimenting.summary import summarise
+from vlal_dist.experimenting.results import ResultReader, summarise
 from vlal_dist.experimenting.tables import Table, write_table
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.storage.store import open_store

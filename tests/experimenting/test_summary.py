@@ -9,8 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from vlal_dist.experimenting.grid import Variant, table1_rows, table2_rows
-from vlal_dist.experimenting.results import COMPLETE, RunResult
-from vlal_dist.experimenting.summary import SummaryRow, summarise
+from vlal_dist.experimenting.results import COMPLETE, RunResult, SummaryRow, summarise
 from vlal_dist.experimenting.tables import Table, write_table
 
 SEEDS = [1, 2, 3]

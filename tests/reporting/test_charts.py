@@ -56,7 +56,7 @@ def test_one_point_and_equal_values() -> None:
 
 
 def test_points_lie_in_the_frame_and_ticks_are_round() -> None:
-    curve = draw_curve([(0, 0.1), (50, 0.4), (100, 0.3)], title="t", percent=True)
+    curve = draw_curve([(0, 0.1), (50, 0.4), (100, 0.3)], title="t", is_share=True)
     assert curve is not None
     assert [mark[0] for mark in curve.marks] == [TRAINING_FRAME.left, 282.0, TRAINING_FRAME.right]
     assert curve.marks[0][1] == TRAINING_FRAME.bottom
@@ -67,14 +67,14 @@ def test_points_lie_in_the_frame_and_ticks_are_round() -> None:
 
 
 def test_no_point_one_point_and_a_flat_line() -> None:
-    assert draw_curve([], title="t", percent=False) is None
+    assert draw_curve([], title="t", is_share=False) is None
     for points in ([(0.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)]):
-        curve = draw_curve(points, title="t", percent=False)
+        curve = draw_curve(points, title="t", is_share=False)
         assert curve is not None and len(curve.marks) == len(points)
 
 
 def test_many_points_are_averaged_and_the_note_says_so() -> None:
-    curve = draw_curve([(x, float(x)) for x in range(10_500)], title="t", percent=False)
+    curve = draw_curve([(x, float(x)) for x in range(10_500)], title="t", is_share=False)
     assert curve is not None
     assert len(curve.path.split()) <= MAX_POINTS
     assert "mean of 11 logged values" in curve.notes[0]

@@ -15,8 +15,7 @@ from vlal_dist.experimenting.grid import (
     table1_rows,
     table2_rows,
 )
-from vlal_dist.experimenting.results import RunResult
-from vlal_dist.experimenting.summary import summarise
+from vlal_dist.experimenting.results import RunResult, summarise
 from vlal_dist.experimenting.tables import Table, write_table
 from vlal_dist.reporting.page import render_chart
 from vlal_dist.reporting.result_table import parse_table, read_tables

@@ -13,10 +13,9 @@ import pytest
 from tests.fixtures.tiny_dataset import HOSTILE
 from vlal_dist.config.sections import EvaluationConfig
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.reporting.charts import IntervalChart, IntervalPoint, draw_curve
+from vlal_dist.reporting.charts import IntervalChart, IntervalPoint, PrSection, draw_curve, draw_pr
 from vlal_dist.reporting.fig4 import Example, Guess
 from vlal_dist.reporting.page import MAX_PAGE_BYTES, Page, render_page
-from vlal_dist.reporting.pr_curves import PrSection, draw_pr
 from vlal_dist.reporting.result_table import (
     Column,
     ExperimentTable,
@@ -51,7 +50,7 @@ LINE = {
 
 def hostile_page(image: str = PIXEL) -> Page:
     """Every text that comes from data is an attack."""
-    curve = draw_curve([(1, 0.1), (2, 0.3)], title=HOSTILE, percent=True)
+    curve = draw_curve([(1, 0.1), (2, 0.3)], title=HOSTILE, is_share=True)
     assert curve is not None
     pr_curve = draw_pr(np.array([0.5, 1.0]), np.array([1.0, 0.5]), LINE)
     example = Example(

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from vlal_dist.method.metrics import average_precision
-from vlal_dist.reporting.charts import LineChart
-from vlal_dist.reporting.pr_curves import (
-    FRAME,
+from vlal_dist.reporting.charts import (
     MIN_LABELS,
+    PR_FRAME,
+    LineChart,
     choose_curves,
     draw_pr,
     draw_pr_curves,
@@ -40,15 +40,15 @@ def drawn_area(curve: LineChart) -> float:
     for command, first, second in re.findall(r"([MHV])([\d.]+)(?: ([\d.]+))?", curve.path):
         if command == "M":
             x, y = float(first), float(second)
-            assert x == FRAME.left
+            assert x == PR_FRAME.left
         elif command == "V":
             y = float(first)
         else:
             assert float(first) >= x
-            area += (float(first) - x) * (FRAME.bottom - y)
+            area += (float(first) - x) * (PR_FRAME.bottom - y)
             x = float(first)
-    assert x == FRAME.right
-    return area / ((FRAME.right - FRAME.left) * (FRAME.bottom - FRAME.top))
+    assert x == PR_FRAME.right
+    return area / ((PR_FRAME.right - PR_FRAME.left) * (PR_FRAME.bottom - PR_FRAME.top))
 
 
 @st.composite

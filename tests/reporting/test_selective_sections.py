@@ -156,9 +156,9 @@ def test_the_chart_puts_a_full_bar_at_the_top() -> None:
     section = calibrate(make_crops(likelihood, label))
     assert isinstance(section, CalibrationSection)
     low, high = section.bins[0], section.bins[-1]
-    assert (low.percent, section.frame.y(low.share)) == ("0%", section.frame.bottom)
-    assert (high.percent, section.frame.y(high.share)) == ("100%", section.frame.top)
-    assert high.count == "4" and section.share == 0.5
+    assert (low.share, section.frame.y(low.share)) == (0, section.frame.bottom)
+    assert (high.share, section.frame.y(high.share)) == (1, section.frame.top)
+    assert high.pairs == 4 and section.share == 0.5
     nothing = calibrate(make_crops(likelihood, np.zeros_like(label)))
     assert nothing == "None of the counted crops has an annotated feasible attribute."
 

@@ -100,7 +100,8 @@ def run_queue(
                         end(Outcome(job, failures[job.prior].code, 0.0, lines))
                 while free and (ready := _next_ready(waiting, active)) is not None:
                     waiting.remove(ready)
-                    active.append(_Attempt(ready, free.pop(0), commands, lock))
+                    place = free.pop(0)
+                    active.append(_Attempt(ready, place, commands(ready, place), lock))
                     started(ready, len(waiting))
                 for one in list(active):
                     outcome = one.poll()
@@ -127,36 +128,26 @@ def _next_ready(waiting: Sequence[Job], active: "Sequence[_Attempt]") -> Job | N
 class _Attempt:
     """A run under way: its commands one after another, each in a process group of its own.
 
-    Args:
-        job: the run.
-        place: its resources.
-        commands: as for `run_queue`.
-        lock: descriptor of the root's lock, inherited by every process of the run.
+    Every process inherits the descriptor `lock`.
     """
 
-    def __init__(
-        self, job: Job, place: Place, commands: Callable[[Job, Place], list[Command]], lock: int
-    ) -> None:
+    def __init__(self, job: Job, place: Place, commands: Sequence[Command], lock: int) -> None:
         self.job, self.place = job, place
         self.process: subprocess.Popen[bytes] | None = None
         store = open_store(str(job.root))
         store.replace(QUEUED, job.config_text.encode())
         store.delete(FAILED)
         self._began = time.monotonic()
-        self._progress = self._run(commands(job, place), lock)
+        self.progress = self._run(commands, lock)
 
     def poll(self) -> Outcome | None:
         """Start the next command if the last one is done; the outcome once the run has ended."""
         try:
-            next(self._progress)
+            next(self.progress)
         except StopIteration as end:
             seconds = time.monotonic() - self._began
             return Outcome(self.job, end.value, seconds, self._last_lines() if end.value else [])
         return None
-
-    def close(self) -> None:
-        """Kill the rest of the running command, and count its time."""
-        self._progress.close()
 
     def _run(self, commands: Sequence[Command], lock: int) -> Generator[None, None, int]:
         """Yields while a command runs; returns 0 or the exit code of the one that failed."""
@@ -210,15 +201,12 @@ def _stop(active: Sequence[_Attempt]) -> None:
         _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + STOP_S
     # The launcher may exit before its ranks have saved: wait for the whole group.
-    while any(_group_lives(process) for process in processes) and time.monotonic() < deadline:
+    while time.monotonic() < deadline and any(
+        process.poll() is None or _signal_group(process, 0) for process in processes
+    ):
         time.sleep(POLL_S)
     for one in active:
-        one.close()
-
-
-def _group_lives(process: "subprocess.Popen[bytes]") -> bool:
-    process.poll()  # reaps a leader that has ended, which would count as alive
-    return _signal_group(process, 0)
+        one.progress.close()
 
 
 def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> bool:

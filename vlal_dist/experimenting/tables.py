@@ -14,8 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from vlal_dist.experimenting.grid import REFERENCE
-from vlal_dist.experimenting.results import COMPLETE, OVERALL
-from vlal_dist.experimenting.summary import Estimate, Runs, SummaryRow
+from vlal_dist.experimenting.results import COMPLETE, OVERALL, Estimate, Runs, SummaryRow
 from vlal_dist.reporting.page import render_chart, render_table
 from vlal_dist.reporting.result_table import Column, ExperimentTable, experiment_table
 from vlal_dist.storage.store import open_store

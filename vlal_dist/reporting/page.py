@@ -27,9 +27,14 @@ from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
 from vlal_dist.evaluation.dense_labels import read_dense_labels
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
 from vlal_dist.evaluation.results import percent, read_attributes, result_folder
-from vlal_dist.reporting.charts import IntervalChart, LineChart, draw_curve
+from vlal_dist.reporting.charts import (
+    IntervalChart,
+    LineChart,
+    PrSection,
+    draw_curve,
+    draw_pr_curves,
+)
 from vlal_dist.reporting.fig4 import Example, build_example, choose_rows, tally
-from vlal_dist.reporting.pr_curves import PrSection, draw_pr_curves
 from vlal_dist.reporting.result_table import (
     Column,
     ExperimentTable,
@@ -131,8 +136,10 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Pa
     groups = dataset.vocabulary.groups()
     intervals = group_intervals(predictions, photo, groups) if photos > 1 else {}
     curves = (
-        draw_curve(series(run.lines, "validation", "mAP"), title="Validation mAP, %", percent=True),
-        draw_curve(series(run.lines, "train", "loss"), title="Training loss", percent=False),
+        draw_curve(
+            series(run.lines, "validation", "mAP"), title="Validation mAP, %", is_share=True
+        ),
+        draw_curve(series(run.lines, "train", "loss"), title="Training loss", is_share=False),
     )
     left_out = [value for _, value in series(run.lines, "train", "ignored_effective")]
     ignored, calibration = selective_sections(run.config, result, paths)

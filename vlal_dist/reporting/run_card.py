@@ -64,22 +64,13 @@ def read_run_files(store: Store) -> RunFiles:
     def read(key: str) -> str:
         return store.read(key).decode() if store.exists(key) else ""
 
-    finished = read("train.result.json")
-    try:
-        values = json.loads(finished or "{}")
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-    except ValueError as error:
-        raise DataError(
-            f"{store.url}: train.result.json is damaged ({error}); remove it, or train again"
-        ) from None
     config_text = read("config.yaml")
     return RunFiles(
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
         lines=parse_lines(read("metrics.jsonl"), where=f"{store.url}: metrics.jsonl"),
         starts=parse_lines(read("starts.jsonl"), where=f"{store.url}: starts.jsonl"),
-        finished=values,
+        finished=_parse(read("train.result.json") or "{}", where=f"{store.url}: train.result.json"),
     )
 
 
@@ -93,16 +84,10 @@ def parse_lines(text: str, *, where: str) -> list[Line]:
     lines: list[Line] = []
     for number, line in enumerate(raw, start=1):
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(raw):
-                break
-            raise DataError(
-                f"{where}, line {number} is not JSON ({error}); remove that line"
-            ) from None
-        if not isinstance(value, dict):
-            raise DataError(f"{where}, line {number} is not a JSON object; remove that line")
-        lines.append(value)
+            lines.append(_parse(line, where=f"{where}, line {number}"))
+        except DataError:
+            if number < len(raw):
+                raise
     return lines
 
 
@@ -171,6 +156,16 @@ def samples_seen(lines: Sequence[Line]) -> int | None:
         if line.get("kind") == "train" and isinstance(line.get("ledger"), dict)
     }
     return sum(counts.values()) if counts else None
+
+
+def _parse(text: str, *, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where} is damaged ({error}); remove it, or train again") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is not a JSON object; remove it, or train again")
+    return value
 
 
 def _is_finite(value: object) -> bool:

@@ -113,16 +113,6 @@ class LikelihoodBin:
         return self.positive / self.pairs if self.pairs else 0.0
 
     @property
-    def percent(self) -> str:
-        """The share as text; empty without a pair."""
-        return f"{100 * self.share:.0f}%" if self.pairs else ""
-
-    @property
-    def count(self) -> str:
-        """The number of pairs as text."""
-        return f"{self.pairs / 1000:.1f}k" if self.pairs >= 10_000 else f"{self.pairs:,}"
-
-    @property
     def range(self) -> str:
         """The range in words."""
         if self.low == 0:
