@@ -65,8 +65,8 @@ def test_a_command_that_recovers_ends_well(tmp_path: Path) -> None:
 
 
 def test_the_programs_own_exit_code_counts_not_the_launchers(tmp_path: Path) -> None:
-    told = 'echo 65 > "$VLAL_EXIT_FILE"; exit 247'
-    assert finish(start("sh", "-c", told))[0] == 65
+    script = 'echo 65 > "$VLAL_EXIT_FILE"; exit 247'
+    assert finish(start("sh", "-c", script))[0] == 65
     code, output = finish(start("sh", "-c", "exit 247", own=["--supervise.restarts", "0"]))
     assert code == 247 and "failure 1 in a row" in output
 
@@ -176,7 +176,7 @@ def test_a_restart_resumes_from_the_newest_checkpoint() -> None:
     assert resuming(["t"]) == ["t"]
 
 
-def test_processes_are_seen_until_they_end() -> None:
+def test_a_process_is_alive_until_it_ends() -> None:
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     seen = look_at(child.pid)
     assert seen is not None and seen.parent == os.getpid() and seen.is_alive()
@@ -184,6 +184,6 @@ def test_processes_are_seen_until_they_end() -> None:
     assert not seen._replace(started=seen.started + 1).is_alive()  # another under the same id
     child.kill()
     deadline = time.monotonic() + 10
-    while seen.is_alive():  # although nobody has waited for it yet
+    while seen.is_alive():  # although its parent has not waited for it yet
         assert time.monotonic() < deadline
     child.communicate()

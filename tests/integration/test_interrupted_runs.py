@@ -69,10 +69,10 @@ def check(
     expected, record = undisturbed(schedule.epoch_end), train(small, run, schedule)
     wrong = [
         (step, epoch, ledger)
-        for step, epoch, ledger in record.books
+        for step, epoch, ledger in record.ledgers
         if expected[step] != (epoch, ledger)
     ]
-    assert not wrong, f"{len(wrong)} of {len(record.books)}: {wrong[:3]}"
+    assert not wrong, f"{len(wrong)} of {len(record.ledgers)}: {wrong[:3]}"
     lines = [x for x in record.lines if x["kind"] == "train"]
     steps = [x["step"] for x in lines]
     assert all(expected[x["step"]] == (x["epoch"], x["ledger"]) for x in lines)
@@ -81,13 +81,13 @@ def check(
     assert set(expected) - set(steps) <= set(record.resumed_at)
     print(
         f"starts {1 + len(schedule.cuts)}, resumed at {record.resumed_at}, ledgers compared "
-        f"{len(record.books)}, of steps {len({step for step, _, _ in record.books})}"
+        f"{len(record.ledgers)}, of steps {len({step for step, _, _ in record.ledgers})}"
     )
     return record
 
 
 @pytest.mark.soak
-def test_two_ranks_killed_in_a_save_then_stopped_by_a_signal_then_one(
+def test_two_ranks_killed_in_a_save_then_stopped_then_one_rank(
     small: Path, tmp_path: Path, undisturbed: Callable[[str], Ledgers]
 ) -> None:
     schedule = Schedule((Cut(2, "kill in save", 3), Cut(2, "term", 2)), 1, "exact")

@@ -1,4 +1,4 @@
-"""Training goes on as if nobody watched, whatever scrapers do: same exit code, same bits."""
+"""Scrapers do not change training: same exit code, same bits."""
 
 import contextlib
 import socket
@@ -21,7 +21,7 @@ WIDTH = 32  # of the network: it must train while the scrapers connect
 
 
 def train(small: Path, run: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
-    """A training of one rank, and the port that it was told."""
+    """A training of one rank, and its configured port."""
     longer = ("--training.epochs", str(EPOCHS), "--model.width", str(WIDTH))
     command = arguments(small, run, *longer, *more)
     port = int(command[command.index("--observability.metrics_port") + 1])
@@ -30,7 +30,7 @@ def train(small: Path, run: Path, *more: str) -> tuple[subprocess.Popen[str], in
 
 @pytest.fixture(scope="module")
 def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What a run that nobody asks leaves: no Prometheus is anywhere."""
+    """Weights of a run that is not scraped."""
     run = tmp_path_factory.mktemp("unwatched")
     finish(train(small, run)[0])
     return weights(run, STEPS)
@@ -73,7 +73,7 @@ def test_scrapers_that_hang_and_one_in_a_tight_loop_change_nothing(
     assert_same(tmp_path, undisturbed)
 
 
-def test_without_any_port_it_trains_and_says_so(
+def test_without_a_port_it_trains_with_a_warning(
     small: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     process, _ = train(small, tmp_path, "--observability.metrics_host", "203.0.113.1")
@@ -81,7 +81,7 @@ def test_without_any_port_it_trains_and_says_so(
     assert_same(tmp_path, undisturbed)
 
 
-def test_where_the_port_is_taken_it_serves_at_the_next(
+def test_a_taken_port_is_replaced_by_the_next_free_one(
     small: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor]
 ) -> None:
     targets = tmp_path / "targets"

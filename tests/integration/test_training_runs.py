@@ -1,4 +1,4 @@
-"""Whole runs as users start them: the deepspeed launcher, bare ranks, plain python; on CPU."""
+"""Training runs as users start them: the deepspeed launcher, bare ranks, plain python; on CPU."""
 
 import contextlib
 import json
@@ -67,7 +67,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """Leave nothing of the process's session behind."""
+    """Kill the session of the process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -104,7 +104,7 @@ def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_run_leaves_what_the_next_stages_read(undisturbed: Path, small: Path) -> None:
+def test_a_run_writes_best_model_metrics_and_result(undisturbed: Path, small: Path) -> None:
     vocabulary = Vocabulary.from_json(json.loads((small / "merged/vocabulary.json").read_text()))
     _, info = load_model(open_store(str(undisturbed)), "best", vocabulary=vocabulary)
     written = lines(undisturbed)
@@ -136,7 +136,7 @@ def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     wait_for(tmp_path / "metrics.jsonl", ranks[0], holding=b"step")
     os.kill(ranks[1].pid, signal.SIGTERM)
     outputs = [finish(rank, code=75) for rank in ranks]
-    assert list((tmp_path / "targets").iterdir()) == []  # both left in order
+    assert list((tmp_path / "targets").iterdir()) == []  # both ended regularly
     assert "stopped by SIGTERM" in outputs[1] and "the same command resumes" in outputs[0]
     (saved,) = (tmp_path / "checkpoints").iterdir()
     state = json.loads((saved / "state.json").read_text())
@@ -172,7 +172,7 @@ def two_ranks(small: Path, run: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.long
-def test_a_damaged_sample_that_one_rank_reads_ends_all_with_its_code(
+def test_a_damaged_sample_of_one_rank_ends_all_with_its_exit_code(
     small: Path, tmp_path: Path
 ) -> None:
     merged, run = damaged_copy(small, tmp_path / "merged", "train"), tmp_path / "run"
@@ -180,18 +180,18 @@ def test_a_damaged_sample_that_one_rank_reads_ends_all_with_its_code(
     outputs = two_ranks(
         small, run, "--paths.merged", str(merged), "--observability.targets", str(targets)
     )
-    told = [output.count("crc32") for output in outputs]
-    assert sorted(told) == [0, 1], outputs
-    assert "another rank failed" in outputs[told.index(0)]
+    mentions = [output.count("crc32") for output in outputs]
+    assert sorted(mentions) == [0, 1], outputs
+    assert "another rank failed" in outputs[mentions.index(0)]
     result = json.loads((run / "train.result.json").read_text())
     assert result["code"] == 65 and not (run / "checkpoints").exists()
     left = [json.loads(path.read_text())[0] for path in sorted(targets.iterdir())]
-    assert [one["labels"]["rank"] for one in left] == ["0", "1"]  # they are to be missed
+    assert [one["labels"]["rank"] for one in left] == ["0", "1"]  # Prometheus reports them as down
     assert {one["labels"]["run"] for one in left} == {str(run)}
 
 
 @pytest.mark.long
-def test_a_validation_that_fails_keeps_the_epoch(small: Path, tmp_path: Path) -> None:
+def test_a_failed_validation_saves_the_epoch(small: Path, tmp_path: Path) -> None:
     merged, run = damaged_copy(small, tmp_path / "merged", "val"), tmp_path / "run"
     two_ranks(small, run, "--paths.merged", str(merged))
     state = json.loads((run / "checkpoints/00000004/state.json").read_text())

@@ -1,4 +1,4 @@
-"""Trackers of real runs: what they hold is what the run wrote, and none of them holds it up."""
+"""Trackers of real runs: they receive every record, and none of them delays the run."""
 
 import contextlib
 import json
@@ -46,7 +46,7 @@ def command(small: Path, run: Path, trackers: str, *more: str) -> list[str]:
 
 
 def noted(run: Path) -> int:
-    """The last step that W&B has been told, 0 for none."""
+    """The last step that W&B has received, 0 for none."""
     for path in run.glob("wandb/*.steps.json"):
         with contextlib.suppress(ValueError):  # just being written
             return int(json.loads(path.read_text())["train"])
@@ -54,7 +54,7 @@ def noted(run: Path) -> int:
 
 
 def wait_for_step(run: Path, process: subprocess.Popen[str], *, after: int) -> None:
-    """Wait until W&B has been told of a later step than the given one."""
+    """Wait until W&B has received a later step than the given one."""
     deadline = time.monotonic() + 200
     while noted(run) <= after:
         assert process.poll() is None and time.monotonic() < deadline
@@ -78,17 +78,15 @@ def test_a_killed_run_continues_its_curves(small: Path, tmp_path: Path) -> None:
     assert {"train/loss", "train/loss_positive", "train/lr/head"} < set(known)
     assert {"train/samples_per_s", "validation/mAP", "validation/groups/overall"} < set(known)
     assert scalars(run / "tensorboard") == known
-    told = [row["_step"] for row in histories(run)]
-    assert told == sorted(set(told)) and told[0] == 2 and told[-1] > killed_at
+    steps = [row["_step"] for row in histories(run)]
+    assert steps == sorted(set(steps)) and steps[0] == 2 and steps[-1] > killed_at
     identity = json.loads((run / "trackers.json").read_text())["identity"]
     assert len(list(run.glob(f"wandb/offline-run-*-{identity}"))) == 2
     assert left_behind(str(tmp_path)) == []
 
 
 @pytest.mark.long
-def test_trackers_that_lead_nowhere_cost_a_run_some_seconds_at_its_end(
-    small: Path, tmp_path: Path
-) -> None:
+def test_unreachable_trackers_delay_only_the_end_by_seconds(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with black_hole() as hole:
         env = {"WANDB_BASE_URL": hole.address, "WANDB_API_KEY": API_KEY, MARK: str(run)}
@@ -105,7 +103,7 @@ def test_trackers_that_lead_nowhere_cost_a_run_some_seconds_at_its_end(
     )
 
 
-def test_trackers_that_cannot_work_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_without_library_or_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     check_trackers(TRACKERS)
     with pytest.raises(ConfigError, match=r"not installed; run pip install .*\[trackers\]"):
@@ -115,7 +113,7 @@ def test_trackers_that_cannot_work_here_are_refused(monkeypatch: pytest.MonkeyPa
         check_trackers(["mlflow"])
 
 
-def test_a_folder_of_that_name_is_no_library(
+def test_a_folder_is_not_taken_for_a_tracker_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "offline_runs").mkdir()
@@ -124,19 +122,19 @@ def test_a_folder_of_that_name_is_no_library(
         check_trackers(["offline_runs"])
 
 
-def test_a_run_keeps_its_name_in_the_trackers_until_it_begins_anew(
+def test_a_run_keeps_its_identity_until_it_starts_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = open_store(str(tmp_path))
     enabled_later = identity_of(store, step=4)
     assert identity_of(store, step=8) == enabled_later and not caplog.records
-    anew = identity_of(store, step=0)
-    assert anew != enabled_later and identity_of(store, step=2) == anew
+    restarted = identity_of(store, step=0)
+    assert restarted != enabled_later and identity_of(store, step=2) == restarted
     (tmp_path / "trackers.json").write_text("[]")
-    assert identity_of(store, step=2) != anew and "begin a new run" in caplog.text
+    assert identity_of(store, step=2) != restarted and "begin a new run" in caplog.text
 
 
-def test_a_remote_run_root_has_no_event_files_and_says_so(
+def test_a_remote_run_root_has_no_event_files(
     moto_s3: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -148,7 +146,7 @@ def test_a_remote_run_root_has_no_event_files_and_says_so(
     assert f"none for {store.url}" in caplog.text and store.list_keys() == []
 
 
-def test_an_unknown_tracker_is_a_wrong_configuration(
+def test_an_unknown_tracker_is_a_config_error(
     small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = ["--observability.trackers", "[tensorbored]"]

@@ -1,4 +1,4 @@
-"""A Prometheus that watches two training ranks finds what the run itself wrote down."""
+"""Prometheus scrapes two training ranks: queried values equal metrics.jsonl, a slow rank alarms."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ from tests.integration.test_training_runs import arguments, end, finish, lines, 
 
 pytestmark = [needs_prometheus, pytest.mark.deepspeed, pytest.mark.long]
 
-EPOCHS = 1000  # until it is stopped: how soon Prometheus hears of a target is not ours to say
+EPOCHS = 1000  # until it is stopped: when Prometheus sees a target is not known
 ROWS = 16 // 2  # of a rank in each step
 
 
-def test_queried_values_are_the_runs_own(small: Path, tmp_path: Path) -> None:
+def test_queried_values_equal_metrics_jsonl(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with running(quick(tmp_path)) as server:
         with two_ranks(small, run, tmp_path / "vlal") as ranks:
@@ -62,9 +62,7 @@ def test_queried_values_are_the_runs_own(small: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "vlal").iterdir()) == []
 
 
-def test_a_slow_rank_alarms_and_the_one_that_waits_for_it_does_not(
-    small: Path, tmp_path: Path
-) -> None:
+def test_the_straggler_alert_names_the_slow_rank_only(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with (
         running(quick(tmp_path)) as server,
@@ -81,7 +79,7 @@ def test_a_slow_rank_alarms_and_the_one_that_waits_for_it_does_not(
             return {one["metric"]["rank"]: float(one["value"][1]) for one in found}
 
         def ratio(part: str) -> float:
-            """Rank 1's mean beside rank 0's."""
+            """Rank 1's mean over rank 0's."""
             return mean(part)["1"] / mean(part)["0"]
 
         with slowed(ranks[1], times=5):

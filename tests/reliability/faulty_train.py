@@ -1,22 +1,22 @@
-"""`vlal_dist/train.py` with faults at a rank and a step, and a diary: the real program otherwise.
+"""`vlal_dist/train.py` with faults injected at a rank and a step, and an event log.
 
 The environment says what happens:
 
     FAULTS   JSON list of {"rank", "step", "at", "kind", ...}; each happens once in a run root's
-             life (`often`: at every such moment), noted in the diary before it happens
-    DIARY    folder; every process appends to a file of its own, a JSON object a line
+             life (`often`: at every such moment), logged before it happens
+    EVENTS   folder; every process appends to a file of its own, a JSON object a line
 
-`at`, in the order of a step's life:
-    begin     the process has begun (`clock` only)
+`at`, in the order of a step:
+    begin     the process has started (`clock` only)
     build     the ranks have met, DeepSpeed's engine is not made yet (`step` 0)
     start     everything is made; `step` is where they go on
     step      a batch is here, nothing was computed
     gradient  the gradient is summed, nothing was applied
-    applied   the step was applied and is in the books
+    applied   the step was applied and counted
     epoch     the epoch's last step was made
     validate  before validation batch `nth`
     best      before the best model's weights are written
-    save      before file `nth` of a checkpoint is written (3: its mark)
+    save      before file `nth` of a checkpoint is written (3: COMPLETE)
 `kind`:
     kill      SIGKILL to itself
     signal    `signal` to itself, `times` of them
@@ -49,15 +49,15 @@ import vlal_dist.train  # noqa: E402
 from vlal_dist.training.stop import Launcher  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
-DIARY = Path(os.environ["DIARY"])
+EVENTS = Path(os.environ["EVENTS"])
 FAULTS: list[dict[str, Any]] = json.loads(os.environ.get("FAULTS", "[]"))
 FILLER = "filler"
 
 
 def note(event: str, **values: object) -> None:
-    """Add to this process's diary, on disk before anything else happens."""
+    """Add a line to this process's event log, on disk before anything else happens."""
     line = json.dumps({"t": time.time(), "rank": RANK, "event": event, **values}) + "\n"
-    with (DIARY / f"{RANK}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+    with (EVENTS / f"{RANK}-{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
         file.write(line)
 
 
@@ -67,7 +67,7 @@ def moment(at: str, step: int, nth: int = 0, *, spoil: Callable[[], None] | None
         wanted = (fault.get("rank", RANK), fault["at"], fault.get("step", step))
         if wanted != (RANK, at, step) or fault.get("nth", nth) != nth:
             continue
-        done = DIARY / f"done-{number}-{RANK}"
+        done = EVENTS / f"done-{number}-{RANK}"
         if done.exists() and not fault.get("often"):
             continue
         done.touch()
@@ -105,7 +105,7 @@ def fill(folder: Path) -> None:
 
 
 def install() -> None:
-    """Put the moments into the loop. torch is imported here."""
+    """Patch the trainer, so that each moment is reported. torch is imported here."""
     import torch
 
     from vlal_dist.training import epoch_check, step, trainer, validation
@@ -197,7 +197,7 @@ def install() -> None:
 
 
 def set_clock() -> None:
-    """Become this program again, below libfaketime."""
+    """Start this program again under libfaketime."""
     for fault in FAULTS:
         if (fault["kind"], fault.get("rank")) == ("clock", RANK) and "FAKETIME" not in os.environ:
             more = {"FAKETIME": fault["offset"], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}

@@ -100,7 +100,7 @@ class Start:
         return self.log.read_text(errors="replace")
 
     def kill(self) -> None:
-        """All of it, at once, without a word."""
+        """Kill all of its processes."""
         while left := self.processes():
             for pid in left:
                 try:
@@ -112,7 +112,7 @@ class Start:
 
 
 class Job:
-    """A run root, the diary beside it, and how it is started.
+    """A run root, its event log, and how it is started.
 
     Args:
         config: of the `small` dataset.
@@ -135,8 +135,8 @@ class Job:
         more: Sequence[str] = (),
     ) -> None:
         self.folder, self.run = folder, Path(run or folder / "run")
-        self.diary = folder / "diary"
-        self.diary.mkdir(parents=True, exist_ok=True)
+        self.event_log = folder / "events"
+        self.event_log.mkdir(parents=True, exist_ok=True)
         self.world_size, self.supervised, self.launcher = world_size, supervised, launcher
         self.before: list[str] = []  # words in front of the command
         self.port = str(free_port())
@@ -161,20 +161,20 @@ class Job:
         if self.supervised:
             own = ["--supervise.backoff_s", "0.2", "--supervise.grace_s", "40", *supervise]
             command = [sys.executable, "-m", "vlal_dist.supervise", *own, "--", *command]
-        variables = {"DIARY": str(self.diary), "FAULTS": json.dumps(faults), **(env or {})}
+        variables = {"EVENTS": str(self.event_log), "FAULTS": json.dumps(faults), **(env or {})}
         return Start([*self.before, *command], variables, self.folder / "log.txt")
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """The diaries of all processes, in the order of time."""
+        """The events of all processes, in the order of time."""
         found = []
-        for path in self.diary.glob("*.jsonl"):
+        for path in self.event_log.glob("*.jsonl"):
             lines = path.read_bytes().split(b"\n")
             found += [json.loads(line) for line in lines if line.endswith(b"}")]
         found.sort(key=lambda one: one["t"])
         return [one for one in found if event in (None, one["event"])]
 
     def wait_for(self, start: Start, met: Callable[[list[dict[str, Any]]], bool]) -> None:
-        """Until the diary shows something."""
+        """Until the event log shows something."""
         began = time.monotonic()
         while not met(self.events()):
             assert start.process.poll() is None, start.text()
@@ -191,7 +191,7 @@ class Job:
         self.wait_for(start, met)
 
     def state(self) -> dict[str, Any]:
-        """`state.json` of the newest whole checkpoint."""
+        """`state.json` of the newest complete checkpoint."""
         newest = sorted(path.parent for path in self.run.glob("checkpoints/*/COMPLETE"))[-1]
         found: dict[str, Any] = json.loads((newest / "state.json").read_text())
         return found

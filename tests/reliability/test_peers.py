@@ -39,7 +39,7 @@ def test_one_two_three_one_ranks(
         assert start.wait() == 75, start.text()
         start.wait_for_all()
         assert job.state()["step"] == step
-        for path in job.diary.glob("done-*"):
+        for path in job.event_log.glob("done-*"):
             path.unlink()
     job.world_size = 1
     start = job.start()
@@ -60,7 +60,7 @@ def test_one_two_three_one_ranks(
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["nan", pytest.param("nan_gradient", marks=pytest.mark.soak)])
-def test_what_is_not_finite_stops_all_ranks_alike(
+def test_a_value_that_is_not_finite_stops_all_ranks(
     config: Path, tmp_path: Path, undisturbed: Job, kind: str
 ) -> None:
     job = Job(config, tmp_path)

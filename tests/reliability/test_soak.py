@@ -2,7 +2,7 @@
 
 Two runs of SOAK_MINUTES each (20), one after the other, both on S3 behind a proxy that breaks a
 share of all replies. The first is killed and stopped at random and goes on with one to three ranks;
-its books must hold. The second is left alone by everything but the proxy; its memory and handles
+its ledgers must hold. The second meets only the faults of the proxy; its memory and handles
 must stay flat.
 """
 
@@ -73,7 +73,7 @@ def test_kills_faults_and_other_numbers_of_ranks(
             how = draw.choice(list(ends))
             ends[how] += 1
             end(start, how, job, draw)
-        # To the end of the epoch that is under way, so that the last one is whole too.
+        # To the end of the epoch that is under way, so that the last one is complete too.
         reached = max(e["step"] for e in job.events("step"))
         job.world_size = 2
         start = job.start(env={**env})
@@ -82,11 +82,11 @@ def test_kills_faults_and_other_numbers_of_ranks(
         faults = sum(one.fault is not None for one in proxy.log)
         requests = len(proxy.log)
     trained = job.trained()
-    whole = {step: uids for step, uids in trained.items() if step <= max(trained) // 4 * 4}
-    each_once_an_epoch(whole, steps=4)
+    complete = {step: uids for step, uids in trained.items() if step <= max(trained) // 4 * 4}
+    each_once_an_epoch(complete, steps=4)
     assert "the ledger differs" not in start.text()
     record(
-        "soak, disturbed", minutes=MINUTES, ends=ends, epochs=len(whole) // 4,
+        "soak, disturbed", minutes=MINUTES, ends=ends, epochs=len(complete) // 4,
         faults=faults, requests=requests, lost=job.lost_steps(),
     )  # fmt: skip
 

@@ -92,7 +92,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_files_are_named_by_parameter_and_hold_no_pickle(tmp_path: Path) -> None:
+def test_files_are_safetensors_named_by_parameter(tmp_path: Path) -> None:
     save(open_store(str(tmp_path)), 3)
     folder = tmp_path / "checkpoints" / "00000003"
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -141,7 +141,7 @@ def test_resume_by_path_takes_a_checkpoint_or_a_run_root(tmp_path: Path) -> None
         find_checkpoint(elsewhere, str(tmp_path / "nowhere"))
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     for step in (1, 2, 3):
         save(store, step)
@@ -152,7 +152,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert {key.split("/")[1] for key in store.list_keys("checkpoints/")} == {"00000001"}
 
 
-def test_the_leftover_of_a_cut_save_is_no_obstacle(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     store.create("checkpoints/00000002/model.safetensors", b"half")
     save(store, 2)
@@ -161,7 +161,7 @@ def test_the_leftover_of_a_cut_save_is_no_obstacle(tmp_path: Path) -> None:
     assert found is not None and found.state.step == 2
 
 
-def test_a_save_clears_what_killed_saves_left_first(tmp_path: Path) -> None:
+def test_a_save_first_removes_what_killed_saves_left(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     for step in (1, 2, 3):
         save(store, step)
@@ -173,7 +173,7 @@ def test_a_save_clears_what_killed_saves_left_first(tmp_path: Path) -> None:
     assert folders == {"00000002", "00000004"}
 
 
-def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_older_checkpoints(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     save(store, 1)
     (tmp_path / "checkpoints" / "00000002").write_bytes(b"a file where a folder must be made")
@@ -183,7 +183,7 @@ def test_a_failed_save_leaves_the_older_ones(tmp_path: Path) -> None:
     assert found is not None and found.state.step == 1
 
 
-def test_a_best_model_counts_only_if_it_is_the_states_and_whole(tmp_path: Path) -> None:
+def test_holds_best_needs_the_complete_model_of_the_state(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     state = TrainState(binding=BINDING, step=4, best_map=0.25, best_step=4)
     assert not holds_best(store, state)

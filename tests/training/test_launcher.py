@@ -1,4 +1,4 @@
-"""Who is watched, by real process trees named as the launchers name theirs, without DeepSpeed."""
+"""Launcher detection on real process trees named like those of DeepSpeed and torchrun."""
 
 import os
 import signal
@@ -63,7 +63,7 @@ def end(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def test_deepspeeds_front_process_is_missed_within_a_second(programs: Path) -> None:
+def test_the_end_of_deepspeeds_front_process_is_noticed(programs: Path) -> None:
     process = start(programs, sys.executable, str(programs / "bin/deepspeed"))
     try:
         assert line(process) == "2"
@@ -74,7 +74,7 @@ def test_deepspeeds_front_process_is_missed_within_a_second(programs: Path) -> N
         end(process)
 
 
-def test_torchrun_is_missed_and_a_shell_is_not(programs: Path) -> None:
+def test_the_end_of_torchrun_is_noticed_and_a_shell_is_not_watched(programs: Path) -> None:
     process = start(programs, sys.executable, str(programs / "bin/torchrun"))
     try:
         assert line(process) == "1"
@@ -89,7 +89,7 @@ def test_torchrun_is_missed_and_a_shell_is_not(programs: Path) -> None:
         end(process)
 
 
-def test_a_launch_on_a_machine_of_many_is_watched_alone(programs: Path) -> None:
+def test_on_one_machine_of_several_only_the_local_launcher_is_watched(programs: Path) -> None:
     launch = f"{sys.executable} -u -m deepspeed.launcher.launch; true"
     process = start(programs, "sh", "-c", launch)  # as pdsh or srun start it
     try:

@@ -1,4 +1,4 @@
-"""Two datasets trained on together, a subset, repeats: the books of the epochs equal the plan."""
+"""A mixture of datasets, a subset, repeat factors: the ledgers of the epochs equal the plan."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def ledgers(out: Path) -> dict[int, dict[str, int]]:
 
 
 @pytest.mark.long
-def test_a_mix_trains_what_its_plan_says_and_is_bound_to_it(
+def test_a_mixture_is_trained_as_planned_and_cannot_change(
     small: Path, second: Path, tmp_path: Path
 ) -> None:
     mix = {str(small / "merged"): 0.5, str(second): 2}
@@ -92,6 +92,6 @@ def test_datasets_that_do_not_belong_together_are_refused(
         assert run(stage, config) == 0
     with pytest.raises(DataError, match="clean it again with --like"):
         opened({str(tmp_path / "other/dataset"): 1})
-    (tmp_path / "none.txt").write_text("nobody\n")
+    (tmp_path / "none.txt").write_text("no-such-key\n")
     with pytest.raises(ConfigError, match="1 of 1 keys are of no sample"):
         opened({}, subset=str(tmp_path / "none.txt"))

@@ -1,4 +1,4 @@
-"""The program around the run: what it imports, and what it refuses before any work."""
+"""The train program: its imports, and what it refuses before training."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ assert names["PROGRAM"].name == "train"
 
 @pytest.mark.long
 @pytest.mark.deepspeed
-def test_started_by_path_our_folder_shadows_no_package() -> None:
+def test_started_by_path_no_package_is_shadowed() -> None:
     folder = str(ROOT / "vlal_dist")
     code = f"FOLDER, ROOT = {folder!r}, {str(ROOT)!r}\n{STARTED_BY_PATH}"
     done = subprocess.run(
@@ -37,7 +37,7 @@ def test_started_by_path_our_folder_shadows_no_package() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_help_lists_the_knobs_without_importing_torch() -> None:
+def test_help_lists_the_settings_without_importing_torch() -> None:
     code = "import sys, runpy; sys.argv = ['train.py', '--help']\n"
     code += "try: runpy.run_path('vlal_dist/train.py', run_name='__main__')\n"
     code += "except SystemExit as end: assert end.code == 0\n"
@@ -47,13 +47,14 @@ def test_help_lists_the_knobs_without_importing_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--training.batch_size" in done.stdout and "--resume" in done.stdout
+    assert "--scoring.temperature" in done.stdout and "--scoring.model" not in done.stdout
 
 
 def train(small: Path, *arguments: str) -> int:
     return run("vlal_dist.train", small / "config.yaml", *arguments)
 
 
-def test_samples_without_likelihood_are_refused_with_the_remedy(
+def test_samples_without_likelihood_are_refused(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed = ["--paths.merged", str(small / "dataset"), "--paths.run", str(tmp_path)]
@@ -72,7 +73,7 @@ def test_another_seed_is_refused_at_a_resume(
     assert f"the checkpoint has {'v' * 64}" in message
 
 
-def test_unknown_things_end_with_their_codes(small: Path) -> None:
+def test_unknown_flags_keys_and_splits_have_their_exit_codes(small: Path) -> None:
     assert train(small, "--resumee", "auto") == 2
     assert train(small, "--training.epoch", "3") == 64
     assert train(small, "--data.train_split", "nowhere") == 65

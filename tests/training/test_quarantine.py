@@ -1,4 +1,4 @@
-"""Damaged samples through whole runs: one list on any ranks, kept by a resume, and bounded."""
+"""Quarantine of damaged samples: the same on any number of ranks, kept at a resume, bounded."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ QUARANTINE = ("--data.damage", "quarantine", "--data.max_quarantined", "0.1")
 """Up to 7 of the 72 samples."""
 STEPS = 5
 """Of an epoch that keeps its end: 72 samples, 16 at a time."""
-BOOKS = "ledger equals the plan: 70 visits trained on, 2 left out"
+LEDGER = "ledger equals the plan: 70 visits trained on, 2 left out"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.long
-def test_one_and_two_ranks_keep_the_same_list_and_a_resume_goes_by_it(
+def test_one_and_two_ranks_quarantine_the_same_and_a_resume_keeps_it(
     small: Path, merged: Dataset, tmp_path: Path
 ) -> None:
     root, one, two = tmp_path / "merged", tmp_path / "one", tmp_path / "two"
@@ -55,15 +55,15 @@ def test_one_and_two_ranks_keep_the_same_list_and_a_resume_goes_by_it(
         check_list(quarantined(run, STEPS), damaged)
         last = train_lines(run)[-1]
         assert (last["quarantined"], last["ledger"]["count"]) == (2, 70)
-        assert BOOKS in output
+        assert LEDGER in output
     assert quarantined(one, STEPS) == quarantined(two, STEPS)
 
-    # The shard is restored, but what a run has left out once it leaves out to its end.
+    # The shard is restored, but a quarantined sample stays out to the end of the run.
     shutil.rmtree(root)
     shutil.copytree(merged.url, root)
     output = finish(start([sys.executable, *arguments(small, two, *options(root))], {}))
     assert f"resuming {two}" in output and "quarantined sample" not in output
-    assert BOOKS in output
+    assert LEDGER in output
     assert quarantined(two, 2 * STEPS) == quarantined(two, STEPS)
     assert train_lines(two)[-1]["quarantined"] == 2
 
@@ -75,7 +75,7 @@ def check_list(found: dict[str, str], damaged: Damaged) -> None:
 
 
 @pytest.mark.long
-def test_more_than_the_declared_share_stops_all_ranks(
+def test_more_than_max_quarantined_stops_all_ranks(
     small: Path, merged: Dataset, tmp_path: Path
 ) -> None:
     damaged = damaged_copy(merged, tmp_path / "merged", "other_shard")
@@ -83,7 +83,7 @@ def test_more_than_the_declared_share_stops_all_ranks(
     outputs = two_ranks(small, run, *options(tmp_path / "merged"))
     for output in outputs:
         assert "samples are damaged, data.max_quarantined 0.1 allows 7: uid" in output
-        (told,) = (line for line in output.splitlines() if "allows 7: uid" in line)
-        assert 1 <= sum(f"{uid:016x}" in told for uid in damaged.uids) <= 5
-        assert f"{damaged.key}: " in told and "shard_tools verify" in told
+        (message,) = (line for line in output.splitlines() if "allows 7: uid" in line)
+        assert 1 <= sum(f"{uid:016x}" in message for uid in damaged.uids) <= 5
+        assert f"{damaged.key}: " in message and "shard_tools verify" in message
     assert json.loads((run / "train.result.json").read_text())["code"] == 65

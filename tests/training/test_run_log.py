@@ -33,17 +33,17 @@ def test_every_attribute_has_one_status() -> None:
     ("code", "reason"),
     [(errno.ENOSPC, "disk_full"), (errno.EDQUOT, "disk_full"), (errno.EIO, "io")],
 )
-def test_a_failed_write_has_its_reason(code: int, reason: str) -> None:
+def test_failure_reason_of_a_disk_error(code: int, reason: str) -> None:
     with pytest.raises(StorageError) as raised, translated_errors(Path("/x")):
         raise OSError(code, os.strerror(code))
     assert failure_reason(raised.value) == reason and reason in SAVE_FAILURES
 
 
-def test_a_failure_that_is_not_the_disks_is_another() -> None:
+def test_failure_reason_of_another_error() -> None:
     assert failure_reason(DataError("two wrote one name")) == "other"
 
 
-def test_readings_are_of_known_metrics_and_of_this_process(
+def test_storage_readings_are_known_metrics_of_this_process(
     moto_s3: S3Server, tmp_path: Path
 ) -> None:
     disks = {"cache": tmp_path / "not" / "made" / "yet", "run": None}

@@ -45,7 +45,7 @@ def test_cosine_falls_from_the_base_rate_to_zero() -> None:
     assert all(later <= earlier for earlier, later in itertools.pairwise(shares))
 
 
-def test_constant_stays_and_a_changed_rate_counts_after_a_resume() -> None:
+def test_constant_takes_a_changed_rate_at_a_resume() -> None:
     ours = schedule("constant")
     for _ in range(10):
         ours.observe(0.1)

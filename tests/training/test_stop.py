@@ -7,7 +7,7 @@ from vlal_dist.training.stop import SIGNALS, Launcher, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_only_raises_a_flag(number: signal.Signals) -> None:
+def test_a_signal_only_sets_a_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopRequest(Launcher(())) as stop:
         assert not stop.requested

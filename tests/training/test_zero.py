@@ -1,4 +1,4 @@
-"""Adam's state under ZeRO 1 and 2 on real DeepSpeed engines: whole, and of any number of ranks."""
+"""Adam's state under ZeRO 1 and 2 on real DeepSpeed engines, restored on any number of ranks."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def load(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
 
-def test_all_stages_keep_the_same_state(kept: Path) -> None:
+def test_all_stages_save_the_same_state(kept: Path) -> None:
     plain = load(kept, "half0")
     assert {"a:conv.weight.exp_avg", "a:bn.bias.exp_avg_sq", "a:table.weight.step"} <= set(plain)
     for stage in (1, 2):
@@ -40,7 +40,7 @@ def test_all_stages_keep_the_same_state(kept: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["end1", "end2", "from1to0", "from0to2", "one1", "one0", "three2"])
-def test_any_stage_and_number_of_ranks_goes_on(kept: Path, name: str) -> None:
+def test_training_continues_with_any_stage_and_number_of_ranks(kept: Path, name: str) -> None:
     expected, found = load(kept, "end0"), load(kept, name)
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-6, msg=key)

@@ -1,9 +1,9 @@
-"""One rank of test_zero.py: trains, keeps Adam's whole state, goes on from a kept one.
+"""One rank of test_zero.py: trains, saves Adam's complete state, continues from a saved one.
 
     python -m tests.training.zero_worker FOLDER ROUND...     ROUND: FROM:STAGE:NAME
 
-Each round builds an engine of a ZeRO stage, restores what FROM kept ("" for nothing), makes
-STEPS steps, keeps the state as NAME. Rank 0 writes; the others check that theirs is the same.
+Each round builds an engine of a ZeRO stage, restores FROM (empty: nothing), makes STEPS steps and
+saves the state as NAME. Rank 0 writes; the others check that theirs is the same.
 """
 
 import sys

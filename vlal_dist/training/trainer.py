@@ -440,7 +440,7 @@ class Trainer:
         is_best = state.best_map is None or mean_ap > state.best_map
         if is_best:
             state.best_map, state.best_step = mean_ap, state.step
-            self._on_rank_0(self._keep_best)
+            self._on_rank_0(lambda: self.best.keep(state), "the best model")
         self.log.validation(state, evaluation, split=split, mean_ap=mean_ap, best=is_best)
         return mean_ap
 
@@ -461,35 +461,27 @@ class Trainer:
             size_bytes = save_checkpoint(self.store, self.state, weights, optimizer, keep=keep)
             self.metrics.saved(seconds=time.monotonic() - started, size_bytes=size_bytes)
 
-        if not self._on_rank_0(
-            lambda: self._written(write, "the checkpoint") and self._write_best()
-        ):
+        written = self._on_rank_0(write, "the checkpoint")
+        if written and (written := self._on_rank_0(self.best.write, "the best model")):
+            self._saved = now
+        return written
+
+    def _on_rank_0(self, write: Callable[[], None], what: str) -> bool:
+        """Write on rank 0 what training can go on without; every rank gets whether that worked."""
+
+        def fails() -> bool:
+            if self.ranks.rank != 0:
+                return False
+            try:
+                write()
+            except (StorageError, ConflictError) as error:
+                self.metrics.save_failed(failure_reason(error))
+                logger.error("step %d: %s was not written: %s", self.state.step, what, error)
+                return True
             return False
-        self._saved = now
-        return True
 
-    def _keep_best(self) -> bool:
-        self.best.keep(self.state)
-        return self._write_best()
-
-    def _write_best(self) -> bool:
-        return self._written(self.best.write, "the best model")
-
-    def _written(self, write: Callable[[], None], what: str) -> bool:
-        """Write a file that training can go on without; returns whether it was written."""
-        try:
-            write()
-        except (StorageError, ConflictError) as error:
-            self.metrics.save_failed(failure_reason(error))
-            logger.error("step %d: %s was not written: %s", self.state.step, what, error)
-            return False
-        return True
-
-    def _on_rank_0(self, write: Callable[[], bool]) -> bool:
-        """Write on rank 0; every rank gets whether it succeeded, or raises if it failed."""
-        failed = self.ranks.together(lambda: self.ranks.rank == 0 and not write())
-        (anywhere,) = self.ranks.agree(failed)
-        return not anywhere
+        (failed,) = self.ranks.agree(self.ranks.together(fails))
+        return not failed
 
     def _leave(self) -> NoReturn:
         """Save and raise `Stopped`."""

@@ -121,7 +121,11 @@ class BestModel:
         self._unwritten: tuple[bytes, SavedModelInfo] | None = None
 
     def keep(self, state: TrainState) -> None:
-        """Copy the present model, whose score is `state.best_map`."""
+        """Copy the present model, whose score is `state.best_map`, and write it.
+
+        Raises:
+            StorageError: it could not be written; the copy is kept for `write`.
+        """
         info = replace(
             self._info,
             step=state.step,
@@ -129,13 +133,10 @@ class BestModel:
             validation_map=state.best_map or 0.0,
         )
         self._unwritten = encode_weights(self._model), info
+        self.write()
 
     def write(self) -> None:
-        """Write the copy, if it is not written yet.
-
-        Raises:
-            StorageError: it could not be written; the copy is kept.
-        """
+        """Write the copy, if it is not written yet; raises as `keep`."""
         if self._unwritten is not None:
             write_model(self._store, BEST, *self._unwritten)
             self._unwritten = None
