@@ -9,14 +9,14 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from shard_tools.clean.records import Instance, Reject
+from vlal_dist.data.format.index import REJECTS_SCHEMA
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.storage.store import Store, open_store
+from vlal_dist.storage.store import Store, read_url
 from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
@@ -34,10 +34,6 @@ INSTANCE_SCHEMA = pa.schema(
 )
 """`box` is x, y, width, height in pixels; `positive` and `negative` are ascending attribute ids."""
 
-REJECT_SCHEMA = pa.schema(
-    [pa.field(name, pa.string()) for name in ("split", "instance_id", "reason", "detail")]
-)
-
 logger = logging.getLogger(__name__)
 
 
@@ -52,11 +48,8 @@ def read_json(url: str, *, setting: str) -> object:
         DataError: there is no such file, or it is not JSON.
         StorageError: the store cannot be read.
     """
-    root, _, key = url.rpartition("/") if "://" in url else ("", "", "")
-    if not root:
-        root, key = str(Path(url).parent), Path(url).name
     try:
-        data = open_store(root).read(key)
+        data = read_url(url)
     except NotFoundError:
         raise DataError(
             f"{setting}: {url} does not exist; download it, or correct {setting}"
@@ -137,8 +130,8 @@ def instances_table(instances: Sequence[Instance], vocabulary: Vocabulary) -> pa
 
 def rejects_table(rejects: Sequence[Reject]) -> pa.Table:
     """Rows of `rejects.parquet`, in the order found."""
-    columns = {name: [getattr(r, name) for r in rejects] for name in REJECT_SCHEMA.names}
-    return pa.Table.from_pydict(columns, schema=REJECT_SCHEMA)
+    columns = {name: [getattr(r, name) for r in rejects] for name in REJECTS_SCHEMA.names}
+    return pa.Table.from_pydict(columns, schema=REJECTS_SCHEMA)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -153,16 +146,13 @@ def json_bytes(values: object) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, object]) -> bool:
+def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, object]) -> None:
     """Write the files, then `clean.json` with the sha256 of each; create-only.
 
     Args:
         store: the instances root.
         files: key -> bytes.
         manifest: further entries of `clean.json`.
-
-    Returns:
-        False when an equal root was there already.
 
     Raises:
         ConflictError: the root holds another cleaning's files; nothing of it is changed.
@@ -172,8 +162,6 @@ def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, 
     if store.exists(MANIFEST):
         # A finished root of another cleaning is refused before a new split is added to it.
         store.create(MANIFEST, closing)
-    files = {**files, MANIFEST: closing}
-    created = [store.create(key, data) for key, data in files.items()]
+    created = [store.create(key, data) for key, data in {**files, MANIFEST: closing}.items()]
     if not any(created):
-        logger.info("%s already holds exactly these files; nothing was changed", store.url)
-    return any(created)
+        logger.info("%s already holds exactly these files", store.url)

@@ -1,16 +1,13 @@
-"""The step `hide`: training labels are put away until a dataset is as sparsely annotated as VAW.
+"""The step `hide`: hide training labels until a dataset is as sparsely annotated as VAW.
 
-A densely annotated dataset leaves little to disclose: whoever wants to know what a loss does with
-unannotated labels needs many of them, and their truth. So a training instance keeps a few labels,
-their numbers and their choice drawn by hashes of (seed, instance id, attribute name): not of the
-order of instances, the vocabulary, or any library's generator, whose stream may change. Validation
-and test stay whole.
+An experiment on unannotated labels needs many of them, and their true values. So a training
+instance of a densely annotated dataset keeps a few labels; how many and which depends on hashes of
+(seed, instance id, attribute name) alone. Validation and test stay whole.
 
-What is hidden goes to a file that this module alone names. Nothing that packs, scores, trains or
-evaluates may open it (tests remove it and get the same bytes); it is for looking afterwards.
+The hidden labels go to a file that only this module names. Nothing that packs, scores, trains or
+evaluates may open it (tests remove it and get the same bytes).
 """
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,14 +22,20 @@ import pyarrow as pa
 from shard_tools.clean.counts import HIDE_QUANTITIES
 from shard_tools.clean.files import instances_table, parquet_bytes
 from shard_tools.clean.records import Instance
-from vlal_dist.data.hashing import HIDE_NEGATIVES, HIDE_POSITIVES, keyed_hash, uniform
+from vlal_dist.data.hashing import (
+    HIDE_NEGATIVES,
+    HIDE_POSITIVES,
+    I64,
+    U64,
+    keyed_hash,
+    text_hash,
+    uniform,
+)
 from vlal_dist.vocabulary import Vocabulary
 
 HIDDEN = "hidden.parquet"
 HIDDEN_COLUMNS = ("instance_id", "positive", "negative")
 SPLIT = "train"
-
-U64 = npt.NDArray[np.uint64]
 
 logger = logging.getLogger(__name__)
 
@@ -56,31 +59,15 @@ DENSITIES = {"vaw_density": Density(1, Decimal("0.8"), Decimal("1.2"))}
 """Named densities. VAW: 3.0 annotations per training instance, 1.8 of them positive."""
 
 
-@dataclass(frozen=True)
-class HideRule:
-    """Which labels are hidden: a named density (a key of `DENSITIES`) and a seed."""
-
-    name: str
-    seed: int
-
-    def to_json(self) -> dict[str, object]:
-        """What `vocabulary.json` and `clean.json` say: every digest after them covers the rule."""
-        return {"hide": self.name, "hide_seed": self.seed}
-
-
-def hide_rule(name: str, *, seed: int) -> HideRule | None:
-    """The rule of `clean.hide` and `clean.hide_seed`; None when nothing is hidden."""
-    return None if name == "none" else HideRule(name, seed)
-
-
 def hide_labels(
-    instances: Sequence[Instance], rule: HideRule
+    instances: Sequence[Instance], hide: str, *, seed: int
 ) -> tuple[list[Instance], list[Instance]]:
     """Hide labels of training instances.
 
     Args:
         instances: of all splits; lists sorted and disjoint (`resolve_clashes`).
-        rule: what is kept.
+        hide: a key of `DENSITIES`.
+        seed: of the numbers and the choice.
 
     Returns:
         All instances with the labels that they keep, in the order given; and the training
@@ -88,31 +75,27 @@ def hide_labels(
     """
     train = [instance for instance in instances if instance.split == SPLIT]
     uid = _hashes([instance.instance_id for instance in train])
-    density = DENSITIES[rule.name]
-    positive = _part(
-        [instance.positive for instance in train],
-        uid=uid,
-        least=density.least_positives,
-        mean=density.more_positives,
-        seed=rule.seed,
-        purpose=HIDE_POSITIVES,
-    )
-    negative = _part(
-        [instance.negative for instance in train],
-        uid=uid,
-        least=0,
-        mean=density.negatives,
-        seed=rule.seed,
-        purpose=HIDE_NEGATIVES,
-    )
-    parts = list(zip(train, positive, negative, strict=True))
-    kept = iter([replace(i, positive=p[0], negative=n[0]) for i, p, n in parts])
-    hidden = [replace(i, positive=p[1], negative=n[1]) for i, p, n in parts]
+    density = DENSITIES[hide]
+    divided = []
+    for lists, least, mean, purpose in (
+        (
+            [i.positive for i in train],
+            density.least_positives,
+            density.more_positives,
+            HIDE_POSITIVES,
+        ),
+        ([i.negative for i in train], 0, density.negatives, HIDE_NEGATIVES),
+    ):
+        wanted = least + _poisson(uid, mean, seed=seed, purpose=purpose)
+        divided.append(_divide(lists, uid, wanted, seed=seed, purpose=purpose))
+    triples = list(zip(train, *divided, strict=True))
+    kept = iter([replace(i, positive=p[0], negative=n[0]) for i, p, n in triples])
+    hidden = [replace(i, positive=p[1], negative=n[1]) for i, p, n in triples]
     return [next(kept) if i.split == SPLIT else i for i in instances], hidden
 
 
 def count_hidden(instances: Sequence[Instance], hidden: Sequence[Instance]) -> dict[str, int]:
-    """Training labels kept and hidden, of each polarity (`clean_counts.HIDE_QUANTITIES`).
+    """Training labels kept and hidden, of each polarity (`counts.HIDE_QUANTITIES`).
 
     Args:
         instances: after hiding, of all splits.
@@ -137,8 +120,8 @@ def hidden_files(hidden: Sequence[Instance] | None, vocabulary: Vocabulary) -> d
     """The file of hidden labels: instance id and hidden ids, in the order of the training split.
 
     Args:
-        hidden: training instances with their hidden labels; None: nothing was to be hidden.
-        vocabulary: names to ids; it is of the names before hiding, so it knows them all.
+        hidden: training instances with their hidden labels; None: the step did not run.
+        vocabulary: of the names before hiding.
     """
     if hidden is None:
         return {}
@@ -168,28 +151,24 @@ def poisson_limits(mean: Decimal) -> npt.NDArray[np.float64]:
     return np.array(limits, np.float64) * 2.0**-53
 
 
-def _part(
-    lists: Sequence[tuple[str, ...]],
-    *,
-    uid: U64,
-    least: int,
-    mean: Decimal,
-    seed: int,
-    purpose: int,
+def _poisson(uid: U64, mean: Decimal, *, seed: int, purpose: int) -> I64:
+    """A Poisson number for each instance."""
+    draw = uniform(uid, np.zeros(len(uid), np.int64), seed=seed, purpose=purpose)
+    return np.searchsorted(poisson_limits(mean), draw, side="right")
+
+
+def _divide(
+    lists: Sequence[tuple[str, ...]], uid: U64, wanted: I64, *, seed: int, purpose: int
 ) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The names kept and hidden of each list: `least` + Poisson(`mean`) kept, by lowest rank."""
-    once = np.zeros(len(uid), np.int64)
-    draw = uniform(uid, once, seed=seed, purpose=purpose)
-    wanted = least + np.searchsorted(poisson_limits(mean), draw, side="right")
+    """The names kept and hidden of each list: the `wanted` ones of lowest hash are kept."""
     names = list(chain.from_iterable(lists))
     lengths = np.array([len(one) for one in lists], np.int64)
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     row = np.repeat(np.arange(len(lists)), lengths)
-    salted = keyed_hash(uid, seed, purpose)[row] + _hashes(names)
-    order = np.lexsort((keyed_hash(salted, seed, purpose), row))
-    place = np.arange(len(names)) - ends[row]
+    salt = keyed_hash(uid, seed, purpose)[row]
+    order = np.lexsort((keyed_hash(salt + _hashes(names), seed, purpose), row))
     keep = np.empty(len(names), np.bool_)
-    keep[order] = place < wanted[row]
+    keep[order] = np.arange(len(names)) - ends[row] < wanted[row]
     kept = keep.tolist()
     return [
         (tuple(compress(names[a:b], kept[a:b])), tuple(compress(names[a:b], map(not_, kept[a:b]))))
@@ -198,11 +177,7 @@ def _part(
 
 
 def _hashes(texts: Sequence[str]) -> U64:
-    """64 bits of each text: the first 8 bytes of its sha256, as a sample's uid has them."""
-    known = {
-        text: int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-        for text in dict.fromkeys(texts)
-    }
+    known = {text: text_hash(text) for text in dict.fromkeys(texts)}
     return np.fromiter((known[text] for text in texts), np.uint64, len(texts))
 
 

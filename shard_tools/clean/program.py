@@ -1,16 +1,14 @@
-"""Program `clean`: annotation files to instances, vocabulary and feasible sets (Sec. 3.1, 2.2).
+"""`python -m shard_tools clean`: annotation files to instances, vocabulary and feasible sets.
 
-Everything is checked and computed before the first file is written; the files are create-only and
-depend on the input alone, so the command can be repeated after any interruption.
+Sections 3.1 and 2.2 of the paper. Everything is checked and computed before the first file is
+written; the files are create-only and depend on the input alone, so the command can be repeated
+after any interruption.
 """
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import pyarrow as pa
+from collections.abc import Mapping
+from typing import Any
 
 from shard_tools.clean.counts import (
     HIDE_QUANTITIES,
@@ -25,22 +23,15 @@ from shard_tools.clean.files import (
     json_bytes,
     parquet_bytes,
     read_merge_table,
-    read_name_lists,
     read_records,
     rejects_table,
     write_root,
 )
-from shard_tools.clean.hide import HideRule, hidden_files, hide_rule
+from shard_tools.clean.hide import hidden_files
 from shard_tools.clean.records import Instance, Reject, drop_duplicates, parse_records
-from shard_tools.clean.steps import Cleaned, MergeRule, clean_instances
-from shard_tools.clean.vocabulary import (
-    attribute_types,
-    build_feasible_sets,
-    enlarge,
-    listed_prevalence,
-    prevalence_by_count,
-)
-from shard_tools.clean.wordnet import WordNet, merge_table
+from shard_tools.clean.steps import Cleaned, clean_instances
+from shard_tools.clean.vocabulary import make_feasible, make_vocabulary
+from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig, Config
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.method.feasible import FeasibleSets
@@ -51,24 +42,90 @@ from vlal_dist.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Like:
-    """What `--like` takes over from an earlier dataset: names, feasible sets, merge table."""
-
-    vocabulary: Vocabulary
-    feasible: FeasibleSets
-    merges: dict[str, str]
-
-
-def open_like(url: str, *, hide: HideRule | None) -> Like:
-    """Read an instances or dataset root.
-
-    Args:
-        url: the root.
-        hide: which training labels the present cleaning hides.
+def clean(config: Config, flags: Mapping[str, str]) -> Counts:
+    """Clean the annotations of `config.clean` into the root `config.paths.instances`.
 
     Raises:
-        ConfigError: labels are to be hidden, and the root's own were not hidden in the same way.
+        ConfigError: settings that contradict each other, or WordNet is absent.
+        DataError: unreadable annotations, conflicting ids, or (after all is written) more rejects
+            than `clean.max_rejected`.
+        StorageError: the root cannot be written.
+    """
+    settings, target = config.clean, open_store(config.paths.instances)
+    known, known_feasible, known_merges = (
+        open_like(flags["like"], settings) if "like" in flags else (None, None, None)
+    )
+    _check_settings(settings, like=known is not None)
+    merge: Mapping[str, str] | WordNet
+    if settings.merge == "none":
+        merge = {}
+    elif settings.merge == "table" and settings.merge_table is not None:
+        merge = read_merge_table(settings.merge_table, setting="clean.merge_table")
+    elif known_merges is not None:  # the same names again, not a new merge
+        merge = known_merges
+    else:
+        merge = WordNet(settings.wordnet_dir)
+    target.list_keys("clean.json")  # a wrong bucket fails now
+    instances, rejects = _read_annotations(settings)
+    num_records = len(instances) + len(rejects)
+    cleaned = clean_instances(instances, settings, merge=merge, known=known)
+    rejects += cleaned.rejects
+    _check_left(cleaned, num_rejected=len(rejects))
+    vocabulary = known or make_vocabulary(cleaned, settings)
+    tables = {
+        split: instances_table([i for i in cleaned.instances if i.split == split], vocabulary)
+        for split in settings.annotations
+    }
+    feasible = known_feasible or make_feasible(tables, vocabulary, settings)
+    counts = {**cleaned.counts, "feasible": {"pairs": len(feasible.indices)}}
+    rule = _hide_rule(settings)
+    manifest: dict[str, Any] = {
+        "vocabulary_digest": vocabulary.digest,
+        "feasible_digest": feasible.digest,
+        "records": num_records,
+        "splits": {split: table.num_rows for split, table in tables.items()},
+        "rejected": len(rejects),
+        "clashes": cleaned.clashes,
+        "counts": counts,
+        **rule,
+    }
+    names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts, **rule}
+    files = {"vocabulary.json": json_bytes(names), "feasible.npz": feasible.to_npz()}
+    files |= {f"{split}.parquet": parquet_bytes(table) for split, table in tables.items()}
+    files["rejects.parquet"] = parquet_bytes(rejects_table(rejects))
+    files |= hidden_files(cleaned.hidden, vocabulary)
+    write_root(target, files, manifest)
+    if len(rejects) > settings.max_rejected * num_records:
+        raise DataError(
+            f"{len(rejects)} of {num_records} instances were rejected, more than "
+            f"clean.max_rejected {settings.max_rejected:g} allows; all files are written: see "
+            f"rejects.parquet in {config.paths.instances}, then repair the annotations into a new "
+            "root, or raise clean.max_rejected and repeat"
+        )
+    return {
+        "records": num_records,
+        "instances": len(cleaned.instances),
+        "splits": manifest["splits"],
+        "objects": len(vocabulary.objects),
+        "attributes": len(vocabulary.attributes),
+        "feasible_pairs": len(feasible.indices),
+        "clashes": cleaned.clashes,
+        "rejected": len(rejects),
+        **{name: counts["hide"][name] for name in HIDE_QUANTITIES if rule},
+        **_compare(counts, settings),
+    }
+
+
+def open_like(url: str, settings: CleanConfig) -> tuple[Vocabulary, FeasibleSets, dict[str, str]]:
+    """Names, feasible sets and merge table of an earlier dataset, which `--like` takes over.
+
+    Args:
+        url: instances or dataset root.
+        settings: of the present cleaning.
+
+    Raises:
+        ConfigError: labels are to be hidden, and the root's own were not hidden in the same way:
+            its feasible sets would disclose them.
         DataError: no such root, or files that are damaged or do not belong together.
         StorageError: the root cannot be read.
     """
@@ -88,89 +145,26 @@ def open_like(url: str, *, hide: HideRule | None) -> Like:
             f"--like {url}: feasible sets of {feasible.num_objects} objects, names of "
             f"{len(vocabulary.objects)}; the files do not belong together: write that root again"
         )
-    _check_hidden(values, url=url, hide=hide)
-    merges = check_merge_table(values.get("merges", {}), what=f"--like {url}: merges")
-    return Like(vocabulary=vocabulary, feasible=feasible, merges=merges)
-
-
-def _check_hidden(values: Mapping[str, object], *, url: str, hide: HideRule | None) -> None:
-    """Refuse feasible sets and groups made of labels that the present cleaning may hide.
-
-    Under the same rule and seed an instance that both datasets hold discloses the same labels.
-    """
-    if hide is None:
-        return
-    found, asked = values.get("hide", "none"), hide.to_json()
-    seed = f" with seed {values['hide_seed']}" if "hide_seed" in values else ""
-    if any(values.get(key) != value for key, value in asked.items()):
+    if any(values.get(key) != value for key, value in _hide_rule(settings).items()):
+        seed = f" with seed {values['hide_seed']}" if "hide_seed" in values else ""
         raise ConfigError(
-            f"--like {url} was cleaned with clean.hide {found}{seed}, this is clean.hide "
-            f"{hide.name} with seed {hide.seed}: its feasible sets may come from labels that are "
-            "hidden here; give a root cleaned with the same clean.hide and clean.hide_seed, or "
-            "set clean.hide none"
+            f"--like {url} was cleaned with clean.hide {values.get('hide', 'none')}{seed}, this is "
+            f"clean.hide {settings.hide} with seed {settings.hide_seed}: its feasible sets may "
+            "come from labels that are hidden here; give a root cleaned with the same clean.hide "
+            "and clean.hide_seed, or set clean.hide none"
         )
+    merges = check_merge_table(values.get("merges", {}), what=f"--like {url}: merges")
+    return vocabulary, feasible, merges
 
 
-def clean(config: Config, flags: Mapping[str, str]) -> Counts:
-    """Clean the annotations of `config.clean` into the root `config.paths.instances`.
-
-    Raises:
-        ConfigError: settings that contradict each other, or WordNet is absent.
-        DataError: unreadable annotations, conflicting ids, or (after all is written) more rejects
-            than `clean.max_rejected`.
-        StorageError: the root cannot be written.
-    """
-    settings = config.clean
-    hide = hide_rule(settings.hide, seed=settings.hide_seed)
-    like = open_like(flags["like"], hide=hide) if "like" in flags else None
-    _check_settings(settings, like=like)
-    merge = _merge_rule(settings, like)
-    open_store(config.paths.instances).list_keys("clean.json")  # a wrong bucket is told now
-    instances, rejects = _read_annotations(settings)
-    num_records = len(instances) + len(rejects)
-    cleaned = _run_steps(instances, settings, merge=merge, like=like, hide=hide)
-    rejects += cleaned.rejects
-    _check_left(cleaned, num_rejected=len(rejects))
-    vocabulary = like.vocabulary if like else _make_vocabulary(cleaned, settings)
-    tables = {
-        split: instances_table([i for i in cleaned.instances if i.split == split], vocabulary)
-        for split in settings.annotations
-    }
-    feasible = like.feasible if like else _make_feasible(tables, vocabulary, settings)
-    counts = {**cleaned.counts, "feasible": {"pairs": len(feasible.indices)}}
-    rule = hide.to_json() if hide else {}
-    manifest: Counts = {
-        "vocabulary_digest": vocabulary.digest,
-        "feasible_digest": feasible.digest,
-        "records": num_records,
-        "splits": {split: table.num_rows for split, table in tables.items()},
-        "rejected": len(rejects),
-        "clashes": cleaned.clashes,
-        "counts": counts,
-        **rule,
-    }
-    names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts, **rule}
-    files = {"vocabulary.json": json_bytes(names), "feasible.npz": feasible.to_npz()}
-    files |= {f"{split}.parquet": parquet_bytes(table) for split, table in tables.items()}
-    files["rejects.parquet"] = parquet_bytes(rejects_table(rejects))
-    files |= hidden_files(cleaned.hidden, vocabulary)
-    write_root(open_store(config.paths.instances), files, manifest)
-    _check_rejected(len(rejects), num_records, config)
-    return {
-        "records": num_records,
-        "instances": len(cleaned.instances),
-        "splits": manifest["splits"],
-        "objects": len(vocabulary.objects),
-        "attributes": len(vocabulary.attributes),
-        "feasible_pairs": len(feasible.indices),
-        "clashes": cleaned.clashes,
-        "rejected": len(rejects),
-        **{name: counts["hide"][name] for name in HIDE_QUANTITIES if hide},
-        **_compare(counts, settings),
-    }
+def _hide_rule(settings: CleanConfig) -> dict[str, object]:
+    """Entries of `vocabulary.json` and `clean.json`: every digest after them covers the rule."""
+    if settings.hide == "none":
+        return {}
+    return {"hide": settings.hide, "hide_seed": settings.hide_seed}
 
 
-def _check_settings(settings: CleanConfig, *, like: Like | None) -> None:
+def _check_settings(settings: CleanConfig, *, like: bool) -> None:
     if not settings.annotations:
         raise ConfigError(
             "clean.annotations is empty; give the annotation files of each split, for example "
@@ -187,7 +181,7 @@ def _check_settings(settings: CleanConfig, *, like: Like | None) -> None:
             "representative, or the vocabulary.json of an earlier clean"
         )
     check_expected(settings.expected)
-    if like is not None:
+    if like:
         return
     absent = [split for split in settings.feasible_splits if split not in settings.annotations]
     if absent or not settings.feasible_splits:
@@ -206,20 +200,6 @@ def _check_settings(settings: CleanConfig, *, like: Like | None) -> None:
         )
 
 
-def _merge_rule(settings: CleanConfig, like: Like | None) -> MergeRule:
-    """How names are merged; with `--like` by that dataset's table, for the same names again."""
-    if settings.merge == "none":
-        return lambda num_instances: {}
-    if settings.merge == "table" and settings.merge_table is not None:
-        table = read_merge_table(settings.merge_table, setting="clean.merge_table")
-        return lambda num_instances: table
-    if like is not None:
-        merges = like.merges
-        return lambda num_instances: merges
-    lexicon = WordNet(settings.wordnet_dir)
-    return lambda num_instances: merge_table(num_instances, lexicon)
-
-
 def _read_annotations(settings: CleanConfig) -> tuple[list[Instance], list[Reject]]:
     instances: list[Instance] = []
     rejects: list[Reject] = []
@@ -233,66 +213,6 @@ def _read_annotations(settings: CleanConfig) -> tuple[list[Instance], list[Rejec
             rejects += bad
     instances, duplicates = drop_duplicates(instances)
     return instances, rejects + duplicates
-
-
-def _run_steps(
-    instances: Sequence[Instance],
-    settings: CleanConfig,
-    *,
-    merge: MergeRule,
-    like: Like | None,
-    hide: HideRule | None,
-) -> Cleaned:
-    return clean_instances(
-        instances,
-        min_side=settings.min_side,
-        merge=merge,
-        renames=settings.renames,
-        deleted_attributes=settings.deleted_attributes,
-        known=like.vocabulary if like else None,
-        require_positive=settings.require_positive,
-        hide=hide,
-    )
-
-
-def _make_vocabulary(cleaned: Cleaned, settings: CleanConfig) -> Vocabulary:
-    types, parents = settings.attribute_types, settings.attribute_parent_types
-    if settings.head_tail is not None:
-        lists = read_name_lists(settings.head_tail, setting="clean.head_tail")
-        prevalence = listed_prevalence(cleaned.attributes, lists)
-    else:
-        train = (i.positive for i in cleaned.instances if i.split == "train")
-        num_positive = Counter(name for positive in train for name in positive)
-        prevalence = prevalence_by_count(cleaned.attributes, num_positive)
-    return Vocabulary(
-        objects=cleaned.objects,
-        attributes=cleaned.attributes,
-        attribute_type=attribute_types(
-            cleaned.attributes,
-            types=read_name_lists(types, setting="clean.attribute_types") if types else {},
-            parent_types=read_name_lists(parents, setting="clean.attribute_parent_types")
-            if parents
-            else None,
-        ),
-        prevalence=prevalence,
-    )
-
-
-def _make_feasible(
-    tables: Mapping[str, pa.Table], vocabulary: Vocabulary, settings: CleanConfig
-) -> FeasibleSets:
-    feasible = build_feasible_sets(
-        [tables[split] for split in settings.feasible_splits], num_objects=len(vocabulary.objects)
-    )
-    if settings.feasible_top_k == 0 or settings.object_vectors is None:
-        return feasible
-    return enlarge(
-        feasible,
-        path=settings.object_vectors,
-        vocabulary=vocabulary,
-        top_k=settings.feasible_top_k,
-        votes=settings.feasible_votes,
-    )
 
 
 def _check_left(cleaned: Cleaned, *, num_rejected: int) -> None:
@@ -315,17 +235,6 @@ def _compare(counts: StepCounts, settings: CleanConfig) -> Counts:
         return {"expected": "met"}
     logger.warning("counts depart from clean.expected, first at %s", departure)
     return {"expected": f"departs at {departure}"}
-
-
-def _check_rejected(num_rejected: int, num_records: int, config: Config) -> None:
-    limit = config.clean.max_rejected
-    if num_rejected > limit * num_records:
-        raise DataError(
-            f"{num_rejected} of {num_records} instances were rejected, more than "
-            f"clean.max_rejected {limit:g} allows; all files are written: see rejects.parquet in "
-            f"{config.paths.instances}, then repair the annotations into a new root, or raise "
-            "clean.max_rejected and repeat"
-        )
 
 
 PROGRAM = Program(

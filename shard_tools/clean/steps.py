@@ -1,18 +1,19 @@
 """The cleaning steps of Sec. 3.1: pure functions from instances to instances, counted in order.
 
-The order, and what the authors' notebook counts after each, is in `clean_steps`.
-
-size filter -> merge of object names -> renames -> deleted attributes -> vocabulary -> instances
+Size filter -> merge of object names -> renames -> deleted attributes -> vocabulary -> instances
 without positives -> clashes -> hidden labels. The splits are the annotation files' own.
 """
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shard_tools.clean.counts import StepCounts, count_instances
-from shard_tools.clean.hide import HideRule, count_hidden, hide_labels
+from shard_tools.clean.hide import count_hidden, hide_labels
 from shard_tools.clean.records import Instance, Reject
+from shard_tools.clean.wordnet import Lexicon, merge_table
+from vlal_dist.config.sections import CleanConfig
 from vlal_dist.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -21,14 +22,6 @@ logger = logging.getLogger(__name__)
 def keep_large(instances: Sequence[Instance], *, min_side: float) -> list[Instance]:
     """Instances whose box is at least `min_side` pixels wide and high (Sec. 3.1: 50)."""
     return [i for i in instances if i.box[2] >= min_side and i.box[3] >= min_side]
-
-
-def count_objects(instances: Sequence[Instance]) -> dict[str, int]:
-    """Object name -> instances, in order of first appearance."""
-    counts: dict[str, int] = {}
-    for instance in instances:
-        counts[instance.object_name] = counts.get(instance.object_name, 0) + 1
-    return counts
 
 
 def rename_objects(instances: Sequence[Instance], table: Mapping[str, str]) -> list[Instance]:
@@ -105,13 +98,9 @@ def resolve_clashes(instances: Sequence[Instance]) -> tuple[list[Instance], int]
     return resolved, clashes
 
 
-MergeRule = Callable[[Mapping[str, int]], dict[str, str]]
-"""Instances per object name, in order of first appearance -> name -> representative."""
-
-
 @dataclass(frozen=True)
 class Cleaned:
-    """What the steps leave.
+    """Result of the steps.
 
     Attributes:
         instances: final, in reading order, with sorted and disjoint lists.
@@ -121,7 +110,7 @@ class Cleaned:
         rejects: instances with a name outside the given vocabulary.
         counts: step -> counts.
         clashes: (instance, attribute) pairs that stood in both lists.
-        hidden: training instances with the labels hidden of them; None: there was nothing to hide.
+        hidden: training instances with their hidden labels; None: the step `hide` did not run.
     """
 
     instances: list[Instance]
@@ -131,31 +120,23 @@ class Cleaned:
     rejects: list[Reject]
     counts: StepCounts
     clashes: int
-    hidden: list[Instance] | None = None
+    hidden: list[Instance] | None
 
 
 def clean_instances(
     instances: Sequence[Instance],
+    settings: CleanConfig,
     *,
-    min_side: float,
-    merge: MergeRule,
-    renames: Mapping[str, str],
-    deleted_attributes: Sequence[str],
-    known: Vocabulary | None,
-    require_positive: bool,
-    hide: HideRule | None = None,
+    merge: Mapping[str, str] | Lexicon,
+    known: Vocabulary | None = None,
 ) -> Cleaned:
     """Run the steps.
 
     Args:
         instances: in reading order, which the merge depends on.
-        min_side: smallest box width and height kept, pixels.
-        merge: gives the merge table.
-        renames: object name -> name, applied after the merge.
-        deleted_attributes: names removed everywhere.
+        settings: what each step does.
+        merge: name -> representative, or the dictionary that decides which names are similar.
         known: the vocabulary to keep to; None: one is made from the names left.
-        require_positive: drop instances without a positive.
-        hide: training labels that are hidden; the vocabulary keeps their names.
     """
     counts: StepCounts = {}
 
@@ -166,40 +147,27 @@ def clean_instances(
         return left
 
     left = counted("read", list(instances))
-    left = counted("min_side", keep_large(left, min_side=min_side))
-    num_instances = count_objects(left)
-    table = merge(num_instances)
+    left = counted("min_side", keep_large(left, min_side=settings.min_side))
+    num_instances = Counter(instance.object_name for instance in left)  # first appearance first
+    table = merge if isinstance(merge, Mapping) else merge_table(num_instances, merge)
     merges = {name: table[name] for name in sorted(num_instances) if table.get(name, name) != name}
     left = counted("merge", rename_objects(left, merges))
-    left = counted("rename", rename_objects(left, renames))
-    left = counted("delete_attributes", delete_attributes(left, deleted_attributes))
+    left = counted("rename", rename_objects(left, settings.renames))
+    left = counted("delete_attributes", delete_attributes(left, settings.deleted_attributes))
     rejects: list[Reject] = []
     if known is not None:
         left, rejects = reject_unknown(
             left, objects=known.object_ids, attributes=known.attribute_ids
         )
         left = counted("known_names", left)
-    objects = sorted({instance.object_name for instance in left})
-    attributes = sorted({n for i in left for n in (*i.positive, *i.negative)})
-    if require_positive:
+    objects = tuple(sorted({instance.object_name for instance in left}))
+    attributes = tuple(sorted({n for i in left for n in (*i.positive, *i.negative)}))
+    if settings.require_positive:
         left = counted("require_positive", keep_positive(left))
-    final, clashes = resolve_clashes(left)
-    cleaned = Cleaned(
-        instances=final,
-        objects=tuple(objects),
-        attributes=tuple(attributes),
-        merges=merges,
-        rejects=rejects,
-        counts=counts,
-        clashes=clashes,
-    )
-    return cleaned if hide is None else _hide(cleaned, hide)
-
-
-def _hide(cleaned: Cleaned, rule: HideRule) -> Cleaned:
-    """The last step, so that what an instance keeps is drawn and counted in labels that stand."""
-    kept, hidden = hide_labels(cleaned.instances, rule)
-    counts = {**count_instances(kept), **count_hidden(kept, hidden)}
-    return replace(
-        cleaned, instances=kept, hidden=hidden, counts={**cleaned.counts, "hide": counts}
-    )
+    left, clashes = resolve_clashes(left)
+    hidden: list[Instance] | None = None
+    # The last step, so that what an instance keeps is drawn and counted in the final labels.
+    if settings.hide != "none":
+        left, hidden = hide_labels(left, settings.hide, seed=settings.hide_seed)
+        counts["hide"] = {**count_instances(left), **count_hidden(left, hidden)}
+    return Cleaned(left, objects, attributes, merges, rejects, counts, clashes, hidden)

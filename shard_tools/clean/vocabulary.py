@@ -1,16 +1,18 @@
-"""Attribute groups and feasible sets of a cleaned dataset (Sec. 2.2).
+"""Vocabulary with attribute groups, and feasible sets, of cleaned instances (Sec. 2.2).
 
 VAW's own files decide where they are given (`attribute_types.json`, `attribute_parent_types.json`,
 `head_tail.json`); a dataset without them gets its own types, or `other`, and a split by frequency.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from shard_tools.clean.files import read_name_lists
+from shard_tools.clean.steps import Cleaned
+from vlal_dist.config.sections import CleanConfig
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets, enlarge_feasible_sets, feasible_sets
 from vlal_dist.vocabulary import PREVALENCES, Vocabulary
@@ -20,6 +22,84 @@ OTHER = "other"
 
 HEAD_SHARE, TAIL_SHARE = 0.47, 0.13
 """Shares of VAW's 591 attributes: 278 head, 235 medium, 78 tail."""
+
+VECTORS = "object_vectors"
+"""Tensor in the file: float32 [O, D], CLIP text vectors, rows in object id order."""
+
+
+def make_vocabulary(cleaned: Cleaned, settings: CleanConfig) -> Vocabulary:
+    """Names of a cleaned dataset, with the group of each attribute.
+
+    Raises:
+        DataError: a group file is absent, of another form, or lacks attributes.
+    """
+    attributes = cleaned.attributes
+    types, parents = settings.attribute_types, settings.attribute_parent_types
+    if settings.head_tail is not None:
+        lists = read_name_lists(settings.head_tail, setting="clean.head_tail")
+        prevalence = listed_prevalence(attributes, lists)
+    else:
+        train = (i.positive for i in cleaned.instances if i.split == "train")
+        num_positive = Counter(name for positive in train for name in positive)
+        prevalence = prevalence_by_count(attributes, num_positive)
+    return Vocabulary(
+        objects=cleaned.objects,
+        attributes=attributes,
+        attribute_type=attribute_types(
+            attributes,
+            types=read_name_lists(types, setting="clean.attribute_types") if types else {},
+            parent_types=read_name_lists(parents, setting="clean.attribute_parent_types")
+            if parents
+            else None,
+        ),
+        prevalence=prevalence,
+    )
+
+
+def make_feasible(
+    tables: Mapping[str, pa.Table], vocabulary: Vocabulary, settings: CleanConfig
+) -> FeasibleSets:
+    """Omega_o of each object: from co-occurrence, enlarged by those of similar objects if set.
+
+    Args:
+        tables: split -> rows (`files.instances_table`).
+        vocabulary: names.
+        settings: the splits that define feasibility, and how sets are enlarged.
+
+    Raises:
+        DataError: the file of object vectors is absent, damaged, or of another vocabulary.
+    """
+    table = pa.concat_tables([tables[split] for split in settings.feasible_splits])
+    positive, negative = (table[name].combine_chunks() for name in ("positive", "negative"))
+    feasible = feasible_sets(
+        object_id=table["object_id"].to_numpy(),
+        positive_indptr=positive.offsets.to_numpy(),
+        positive=positive.values.to_numpy(),
+        negative_indptr=negative.offsets.to_numpy(),
+        negative=negative.values.to_numpy(),
+        num_objects=len(vocabulary.objects),
+    )
+    path = settings.object_vectors
+    if settings.feasible_top_k == 0 or path is None:
+        return feasible
+    remedy = "write it again for the present vocabulary"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            digest = (file.metadata() or {}).get("vocabulary_digest")
+            vectors = file.get_tensor(VECTORS)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"clean.object_vectors: {path}: {error}; {remedy}") from None
+    if digest != vocabulary.digest:
+        raise DataError(
+            f"clean.object_vectors: {path} is of vocabulary {digest}, the cleaned one is "
+            f"{vocabulary.digest}; {remedy}"
+        )
+    return enlarge_feasible_sets(
+        feasible,
+        object_vectors=vectors,
+        top_k=settings.feasible_top_k,
+        votes=settings.feasible_votes,
+    )
 
 
 def attribute_types(
@@ -77,7 +157,7 @@ def listed_prevalence(
 def prevalence_by_count(
     attributes: Sequence[str], num_positive: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """Head, medium and tail in VAW's shares, by training positives; equals in name order.
+    """Head, medium and tail in VAW's shares, by training positives; ties in name order.
 
     Args:
         attributes: names, in vocabulary order.
@@ -89,61 +169,3 @@ def prevalence_by_count(
     return tuple(
         "head" if name in head else "tail" if name in tail else "medium" for name in attributes
     )
-
-
-VECTORS = "object_vectors"
-"""Tensor in the file: float32 [O, D], CLIP text vectors, rows in object id order."""
-
-
-def build_feasible_sets(tables: Sequence[pa.Table], *, num_objects: int) -> FeasibleSets:
-    """Omega_o from co-occurrence.
-
-    Args:
-        tables: rows of the splits that define feasibility (`clean_files.instances_table`).
-        num_objects: O.
-    """
-    table = pa.concat_tables(tables)
-    positive, negative = (table[name].combine_chunks() for name in ("positive", "negative"))
-    return feasible_sets(
-        object_id=table["object_id"].to_numpy(),
-        positive_indptr=positive.offsets.to_numpy(),
-        positive=positive.values.to_numpy(),
-        negative_indptr=negative.offsets.to_numpy(),
-        negative=negative.values.to_numpy(),
-        num_objects=num_objects,
-    )
-
-
-def enlarge(
-    feasible: FeasibleSets, *, path: str, vocabulary: Vocabulary, top_k: int, votes: int
-) -> FeasibleSets:
-    """The sets with what similar objects add (authors' configuration kn-KT).
-
-    Args:
-        feasible: sets from co-occurrence.
-        path: object vectors, safetensors.
-        vocabulary: the objects that the vectors must be of.
-        top_k: neighbours per list.
-        votes: votes that admit an attribute.
-
-    Raises:
-        DataError: the file is absent, damaged, or of another vocabulary.
-    """
-    vectors = _read_vectors(path, vocabulary)
-    return enlarge_feasible_sets(feasible, object_vectors=vectors, top_k=top_k, votes=votes)
-
-
-def _read_vectors(path: str, vocabulary: Vocabulary) -> NDArray[np.float32]:
-    remedy = "write it again for the present vocabulary"
-    try:
-        with safe_open(path, framework="numpy") as file:
-            digest = (file.metadata() or {}).get("vocabulary_digest")
-            vectors: NDArray[np.float32] = file.get_tensor(VECTORS)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"clean.object_vectors: {path}: {error}; {remedy}") from None
-    if digest != vocabulary.digest:
-        raise DataError(
-            f"clean.object_vectors: {path} is of vocabulary {digest}, the cleaned one is "
-            f"{vocabulary.digest}; {remedy}"
-        )
-    return vectors

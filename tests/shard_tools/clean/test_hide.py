@@ -14,10 +14,8 @@ import pytest
 from shard_tools.clean.counts import HIDE_QUANTITIES
 from shard_tools.clean.hide import (
     DENSITIES,
-    HideRule,
     count_hidden,
     hide_labels,
-    hide_rule,
     poisson_limits,
 )
 from shard_tools.clean.records import Instance
@@ -26,8 +24,11 @@ from vlal_dist.config.sections import CleanConfig
 POSITIVE = tuple(f"p{number:02d}" for number in range(20))
 NEGATIVE = tuple(f"n{number:02d}" for number in range(25))
 BASE = Instance("train", "0", "0", "car", (0.0, 0.0, 60.0, 60.0), POSITIVE, NEGATIVE)
-RULE = HideRule("vaw_density", 0)
 MANY = 4000
+
+
+def hide(instances: list[Instance]) -> tuple[list[Instance], list[Instance]]:
+    return hide_labels(instances, "vaw_density", seed=0)
 
 
 def instance(name: str, **changes: object) -> Instance:
@@ -35,7 +36,7 @@ def instance(name: str, **changes: object) -> Instance:
 
 
 def many(seed: int = 0, number: int = MANY) -> list[Instance]:
-    return hide_labels([instance(str(n)) for n in range(number)], HideRule(RULE.name, seed))[0]
+    return hide_labels([instance(str(n)) for n in range(number)], "vaw_density", seed=seed)[0]
 
 
 def poisson(mean: float, *, least: int, up_to: int = 12) -> dict[int, float]:
@@ -99,7 +100,7 @@ def test_the_limits_are_those_of_poisson_in_exact_bits() -> None:
 
 
 def test_what_is_kept_is_pinned() -> None:
-    kept, _ = hide_labels([instance(name) for name in ("0", "1", "2498", "ä")], RULE)
+    kept, _ = hide([instance(name) for name in ("0", "1", "2498", "ä")])
     assert [(" ".join(i.positive), " ".join(i.negative)) for i in kept] == [
         ("p01 p19", ""),
         ("p01 p05", ""),
@@ -116,7 +117,7 @@ def test_nothing_is_invented_and_nothing_is_lost(
     positive: tuple[str, ...], negative: tuple[str, ...]
 ) -> None:
     given = [instance(str(n), positive=positive, negative=negative) for n in range(200)]
-    kept, hidden = hide_labels(given, RULE)
+    kept, hidden = hide(given)
     for before, left, away in zip(given, kept, hidden, strict=True):
         assert tuple(sorted((*left.positive, *away.positive))) == positive
         assert tuple(sorted((*left.negative, *away.negative))) == negative
@@ -133,8 +134,7 @@ def test_nothing_is_invented_and_nothing_is_lost(
 
 def test_a_short_list_caps_the_number_and_nothing_else() -> None:
     short, long = (
-        hide_labels([instance(str(n), positive=POSITIVE[:k]) for n in range(300)], RULE)[0]
-        for k in (2, 20)
+        hide([instance(str(n), positive=POSITIVE[:k]) for n in range(300)])[0] for k in (2, 20)
     )
     for one, other in zip(short, long, strict=True):
         assert len(one.positive) == min(2, len(other.positive))
@@ -143,15 +143,15 @@ def test_a_short_list_caps_the_number_and_nothing_else() -> None:
 
 def test_an_instance_is_treated_alike_in_any_company() -> None:
     given = [instance(str(n)) for n in range(50)]
-    kept, hidden = hide_labels(given, RULE)
-    backward = hide_labels(given[::-1], RULE)
+    kept, hidden = hide(given)
+    backward = hide(given[::-1])
     assert (backward[0][::-1], backward[1][::-1]) == (kept, hidden)
     for n in (0, 17, 49):
         others = [instance("x", positive=("a", "z"), negative=()), instance("y", split="val")]
-        assert hide_labels([*others, given[n]], RULE)[0][-1] == kept[n]
+        assert hide([*others, given[n]])[0][-1] == kept[n]
     # Neither object, photo nor box are part of its identity.
     moved = [replace(i, object_name="bus", image_id="7") for i in given]
-    assert [i.positive for i in hide_labels(moved, RULE)[0]] == [i.positive for i in kept]
+    assert [i.positive for i in hide(moved)[0]] == [i.positive for i in kept]
 
 
 def test_another_seed_is_another_choice() -> None:
@@ -162,15 +162,13 @@ def test_another_seed_is_another_choice() -> None:
 
 def test_validation_and_test_stay_whole() -> None:
     given = [instance("a", split="val"), instance("b"), instance("c", split="test")]
-    kept, hidden = hide_labels(given, RULE)
+    kept, hidden = hide(given)
     assert (kept[0], kept[2]) == (given[0], given[2])
     assert [i.instance_id for i in hidden] == ["b"]
-    assert hide_labels([], RULE) == ([], [])
-    assert hide_labels(given[:1], RULE) == (given[:1], [])
+    assert hide([]) == ([], [])
+    assert hide(given[:1]) == (given[:1], [])
 
 
 def test_the_config_names_the_densities() -> None:
     names = get_args(CleanConfig.model_fields["hide"].annotation)
     assert names == ("none", *DENSITIES)
-    assert hide_rule("none", seed=3) is None
-    assert hide_rule("vaw_density", seed=3) == HideRule("vaw_density", 3)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 
@@ -17,6 +18,8 @@ from shard_tools.clean.steps import (
     rename_objects,
     resolve_clashes,
 )
+from shard_tools.clean.wordnet import Lexicon
+from vlal_dist.config.sections import CleanConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.vocabulary import Vocabulary
 
@@ -27,16 +30,15 @@ def instance(name: str, **changes: object) -> Instance:
     return replace(BASE, instance_id=name, **changes)  # type: ignore[arg-type]
 
 
-def run(instances: list[Instance], **changes: object) -> Cleaned:
-    settings: dict[str, object] = {
-        "min_side": 50,
-        "merge": lambda counts: {},
-        "renames": {},
-        "deleted_attributes": [],
-        "known": None,
-        "require_positive": True,
-    }
-    return clean_instances(instances, **{**settings, **changes})  # type: ignore[arg-type]
+def run(
+    instances: list[Instance],
+    *,
+    merge: Mapping[str, str] | Lexicon = MappingProxyType({}),
+    known: Vocabulary | None = None,
+    **settings: object,
+) -> Cleaned:
+    config = CleanConfig.model_validate(settings)
+    return clean_instances(instances, config, merge=merge, known=known)
 
 
 @pytest.mark.parametrize(
@@ -89,23 +91,38 @@ def test_an_instance_whose_only_positive_clashes_stays() -> None:
     assert (cleaned.instances[0].positive, cleaned.clashes) == ((), 1)
 
 
-def test_merge_sees_large_instances_in_order_and_counts() -> None:
-    seen: list[tuple[str, int]] = []
+class Recorder:
+    """A dictionary in which all names are similar; keeps what it was asked."""
 
-    def merge(counts: Mapping[str, int]) -> dict[str, str]:
-        seen.extend(counts.items())
-        return {"cars": "car", "unseen": "x", "car": "car"}
+    def __init__(self) -> None:
+        self.seen: list[str] = []
 
+    def first_synset(self, word: str) -> str | None:
+        self.seen.append(word)
+        return "thing"
+
+    def shortest_noun_lemma(self, word: str) -> str:
+        return word
+
+
+def test_the_dictionary_merges_names_of_large_instances_in_order() -> None:
     instances = [
         instance("a", object_name="tiny", box=(0.0, 0.0, 9.0, 9.0)),
         instance("b", object_name="cars"),
         instance("c"),
         instance("d"),
     ]
-    cleaned = run(instances, merge=merge)
-    assert seen == [("cars", 1), ("car", 2)]
-    assert cleaned.merges == {"cars": "car"}
+    recorder = Recorder()
+    cleaned = run(instances, merge=recorder)
+    assert recorder.seen == ["cars", "car"]
+    assert cleaned.merges == {"cars": "car"}  # the more frequent one
     assert cleaned.objects == ("car",)
+
+
+def test_a_merge_table_may_hold_more_names() -> None:
+    table = {"cars": "car", "unseen": "x", "car": "car"}
+    cleaned = run([instance("b", object_name="cars"), instance("c")], merge=table)
+    assert (cleaned.merges, cleaned.objects) == ({"cars": "car"}, ("car",))
 
 
 def test_steps_in_order_with_counts() -> None:
@@ -117,7 +134,7 @@ def test_steps_in_order_with_counts() -> None:
     ]
     cleaned = run(
         instances,
-        merge=lambda counts: {"cars": "car"},
+        merge={"cars": "car"},
         renames={"tee shirt": "t shirt"},
         deleted_attributes=["worn"],
     )
@@ -156,7 +173,7 @@ def test_known_names_come_after_merge_and_deletion() -> None:
     instances = [instance("a", object_name="cars", positive=("red", "worn")), instance("b")]
     cleaned = run(
         [*instances, instance("c", object_name="bus")],
-        merge=lambda counts: {"cars": "car"},
+        merge={"cars": "car"},
         deleted_attributes=["worn"],
         known=known,
     )
