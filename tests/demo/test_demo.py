@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlal_dist.config.load import load_config
-from vlal_dist.demo.__main__ import StageFailedError, _plan, run_stage
+from vlal_dist.demo.__main__ import StageFailedError, config_below, run_stage
 
 REPOSITORY = Path(__file__).parent.parent.parent
 
@@ -19,12 +19,11 @@ def test_the_config_is_valid_and_stays_below_its_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    plan = _plan(str(tmp_path / "here"), quick=True)
-    config = load_config(str(plan.config), {})
+    config = load_config(str(config_below(str(tmp_path / "here"))), {})
     for value in config.paths.model_dump().values():
         assert str(value).startswith(str(tmp_path / "here"))
     assert config.evaluation.truth == str(tmp_path / "here" / "data" / "truth.parquet")
-    assert _plan("runs/demo", quick=False).config == Path("configs/demo.yaml")
+    assert config_below("runs/demo") == Path("configs/demo.yaml")
 
 
 def test_a_failing_stage_is_named_with_its_code(capfd: pytest.CaptureFixture[str]) -> None:

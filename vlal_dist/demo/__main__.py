@@ -1,7 +1,7 @@
 """The whole pipeline on rendered photos: `python -m vlal_dist.demo [--root runs/demo] [--quick]`.
 
-Runs every stage as a user would type it and prints the command first. A stage that fails ends the
-demo with its exit code. Repeating the command continues: finished stages find their output.
+Prints each command before it runs it. A stage that fails ends the demo with its exit code.
+Repeating the command continues: finished stages find their output.
 """
 
 import argparse
@@ -13,20 +13,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from vlal_dist.demo import local_ray
+from vlal_dist.demo.local_ray import free_ports, local_ray
 from vlal_dist.errors import UsageError, VlalError
 
 CONFIG = Path("configs/demo.yaml")
 ROOT = "runs/demo"
 RANKS = 2
 DEEPSPEED_PORT = 29500
-QUICK = ("--training.epochs", "1")
 STOP_S = 30.0
 """How long a stage may take to save and leave when the demo is interrupted."""
 
@@ -40,23 +39,6 @@ class StageFailedError(VlalError):
         self.exit_code = code if code > 0 else 128 - code
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What this run does.
-
-    Attributes:
-        root: folder of everything written.
-        config: the configuration that the programs get.
-        quick: fewer photos and epochs.
-        environment: variables of every stage.
-    """
-
-    root: str
-    config: Path
-    quick: bool
-    environment: Mapping[str, str]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m vlal_dist.demo", description=__doc__)
@@ -67,47 +49,78 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        root = given.root or (f"{ROOT}-quick" if given.quick else ROOT)
-        run_demo(_plan(root, quick=given.quick))
+        run_demo(given.root or (f"{ROOT}-quick" if given.quick else ROOT), quick=given.quick)
     except VlalError as error:
         sys.stderr.write(f"demo: error: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("demo: stopped; the same command continues\n")
+        sys.stderr.write("demo: stopped; repeat the command to continue\n")
         return 75
     return 0
 
 
-def run_demo(plan: Plan) -> None:
-    """All stages in order, then the table and the page's place."""
-    quick = ["--quick"] if plan.quick else []
-    config = ["--config", str(plan.config)]
+def run_demo(root: str, *, quick: bool) -> None:
+    """All stages in order, then the result table and where the page is."""
+    config = ["--config", str(config_below(root))]
+    fewer, once = (["--quick"], ["--training.epochs", "1"]) if quick else ([], [])
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}  # nothing is downloaded
+    on_cpu = {**environment, "DS_ACCELERATOR": "cpu"}
     seconds: dict[str, float] = {}
 
-    def stage(name: str, *command: str, extra: Mapping[str, str] | None = None) -> None:
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
         started = time.monotonic()
-        run_stage(name, command, environment={**plan.environment, **(extra or {})})
+        yield
         seconds[name] = time.monotonic() - started
         _say(f"{name}: {seconds[name]:.1f} s")
 
-    stage("render", "python", "-m", "vlal_dist.demo.render", "--root", f"{plan.root}/data", *quick)
-    stage("train_clip", "python", "-m", "vlal_dist.demo.train_clip", "--out", f"{plan.root}/clip")
-    stage("clean", "python", "-m", "shard_tools", "clean", *config)
-    stage("pack", "python", "-m", "shard_tools", "pack", *config)
-    _score(plan, config, seconds)
-    stage("merge", "python", "-m", "shard_tools", "merge", *config)
-    train = ["deepspeed", "--num_accelerators", str(RANKS), *_rendezvous(), "vlal_dist/train.py"]
-    train += [*config, *(QUICK if plan.quick else ())]
-    stage("train", *train, extra={"DS_ACCELERATOR": "cpu"})
-    evaluate = ["python", "-m", "vlal_dist.evaluate", *config]
+    def stage(name: str, *command: str, environment: Mapping[str, str] = environment) -> None:
+        with timed(name):
+            run_stage(name, command, environment=environment)
+
+    python = ("python", "-m")
+    stage("render", *python, "vlal_dist.demo.render", "--root", f"{root}/data", *fewer)
+    stage("train_clip", *python, "vlal_dist.demo.train_clip", "--out", f"{root}/clip")
+    stage("clean", *python, "shard_tools", "clean", *config)
+    stage("pack", *python, "shard_tools", "pack", *config)
+    # Scored on a Ray of the demo's own, submitted as on any cluster.
+    _say("\n=== ray\nstarting a Ray head on this machine's loopback (README: the command to type)")
+    cpus, started = os.cpu_count() or 1, time.monotonic()
+    with local_ray(environment, num_cpus=cpus) as head:
+        seconds["ray start"] = time.monotonic() - started
+        _say(f"ray: {head.address} after {seconds['ray start']:.1f} s")
+        submit = ("ray", "job", "submit", "--address", head.address, "--")
+        score = (*submit, *python, "vlal_dist.score_clip", *config)
+        stage("score", *score, environment=head.environment)
+    stage("merge", *python, "shard_tools", "merge", *config)
+    train = ("deepspeed", "--num_accelerators", str(RANKS), *_free_rendezvous())
+    stage("train", *train, "vlal_dist/train.py", *config, *once, environment=on_cpu)
+    evaluate = (*python, "vlal_dist.evaluate", *config)
     stage("constant", *evaluate, "--evaluation.predictor", "constant")
     stage("evaluate", *evaluate)
-    stage("report", "python", "-m", "vlal_dist.report", *config)
-    _say(_closing(plan, seconds))
+    stage("report", *python, "vlal_dist.report", *config)
+    _say(_closing(root, seconds))
+
+
+def config_below(root: str) -> Path:
+    """The demo's config, with every path below `root`.
+
+    Raises:
+        UsageError: this is not the repository's folder.
+    """
+    if not CONFIG.is_file():
+        raise UsageError(f"{CONFIG} is not here; run the demo from the repository's folder")
+    if root == ROOT:
+        return CONFIG
+    Path(root).mkdir(parents=True, exist_ok=True)
+    config = Path(root) / "demo.yaml"
+    config.write_text(CONFIG.read_text(encoding="utf-8").replace(ROOT, root), encoding="utf-8")
+    return config
 
 
 def run_stage(name: str, command: Sequence[str], *, environment: Mapping[str, str]) -> None:
-    """Print a command, run it, and end it together with its children if we are interrupted.
+    """Print a command, run it, and end it together with its children if the demo is interrupted.
 
     Raises:
         StageFailedError: it ended with another code than 0.
@@ -130,79 +143,8 @@ def run_stage(name: str, command: Sequence[str], *, environment: Mapping[str, st
         raise StageFailedError(command, code)
 
 
-def _score(plan: Plan, config: Sequence[str], seconds: dict[str, float]) -> None:
-    """Score on a Ray of our own, submitted as on any cluster; then stop that Ray."""
-    started = time.monotonic()
-    _say("\n=== ray\nstarting a Ray head on this machine's loopback (README: the line to type)")
-    with ExitStack() as closing:
-        head = local_ray.start(plan.environment, num_cpus=os.cpu_count() or 1)
-        closing.callback(local_ray.stop, head)
-        seconds["ray start"] = time.monotonic() - started
-        _say(f"ray: {head.address} after {seconds['ray start']:.1f} s")
-        started = time.monotonic()
-        job = ["python", "-m", "vlal_dist.score_clip", *config]
-        submit = ["ray", "job", "submit", "--address", head.address, "--", *job]
-        run_stage("score", submit, environment=head.environment)
-        seconds["score"] = time.monotonic() - started
-    _say(f"score: {seconds['score']:.1f} s")
-
-
-def _rendezvous() -> list[str]:
-    """Nothing, or another port where the launcher's usual one is taken."""
-    try:
-        socket.create_server(("127.0.0.1", DEEPSPEED_PORT)).close()
-    except OSError:
-        return ["--master_port", str(local_ray.free_ports(1)[0])]
-    return []
-
-
-def _plan(root: str, *, quick: bool) -> Plan:
-    if not CONFIG.is_file():
-        raise UsageError(f"{CONFIG} is not here; run the demo from the repository's folder")
-    config = CONFIG
-    if root != ROOT:
-        # Every path of the demo lies below its root.
-        Path(root).mkdir(parents=True, exist_ok=True)
-        config = Path(root) / "demo.yaml"
-        config.write_text(CONFIG.read_text(encoding="utf-8").replace(ROOT, root), encoding="utf-8")
-    programs = Path(sys.executable).parent
-    environment = {
-        **os.environ,
-        "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "HF_HUB_OFFLINE": "1",  # nothing is downloaded
-    }
-    return Plan(root=root, config=config, quick=quick, environment=environment)
-
-
-def _closing(plan: Plan, seconds: Mapping[str, float]) -> str:
-    """Seconds of the stages, CLIP's AUC, the result table, the page."""
-    scored = json.loads(Path(plan.root, "scores", "score_clip.result.json").read_text())
-    auc = scored["counts"]["quality"]["auc"]
-    lines = ["\n=== done", "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())]
-    lines.append(f"total: {sum(seconds.values()):.0f} s")
-    lines.append(f"CLIP's AUC on the training split: {auc:.3f} (0.5 knows nothing)")
-    lines += ["", f"{'test split':<22}{'attributes':>12}{'constant':>12}{'trained':>12}   mAP, %"]
-    results = [
-        json.loads(Path(plan.root, "run", "evaluation", f"test-{name}", "result.json").read_text())
-        for name in ("constant", "model")
-    ]
-    for constant, model in zip(results[0]["groups"], results[1]["groups"], strict=True):
-        lines.append(_table_row(constant, model))
-    if results[0]["truth"] and results[1]["truth"]:
-        whole = [result["truth"]["groups"][0] for result in results]
-        lines.append(_table_row({**whole[0], "name": "complete labels"}, whole[1]))
-    lines += ["", f"page: {plan.root}/run/report.html"]
-    return "\n".join(lines)
-
-
-def _table_row(constant: Mapping[str, object], model: Mapping[str, object]) -> str:
-    values = [group["mAP"] for group in (constant, model)]
-    shown = "".join(f"{100 * v:>12.1f}" if isinstance(v, float) else f"{'-':>12}" for v in values)
-    return f"{constant['name']!s:<22}{model['num_classes']!s:>12}{shown}"
-
-
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """Ask a stage and its children to leave; after a while, end them."""
+    """Ask a stage and its children to leave; after `STOP_S`, kill them."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(STOP_S)
@@ -211,6 +153,42 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
     except ProcessLookupError:
         process.wait()
+
+
+def _free_rendezvous() -> list[str]:
+    """Nothing, or another port where the launcher's usual one is taken."""
+    try:
+        socket.create_server(("127.0.0.1", DEEPSPEED_PORT)).close()
+    except OSError:
+        return ["--master_port", str(free_ports(1)[0])]
+    return []
+
+
+def _closing(root: str, seconds: Mapping[str, float]) -> str:
+    """Seconds of the stages, CLIP's AUC, the result table, the page."""
+    auc = _read(root, "scores", "score_clip.result.json")["counts"]["quality"]["auc"]
+    lines = ["\n=== done", "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in seconds.items())]
+    lines.append(f"total: {sum(seconds.values()):.0f} s")
+    lines.append(f"CLIP's AUC on the training split: {auc:.3f} (chance: 0.5)")
+    lines += ["", f"{'test split':<22}{'attributes':>12}{'constant':>12}{'trained':>12}   mAP, %"]
+    constant, model = (
+        _read(root, "run", "evaluation", f"test-{name}", "result.json")
+        for name in ("constant", "model")
+    )
+    groups = list(zip(constant["groups"], model["groups"], strict=True))
+    if constant["truth"] and model["truth"]:
+        complete = {**constant["truth"]["groups"][0], "name": "complete labels"}
+        groups.append((complete, model["truth"]["groups"][0]))
+    for one, other in groups:
+        values = [group["mAP"] for group in (one, other)]
+        shown = "".join(f"{'-':>12}" if v is None else f"{100 * v:>12.1f}" for v in values)
+        lines.append(f"{one['name']!s:<22}{other['num_classes']!s:>12}{shown}")
+    return "\n".join([*lines, "", f"page: {root}/run/report.html"])
+
+
+def _read(root: str, *parts: str) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(Path(root, *parts).read_text(encoding="utf-8"))
+    return values
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""A patch on which an object is built from simple parts, before it is shaded.
+"""A patch of pixels on which an object is built from simple parts, before it is shaded.
 
 Every pixel of the patch holds which part of the object it belongs to (`role`), the surface normal,
 and two surface coordinates that patterns follow. Parts are painted back to front.
@@ -26,20 +26,15 @@ class Canvas:
     """
 
     def __init__(self, x: Field, y: Field, aspect: float) -> None:
-        self.x = x
-        self.y = y
-        self.aspect = aspect
+        self.x, self.y, self.aspect = x, y, aspect
         self.role = np.zeros(x.shape, dtype=np.uint8)
-        self.normal_x = np.zeros_like(x)
-        self.normal_y = np.zeros_like(x)
-        self.u = np.zeros_like(x)
-        self.v = np.zeros_like(x)
+        self.normal_x, self.normal_y, self.u, self.v = (np.zeros_like(x) for _ in range(4))
         self.shade = np.ones_like(x)
 
     def paint(
         self,
         mask: Mask,
-        role: int,
+        role: int = BODY,
         *,
         normal: tuple[Field | float, Field | float] = (0.0, 0.0),
         surface: tuple[Field, Field] | None = None,
@@ -48,17 +43,17 @@ class Canvas:
         """Cover the pixels of `mask` with one part.
 
         Args:
-            mask: where.
-            role: what.
+            mask: the pixels.
+            role: of the part.
             normal: x and y of the surface normal, -1 to 1; z follows.
             surface: coordinates that patterns follow; absent: the patch's own.
             shade: brightness of the part, 1 is neutral.
         """
-        u, v = surface if surface is not None else (self.x, self.y)
         self.role[mask] = role
         layers = (self.normal_x, self.normal_y, self.u, self.v, self.shade)
-        for layer, values in zip(layers, (*normal, u, v, shade), strict=True):
-            np.copyto(layer, values, where=mask)
+        values = (*normal, *(surface or (self.x, self.y)), shade)
+        for layer, value in zip(layers, values, strict=True):
+            np.copyto(layer, value, where=mask)
 
     def ellipse(self, center: Point, radius: Point) -> Field:
         """Squared distance from `center` in units of the radii; below 1 is inside."""
@@ -68,17 +63,26 @@ class Canvas:
 
     def rectangle(self, left: float, top: float, right: float, bottom: float) -> Mask:
         """Inside of an upright rectangle."""
-        inside = (self.x > left) & (self.x < right) & (self.y > top) & (self.y < bottom)
-        return np.asarray(inside, dtype=np.bool_)
+        return (self.x > left) & (self.x < right) & (self.y > top) & (self.y < bottom)
 
-    def polygon(self, corners: Sequence[Point]) -> Mask:
+    def polygon(self, *corners: Point) -> Mask:
         """Inside of a convex polygon; corners clockwise on the screen."""
         inside = np.ones(self.x.shape, dtype=np.bool_)
         for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]], strict=True):
             inside &= (x1 - x0) * (self.y - y0) - (y1 - y0) * (self.x - x0) >= 0
         return inside
 
-    def bar(self, start: Point, end: Point, width: float, role: int, shade: float = 1.0) -> None:
+    def disc(self, center: Point, radius: Point, role: int = BODY, **more: Any) -> None:
+        """Paint the inside of an ellipse; more arguments as `paint`."""
+        self.paint(self.ellipse(center, radius) < 1, role, **more)
+
+    def block(self, sides: Sequence[float], role: int = BODY, **more: Any) -> None:
+        """Paint a rectangle (left, top, right, bottom); more arguments as `paint`."""
+        self.paint(self.rectangle(*sides), role, **more)
+
+    def bar(
+        self, start: Point, end: Point, width: float, shade: float = 1.0, *, role: int = BODY
+    ) -> None:
         """A round rod between two points, shaded across its width."""
         dx, dy = end[0] - start[0], end[1] - start[1]
         length = float(np.hypot(dx, dy))
@@ -98,7 +102,7 @@ class Canvas:
         self,
         radius: Field,
         top: float,
-        bottom: float,
+        bottom: float = 1.0,
         *,
         center: float = 0.0,
         angular: bool = False,
@@ -114,7 +118,7 @@ class Canvas:
             bottom: last y on the axis.
             center: x of the axis.
             angular: with three flat facets instead of a smooth turn.
-            role: what it is.
+            role: of the part.
             bulge: how far the lower rim curves down, share of the radius.
             slope: y of the normal.
         """

@@ -12,9 +12,9 @@ import socket
 import subprocess
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +42,9 @@ class LocalRay:
     folder: Path
 
 
-def start(environment: Mapping[str, str], *, num_cpus: int) -> LocalRay:
-    """Start a head and wait until its Jobs API answers.
+@contextmanager
+def local_ray(environment: Mapping[str, str], *, num_cpus: int) -> Iterator[LocalRay]:
+    """Start a head, wait until its Jobs API answers, and stop it at the end.
 
     Args:
         environment: variables of the new process; `ray` is looked up on its PATH.
@@ -52,8 +53,6 @@ def start(environment: Mapping[str, str], *, num_cpus: int) -> LocalRay:
     Raises:
         VlalError: it ended, or did not answer in time; the message holds its last lines.
     """
-    # Short: socket names below it must fit into 107 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="vlal-"))
     own = {
         **environment,
         # Despite its name: 0 keeps every listener on 127.0.0.1 (ray 2.60).
@@ -64,6 +63,8 @@ def start(environment: Mapping[str, str], *, num_cpus: int) -> LocalRay:
     }
     own.pop("RAY_ADDRESS", None)
     port, dashboard, agent, client = free_ports(4)
+    # A short name: socket names below it must fit into 107 bytes.
+    folder = Path(tempfile.mkdtemp(prefix="vlal-"))
     command = [
         *("ray", "start", "--head", "--block", "--disable-usage-stats"),
         *(f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
@@ -72,7 +73,7 @@ def start(environment: Mapping[str, str], *, num_cpus: int) -> LocalRay:
         f"--temp-dir={folder}",
     ]
     with (folder / "head.log").open("wb") as log:
-        # A session of its own: a Ctrl-C in the terminal reaches the demo, which stops us in order.
+        # A session of its own: a Ctrl-C in the terminal reaches the demo, which stops the head.
         process = subprocess.Popen(
             command,
             env=own,
@@ -81,25 +82,19 @@ def start(environment: Mapping[str, str], *, num_cpus: int) -> LocalRay:
             stderr=log,
             start_new_session=True,
         )
-    head = LocalRay(f"http://127.0.0.1:{dashboard}", own, process, folder)
     try:
+        head = LocalRay(f"http://127.0.0.1:{dashboard}", own, process, folder)
         _wait(head)
-    except BaseException:
-        stop(head)
-        raise
-    return head
-
-
-def stop(head: LocalRay) -> None:
-    """End the head and what it started, and remove its folder."""
-    if head.process.poll() is None:
-        head.process.send_signal(signal.SIGTERM)
-        try:
-            head.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.process.pid, signal.SIGKILL)
-            head.process.wait()
-    shutil.rmtree(head.folder, ignore_errors=True)
+        yield head
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> list[int]:
@@ -112,14 +107,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def _wait(head: LocalRay) -> None:
-    request = urllib.request.Request(
-        f"{head.address}/api/jobs/",
-        headers={"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"},
-    )
+    token = {"Authorization": f"Bearer {head.environment['RAY_AUTH_TOKEN']}"}
+    request = urllib.request.Request(f"{head.address}/api/jobs/", headers=token)
     # A proxy in the environment must not carry the token away.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    deadline = time.monotonic() + START_S
-    problem = "no answer"
+    deadline, problem = time.monotonic() + START_S, "no answer"
     while time.monotonic() < deadline:
         if head.process.poll() is not None:
             problem = f"it ended with code {head.process.returncode}"
@@ -127,7 +119,7 @@ def _wait(head: LocalRay) -> None:
         try:
             with opener.open(request, timeout=5):
                 return
-        except (urllib.error.URLError, OSError) as error:
+        except OSError as error:
             problem = str(error)
         time.sleep(0.25)
     log = (head.folder / "head.log").read_text(errors="replace").splitlines()[-8:]

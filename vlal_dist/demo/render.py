@@ -22,6 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ QUICK_SPLITS = {"train": 200, "val": 50, "test": 70}
 ZIPPED = "test"
 JPEG_QUALITY = 90
 
-Record = dict[str, object]
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def render_photo(task: tuple[int, int, int]) -> Photo:
             }
         )
     truth = [sorted(placed.traits.attributes()) for placed in objects]
-    return Photo(image_id=image_id, jpg=buffer.getvalue(), records=records, truth=truth)
+    return Photo(image_id, buffer.getvalue(), records, truth)
 
 
 def render_dataset(
@@ -93,33 +94,32 @@ def render_dataset(
         done.unlink()
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     (root / "images").mkdir(exist_ok=True)
-    identity: list[str] = []
-    truth: list[list[str]] = []
-    labels = 0
+    photos: list[Photo] = []
     # Not fork: the caller may hold threads.
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for number, (split, count) in enumerate(splits.items()):
             tasks = [(seed, number, index) for index in range(count)]
-            photos = pool.map(render_photo, tasks, chunksize=10)
-            _write_photos(root, split, photos)
-            records = [record for photo in photos for record in photo.records]
+            rendered = pool.map(render_photo, tasks, chunksize=10)
+            _write_photos(root, split, rendered)
+            records = [record for photo in rendered for record in photo.records]
             _write_json(root / "annotations" / f"{split}.json", records)
-            identity += [str(record["instance_id"]) for record in records]
-            truth += [names for photo in photos for names in photo.truth]
-            labels += sum(_num_labels(record) for record in records)
+            photos += rendered
     _write_json(root / "attribute_types.json", TYPES)
     _write_json(root / "attribute_parent_types.json", PARENT_TYPES)
+    records = [record for photo in photos for record in photo.records]
+    truth = [names for photo in photos for names in photo.truth]
     columns = {
-        "instance_id": pa.array(identity, pa.string()),
+        "instance_id": pa.array([record["instance_id"] for record in records], pa.string()),
         "positive": pa.array(truth, pa.list_(pa.string())),
     }
     pq.write_table(pa.table(columns), root / "truth.parquet")
+    labels = sum(len(one["positive_attributes"] + one["negative_attributes"]) for one in records)
     counts: dict[str, object] = {
         **settings,
-        "images": sum(splits.values()),
-        "instances": len(identity),
+        "images": len(photos),
+        "instances": len(records),
         "attributes": len(ATTRIBUTES),
-        "hidden": round(1 - labels / (len(identity) * len(ATTRIBUTES)), 4),
+        "hidden": round(1 - labels / (len(records) * len(ATTRIBUTES)), 4),
     }
     _write_json(done, counts)
     return counts
@@ -145,13 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _num_labels(record: Record) -> int:
-    names = (record["positive_attributes"], record["negative_attributes"])
-    return sum(len(side) for side in names if isinstance(side, list))
-
-
 def _write_photos(root: Path, split: str, photos: Sequence[Photo]) -> None:
-    """To the folder, or to the archive with a fixed date, so that equal photos give equal bytes."""
+    """Into the folder, or an archive with a fixed date, so that equal photos give equal bytes."""
     if split != ZIPPED:
         for photo in photos:
             (root / "images" / f"{photo.image_id}.jpg").write_bytes(photo.jpg)

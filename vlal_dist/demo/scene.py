@@ -18,6 +18,7 @@ _OVERLAP = 0.16
 _ATTEMPTS = 40
 
 Box = tuple[int, int, int, int]
+Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,29 @@ class Placed:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, list[Placed]]:
-    """Draw one image and say what is in it, back to front."""
+    """Draw one image; returns it with its objects, back to front."""
     light = _sample_light(rng)
     picture = _background(rng, light)
-    count = int(rng.integers(OBJECTS_PER_IMAGE[0], OBJECTS_PER_IMAGE[1] + 1))
     found: list[tuple[Traits, Sprite]] = []
-    for _ in range(count):
+    for _ in range(int(rng.integers(OBJECTS_PER_IMAGE[0], OBJECTS_PER_IMAGE[1] + 1))):
         traits = sample_traits(rng)
         side = float(rng.uniform(*_SIDE[traits.size]))
         found.append((traits, draw_sprite(rng, traits, light, side)))
-    placed = _place(rng, found)
-    for _, sprite, box in placed:
+    objects = []
+    for traits, sprite, box in _place(rng, found):
         _cast_shadow(picture, sprite, box, light)
-        _blend(picture, sprite, box)
-    objects = [Placed(traits=traits, box=box) for traits, _, box in placed]
+        here, part = _windows(box[0], box[1], sprite.alpha)
+        picture[here] = picture[here] * (1 - sprite.alpha[part][..., None]) + sprite.color[part]
+        objects.append(Placed(traits, box))
     return _develop(rng, picture), objects
 
 
 def _sample_light(rng: np.random.Generator) -> Light:
     direction = np.array([rng.uniform(-0.8, 0.8), rng.uniform(-0.9, -0.45), rng.uniform(0.5, 0.9)])
-    direction /= np.linalg.norm(direction)
+    x, y, z = (direction / np.linalg.norm(direction)).tolist()
     warmth = float(rng.normal(0, 0.05))
     return Light(
-        direction=(float(direction[0]), float(direction[1]), float(direction[2])),
+        direction=(x, y, z),
         ambient=float(rng.uniform(0.42, 0.6)),
         direct=float(rng.uniform(0.5, 0.72)),
         tint=(1.0 + warmth, 1.0, 1.0 - warmth),
@@ -60,7 +61,6 @@ def _sample_light(rng: np.random.Generator) -> Light:
 
 def _background(rng: np.random.Generator, light: Light) -> Field:
     """A wall above, a floor or table below, each with its own texture, and a fall-off of light."""
-    shape = (HEIGHT, WIDTH)
     horizon = int(rng.uniform(0.18, 0.42) * HEIGHT)
     picture = np.empty((HEIGHT, WIDTH, 3), dtype=np.float32)
     plaster = noise(rng, (horizon, WIDTH), 40.0) + 0.5 * noise(rng, (horizon, WIDTH), 3.0)
@@ -70,9 +70,8 @@ def _background(rng: np.random.Generator, light: Light) -> Field:
     kind = int(rng.integers(4))
     if kind == 0:  # planks that run away from the viewer
         depth = 1 / (row + 60.0)
-        column = (
-            np.arange(WIDTH, dtype=np.float32)[None, :] - WIDTH * rng.uniform(0.3, 0.7)
-        ) * depth
+        column = np.arange(WIDTH, dtype=np.float32)[None, :] - WIDTH * rng.uniform(0.3, 0.7)
+        column = column * depth
         plank = np.floor(column * 5)
         texture = 1 + 0.1 * np.sin(plank * 12.9) + 0.05 * stretched_noise(rng, ground, (8, 120))
         texture -= 0.3 * (np.mod(column * 5, 1.0) < 0.03)
@@ -88,7 +87,7 @@ def _background(rng: np.random.Generator, light: Light) -> Field:
     x = np.linspace(-1, 1, WIDTH, dtype=np.float32)[None, :]
     y = np.linspace(-1, 1, HEIGHT, dtype=np.float32)[:, None]
     uneven = 1 + 0.28 * light.direction[0] * x - 0.1 * y - 0.12 * (x * x + y * y)
-    uneven = uneven + 0.05 * noise(rng, shape, 120.0)
+    uneven = uneven + 0.05 * noise(rng, (HEIGHT, WIDTH), 120.0)
     return np.asarray(picture * uneven[..., None] * np.array(light.tint, dtype=np.float32))
 
 
@@ -137,37 +136,21 @@ def _cast_shadow(picture: Field, sprite: Sprite, box: Box, light: Light) -> None
     layer = Image.new("L", (width + 2 * pad + 2 * depth, depth + 2 * pad))
     layer.paste(silhouette, (pad + depth, pad))
     # Output (x, y) takes input (x + shear * (rows above the foot), y).
-    foot = pad + depth
-    layer = layer.transform(
-        layer.size,
-        Image.Transform.AFFINE,
-        (1, shear, -shear * foot, 0, 1, 0),
-        Image.Resampling.BILINEAR,
-    )
+    affine = (1, shear, -shear * (pad + depth), 0, 1, 0)
+    layer = layer.transform(layer.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
     layer = layer.filter(ImageFilter.GaussianBlur(5))
     dark = np.asarray(layer, dtype=np.float32) / 255 * (0.5 * light.direct / 0.6)
-    _multiply(picture, 1 - dark, x - pad - depth, y + height - depth - pad)
+    here, part = _windows(x - pad - depth, y + height - depth - pad, dark)
+    picture[here] *= (1 - dark)[part][..., None]
 
 
-def _multiply(picture: Field, factor: Field, left: int, top: int) -> None:
-    rows, columns = factor.shape
+def _windows(left: int, top: int, patch: Field) -> tuple[Window, Window]:
+    """The part of the picture that a patch at (left, top) covers, and that part of the patch."""
+    rows, columns = patch.shape
     x0, y0 = max(left, 0), max(top, 0)
-    x1, y1 = min(left + columns, WIDTH), min(top + rows, HEIGHT)
-    if x0 < x1 and y0 < y1:
-        part = factor[y0 - top : y1 - top, x0 - left : x1 - left]
-        picture[y0:y1, x0:x1] *= part[..., None]
-
-
-def _blend(picture: Field, sprite: Sprite, box: Box) -> None:
-    """Lay the object over the picture."""
-    left, top, columns, rows = box
-    x0, y0 = max(left, 0), max(top, 0)
-    x1, y1 = min(left + columns, WIDTH), min(top + rows, HEIGHT)
-    if x0 >= x1 or y0 >= y1:
-        return
-    part = (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-    under = picture[y0:y1, x0:x1]
-    picture[y0:y1, x0:x1] = under * (1 - sprite.alpha[part][..., None]) + sprite.color[part]
+    x1, y1 = max(min(left + columns, WIDTH), x0), max(min(top + rows, HEIGHT), y0)
+    here = (slice(y0, y1), slice(x0, x1))
+    return here, (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
 
 
 def _develop(rng: np.random.Generator, picture: Field) -> Image.Image:
@@ -175,7 +158,6 @@ def _develop(rng: np.random.Generator, picture: Field) -> Image.Image:
     exposed = np.clip(picture * rng.uniform(0.85, 1.15), 0, 255).astype(np.uint8)
     soft = Image.fromarray(exposed).filter(ImageFilter.GaussianBlur(float(rng.uniform(0.3, 0.9))))
     sigma = float(rng.uniform(1.5, 4.5))
-    grainy = np.asarray(soft, dtype=np.float32) + sigma * rng.standard_normal(
-        (HEIGHT, WIDTH, 1), dtype=np.float32
-    )
+    grain = rng.standard_normal((HEIGHT, WIDTH, 1), dtype=np.float32)
+    grainy = np.asarray(soft, dtype=np.float32) + sigma * grain
     return Image.fromarray(np.clip(grainy, 0, 255).astype(np.uint8))

@@ -1,6 +1,6 @@
 """Train the demo's tiny CLIP: `python -m vlal_dist.demo.train_clip --out runs/demo/clip`.
 
-It plays the off-the-shelf vision-language model: a real contrastive image-text model of open_clip,
+It takes the place of a public vision-language model: a contrastive image-text model of open_clip,
 trained on rendered images of other seeds than the dataset's, with captions that name one to three
 attributes and the object. Writes `demo_clip.json` (open_clip's model config) and
 `demo_clip.safetensors` (fp16).
@@ -47,7 +47,7 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Crop:
-    """One rendered object and what can be said of it.
+    """One rendered object with its attributes.
 
     Attributes:
         pixels: uint8 [72, 72, 3], the middle of its box.
@@ -61,7 +61,7 @@ class Crop:
 
 
 def crops_of(task: tuple[int, int]) -> list[Crop]:
-    """Render image (seed, index) and cut its objects out as the scorer does: the box's middle."""
+    """Render image (seed, index) and cut out the middle of each box, as the scorer does."""
     rng = np.random.default_rng(task)
     picture, objects = draw_scene(rng)
     found = []
@@ -115,9 +115,8 @@ def train(crops: Sequence[Crop], *, config_dir: Path, seed: int, epochs: int) ->
             visual, textual, scale = model(picture, text)
             logits = scale * visual @ textual.T
             truth = torch.arange(len(rows))
-            loss = functional.cross_entropy(logits, truth) + functional.cross_entropy(
-                logits.T, truth
-            )
+            losses = [functional.cross_entropy(one, truth) for one in (logits, logits.T)]
+            loss = losses[0] + losses[1]
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
@@ -133,9 +132,8 @@ def train(crops: Sequence[Crop], *, config_dir: Path, seed: int, epochs: int) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line, render, train, save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlal_dist.demo.train_clip", description=__doc__
-    )
+    program = "python -m vlal_dist.demo.train_clip"
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo/clip"), help="folder written")
     parser.add_argument("--seed", type=int, default=1001, help="not the dataset's")
     parser.add_argument("--images", type=int, default=IMAGES, help="images rendered to train on")

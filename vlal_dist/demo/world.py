@@ -1,4 +1,4 @@
-"""What exists in the demo's small world: attributes, and kinds of objects.
+"""The demo's world: attributes, and kinds of objects.
 
 A kind allows some materials, forms, builds and states, so feasible sets differ from object to
 object. Nothing here draws a pixel or a random number.
@@ -43,7 +43,7 @@ ATTRIBUTES = tuple(name for names in TYPES.values() for name in names)
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
 
 STATE_PAIRS = {"open": "closed", "lit": "unlit", "tilted": "upright", "dirty": "clean"}
-"""A state and its opposite; the opposite is the usual case, which annotators seldom mention."""
+"""A state and its opposite, the usual case, which annotators seldom mention."""
 STATE_SHARE = {"open": 0.45, "lit": 0.5, "tilted": 0.3, "dirty": 0.3}
 
 Aspects = Mapping[str, tuple[float, float, float]]
@@ -182,9 +182,11 @@ _PATTERNS_OF: dict[str, Mapping[str, float]] = {
     "glass": {"plain": 9, "striped": 1},
     "metal": {"plain": 7, "striped": 1, "dotted": 1},
 }
-_SHINY = {"metal": 0.85, "glass": 1.0, "ceramic": 0.75, "plastic": 0.6, "wooden": 0.2}
-_ROUGH = {"stone": 0.75, "fabric": 0.45, "wooden": 0.3, "paper": 0.15}
-_TRANSPARENT = {"glass": 0.85, "plastic": 0.15}
+_SURFACES = {
+    "shiny": {"metal": 0.85, "glass": 1.0, "ceramic": 0.75, "plastic": 0.6, "wooden": 0.2},
+    "rough": {"stone": 0.75, "fabric": 0.45, "wooden": 0.3, "paper": 0.15},
+    "transparent": {"glass": 0.85, "plastic": 0.15},
+}
 _SIZES = {"small": 0.3, "medium": 0.42, "large": 0.28}
 _SALIENCE = {
     "color": 0.5,
@@ -204,7 +206,7 @@ _NEGATIVES = 6.3
 
 @dataclass(frozen=True)
 class Traits:
-    """Everything true of one instance, and what the painter needs besides.
+    """Everything true of one instance, as attributes and as numbers for drawing.
 
     Attributes:
         kind: key of `KINDS`.
@@ -238,13 +240,10 @@ class Traits:
 
     def attributes(self) -> frozenset[str]:
         """The complete truth: every attribute present."""
-        present = {self.color, self.second_color, self.pattern, self.size, self.form}
-        present |= self.states | ({self.material} - {""})
-        present |= {self.build} - {"even"}
-        present.add("shiny" if self.shiny else "matte")
-        present |= {"rough"} if self.rough else set()
-        present |= {"transparent"} if self.transparent else set()
-        return frozenset(present)
+        present = {self.color, self.second_color, self.pattern, self.size, self.form, *self.states}
+        present |= {self.material, self.build} - {"", "even"}
+        present |= {name for name in _SURFACES if getattr(self, name)}
+        return frozenset(present | (set() if self.shiny else {"matte"}))
 
 
 def sample_traits(rng: np.random.Generator, kind_name: str | None = None) -> Traits:
@@ -256,12 +255,12 @@ def sample_traits(rng: np.random.Generator, kind_name: str | None = None) -> Tra
     pattern = pick(rng, kind.patterns or _PATTERNS_OF[material])
     second = color
     if pattern != "plain":
-        others: dict[str, float] = {other: share for other, share in _ANY.items() if other != color}
-        others |= {other: 25.0 for other in ("white", "black") if other != color}
+        others = {**_ANY, "white": 25.0, "black": 25.0}
+        del others[color]
         second = pick(rng, others)
     build = pick(rng, {value: entry[0] for value, entry in kind.aspects.items()})
     _, low, high = kind.aspects[build]
-    usual = [
+    states = [
         state if rng.random() < STATE_SHARE[state] else STATE_PAIRS[state] for state in kind.states
     ]
     return Traits(
@@ -274,10 +273,8 @@ def sample_traits(rng: np.random.Generator, kind_name: str | None = None) -> Tra
         form=pick(rng, kind.forms),
         build=build,
         aspect=float(rng.uniform(low, high)),
-        shiny=bool(rng.random() < _SHINY.get(material, 0.0)),
-        rough=bool(rng.random() < _ROUGH.get(material, 0.0)),
-        transparent=bool(rng.random() < _TRANSPARENT.get(material, 0.0)),
-        states=frozenset(usual),
+        **{name: bool(rng.random() < of.get(material, 0)) for name, of in _SURFACES.items()},
+        states=frozenset(states),
     )
 
 
@@ -285,20 +282,15 @@ def plausible_attributes(kind_name: str) -> frozenset[str]:
     """Attributes an annotator would consider for an object of that kind."""
     kind = KINDS[kind_name]
     materials = tuple(kind.materials)
-    found = {*materials, *kind.forms, *TYPES["size"], "matte"}
-    found |= set(kind.colors) or set(COLORS)
-    for patterns in [kind.patterns] if kind.patterns else [_PATTERNS_OF[m] for m in materials]:
-        found |= set(patterns)
-    found |= {build for build in kind.aspects if build != "even"}
-    for name, shares in (("shiny", _SHINY), ("rough", _ROUGH), ("transparent", _TRANSPARENT)):
-        found |= {name} if any(material in shares for material in materials) else set()
-    for state in kind.states:
-        found |= {state, STATE_PAIRS[state]}
-    return frozenset(found)
+    found = {*materials, *kind.forms, *TYPES["size"], *(kind.colors or COLORS), "matte"}
+    found |= set(kind.aspects) - {"even"}
+    found.update(kind.patterns or [name for m in materials for name in _PATTERNS_OF[m]])
+    found |= {name for name, shares in _SURFACES.items() if set(shares) & set(materials)}
+    return frozenset(found.union(kind.states, (STATE_PAIRS[state] for state in kind.states)))
 
 
 def annotate(rng: np.random.Generator, traits: Traits) -> tuple[list[str], list[str]]:
-    """What annotators wrote down: a salient part of the truth, and some of what is absent.
+    """Partial labels: a salient part of the truth, and some attributes ruled out.
 
     Returns:
         Positive and negative attribute names, sorted; at least one positive.
