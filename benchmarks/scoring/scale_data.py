@@ -21,9 +21,11 @@ from vlal_dist.data.format.index import (
 )
 from vlal_dist.data.format.scores import score_key
 from vlal_dist.data.hashing import mix
+from vlal_dist.scoring.identity import ScorerIdentity
 
 SHARD_SAMPLES = 10
-SCORER = hashlib.sha256(b"scorer").hexdigest()
+IDENTITY = ScorerIdentity("scorer", "", "", (), "", "", "fp32")
+SCORER = IDENTITY.digest
 
 
 def make_small(folder: Path) -> Path:

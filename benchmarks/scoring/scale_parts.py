@@ -12,7 +12,7 @@ from threading import Event
 
 import numpy as np
 
-from benchmarks.scoring.scale_data import SCORER, SHARD_SAMPLES
+from benchmarks.scoring.scale_data import IDENTITY, SCORER, SHARD_SAMPLES
 from benchmarks.scoring.scale_memory import family, status_mb
 from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
@@ -22,7 +22,7 @@ from vlal_dist.scoring import ray_cluster
 from vlal_dist.scoring.clip import PhaseSeconds
 from vlal_dist.scoring.driver import ScoringPlan, ScoringTotals, closing, make_plan, score_shards
 from vlal_dist.scoring.embed import SplitShard
-from vlal_dist.scoring.identity import ScorerIdentity, ScoreSettings, ScoringJob
+from vlal_dist.scoring.identity import ScoreSettings, ScoringJob
 from vlal_dist.scoring.quality import QualityTotals, ShardQuality, check_shard, type_names
 from vlal_dist.scoring.ray_cluster import ray_session
 from vlal_dist.scoring.shard_task import ShardResult
@@ -37,7 +37,7 @@ Result = dict[str, float]
 class EmptyJob(ScoringJob):
     """A job whose shards all have the same quality."""
 
-    quality: ShardQuality
+    quality: ShardQuality | None
 
 
 class EmptyActor(ray_cluster.ScoringActor):
@@ -138,7 +138,7 @@ def plan(root: Path, scores: Path, cache: Path) -> Result:
     """Compare all shards with the score files."""
     dataset, store = open_dataset(str(root), cache=cache), open_store(str(scores))
     ready_mb, started = status_mb("self", "VmHWM"), time.monotonic()
-    made = make_plan(dataset, store, ScoringConfig(), scorer_digest=SCORER)
+    made = make_plan(dataset, store, _job(None))
     seconds = time.monotonic() - started
     return {
         "pending": len(made.pending),
@@ -199,13 +199,13 @@ def _types(small: Path) -> tuple[str, ...]:
     return type_names(dataset.vocabulary)
 
 
-def _job(quality: ShardQuality) -> EmptyJob:
+def _job(quality: ShardQuality | None) -> EmptyJob:
     return EmptyJob(
         scoring=ScoringConfig(),
         dataset="",
         scores="",
         cache="",
-        identity=ScorerIdentity("", "", "", (), "", "", "fp32"),
+        identity=IDENTITY,
         device="cpu",
         temperature=0.01,
         quality=quality,

@@ -50,15 +50,20 @@ def test_equal_prompts_are_kept_once() -> None:
     [
         ([], "empty"),
         (["a photo"], "lacks {attribute}"),
-        (["a {colour} {attribute}"], "placeholder {colour}"),
-        (["a {attribute"], "write {attribute} and {object}"),
-        (["a {attribute!r}"], "format specification"),
-        (["a {attribute:>9}"], "format specification"),
-        (["a {attribute.__class__}"], "placeholder {attribute.__class__}"),
-        (["a {} {attribute}"], "placeholder {}"),
+        (["a {{attribute}}"], "lacks {attribute}"),
+        (["a {colour} {attribute}"], "nothing else in braces"),
+        (["a {attribute"], "nothing else in braces"),
+        (["a {attribute!r}"], "nothing else in braces"),
+        (["a {attribute:>9}"], "nothing else in braces"),
+        (["a {attribute.__class__}"], "nothing else in braces"),
+        (["a {} {attribute}"], "nothing else in braces"),
     ],
 )
 def test_templates_are_checked(templates: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=r"scoring\.templates") as error:
         check_templates(templates)
     assert says in str(error.value)
+
+
+def test_doubled_braces_are_text() -> None:
+    check_templates(["{{a}} photo of {attribute} {object}"])

@@ -6,8 +6,8 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -17,12 +17,7 @@ import torch
 
 from vlal_dist.config.sections import PathsConfig, ScoringConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
-from vlal_dist.data.format.scores import (
-    finished_manifest,
-    quarantined_of,
-    score_key,
-    write_scores_manifest,
-)
+from vlal_dist.data.format.scores import finished_manifest, quarantined_of, write_scores_manifest
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring.clip import PhaseSeconds, load_clip
@@ -87,9 +82,9 @@ def score_dataset(
         "embedder_digest": job.identity.embedder_digest,
         "temperature": job.temperature,
     }
-    plan = make_plan(dataset, store, scoring, scorer_digest=job.identity.digest)
-    if retry_quarantined and not plan_only:
-        plan = forget_quarantined(dataset, store, plan, job)
+    plan = make_plan(dataset, store, job)
+    if retry_quarantined and not plan_only and forget_quarantined(dataset, store, plan, job):
+        plan = make_plan(dataset, store, job)
     finished = check_not_taken(store, manifest, scoring.splits)
     if plan_only:
         return planned(plan, job, stored_settings(store, job))
@@ -190,26 +185,23 @@ class ScoringPlan:
     prompts: int
 
 
-def make_plan(
-    dataset: Dataset, store: Store, scoring: ScoringConfig, *, scorer_digest: str
-) -> ScoringPlan:
+def make_plan(dataset: Dataset, store: Store, job: ScoringJob) -> ScoringPlan:
     """Compare the shards of `scoring.splits` with the score files; one listing per split.
 
     Raises:
         DataError: a split that the dataset lacks.
         ConfigError: a template that cannot be filled.
     """
-    prompts, position = build_prompts(dataset, scoring.templates)
+    prompts, position = build_prompts(dataset, job.scoring.templates)
     pending: dict[ShardPosition, int] = {}
     present: list[ShardPosition] = []
     samples = pending_bytes = 0
-    for name in scoring.splits:
+    for name in job.scoring.splits:
         keys = set(store.list_keys(f"{name}/"))
         split = open_split(dataset, name)
         samples += split.num_samples
         for number, shard in enumerate(split.shards):
-            key = score_key(name, shard_sha256=shard.sha256, scorer_digest=scorer_digest)
-            if key in keys:
+            if job.score_key(name, shard.sha256) in keys:
                 present.append((name, number))
             else:
                 pending[name, number] = shard.samples
@@ -217,38 +209,22 @@ def make_plan(
     return ScoringPlan(pending, present, pending_bytes, samples, len(position), len(prompts))
 
 
-def forget_quarantined(
-    dataset: Dataset, store: Store, plan: ScoringPlan, job: ScoringJob
-) -> ScoringPlan:
-    """Delete the score files that list unusable crops, and `scores.json` if there is one.
-
-    Returns:
-        The plan with their shards pending again.
+def forget_quarantined(dataset: Dataset, store: Store, plan: ScoringPlan, job: ScoringJob) -> bool:
+    """Delete `scores.json` and the score files that list unusable crops; whether there were any.
 
     Raises:
         DataError: a score file is damaged.
     """
     splits = {name: open_split(dataset, name) for name, _ in plan.present}
-    again = [SplitShard(splits[name], position) for name, position in plan.present]
-    again = [
-        shard
-        for shard in again
-        if quarantined_of(
-            open_shard_scores(store, shard, job.digests, cache=Path(job.cache)).header
-        )
-    ]
-    if again:
-        store.delete("scores.json")
-    for shard in again:
-        name, digest = shard.split.name, job.identity.digest
-        store.delete(score_key(name, shard_sha256=shard.sha256, scorer_digest=digest))
-    pending = {(one.split.name, one.position): one.split.shards[one.position] for one in again}
-    return replace(
-        plan,
-        pending=plan.pending | {where: entry.samples for where, entry in pending.items()},
-        present=[where for where in plan.present if where not in pending],
-        pending_bytes=plan.pending_bytes + sum(entry.bytes for entry in pending.values()),
-    )
+    found = []
+    for name, position in plan.present:
+        shard = SplitShard(splits[name], position)
+        scores = open_shard_scores(store, shard, job.digests, cache=Path(job.cache))
+        if quarantined_of(scores.header):
+            found.append(job.score_key(name, shard.sha256))
+    for key in ["scores.json", *found] if found else []:
+        store.delete(key)
+    return bool(found)
 
 
 def check_not_taken(store: Store, wanted: dict[str, Any], splits: Sequence[str]) -> bool:
@@ -303,21 +279,13 @@ class LocalPool:
         self._scorer = scorer
 
     def run(self, calls: Sequence[Call]) -> Iterator[Any]:
-        """Results of the calls as they finish, in any order."""
+        """Results of the calls as they finish, in any order; one that fails cancels the rest."""
         with ThreadPoolExecutor(UNDER_WAY, thread_name_prefix="shard") as pool:
-            under_way: set[Future[Any]] = set()
             try:
-                for method, arguments in calls:
-                    under_way.add(pool.submit(getattr(self._scorer, method), *arguments))
-                    if len(under_way) >= UNDER_WAY:
-                        done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                        yield from (one.result() for one in done)
-                while under_way:
-                    done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-                    yield from (one.result() for one in done)
+                futures = (pool.submit(getattr(self._scorer, name), *more) for name, more in calls)
+                yield from (future.result() for future in as_completed(futures))
             finally:
-                for one in under_way:
-                    one.cancel()
+                pool.shutdown(cancel_futures=True)
 
 
 @dataclass
@@ -442,11 +410,10 @@ def choose_settings(
     batch_size, decode_threads = job.scoring.batch_size, job.scoring.decode_threads
     images_per_s = None
     if (batch_size is None or decode_threads is None) and plan.pending:
-        first = next(iter(plan.pending))
-        (found,) = pool.run([("warm_up", (*first, batch_size, decode_threads))])
+        (found,) = pool.run([("warm_up", next(iter(plan.pending)))])
+        logger.info("warm-up: %s", found)
         batch_size, decode_threads = found.batch_size, found.decode_threads
         images_per_s = round(found.images_per_s, 1)
-        logger.info("warm-up: %s", found)
     settings = job.settings(batch_size or 1, decode_threads or 1, images_per_s)
     return store_settings(store, job, settings)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.data.format.dataset import Dataset
+from vlal_dist.data.format.scores import score_key
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
@@ -138,6 +139,10 @@ class ScoringJob:
             "feasible_digest": self.identity.feasible_digest,
             "vocabulary_digest": self.identity.vocabulary_digest,
         }
+
+    def score_key(self, split: str, shard_sha256: str) -> str:
+        """Storage key of the score file of a shard."""
+        return score_key(split, shard_sha256=shard_sha256, scorer_digest=self.identity.digest)
 
     def settings(
         self, batch_size: int, decode_threads: int, images_per_s: float | None = None

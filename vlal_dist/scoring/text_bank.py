@@ -8,7 +8,6 @@ Legend: S feasible pairs, T templates, D embedding width.
 
 import contextlib
 import logging
-import string
 from collections.abc import Sequence
 from threading import Event
 
@@ -26,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 TextBank = npt.NDArray[np.float32]
 """float32 [S, D], unit length; row s is pair s of the feasible sets (CSR order)."""
-
-PLACEHOLDERS = ("attribute", "object")
 
 
 def ensure_bank(
@@ -147,27 +144,19 @@ def check_templates(templates: Sequence[str]) -> None:
     """Refuse templates that cannot be filled from an attribute and an object name.
 
     Raises:
-        ConfigError: no template, unbalanced braces, an unknown placeholder, or no `{attribute}`.
+        ConfigError: no template, anything but `{attribute}` and `{object}` in braces, or no
+            `{attribute}`.
     """
     if not templates:
         raise ConfigError("scoring.templates is empty; give at least one prompt template")
     for template in templates:
-        try:
-            fields = list(string.Formatter().parse(template))
-        except ValueError as error:
+        rest = template.replace("{{", "").replace("}}", "")  # braces as they are written in prompts
+        if set("{}") & set(rest.replace("{attribute}", "").replace("{object}", "")):
             raise ConfigError(
-                f"scoring.templates: {template!r}: {error}; write {{attribute}} and {{object}}"
-            ) from None
-        names = [name for _, name, _, _ in fields if name is not None]
-        plain = all(not spec and not conversion for _, _, spec, conversion in fields)
-        unknown = [name for name in names if name not in PLACEHOLDERS]
-        if unknown or not plain:
-            raise ConfigError(
-                f"scoring.templates: {template!r} holds "
-                + (f"the placeholder {{{unknown[0]}}}" if unknown else "a format specification")
-                + "; allowed are {attribute} and {object}, nothing else in braces"
+                f"scoring.templates: {template!r}: allowed are {{attribute}} and {{object}}, "
+                "nothing else in braces"
             )
-        if "attribute" not in names:
+        if "{attribute}" not in rest:
             raise ConfigError(
                 f"scoring.templates: {template!r} lacks {{attribute}}: all attributes of an "
                 "object would score the same; add it"

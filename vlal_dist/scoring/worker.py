@@ -15,7 +15,7 @@ import torch
 
 from vlal_dist.data.format.dataset import Split, open_dataset, open_split
 from vlal_dist.data.format.sample_reader import SampleReader
-from vlal_dist.data.format.scores import quarantined_of, score_key
+from vlal_dist.data.format.scores import quarantined_of
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds, load_clip
 from vlal_dist.scoring.embed import (
@@ -74,14 +74,11 @@ class ShardScorer:
         self._encoder_lock = EncoderLock()
         self._opening = threading.Lock()
 
-    def warm_up(
-        self, split: str, shard: int, batch_size: int | None, decode_threads: int | None
-    ) -> "WarmUp":
+    def warm_up(self, split: str, shard: int) -> "WarmUp":
         """Measure on the crops of one shard; see `warm_up`."""
         self._set_threads()
         opened, reader = self._open(split)
-        rows, cpus = SplitShard(opened, shard).rows, self.job.threads
-        return warm_up(self.encoder, reader, rows, cpus, batch_size, decode_threads)
+        return warm_up(self.encoder, reader, SplitShard(opened, shard).rows, self.job)
 
     def prepare_text(self, settings: ScoreSettings) -> int:
         """Make sure that the text bank is committed, and keep it; returns its pairs."""
@@ -98,9 +95,8 @@ class ShardScorer:
         """
         self._set_threads()
         opened, reader = self._open(split)
-        here, scorer_digest = SplitShard(opened, shard), self.job.identity.digest
-        key = score_key(split, shard_sha256=here.sha256, scorer_digest=scorer_digest)
-        if self.store.exists(key):
+        here = SplitShard(opened, shard)
+        if self.store.exists(self.job.score_key(split, here.sha256)):
             return self.check(split, shard)
         bank, seconds = self._prepared(settings), PhaseSeconds()
         if self._embeddings is not None:
@@ -223,26 +219,19 @@ class WarmUp:
     images_per_s: float
 
 
-def warm_up(
-    encoder: ClipEncoder,
-    reader: SampleReader,
-    rows: range,
-    cpus: int,
-    batch_size: int | None,
-    decode_threads: int | None,
-) -> WarmUp:
-    """Measure decoding and encoding for some seconds, and choose.
+def warm_up(encoder: ClipEncoder, reader: SampleReader, rows: range, job: ScoringJob) -> WarmUp:
+    """Measure decoding and encoding for some seconds, and choose what the config leaves open.
 
     Args:
         encoder: the model; its `batch_size` is set to the chosen one.
         reader: reads the split.
         rows: of the shard whose crops are taken.
-        cpus: processors that the worker may use.
-        batch_size, decode_threads: given: not chosen.
+        job: `threads` are the processors of a worker.
 
     Raises:
         DataError: none of the crops can be used.
     """
+    cpus, batch_size = job.threads, job.scoring.batch_size
     started, crops = time.perf_counter(), []
     for row in rows[:_CROPS]:
         pixels = prepare_crop(reader, row, encoder).pixels
@@ -259,7 +248,7 @@ def warm_up(
     else:
         threads = min(_MOST_THREADS, int(encode_per_s / decode_per_s) + 1)
         images_per_s = min(encode_per_s, decode_per_s * threads)
-    threads = decode_threads or threads
+    threads = job.scoring.decode_threads or threads
     return WarmUp(encoder.batch_size, threads, encode_per_s, decode_per_s, images_per_s)
 
 
