@@ -68,8 +68,8 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "onnxscript": "vlal_dist/release/onnx_export.py",
     "prometheus_client": "vlal_dist/observability/metrics.py",
     "tensorboard": "vlal_dist/observability/event_files.py",
-    "wandb": "vlal_dist/observability/wandb_run.py",
-    "mlflow": "vlal_dist/observability/mlflow_run.py",
+    "wandb": "vlal_dist/observability/tracker_clients.py",
+    "mlflow": "vlal_dist/observability/tracker_clients.py",
     "pydantic": "vlal_dist/config/",
 }
 

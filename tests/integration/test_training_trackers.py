@@ -96,7 +96,7 @@ def test_unreachable_trackers_delay_only_the_end_by_seconds(small: Path, tmp_pat
         assert left_behind(str(run)) == []
     assert "train: done: epochs 2, steps 8" in output
     for name in ("wandb", "mlflow"):
-        assert f"tracker {name}: not closed in order" in output
+        assert f"tracker {name}: not closed cleanly" in output
     assert scalars(run / "tensorboard") == curves(run)
     assert API_KEY not in "".join(
         path.read_text(errors="replace") for path in run.rglob("*") if path.is_file()

@@ -110,7 +110,7 @@ def test_what_fails_is_told_and_tried_again(
         time.sleep(0.01)
     one.close(done=False)
     assert [one.step for one in kept.records] == [0, 1, 2] and kept.done is False
-    assert "tracker one: OSError: no such host; training goes on" in caplog.text
+    assert "tracker one: OSError: no such host; retrying in 0 s; training goes on" in caplog.text
     assert caplog.text.count("ConnectionError: the server is away") == 2
 
 
@@ -130,7 +130,7 @@ def test_one_that_hangs_neither_holds_up_a_log_nor_the_end_nor_another(
         time.sleep(0.002)  # lets the healthy one's thread keep up
     assert longest < 0.5
     assert drops == {"slow": 90}
-    assert caplog.text.count("10 wait already; records dropped: 1;") == 1
+    assert caplog.text.count("its queue of 10 records is full; records dropped: 1;") == 1
     started = time.monotonic()
     both.close(done=True)
     assert time.monotonic() - started < 3
@@ -367,7 +367,7 @@ def test_a_black_hole_gets_its_seconds_and_no_more(
         started = time.monotonic()
         one.close(done=True)
         assert time.monotonic() - started < trackers.CLOSE_S + 1.5
-    assert f"tracker {name}: not closed in order" in caplog.text
+    assert f"tracker {name}: not closed cleanly" in caplog.text
 
 
 KILLED = """

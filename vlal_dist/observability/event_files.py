@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written with TensorBoard's own records and without torch."""
+"""TensorBoard event files, written with TensorBoard's own record writer and without torch."""
 
 import io
 import os
@@ -10,18 +10,18 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from vlal_dist.observability.trackers import Record
+from vlal_dist.observability.trackers import Record, Tracker
 
 PATTERN = "events.out.tfevents."
 
 
-class EventFiles:
+class EventFiles(Tracker):
     """Writes one event file; TensorBoard reads all files of a folder as one run.
 
     Args:
-        folder: made if it is not there.
-        step: of the run at its start. Above 0 TensorBoard is told to forget the steps after it,
-            which will be logged again; at 0 the files of an earlier run are removed.
+        folder: created if it does not exist.
+        step: of the run at its start. Above 0 TensorBoard discards the steps after it, which will
+            be logged again; at 0 the files of an earlier run are removed.
 
     Raises:
         OSError: the folder cannot be written.
@@ -36,7 +36,7 @@ class EventFiles:
         name = f"{PATTERN}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self._path, self._bytes = folder / name, 0
         version = Event(wall_time=time.time(), file_version="brain.Event:2")
-        # TensorBoard forgets at the second START of a folder: the first one must be there too.
+        # TensorBoard discards at the second START of a folder, so the first one must exist too.
         begun = SessionLog(status=SessionLog.START)
         self._append(version, Event(wall_time=time.time(), step=step + 1, session_log=begun))
 
@@ -53,19 +53,13 @@ class EventFiles:
         summary = Summary(value=values)
         self._append(Event(wall_time=record.time, step=record.step, summary=summary))
 
-    def close(self, *, done: bool) -> None:
-        """Nothing is left: each record was written at once."""
-
-    def abandon(self) -> None:
-        """There is no process."""
-
     def _append(self, *events: Event) -> None:
         framed = io.BytesIO()
         writer = RecordWriter(framed)
         for event in events:
             writer.write(event.SerializeToString())
         with self._path.open("ab") as file:
-            if file.tell() > self._bytes:  # a full disk cut a record short: it would hide the rest
+            if file.tell() > self._bytes:  # a full disk truncated a record: it would hide the rest
                 file.truncate(self._bytes)
             file.write(framed.getvalue())
         self._bytes = self._path.stat().st_size

@@ -1,9 +1,9 @@
-"""A tracker that talks to a server, in a process of its own; this module is both of its ends.
+"""A process for the clients of W&B and MLflow: the trainer's end and the process itself.
 
-The clients of W&B and MLflow change the process that imports them: they hook its exit and wait
-there for their server, start threads and processes, take seconds and 100 MB to import. In their own
-process they cost training nothing, and whatever they hang in can be killed. Records are lines of
-JSON on its standard input; when that ends, however the trainer ended, it has some seconds.
+These clients change the process that imports them: they hook its exit and wait there for their
+server, start threads and processes, take seconds and 100 MB to import. In a process of their own
+they cost training nothing and can be killed when they hang. Records are lines of JSON on its
+standard input; when that ends, however the trainer ended, it has some seconds to deliver the rest.
 """
 
 import json
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 
 GAVE_UP = 3
 NICE = 5
-"""Where cores are few, importing a client takes seconds: training goes first, as three to one."""
+"""Importing a client takes seconds of CPU; training gets three times its share of a core."""
 ENVIRONMENT = {
-    # Nothing is sent or printed but what is logged: no usage statistics, code, packages, hardware.
+    # Only records are sent: no usage statistics, console output, code, packages, hardware.
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
     "WANDB_CONSOLE": "off",
@@ -45,8 +45,8 @@ ENVIRONMENT = {
 """Defaults of the process; the user's own variables win."""
 
 
-class ProcessTracker:
-    """The trainer's end.
+class ProcessTracker(Tracker):
+    """A tracker in a process of its own, seen from the trainer.
 
     Args:
         name: wandb or mlflow.
@@ -66,13 +66,13 @@ class ProcessTracker:
             start_new_session=True,  # Ctrl-C is for the trainer, which still has to log
         )
         where = None if folder is None else str(folder)
-        # The trainer's own wait is longer by a second: it can tell how the process ended.
+        # A second less than the trainer's own wait, so that it can log how the process ended.
         self._seconds = CLOSE_S - 1
         settings = {"name": name, "identity": identity, "folder": where}
         self._send({"seconds": self._seconds, "settings": settings})
 
     def log(self, record: Record) -> None:
-        """Send a record; waits while the process is busy with many others.
+        """Send a record; blocks while the pipe is full.
 
         Raises:
             ConnectionError: the process has ended.
@@ -83,7 +83,7 @@ class ProcessTracker:
         """Wait until the process has ended, which it does within its seconds.
 
         Raises:
-            ConnectionError: it had not delivered all.
+            ConnectionError: it did not deliver all records.
         """
         self._send({"done": done})
         assert self._process.stdin is not None
@@ -92,7 +92,7 @@ class ProcessTracker:
             raise ConnectionError(f"{self._ended(code)}; the server may lack records")
 
     def abandon(self) -> None:
-        """Kill the process; W&B's own ends with it."""
+        """Kill the process; W&B's own process ends with it."""
         assert self._process.stdin is not None
         self._process.kill()
         self._process.wait()
@@ -109,12 +109,12 @@ class ProcessTracker:
 
     def _ended(self, code: int | None) -> str:
         if code == GAVE_UP:
-            return f"it did not deliver all within {self._seconds:.0f} s"
+            return f"it did not deliver all records within {self._seconds:.0f} s"
         return f"its process {self._process.pid} ended with code {code}"
 
 
 def main() -> int:
-    """The tracker's end: open it, feed it, close it."""
+    """The process: open the tracker, feed it from standard input, close it."""
     setup_logging()
     os.nice(NICE)
     # A launcher signals all processes below it; this one has to outlive the trainer's last record.
@@ -122,7 +122,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     begin = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_input, args=(begin["seconds"],), daemon=True).start()
-    threading.Thread(target=_hush_when_unheard, daemon=True).start()
+    threading.Thread(target=_redirect_output_when_stderr_closes, daemon=True).start()
     settings, name, done = begin["settings"], begin["settings"]["name"], False
     tracker = persist(partial(_open, **settings), name=name, wait=_pause)
     for line in sys.stdin:
@@ -140,12 +140,10 @@ def main() -> int:
 
 
 def _open(*, name: str, identity: str, folder: str | None) -> Tracker:
+    from vlal_dist.observability.tracker_clients import MlflowRun, WandbRun
+
     if name == "mlflow":
-        from vlal_dist.observability.mlflow_run import MlflowRun
-
         return MlflowRun(identity)
-    from vlal_dist.observability.wandb_run import WandbRun
-
     return WandbRun(identity, folder=None if "WANDB_DIR" in os.environ else folder)
 
 
@@ -155,23 +153,28 @@ def _pause(seconds: float) -> bool:
 
 
 def _end_with_input(seconds: float) -> None:
-    """End the process some seconds after its input has ended, whatever it hangs in."""
-    ended = select.poll()
-    ended.register(sys.stdin, 0)  # a hang-up is always told, even with lines still to be read
-    ended.poll()
+    """End the process some seconds after its input has ended, even if the client hangs."""
+    _wait_for_hang_up(sys.stdin.fileno())
     time.sleep(seconds)
     os._exit(GAVE_UP)
 
 
-def _hush_when_unheard() -> None:
-    """Whoever read our words may die with the trainer; a client that prints into a broken pipe
-    fails, and W&B does so before it has written its last second."""
-    heard = select.poll()
-    heard.register(2, 0)
-    heard.poll()
+def _redirect_output_when_stderr_closes() -> None:
+    """Send output to /dev/null once its reader is gone, who may die with the trainer.
+
+    W&B fails when it prints into a broken pipe, before it has written its last second.
+    """
+    _wait_for_hang_up(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
+
+
+def _wait_for_hang_up(descriptor: int) -> None:
+    """Wait until the other end of a pipe is closed; data still to be read does not matter."""
+    hung_up = select.poll()
+    hung_up.register(descriptor, 0)
+    hung_up.poll()
 
 
 if __name__ == "__main__":

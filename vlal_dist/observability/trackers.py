@@ -1,8 +1,8 @@
-"""What a run logs, for TensorBoard, W&B and MLflow, where no tracker can hold up a run.
+"""Trackers (TensorBoard, W&B, MLflow) that cannot hold up a run.
 
-Each tracker has a thread of its own, which opens it, feeds it and closes it, and a bounded queue:
-whoever logs appends to the queue and goes on. What fails is told and tried again; what finds the
-queue full is dropped and counted; at the end all of them together get `CLOSE_S` seconds.
+Each tracker has a thread, which opens, feeds and closes it, and a bounded queue that logging only
+appends to. Failures are logged and retried; records that find the queue full are dropped and
+counted. At the end all trackers together get `CLOSE_S` seconds.
 """
 
 import logging
@@ -11,17 +11,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 QUEUE = 1000
-"""Records that wait at most: with the default log interval, those of 20,000 steps."""
+"""Largest number of waiting records: with the default log interval, those of 20,000 steps."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10.0, 600.0
-DROPS_TOLD_S = 300.0
+DROPS_LOGGED_S = 300.0
 CLOSE_S = 5.0
-LEFT_OUT = frozenset({"step", "ledger"})
+NOT_TRACKED = frozenset({"step", "ledger"})
 
 
 class Record(NamedTuple):
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     Attributes:
         kind: train or validation.
         step: optimizer steps done.
-        time: when, in seconds since 1970.
+        time: seconds since 1970.
         values: its numbers; those of an inner mapping as `outer/inner`.
     """
 
@@ -40,14 +40,15 @@ class Record(NamedTuple):
     values: dict[str, float]
 
 
-class Tracker(Protocol):
-    """Where records go. What it raises is told, and tried again."""
+class Tracker:
+    """Receives records, in a thread of its own; an error that it raises is logged and retried."""
 
     def log(self, record: Record) -> None:
-        """Take a record; may take its time."""
+        """Take a record; may block."""
+        raise NotImplementedError
 
     def close(self, *, done: bool) -> None:
-        """Deliver what is left; `done`: the run ended in order."""
+        """Deliver what is left; `done`: the run ended without an error or a stop."""
 
     def abandon(self) -> None:
         """Leave no process behind; called by another thread, while `log` or `close` hang."""
@@ -57,30 +58,24 @@ class Trackers:
     """All trackers of a run.
 
     Args:
-        starts: name -> opens it, in its thread.
-        dropped: told the name of a tracker and how many records it did not take.
+        starts: name -> opens the tracker, in its thread.
+        dropped: called with the name of a tracker and the number of records that it did not take.
     """
 
     def __init__(
-        self,
-        starts: Mapping[str, Callable[[], Tracker]],
-        *,
-        dropped: Callable[[str, int], None],
+        self, starts: Mapping[str, Callable[[], Tracker]], *, dropped: Callable[[str, int], None]
     ) -> None:
-        self._all = [
-            Background(name, start, dropped=partial(dropped, name))
-            for name, start in starts.items()
-        ]
+        self._all = [Background(name, start, dropped=dropped) for name, start in starts.items()]
 
     def log(self, record: Mapping[str, object]) -> None:
-        """Hand on a line of `metrics.jsonl`, which has a kind and a step; never waits."""
-        values = numbers({name: v for name, v in record.items() if name not in LEFT_OUT})
+        """Queue a line of `metrics.jsonl`, which has a kind and a step; never blocks."""
+        values = numbers({name: v for name, v in record.items() if name not in NOT_TRACKED})
         one = Record(str(record["kind"]), int(str(record["step"])), time.time(), values)
         for tracker in self._all:
             tracker.log(one)
 
     def close(self, *, done: bool) -> None:
-        """Wait `CLOSE_S` at most until all is delivered, then leave the trackers behind."""
+        """Wait at most `CLOSE_S` until all is delivered, then abandon what hangs."""
         deadline = time.monotonic() + CLOSE_S
         for tracker in self._all:
             tracker.finish(done=done)
@@ -89,16 +84,10 @@ class Trackers:
 
 
 class Background:
-    """A tracker in a thread of its own.
-
-    Args:
-        name: of the tracker, in messages.
-        start: opens it, in the thread.
-        dropped: told how many records it did not take.
-    """
+    """A tracker in a thread of its own; arguments as of `Trackers`."""
 
     def __init__(
-        self, name: str, start: Callable[[], Tracker], *, dropped: Callable[[int], None]
+        self, name: str, start: Callable[[], Tracker], *, dropped: Callable[[str, int], None]
     ) -> None:
         self._name, self._start, self._dropped = name, start, dropped
         self._waiting: deque[Record] = deque()
@@ -106,37 +95,38 @@ class Background:
         self._done: bool | None = None  # until the run has ended
         self._tracker: Tracker | None = None
         self._failure = ""
-        self._untold, self._told_at = 0, -DROPS_TOLD_S
-        # A daemon: a thread that hangs in a tracker must not keep the process.
+        self._drops, self._drops_logged_at = 0, -DROPS_LOGGED_S
+        # A daemon: a thread that hangs in a tracker must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
         self._thread.start()
 
     def log(self, record: Record) -> None:
-        """Queue a record, or drop it if too many wait."""
+        """Queue a record, or drop it when the queue is full."""
         with self._changed:
             if len(self._waiting) < QUEUE:
                 self._waiting.append(record)
                 self._changed.notify()
                 return
-        self._dropped(1)
-        self._untold += 1
-        if time.monotonic() - self._told_at >= DROPS_TOLD_S:
+        self._dropped(self._name, 1)
+        self._drops += 1
+        if time.monotonic() - self._drops_logged_at >= DROPS_LOGGED_S:
             logger.warning(
-                "tracker %s: %d wait already; records dropped: %d; training goes on",
+                "tracker %s: its queue of %d records is full; records dropped: %d; training goes "
+                "on",
                 self._name,
                 QUEUE,
-                self._untold,
+                self._drops,
             )
-            self._untold, self._told_at = 0, time.monotonic()
+            self._drops, self._drops_logged_at = 0, time.monotonic()
 
     def finish(self, *, done: bool) -> None:
-        """Say that no more records come."""
+        """Announce that no more records come."""
         with self._changed:
             self._done = done
             self._changed.notify()
 
     def leave(self, deadline: float) -> None:
-        """Wait for the thread until a time of the monotonic clock, then give the tracker up."""
+        """Wait for the thread until a time of the monotonic clock, then abandon the tracker."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if hangs := self._thread.is_alive():
             if self._tracker is not None:
@@ -145,19 +135,20 @@ class Background:
         with self._changed:
             left = len(self._waiting)
         if hangs or left:
-            self._dropped(left)
+            self._dropped(self._name, left)
             logger.warning(
-                "tracker %s: given up (%s), records not delivered: %d; metrics.jsonl has them all",
+                "tracker %s: abandoned (%s); records not delivered: %d; metrics.jsonl has them all",
                 self._name,
-                f"no end within {CLOSE_S:.0f} s" if hangs else self._failure,
+                f"not finished within {CLOSE_S:.0f} s" if hangs else self._failure,
                 left,
             )
 
     def _work(self) -> None:
+        retry = partial(persist, name=self._name, wait=self._ends_within)
         try:
-            self._tracker = tracker = persist(self._start, name=self._name, wait=self._ends_within)
+            self._tracker = tracker = retry(self._start)
             while (record := self._next()) is not None:
-                persist(partial(tracker.log, record), name=self._name, wait=self._ends_within)
+                retry(partial(tracker.log, record))
                 with self._changed:
                     self._waiting.popleft()
         except Exception as error:
@@ -166,10 +157,10 @@ class Background:
         try:
             tracker.close(done=bool(self._done))
         except Exception as error:
-            logger.warning("tracker %s: not closed in order: %s", self._name, one_line(error))
+            logger.warning("tracker %s: not closed cleanly: %s", self._name, one_line(error))
 
     def _next(self) -> Record | None:
-        """The first that waits, which stays there until it is taken; None: there come no more."""
+        """The oldest waiting record, which stays queued until it is taken; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._done is not None)
             return self._waiting[0] if self._waiting else None
@@ -180,15 +171,15 @@ class Background:
 
 
 def persist(action: Callable[[], T], *, name: str, wait: Callable[[float], bool]) -> T:
-    """Do something, again and again with longer pauses until it works; tell of each failure.
+    """Retry an action, with growing pauses, until it succeeds; each failure is logged.
 
     Args:
         action: what to do.
-        name: of the tracker, in the warnings.
-        wait: pauses for some seconds; True: it is not to be tried again.
+        name: of the tracker, for the warnings.
+        wait: pauses for some seconds; returns True to stop retrying.
 
     Raises:
-        Exception: of `action`, when `wait` says so.
+        Exception: of `action`, when `wait` returns True.
     """
     pause = FIRST_PAUSE_S
     while True:
@@ -198,10 +189,7 @@ def persist(action: Callable[[], T], *, name: str, wait: Callable[[float], bool]
             if wait(0.0):
                 raise
             logger.warning(
-                "tracker %s: %s; training goes on, it is tried again in %.0f s",
-                name,
-                one_line(error),
-                pause,
+                "tracker %s: %s; retrying in %.0f s; training goes on", name, one_line(error), pause
             )
             if wait(pause):
                 raise
