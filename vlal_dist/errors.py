@@ -1,12 +1,12 @@
-"""The errors that users see, each with the exit code of design section 9.
+"""Errors that users see, each with its exit code (docs/command-line.md).
 
-    VlalError            1   anything else of ours
+    VlalError            1   any other error of this project
     +- UsageError        2   unknown flag, wrong number of arguments
-    +- ConfigError      64   unknown key, value out of range, weights or settings absent
+    +- ConfigError      64   unknown key, value out of range, absent weights or settings
     +- DataError        65   bad input, digests that differ, altered or truncated shards
     |  +- ConflictError 65   a create-only name already holds other bytes
-    |  +- TruncatedError 65  a file or object ends before the range that its index states
-    |  +- ReplacedError 65   an object is no longer the one that was read before
+    |  +- TruncatedError 65  a file or object ends before a range that its index states
+    |  +- ReplacedError 65   an object was replaced while it was in use
     +- StorageError     74   bucket, credentials, network, disk
     |  +- NotFoundError 74   the file or object is not there
     +- Stopped          75   stopped by a signal; the same command resumes
@@ -44,11 +44,11 @@ class ConflictError(DataError):
 
 
 class TruncatedError(DataError):
-    """A file or object ends before a range that was asked for; reading again does not help."""
+    """A file or object ends before the requested range; reading again does not help."""
 
 
 class ReplacedError(DataError):
-    """Stored data, which nobody may edit, was replaced while this process was using it."""
+    """Stored data, which must not be edited, was replaced while this process was using it."""
 
 
 class StorageError(VlalError, OSError):
@@ -62,6 +62,6 @@ class NotFoundError(StorageError):
 
 
 class Stopped(VlalError):
-    """The run was asked to stop, has saved its state, and can be resumed."""
+    """The run got a stop signal, has saved its state, and can be resumed."""
 
     exit_code = 75

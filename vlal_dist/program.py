@@ -1,8 +1,8 @@
-"""What every program does around its work: parse, log, run, report, exit with the right code.
+"""Runner of every program: command line, logging, closing line, result files, exit code.
 
-A program is a function `(Config, flags) -> counts`; `run_program` turns its errors into one clear
-line and an exit code (design 9), prints the closing summary, writes `result.json`, and tells
-Prometheus how it ended where `observability.textfiles` says so.
+A program is a function `(Config, flags) -> counts`. `run_program` turns its errors into one line
+and an exit code (docs/command-line.md), prints the closing line, writes `result.json`, and the
+outcome for Prometheus if `observability.textfiles` is set.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlal_dist.config.load import CommandLine, config_yaml, help_text, parse_command_line
 from vlal_dist.config.sections import Config
@@ -23,7 +24,7 @@ from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"
-"""Variable by which `supervise` asks a program for its exit code."""
+"""Environment variable: file in which a program leaves its exit code for `supervise`."""
 
 Counts = dict[str, object]
 Work = Callable[[Config, Mapping[str, str]], Counts]
@@ -33,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Program:
-    """The face of one program.
+    """Command line, sections and work of one program.
 
     Attributes:
-        name: short name, first word of the closing summary.
+        name: short name, first word of the closing line.
         usage: the command as users type it.
         purpose: one paragraph for `--help`.
         sections: config sections it reads.
-        flags: flags without a dot that it takes.
-        output: the root it writes, by config and flags: where `result.json` and the config go.
+        flags: flags without a dot that it accepts.
+        output: the root it writes, where `result.json` and the config go.
         work: the work itself; returns the closing counts.
-        needs_config: False: outside of the repository it runs on the defaults.
+        needs_config: False: without a configuration file it runs on the defaults.
     """
 
     name: str
@@ -62,15 +63,14 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
     Args:
         program: what to run.
         argv: command line without the program's name.
-        quiet: no summary and no result files (ranks other than 0).
+        quiet: no closing line and no result files (ranks other than 0).
     """
     code = _run(program, argv, quiet=quiet)
-    told = os.environ.get(EXIT_FILE)
-    if told and not quiet:
-        # Launchers change exit codes; the supervisor acts on this one. If it is not told, it must
-        # do with theirs.
+    exit_file = os.environ.get(EXIT_FILE)
+    if exit_file and not quiet:
+        # Launchers change exit codes. Without this file the supervisor uses theirs.
         with contextlib.suppress(OSError):
-            Path(told).write_text(str(code), encoding="ascii")
+            Path(exit_file).write_text(str(code), encoding="ascii")
     return code
 
 
@@ -87,71 +87,58 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     setup_logging()
     started = time.monotonic()
     try:
-        line = _parse(program, argv)
+        line = parse_command_line(
+            argv,
+            flags=program.flags,
+            sections=program.sections,
+            needs_config=program.needs_config,
+        )
     except (VlalError, OSError) as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")
         return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code
-    code = _work(program, line.config, line.flags, started=started, quiet=quiet)
-    if not quiet and "plan" not in line.flags:
-        _write_end(program, line, code=code, seconds=time.monotonic() - started)
+    code, result = _work(program, line)
+    if quiet:
+        return code
+    seconds = time.monotonic() - started
+    if result is not None and code == 0:
+        counts = {**result["counts"], "seconds": round(seconds, 3)}
+        result["counts"] = counts
+        summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
+        sys.stdout.write(f"{program.name}: done: {summary}\n")
+        if (path := line.flags.get("json")) is not None:
+            code = _write_counts(program, path, counts)
+    if "plan" not in line.flags:  # a plan did nothing, and must not replace the last result
+        _write_result(program, line, result, code=code, seconds=seconds)
     return code
 
 
-def _work(
-    program: Program, config: Config, flags: Mapping[str, str], *, started: float, quiet: bool
-) -> int:
-    """Run the program's work, print the summary and write `result.json`; the exit code."""
+def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | None]:
+    """Run the program's work; its exit code and, unless it was cut off, its `result.json`."""
     try:
-        counts = program.work(config, flags)
+        counts = program.work(line.config, line.flags)
+        return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")
-        if not quiet:
-            _write_result(program, config, flags, {"code": error.exit_code, "reason": str(error)})
-        return error.exit_code
+        code, reason = error.exit_code, str(error)
     except KeyboardInterrupt:
         sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
-        return Stopped.exit_code
+        return Stopped.exit_code, None
     except BrokenPipeError:
-        # The reader of our output (`| head`) has seen enough; Python must not flush into it again.
+        # The reader of our output (`| head`) is gone; Python must not flush into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 0, None
     except OSError as error:
         # A full disk or a forbidden folder outside of any store, such as the temporary one.
         sys.stderr.write(f"{program.name}: error: {error}; check disk space and permissions\n")
-        if not quiet:
-            code = StorageError.exit_code
-            _write_result(program, config, flags, {"code": code, "reason": str(error)})
-        return StorageError.exit_code
+        code, reason = StorageError.exit_code, str(error)
     except Exception as error:
-        logger.exception("%s: an error that should not happen; please report it", program.name)
-        if not quiet:
-            reason = f"{type(error).__name__}: {error}"
-            _write_result(program, config, flags, {"code": 1, "reason": reason})
-        return 1
-    if quiet:
-        return 0
-    counts = {**counts, "seconds": round(time.monotonic() - started, 3)}
-    summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
-    sys.stdout.write(f"{program.name}: done: {summary}\n")
-    if "plan" not in flags:  # a plan did nothing, and must not replace the record of what was done
-        result = {"code": 0, "reason": "done", "counts": counts}
-        _write_result(program, config, flags, result, config_text=config_yaml(config))
-    return _write_counts(program, flags.get("json"), counts)
+        logger.exception("%s: unexpected error; please report it", program.name)
+        code, reason = 1, f"{type(error).__name__}: {error}"
+    return code, {"code": code, "reason": reason}
 
 
-def _parse(program: Program, argv: Sequence[str]) -> CommandLine:
-    return parse_command_line(
-        argv,
-        flags=program.flags,
-        sections=program.sections,
-        needs_config=program.needs_config,
-    )
-
-
-def _write_counts(program: Program, path: str | None, counts: Counts) -> int:
+def _write_counts(program: Program, path: str, counts: Counts) -> int:
     """`--json FILE`; the exit code."""
-    if path is None:
-        return 0
     try:
         Path(path).write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
@@ -162,39 +149,36 @@ def _write_counts(program: Program, path: str | None, counts: Counts) -> int:
 
 def _write_result(
     program: Program,
-    config: Config,
-    flags: Mapping[str, str],
-    result: dict[str, object],
+    line: CommandLine,
+    result: Mapping[str, object] | None,
     *,
-    config_text: str | None = None,
+    code: int,
+    seconds: float,
 ) -> None:
-    """Leave `PROGRAM.result.json`, and the config of a success, beside the output, if it can be."""
+    """Write `NAME.result.json`, the config of a success, and the outcome for node_exporter."""
     try:
-        store = open_store(program.output(config, flags))
-        text = json.dumps(result, indent=2) + "\n"
-        store.replace(f"{program.name}.result.json", text.encode())
-        if config_text is not None:
-            store.replace(f"{program.name}.config.yaml", config_text.encode())
+        store = open_store(program.output(line.config, line.flags))
     except VlalError as error:
         logger.warning("%s: no result.json was written: %s", program.name, error)
-
-
-def _write_end(program: Program, line: CommandLine, *, code: int, seconds: float) -> None:
-    """Tell node_exporter's textfile collector how the program ended."""
-    folder = line.config.observability.textfiles
-    if folder is None:
         return
     try:
-        root = open_store(program.output(line.config, line.flags)).url
+        if result is not None:
+            text = json.dumps(result, indent=2) + "\n"
+            store.replace(f"{program.name}.result.json", text.encode())
+            if result["code"] == 0:
+                store.replace(f"{program.name}.config.yaml", config_yaml(line.config).encode())
     except VlalError as error:
-        logger.warning("%s: Prometheus is not told how it ended: %s", program.name, error)
-        return
-    write_job_end(Path(folder), program=program.name, root=root, code=code, seconds=seconds)
+        logger.warning("%s: no result.json was written: %s", program.name, error)
+    if (folder := line.config.observability.textfiles) is not None:
+        write_job_end(
+            Path(folder), program=program.name, root=store.url, code=code, seconds=seconds
+        )
 
 
 def _short(value: object) -> str:
+    """A count as the closing line shows it: measured values with five significant figures."""
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.5g}"
     if isinstance(value, dict):
         return "(" + ", ".join(f"{key} {_short(inner)}" for key, inner in value.items()) + ")"
     return str(value)

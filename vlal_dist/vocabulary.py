@@ -1,7 +1,7 @@
-"""Object and attribute names <-> ids, attribute groups, and the digest that binds all files.
+"""Vocabulary: object and attribute names with their ids, attribute groups, and a digest.
 
-Ids are positions in the sorted tuples of names. The digest covers names and order alone, so two
-datasets with one vocabulary can be mixed, and a changed one is refused by name.
+Ids are positions in the sorted tuples of names. The digest covers names and order alone, so
+datasets that share a vocabulary can be mixed, and files of another vocabulary are refused.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ PREVALENCES = ("head", "medium", "tail")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Names and groups.
+    """Object and attribute names, and attribute groups.
 
     Attributes:
         objects: object names, id = position.
@@ -78,7 +78,7 @@ class Vocabulary:
 
     @classmethod
     def from_json(cls, values: dict[str, object]) -> "Vocabulary":
-        """Read `to_json`'s values (further keys are left alone).
+        """Read `to_json`'s values (other keys are ignored).
 
         Raises:
             DataError: a key is missing, or the digest does not match the names.
@@ -90,11 +90,13 @@ class Vocabulary:
             ]
             stated = values["digest"]
         except (KeyError, TypeError) as error:
-            raise DataError(f"vocabulary.json lacks or garbles {error}; run clean again") from None
+            raise DataError(
+                f"vocabulary.json: {error} is missing or malformed; run clean again"
+            ) from None
         vocabulary = cls(*columns)
         if vocabulary.digest != stated:
             raise DataError(
-                f"vocabulary.json says digest {stated}, its names give {vocabulary.digest}; "
-                "it was edited: run clean again"
+                f"vocabulary.json records digest {stated}, but its names have {vocabulary.digest}: "
+                "it was edited; run clean again"
             )
         return vocabulary

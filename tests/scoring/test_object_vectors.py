@@ -94,7 +94,7 @@ def test_only_a_local_file_will_do(path: str) -> None:
         (None, r"holds no vocabulary\.json.*--clean\.feasible_top_k 0"),
         ("{", r"vocabulary\.json is not JSON"),
         ("[]", "holds a JSON list"),
-        ('{"objects": []}', "lacks or garbles"),
+        ('{"objects": []}', "missing or malformed"),
     ],
 )
 def test_a_root_without_names(tmp_path: Path, text: str | None, message: str) -> None:

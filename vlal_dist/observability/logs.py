@@ -29,11 +29,11 @@ BAR = 28
 
 
 class Progress:
-    """Counts work done and shows it on standard error.
+    """Progress of finished units on standard error: a bar on a terminal, lines elsewhere.
 
     Args:
         label: what is being done.
-        total: units of work in all; 0 when unknown.
+        total: units of work in all; 0: unknown.
         unit: name of a unit, plural.
         every_s: seconds between lines when standard error is no terminal.
     """
@@ -57,7 +57,7 @@ class Progress:
         self._show(last=True)
 
     def advance(self, count: int = 1) -> None:
-        """Add finished units and show them when it is time."""
+        """Add finished units, and show them if the last time was long enough ago."""
         self.done += count
         now = time.monotonic()
         if now - self.shown >= (0.1 if self.terminal else self.every_s):
@@ -68,10 +68,22 @@ class Progress:
         seconds = max(time.monotonic() - self.started, 1e-9)
         total = f"/{self.total}" if self.total else ""
         text = f"{self.label}: {self.done}{total} {self.unit}, {self.done / seconds:.1f}/s"
+        text += f", {_clock(seconds)}"
+        if not last and self.done and self.total:
+            text += f", {_clock(seconds * max(0, self.total - self.done) / self.done)} left"
         if self.terminal:
             filled = min(BAR, self.done * BAR // self.total) if self.total else 0
             bar = "=" * filled + " " * (BAR - filled)
-            self.stream.write(f"\r[{bar}] {text}" + ("\n" if last else ""))
+            self.stream.write(f"\r[{bar}] {text}" + ("\x1b[K\n" if last else "\x1b[K"))
         else:
-            self.stream.write(text + f", {seconds:.0f} s\n")
+            self.stream.write(text + "\n")
         self.stream.flush()
+
+
+def _clock(seconds: float) -> str:
+    """A duration, such as `12 s`, `3:04` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
