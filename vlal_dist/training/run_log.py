@@ -29,7 +29,7 @@ from vlal_dist.method.metrics import AttributeScores, Evaluation
 from vlal_dist.observability.logs import Progress
 from vlal_dist.observability.metric_definitions import LOSS_TERMS, TERM_KINDS
 from vlal_dist.observability.metrics import TrainMetrics
-from vlal_dist.observability.metrics_log import MetricsLog, lines_until
+from vlal_dist.observability.metrics_log import METRICS, MetricsLog, lines_until
 from vlal_dist.observability.prometheus_files import Target
 from vlal_dist.observability.tracker_process import ProcessTracker
 from vlal_dist.observability.trackers import Tracker, Trackers
@@ -41,7 +41,6 @@ from vlal_dist.training.step import TrainStep
 
 logger = logging.getLogger(__name__)
 
-METRICS = "metrics.jsonl"
 STARTS = "starts.jsonl"
 IDENTITY = "trackers.json"
 SHOWN_RATES = {"base_decay": "backbone", "fast_decay": "head"}
@@ -76,12 +75,7 @@ class RunLog:
             trackers = open_trackers(
                 stack, config.trackers, store=store, step=step, metrics=metrics
             )
-            self._file = MetricsLog(
-                kept=_lines_until(store, METRICS, step=step),
-                append_to=store.local_path(METRICS),
-                replace=partial(store.replace, METRICS),
-                also=trackers.log,
-            )
+            self._file = MetricsLog(store, step=step, also=trackers.log)
         self._progress: Progress | None = None
         self._epoch, self._samples, self._started = "", 0, 0.0
 
@@ -180,12 +174,8 @@ class RunLog:
 
     def flush(self) -> None:
         """Upload metrics.jsonl to a remote run root; a failure is logged and stops nothing."""
-        if self._file is None:
-            return
-        try:
+        if self._file is not None:
             self._file.flush()
-        except VlalError as error:
-            logger.warning("metrics.jsonl was not written, the next save retries: %s", error)
 
 
 def attribute_status(scores: AttributeScores) -> dict[str, int]:
@@ -377,16 +367,8 @@ def record_start(store: Store, ranks: Ranks, *, step: int, kernel: str) -> None:
         "cores": os.cpu_count(),
         "kernel": kernel,
     }
-    kept = _lines_until(store, STARTS, step=step)
+    kept = lines_until(store, STARTS, step=step)
     store.replace(STARTS, kept + (json.dumps(record) + "\n").encode())
-
-
-def _lines_until(store: Store, key: str, *, step: int) -> bytes:
-    """The lines of a JSON lines file up to a step, none at step 0."""
-    try:
-        return lines_until(store.read(key), step=step) if step else b""
-    except NotFoundError:
-        return b""
 
 
 def _commit() -> str | None:
