@@ -1,4 +1,7 @@
-"""The configuration: one typed, frozen section per stage, and all of them as `Config`."""
+"""The configuration: one typed, frozen section per stage, and all of them as `Config`.
+
+The docstring of a field is its description in `--help`.
+"""
 
 from typing import Annotated, Literal
 
@@ -8,267 +11,196 @@ from pydantic import BaseModel, ConfigDict, Field
 class Section(BaseModel):
     """Base of all sections: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class PathsConfig(Section):
     """Roots of the pipeline: each stage reads some and writes one, and never edits its input."""
 
-    instances: str = Field("runs/vaw/instances", description="root written by clean (URL or path)")
-    dataset: str = Field("runs/vaw/dataset", description="root written by pack (URL or path)")
-    scores: str = Field("runs/vaw/scores", description="root written by score_clip (URL or path)")
-    merged: str = Field("runs/vaw/merged", description="root written by merge (URL or path)")
-    resharded: str = Field(
-        "runs/vaw/resharded", description="root written by reshard (URL or path)"
-    )
-    run: str = Field("runs/vaw/run", description="root of one training run (URL or path)")
-    export: str = Field("runs/vaw/export", description="root written by export (URL or path)")
-    experiments: str = Field(
-        "runs/vaw/experiments", description="root of all runs of the experiments (local path)"
-    )
-    cache: str = Field(
-        "runs/cache", description="local folder for index files of remote roots (path)"
-    )
+    instances: str = "runs/vaw/instances"
+    """Root written by clean (URL or path)."""
+    dataset: str = "runs/vaw/dataset"
+    """Root written by pack (URL or path)."""
+    scores: str = "runs/vaw/scores"
+    """Root written by score_clip (URL or path)."""
+    merged: str = "runs/vaw/merged"
+    """Root written by merge (URL or path)."""
+    resharded: str = "runs/vaw/resharded"
+    """Root written by reshard (URL or path)."""
+    run: str = "runs/vaw/run"
+    """Root of one training run (URL or path)."""
+    export: str = "runs/vaw/export"
+    """Root written by export (URL or path)."""
+    experiments: str = "runs/vaw/experiments"
+    """Root of all runs of the experiments (local path)."""
+    cache: str = "runs/cache"
+    """Local folder for index files of remote roots (path)."""
 
 
 class CleanConfig(Section):
     """From annotation files to instances, vocabulary and feasible sets."""
 
-    annotations: dict[str, list[str]] = Field(
-        default_factory=dict,
-        description="split name -> annotation JSON files, in reading order (paths)",
-    )
-    attribute_types: str | None = Field(
-        None, description="JSON: type -> attribute names (path; VAW's attribute_types.json)"
-    )
-    attribute_parent_types: str | None = Field(
-        None, description="JSON: parent type -> types (path; VAW's attribute_parent_types.json)"
-    )
-    head_tail: str | None = Field(
-        None,
-        description="JSON: head/medium/tail -> attribute names (path); absent: by training "
-        "positives in VAW's shares 47/40/13 %",
-    )
-    min_side: float = Field(
-        50.0, ge=0, description="smallest box width and height kept (pixels; Sec. 3.1)"
-    )
-    merge: Literal["wordnet", "table", "none"] = Field(
-        "wordnet", description="how object names are merged (Sec. 3.1; authors' notebook)"
-    )
-    wordnet_dir: str = Field(
-        "/usr/share/wordnet", description="folder of WordNet 3.0's index/data/exc files (path)"
-    )
-    merge_table: str | None = Field(
-        None, description="saved merge table, JSON name -> representative (path; merge: table)"
-    )
-    renames: dict[str, str] = Field(
-        default_factory=dict, description="object names rewritten after the merge (notebook)"
-    )
-    deleted_attributes: list[str] = Field(
-        default_factory=list, description="attributes removed everywhere (notebook's 29)"
-    )
-    require_positive: bool = Field(
-        True, description="drop instances left without a positive (needed for 170,407)"
-    )
-    hide: Literal["none", "vaw_density"] = Field(
-        "none",
-        description="training labels hidden before anything is derived from them; vaw_density: an "
-        "instance keeps 1 + Poisson(0.8) positives and Poisson(1.2) negatives, at most its own, "
-        "as many as VAW's training crops carry (1.8 and 1.2); none: keep all labels",
-    )
-    hide_seed: int = Field(
-        0, ge=0, description="seed of the hidden labels; another seed is another dataset"
-    )
-    feasible_splits: list[str] = Field(
-        default_factory=lambda: ["train"],
-        description="splits whose annotations define feasibility (Sec. 2.2)",
-    )
-    feasible_top_k: int = Field(
-        0, ge=0, description="neighbours per list for enlarged sets, 0: off (released: kn-32 -> 3)"
-    )
-    feasible_votes: int = Field(
-        2, ge=1, description="votes that admit an attribute to an enlarged set (released: kn-32)"
-    )
-    object_vectors: str | None = Field(
-        None,
-        description="written by `score_clip --object-vectors`: safetensors with `object_vectors` "
-        "float32 [O, D], CLIP text vectors of the object names in id order, and vocabulary_digest "
-        "in its header (path; needed when feasible_top_k > 0)",
-    )
-    expected: dict[str, dict[str, int]] = Field(
-        default_factory=dict,
-        description="step -> expected counts; clean names the first that differs",
-    )
-    max_rejected: float = Field(
-        0.001,
-        ge=0,
-        le=1,
-        description="largest share of rejected instances that still counts as success",
-    )
+    annotations: dict[str, list[str]] = {}
+    """Split name -> annotation JSON files, in reading order (paths)."""
+    attribute_types: str | None = None
+    """JSON: type -> attribute names (path; VAW's attribute_types.json)."""
+    attribute_parent_types: str | None = None
+    """JSON: parent type -> types (path; VAW's attribute_parent_types.json)."""
+    head_tail: str | None = None
+    """JSON: head/medium/tail -> attribute names (path); absent: by training positives in VAW's
+    shares 47/40/13 %."""
+    min_side: float = Field(50.0, ge=0)
+    """Smallest box width and height kept (pixels; Sec. 3.1)."""
+    merge: Literal["wordnet", "table", "none"] = "wordnet"
+    """How object names are merged (Sec. 3.1; authors' notebook)."""
+    wordnet_dir: str = "/usr/share/wordnet"
+    """Folder of WordNet 3.0's index/data/exc files (path)."""
+    merge_table: str | None = None
+    """Saved merge table, JSON name -> representative (path; merge: table)."""
+    renames: dict[str, str] = {}
+    """Object names rewritten after the merge (notebook)."""
+    deleted_attributes: list[str] = []
+    """Attributes removed everywhere (notebook's 29)."""
+    require_positive: bool = True
+    """Drop instances left without a positive (needed for 170,407)."""
+    hide: Literal["none", "vaw_density"] = "none"
+    """Training labels hidden before anything is derived from them; vaw_density: an instance keeps 1
+    + Poisson(0.8) positives and Poisson(1.2) negatives, at most its own, as many as VAW's training
+    crops carry (1.8 and 1.2); none: keep all labels."""
+    hide_seed: int = Field(0, ge=0)
+    """Seed of the hidden labels; another seed is another dataset."""
+    feasible_splits: list[str] = ["train"]
+    """Splits whose annotations define feasibility (Sec. 2.2)."""
+    feasible_top_k: int = Field(0, ge=0)
+    """Neighbours per list for enlarged sets, 0: off (released: kn-32 -> 3)."""
+    feasible_votes: int = Field(2, ge=1)
+    """Votes that admit an attribute to an enlarged set (released: kn-32)."""
+    object_vectors: str | None = None
+    """Written by `score_clip --object-vectors`: safetensors with `object_vectors` float32 [O, D],
+    CLIP text vectors of the object names in id order, and vocabulary_digest in its header (path;
+    needed when feasible_top_k > 0)."""
+    expected: dict[str, dict[str, int]] = {}
+    """Step -> expected counts; clean names the first that differs."""
+    max_rejected: float = Field(0.001, ge=0, le=1)
+    """Largest share of rejected instances that still counts as success."""
 
 
 class PackConfig(Section):
     """From instances and photos to verified WebDataset tars."""
 
-    name: str = Field("vaw", min_length=1, description="dataset name; part of every sample's uid")
-    images: list[str] = Field(
-        default_factory=list,
-        description="folders or zip files searched for `{image_id}.jpg`, in order (paths)",
-    )
-    shard_bytes: int = Field(
-        256_000_000,
-        ge=1024,
-        description="target tar size (bytes; 100 MB to 1 GB suits object stores)",
-    )
-    block_bytes: int = Field(
-        524_288, ge=1024, description="neighbouring samples read together (bytes; docs/stream.md)"
-    )
-    jpeg_quality: int = Field(95, ge=1, le=100, description="quality of re-encoded crops (4:4:4)")
-    box_expansion: float = Field(
-        0.0,
-        ge=0,
-        le=2,
-        description="margin added around the box, share of its shorter side (authors: intended "
-        "0.3, bug gives 0)",
-    )
-    max_pixels: int = Field(
-        64_000_000, ge=1, description="largest photo decoded (pixels; against decompression bombs)"
-    )
-    workers: int = Field(0, ge=0, description="processes, 0: one per core")
-    seed: int = Field(0, ge=0, description="seed of the photos' order in the shards")
-    max_rejected: float = Field(
-        0.001,
-        ge=0,
-        le=1,
-        description="largest share of rejected instances that still counts as success",
-    )
+    name: str = Field("vaw", min_length=1)
+    """Dataset name; part of every sample's uid."""
+    images: list[str] = []
+    """Folders or zip files searched for `{image_id}.jpg`, in order (paths)."""
+    shard_bytes: int = Field(256_000_000, ge=1024)
+    """Target tar size (bytes; 100 MB to 1 GB suits object stores)."""
+    block_bytes: int = Field(524_288, ge=1024)
+    """Neighbouring samples read together (bytes; docs/stream.md)."""
+    jpeg_quality: int = Field(95, ge=1, le=100)
+    """Quality of re-encoded crops (4:4:4)."""
+    box_expansion: float = Field(0.0, ge=0, le=2)
+    """Margin added around the box, share of its shorter side (authors: intended 0.3, bug gives
+    0)."""
+    max_pixels: int = Field(64_000_000, ge=1)
+    """Largest photo decoded (pixels; against decompression bombs)."""
+    workers: int = Field(0, ge=0)
+    """Processes, 0: one per core."""
+    seed: int = Field(0, ge=0)
+    """Seed of the photos' order in the shards."""
+    max_rejected: float = Field(0.001, ge=0, le=1)
+    """Largest share of rejected instances that still counts as success."""
 
 
 class ScoringConfig(Section):
     """CLIP similarities over feasible attributes (Sec. 2.2, Eq. 2)."""
 
-    model: str = Field("ViT-B-32-quickgelu", description="open_clip model name (paper: ViT-B/32)")
-    model_config_dir: str | None = Field(
-        None, description="folder of open_clip model-config JSON files to register (path)"
-    )
-    weights: str | None = Field(
-        None,
-        description="local weights, .safetensors (path), or an open_clip tag such as `openai`, "
-        "which downloads",
-    )
-    templates: list[str] = Field(
-        default_factory=lambda: ["a photo of {attribute} {object}"],
-        description="prompt templates; several are averaged (authors' notebook: one)",
-    )
-    temperature: float | None = Field(
-        None, gt=0, description="tau of Eq. (2); absent: the model's own 1/exp(logit_scale)"
-    )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="encoder arithmetic; similarities and softmax are always fp32"
-    )
-    splits: list[str] = Field(
-        default_factory=lambda: ["train"], description="splits scored (the loss needs train only)"
-    )
-    batch_size: int | None = Field(
-        None, ge=1, description="crops per encoder call (samples); absent: a short warm-up chooses"
-    )
-    decode_threads: int | None = Field(
-        None, ge=1, description="decoding threads per actor; absent: a short warm-up chooses"
-    )
-    compile: bool = Field(
-        False, description="run the encoders through torch.compile (needs a compiler on each node)"
-    )
-    embeddings: str | None = Field(
-        None,
-        description="finished score root whose stored embeddings replace the images: for other "
-        "templates, temperature or feasible sets (path or URL)",
-    )
-    max_quarantined: float = Field(
-        0.001,
-        ge=0,
-        le=1,
-        description="largest share of unusable crops before the run stops; above 0, at least one "
-        "crop",
-    )
-    actors: int = Field(1, ge=1, description="Ray actors")
-    gpus_per_actor: float = Field(1.0, ge=0, description="GPUs reserved per actor, device cuda")
-    cpus_per_actor: float = Field(0.5, gt=0, description="CPUs reserved per actor")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto",
-        description="auto: cuda on a Ray cluster that was already running (waits for GPUs); "
-        "otherwise cuda if this machine has a GPU, else cpu",
-    )
-    use_ray: bool = Field(True, description="false: score in this process, without Ray")
-    max_retries: int = Field(3, ge=0, description="retries per shard after an actor is lost")
+    model: str = "ViT-B-32-quickgelu"
+    """open_clip model name (paper: ViT-B/32)."""
+    model_config_dir: str | None = None
+    """Folder of open_clip model-config JSON files to register (path)."""
+    weights: str | None = None
+    """Local weights, .safetensors (path), or an open_clip tag such as `openai`, which downloads."""
+    templates: list[str] = ["a photo of {attribute} {object}"]
+    """Prompt templates; several are averaged (authors' notebook: one)."""
+    temperature: float | None = Field(None, gt=0)
+    """Temperature tau of Eq. (2); absent: the model's own 1/exp(logit_scale)."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Encoder arithmetic; similarities and softmax are always fp32."""
+    splits: list[str] = ["train"]
+    """Splits scored (the loss needs train only)."""
+    batch_size: int | None = Field(None, ge=1)
+    """Crops per encoder call (samples); absent: a short warm-up chooses."""
+    decode_threads: int | None = Field(None, ge=1)
+    """Decoding threads per actor; absent: a short warm-up chooses."""
+    compile: bool = False
+    """Run the encoders through torch.compile (needs a compiler on each node)."""
+    embeddings: str | None = None
+    """Finished score root whose stored embeddings replace the images: for other templates,
+    temperature or feasible sets (path or URL)."""
+    max_quarantined: float = Field(0.001, ge=0, le=1)
+    """Largest share of unusable crops before the run stops; above 0, at least one crop."""
+    actors: int = Field(1, ge=1)
+    """Ray actors."""
+    gpus_per_actor: float = Field(1.0, ge=0)
+    """GPUs reserved per actor, device cuda."""
+    cpus_per_actor: float = Field(0.5, gt=0)
+    """CPUs reserved per actor."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda on a Ray cluster that was already running (waits for GPUs); otherwise cuda if this
+    machine has a GPU, else cpu."""
+    use_ray: bool = True
+    """False: score in this process, without Ray."""
+    max_retries: int = Field(3, ge=0)
+    """Retries per shard after an actor is lost."""
 
 
 class DataConfig(Section):
     """From shards to batches."""
 
-    likelihood: Literal["tar", "scores"] = Field(
-        "tar", description="likelihoods from merged tars, or directly from score files"
-    )
-    train_split: str = Field("train", description="split used for training")
-    validation_split: str = Field("val", description="split that selects the model")
-    image_size: int = Field(
-        224, ge=64, description="square input side (pixels; authors: 224; below 64 BatchNorm fails)"
-    )
-    normalize: bool = Field(
-        False, description="subtract ImageNet mean, divide by std (authors: off)"
-    )
-    flip: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip (authors)")
-    decode: Literal["cpu", "gpu"] = Field(
-        "cpu", description="where training crops are decoded; gpu: nvJPEG, close but not equal"
-    )
-    threads: int = Field(2, ge=1, description="decoding threads per rank")
-    prefetch_steps: int = Field(4, ge=1, description="batches prepared ahead, per rank (steps)")
-    window_blocks: int = Field(
-        3, ge=1, description="shuffle window of a lane (blocks; docs/stream.md)"
-    )
-    mix: dict[str, float] = Field(
-        default_factory=dict,
-        description="merged root -> passes over it per epoch, fractions allowed; the roots share "
-        "one vocabulary (clean --like); empty: paths.merged once",
-    )
-    subset: str | None = Field(
-        None, description="file with a sample key per line: train on these alone (path, URL)"
-    )
-    repeat_threshold: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="t: a sample is visited max(1, sqrt(t / f)) times an epoch, f the share of "
-        "samples with the rarest of its positives; 0: off (repeat factors of LVIS, 2019)",
-    )
-    damage: Literal["strict", "quarantine"] = Field(
-        "strict",
-        description="a sample that fails its checksum twice: stop, or skip it and count it",
-    )
-    max_quarantined: float = Field(
-        0.001,
-        ge=0,
-        le=1,
-        description="largest share of quarantined samples before the run stops; above 0, at least "
-        "one",
-    )
-    cache_bytes: int = Field(
-        0,
-        ge=0,
-        description="limit of the disk cache for remote shards in paths.cache, shared by the "
-        "ranks of a node (bytes; 0: off)",
-    )
-    decoded_bytes: int = Field(
-        0,
-        ge=0,
-        description="memory per rank for decoded crops, S x S x 3 bytes each, so that each is "
-        "decoded once instead of every epoch; same bits (bytes; 0: off; docs/experiments.md)",
-    )
-    lanes: int = Field(
-        0, ge=0, description="parallel lanes of an epoch, 0: by the rule in docs/stream.md"
-    )
-    epoch_end: Literal["drop", "exact"] = Field(
-        "drop", description="last incomplete batch: dropped (authors) or shorter"
-    )
+    likelihood: Literal["tar", "scores"] = "tar"
+    """Likelihoods from merged tars, or directly from score files."""
+    train_split: str = "train"
+    """Split used for training."""
+    validation_split: str = "val"
+    """Split that selects the model."""
+    image_size: int = Field(224, ge=64)
+    """Square input side (pixels; authors: 224; below 64 BatchNorm fails)."""
+    normalize: bool = False
+    """Subtract ImageNet mean, divide by std (authors: off)."""
+    flip: float = Field(0.5, ge=0, le=1)
+    """Probability of a horizontal flip (authors)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Where training crops are decoded; gpu: nvJPEG, close but not equal."""
+    threads: int = Field(2, ge=1)
+    """Decoding threads per rank."""
+    prefetch_steps: int = Field(4, ge=1)
+    """Batches prepared ahead, per rank (steps)."""
+    window_blocks: int = Field(3, ge=1)
+    """Shuffle window of a lane (blocks; docs/stream.md)."""
+    mix: dict[str, float] = {}
+    """Merged root -> passes over it per epoch, fractions allowed; the roots share one vocabulary
+    (clean --like); empty: paths.merged once."""
+    subset: str | None = None
+    """File with a sample key per line: train on these alone (path, URL)."""
+    repeat_threshold: float = Field(0.0, ge=0, lt=1)
+    """t: a sample is visited max(1, sqrt(t / f)) times an epoch, f the share of samples with the
+    rarest of its positives; 0: off (repeat factors of LVIS, 2019)."""
+    damage: Literal["strict", "quarantine"] = "strict"
+    """A sample that fails its checksum twice: stop, or skip it and count it."""
+    max_quarantined: float = Field(0.001, ge=0, le=1)
+    """Largest share of quarantined samples before the run stops; above 0, at least one."""
+    cache_bytes: int = Field(0, ge=0)
+    """Limit of the disk cache for remote shards in paths.cache, shared by the ranks of a node
+    (bytes; 0: off)."""
+    decoded_bytes: int = Field(0, ge=0)
+    """Memory per rank for decoded crops, S x S x 3 bytes each, so that each is decoded once instead
+    of every epoch; same bits (bytes; 0: off; docs/experiments.md)."""
+    lanes: int = Field(0, ge=0)
+    """Parallel lanes of an epoch, 0: by the rule in docs/stream.md."""
+    epoch_end: Literal["drop", "exact"] = "drop"
+    """Last incomplete batch: dropped (authors) or shorter."""
 
 
 Gammas = tuple[float, float, float, float]
@@ -355,153 +287,134 @@ _BASELINES: dict[str, tuple[Unannotated, Gammas]] = {
 class ModelConfig(Section):
     """A torchvision ResNet whose channels are gated by the object."""
 
-    depth: Literal[18, 34, 50, 101] = Field(50, description="ResNet depth (paper: 50)")
-    width: int = Field(
-        64,
-        ge=1,
-        description="channels of the first stage (every published ResNet: 64); fewer, with "
-        "proportionally fewer in all stages: experiments on CPUs (docs/experiments.md)",
-    )
-    weights: str | None = Field(
-        None,
-        description="ImageNet weights: a .safetensors or torchvision state-dict file (path), "
-        "`imagenet` to download torchvision's V1, absent: from scratch",
-    )
-    object_gate: bool = Field(True, description="gate channels by the object (authors' code)")
+    depth: Literal[18, 34, 50, 101] = 50
+    """ResNet depth (paper: 50)."""
+    width: int = Field(64, ge=1)
+    """Channels of the first stage (every published ResNet: 64); fewer, with proportionally fewer in
+    all stages: experiments on CPUs (docs/experiments.md)."""
+    weights: str | None = None
+    """ImageNet weights: a .safetensors or torchvision state-dict file (path), `imagenet` to
+    download torchvision's V1, absent: from scratch."""
+    object_gate: bool = True
+    """Gate channels by the object (authors' code)."""
 
 
 class TrainingConfig(Section):
     """Optimiser, schedule, batch, checkpoints."""
 
-    epochs: int = Field(12, ge=1, description="passes over the training split (Sec. 3.2)")
-    max_steps: int | None = Field(
-        None, ge=1, description="stop after this many steps (smoke tests)"
-    )
-    batch_size: int = Field(64, ge=1, description="global batch B (samples; Sec. 3.2)")
-    accumulation: int = Field(1, ge=1, description="micro-batches per rank, at first start")
-    reference_batch: int = Field(
-        64, ge=1, description="B at which the loss is the authors' plain sum (docs/method.md)"
-    )
-    lr_new: float = Field(7e-4, gt=0, description="learning rate of new layers (Sec. 3.2)")
-    lr_pretrained: float = Field(1e-5, gt=0, description="learning rate of the backbone (Sec. 3.2)")
-    weight_decay: float = Field(
-        1e-4, ge=0, description="coupled L2, off for biases and norms (authors' code)"
-    )
-    schedule: Literal["plateau", "cosine", "constant"] = Field(
-        "plateau", description="learning-rate schedule on validation mAP (authors: plateau)"
-    )
-    plateau_patience: int = Field(2, ge=0, description="epochs without gain before a cut (authors)")
-    plateau_factor: float = Field(0.1, gt=0, lt=1, description="cut of the rate (authors)")
-    seed: int = Field(99, ge=0, description="order, draws, flips, initial weights (authors: 99)")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast on GPU, fp32 on CPU (docs/training.md)"
-    )
-    kernel: Literal["auto", "reference"] = Field(
-        "auto",
-        description="selective loss: auto: the fastest backend that works; reference: plain "
-        "PyTorch",
-    )
-    zero_stage: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage (docs/training.md)")
-    threads: int = Field(0, ge=0, description="torch threads per rank, 0: cores / local ranks")
-    checkpoint_epochs: int = Field(1, ge=1, description="epochs between checkpoints")
-    checkpoint_steps: int = Field(
-        0, ge=0, description="steps between checkpoints within an epoch, 0: none"
-    )
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept beside the best")
-    peer_timeout_s: float = Field(
-        600.0,
-        gt=0,
-        description="longest wait of a rank for another, then the job ends (seconds; longer than "
-        "a save and than a step)",
-    )
-    log_steps: int = Field(20, ge=1, description="steps between log lines and metric updates")
+    epochs: int = Field(12, ge=1)
+    """Passes over the training split (Sec. 3.2)."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps (smoke tests)."""
+    batch_size: int = Field(64, ge=1)
+    """Global batch B (samples; Sec. 3.2)."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches per rank, at first start."""
+    reference_batch: int = Field(64, ge=1)
+    """B at which the loss is the authors' plain sum (docs/method.md)."""
+    lr_new: float = Field(7e-4, gt=0)
+    """Learning rate of new layers (Sec. 3.2)."""
+    lr_pretrained: float = Field(1e-5, gt=0)
+    """Learning rate of the backbone (Sec. 3.2)."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """Coupled L2, off for biases and norms (authors' code)."""
+    schedule: Literal["plateau", "cosine", "constant"] = "plateau"
+    """Learning-rate schedule on validation mAP (authors: plateau)."""
+    plateau_patience: int = Field(2, ge=0)
+    """Epochs without gain before a cut (authors)."""
+    plateau_factor: float = Field(0.1, gt=0, lt=1)
+    """Cut of the rate (authors)."""
+    seed: int = Field(99, ge=0)
+    """Order, draws, flips, initial weights (authors: 99)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 autocast on GPU, fp32 on CPU (docs/training.md)."""
+    kernel: Literal["auto", "reference"] = "auto"
+    """Selective loss: auto: the fastest backend that works; reference: plain PyTorch."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed ZeRO stage (docs/training.md)."""
+    threads: int = Field(0, ge=0)
+    """Torch threads per rank, 0: cores / local ranks."""
+    checkpoint_epochs: int = Field(1, ge=1)
+    """Epochs between checkpoints."""
+    checkpoint_steps: int = Field(0, ge=0)
+    """Steps between checkpoints within an epoch, 0: none."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept beside the best."""
+    peer_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait of a rank for another, then the job ends (seconds; longer than a save and than a
+    step)."""
+    log_steps: int = Field(20, ge=1)
+    """Steps between log lines and metric updates."""
 
 
 class EvaluationConfig(Section):
     """Evaluation of a split, and the content of the report."""
 
-    split: str = Field("test", description="split evaluated")
-    predictor: Literal["model", "constant", "clip"] = Field(
-        "model", description="the run's best model, a constant score, or zero-shot CLIP similarity"
-    )
-    batch_size: int = Field(128, ge=1, description="samples per forward pass and rank")
-    top_k: int = Field(15, ge=1, description="attributes per crop in mR@k and F1@k (VAW)")
-    threshold: float = Field(0.5, ge=0, le=1, description="score above which mA counts a positive")
-    truth: str | None = Field(
-        None,
-        description="complete labels, Parquet: instance_id, positive names (path; rendered data "
-        "only): also gives mAP on complete labels",
-    )
-    examples: int = Field(12, ge=0, description="crops in the page's Fig. 4 grid")
-    example_attributes: int = Field(10, ge=1, description="attributes listed per crop (Fig. 4)")
-    curves: int = Field(
-        4, ge=0, description="precision-recall curves of each kind on the page (best, worst, ...)"
-    )
-    experiments: str | None = Field(
-        None, description="root of vlal_dist.experiments whose tables the page shows (URL or path)"
-    )
-    compare: list[str] = Field(
-        default_factory=list,
-        description="result.json files of other runs, shown as further rows of the result table "
-        "(URLs or paths)",
-    )
+    split: str = "test"
+    """Split evaluated."""
+    predictor: Literal["model", "constant", "clip"] = "model"
+    """The run's best model, a constant score, or zero-shot CLIP similarity."""
+    batch_size: int = Field(128, ge=1)
+    """Samples per forward pass and rank."""
+    top_k: int = Field(15, ge=1)
+    """Attributes per crop in mR@k and F1@k (VAW)."""
+    threshold: float = Field(0.5, ge=0, le=1)
+    """Score above which mA counts a positive."""
+    truth: str | None = None
+    """Complete labels, Parquet: instance_id, positive names (path; rendered data only): also gives
+    mAP on complete labels."""
+    examples: int = Field(12, ge=0)
+    """Crops in the page's Fig. 4 grid."""
+    example_attributes: int = Field(10, ge=1)
+    """Attributes listed per crop (Fig. 4)."""
+    curves: int = Field(4, ge=0)
+    """Precision-recall curves of each kind on the page (best, worst, ...)."""
+    experiments: str | None = None
+    """Root of vlal_dist.experiments whose tables the page shows (URL or path)."""
+    compare: list[str] = []
+    """Result.json files of other runs, shown as further rows of the result table (URLs or
+    paths)."""
 
 
 class ExportConfig(Section):
     """A folder that loads without the dataset: weights, config.json, thresholds, model card."""
 
-    onnx: bool = Field(
-        False,
-        description="also write model.onnx, and refuse it when onnxruntime computes something "
-        "else than torch (pip install '.[onnx]')",
-    )
-    min_annotated: int = Field(
-        10,
-        ge=1,
-        description="annotated positives, and negatives, that an attribute needs on validation "
-        "for a threshold of its own; with fewer, one label moves its F1 too far, and it gets the "
-        "threshold of all attributes pooled",
-    )
+    onnx: bool = False
+    """Also write model.onnx, and refuse it when onnxruntime computes something else than torch (pip
+    install '.[onnx]')."""
+    min_annotated: int = Field(10, ge=1)
+    """Annotated positives, and negatives, that an attribute needs on validation for a threshold of
+    its own; with fewer, one label moves its F1 too far, and it gets the threshold of all attributes
+    pooled."""
 
 
 class PredictConfig(Section):
     """Attributes of objects in photos, by an exported model."""
 
-    model: str | None = Field(
-        None, description="folder written by export (path or URL); absent: paths.export"
-    )
-    images: str | None = Field(
-        None,
-        description="photos: a folder, searched recursively, or a zip (path), or s3://; with "
-        "predict.table, absent: the table's own folder",
-    )
-    table: str | None = Field(
-        None,
-        description=".csv, .jsonl or .parquet, a row per object: image (below predict.images), "
-        "object, and optionally box ([x, y, width, height] in pixels, or the columns x, y, w, h; "
-        "empty: the whole photo) and id (path)",
-    )
-    object: str | None = Field(
-        None,
-        description="name of the object, without a table; needed unless the model has no object "
-        "gate",
-    )
-    output: str = Field(
-        "runs/predictions.jsonl",
-        description="output file, .jsonl, .parquet or .csv (path); unusable rows go to "
-        "NAME.rejects.jsonl beside it, with reasons",
-    )
-    top_k: int = Field(10, ge=0, description="attributes listed per object, 0: all")
-    thresholds: bool = Field(
-        False,
-        description="also report which of them are present, by the model's thresholds (F1 on "
-        "validation)",
-    )
-    batch_size: int = Field(64, ge=1, description="crops per forward pass")
-    threads: int = Field(2, ge=1, description="threads that read, decode and crop")
-    max_pixels: int = Field(
-        64_000_000, ge=1, description="largest photo decoded (pixels; against decompression bombs)"
-    )
+    model: str | None = None
+    """Folder written by export (path or URL); absent: paths.export."""
+    images: str | None = None
+    """Photos: a folder, searched recursively, or a zip (path), or s3://; with predict.table,
+    absent: the table's own folder."""
+    table: str | None = None
+    """.csv, .jsonl or .parquet, a row per object: image (below predict.images), object, and
+    optionally box ([x, y, width, height] in pixels, or the columns x, y, w, h; empty: the whole
+    photo) and id (path)."""
+    object: str | None = None
+    """Name of the object, without a table; needed unless the model has no object gate."""
+    output: str = "runs/predictions.jsonl"
+    """Output file, .jsonl, .parquet or .csv (path); unusable rows go to NAME.rejects.jsonl beside
+    it, with reasons."""
+    top_k: int = Field(10, ge=0)
+    """Attributes listed per object, 0: all."""
+    thresholds: bool = False
+    """Also report which of them are present, by the model's thresholds (F1 on validation)."""
+    batch_size: int = Field(64, ge=1)
+    """Crops per forward pass."""
+    threads: int = Field(2, ge=1)
+    """Threads that read, decode and crop."""
+    max_pixels: int = Field(64_000_000, ge=1)
+    """Largest photo decoded (pixels; against decompression bombs)."""
 
 
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -510,73 +423,50 @@ Count = Annotated[int, Field(ge=0, strict=True)]
 class ExperimentsConfig(Section):
     """The runs behind each table, and how many of them run at a time."""
 
-    seeds: list[Count] = Field(
-        default_factory=lambda: [99, 100, 101, 102, 103],
-        min_length=1,
-        description="training.seed of each repeat; rows of one seed share initial weights and "
-        "order (authors: 99)",
-    )
-    jobs: int = Field(1, ge=1, description="runs at a time on this machine")
-    ranks: int = Field(1, ge=1, description="DeepSpeed ranks of each run")
-    num_ignores: list[Count] = Field(
-        default_factory=lambda: [10, 20, 30, 40, 50],
-        description="NUM_IGNORE of the rows of Table 2; 0 and all are always added (attributes)",
-    )
-    replicates: int = Field(
-        1000, ge=1, description="replicates of the bootstrap over test photos (count)"
-    )
+    seeds: list[Count] = Field(default_factory=lambda: [99, 100, 101, 102, 103], min_length=1)
+    """Training.seed of each repeat; rows of one seed share initial weights and order (authors:
+    99)."""
+    jobs: int = Field(1, ge=1)
+    """Runs at a time on this machine."""
+    ranks: int = Field(1, ge=1)
+    """DeepSpeed ranks of each run."""
+    num_ignores: list[Count] = [10, 20, 30, 40, 50]
+    """NUM_IGNORE of the rows of Table 2; 0 and all are always added (attributes)."""
+    replicates: int = Field(1000, ge=1)
+    """Replicates of the bootstrap over test photos (count)."""
 
 
 class ObservabilityConfig(Section):
     """Metrics of ranks and programs, and trackers. Nothing leaves the machine by default."""
 
-    metrics: bool = Field(True, description="serve /metrics on each rank")
-    metrics_host: str = Field("127.0.0.1", description="address the endpoint binds to")
-    metrics_port: int = Field(
-        9400, ge=1, le=65000, description="port of local rank 0; the next free one if taken"
-    )
-    targets: str | None = Field(
-        None,
-        min_length=1,
-        description="local folder in which each rank announces its endpoint to Prometheus "
-        "(file_sd)",
-    )
-    textfiles: str | None = Field(
-        None,
-        min_length=1,
-        description="local folder of node_exporter's textfile collector: every program writes how "
-        "it ended, and pack its counts",
-    )
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
-        ["tensorboard"],
-        description="trackers that get training's numbers too, beside metrics.jsonl; wandb and "
-        "mlflow are configured by WANDB_* and MLFLOW_* variables (docs/operations.md)",
-    )
+    metrics: bool = True
+    """Serve /metrics on each rank."""
+    metrics_host: str = "127.0.0.1"
+    """Address the endpoint binds to."""
+    metrics_port: int = Field(9400, ge=1, le=65000)
+    """Port of local rank 0; the next free one if taken."""
+    targets: str | None = Field(None, min_length=1)
+    """Local folder in which each rank announces its endpoint to Prometheus (file_sd)."""
+    textfiles: str | None = Field(None, min_length=1)
+    """Local folder of node_exporter's textfile collector: every program writes how it ended, and
+    pack its counts."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Trackers that get training's numbers too, beside metrics.jsonl; wandb and mlflow are
+    configured by WANDB_* and MLFLOW_* variables (docs/operations.md)."""
 
 
 class SuperviseConfig(Section):
     """Restarts of a command that failed, and how long its processes may take to end."""
 
-    restarts: int = Field(
-        10,
-        ge=0,
-        description="consecutive failures that are followed by a restart; 0: never restart",
-    )
-    backoff_s: float = Field(
-        1.0, gt=0, description="wait before the first restart; doubles each time, to 60 (seconds)"
-    )
-    healthy_s: float = Field(
-        600.0,
-        gt=0,
-        description="a start that lasts this long resets the count of failures (seconds)",
-    )
-    grace_s: float = Field(
-        120.0,
-        gt=0,
-        description="time to save and exit after a stop signal, and for processes left when the "
-        "command has ended, before they are killed (seconds; longer than a save, shorter than the "
-        "scheduler's own limit)",
-    )
+    restarts: int = Field(10, ge=0)
+    """Consecutive failures that are followed by a restart; 0: never restart."""
+    backoff_s: float = Field(1.0, gt=0)
+    """Wait before the first restart; doubles each time, to 60 (seconds)."""
+    healthy_s: float = Field(600.0, gt=0)
+    """A start that lasts this long resets the count of failures (seconds)."""
+    grace_s: float = Field(120.0, gt=0)
+    """Time to save and exit after a stop signal, and for processes left when the command has ended,
+    before they are killed (seconds; longer than a save, shorter than the scheduler's own limit)."""
 
 
 class Config(Section):
