@@ -6,10 +6,10 @@ import urllib.request
 
 import pytest
 
-from tests.fixtures.rank_exporter import BUILD, Exporter
+from tests.fixtures.rank_exporter import BUILD, PROCESS, Exporter
 from tests.fixtures.rank_processes import free_port
 from tests.fixtures.scrapers import hanging, scrape
-from vlal_dist.observability.metric_definitions import LOADER, PROCESS, STORAGE, TRAIN
+from vlal_dist.observability.metric_definitions import LOADER, STORAGE, TRAIN
 from vlal_dist.observability.metrics import TrainMetrics
 
 HALF = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"

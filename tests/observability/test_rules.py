@@ -21,12 +21,11 @@ from tests.fixtures.prometheus_server import (
     read_yaml,
     rules,
 )
-from tests.fixtures.rank_exporter import Exporter
+from tests.fixtures.rank_exporter import PROCESS, Exporter
 from vlal_dist.observability.metric_definitions import (
     JOB,
     LOADER,
     PACK,
-    PROCESS,
     SCORE,
     STORAGE,
     TRAIN,

@@ -5,6 +5,7 @@ discovery. docs/operations.md shows these tables, which a test compares.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 
@@ -26,6 +27,9 @@ class Metric(NamedTuple):
     field: str = ""
 
 
+counter, gauge = partial(Metric, "counter"), partial(Metric, "gauge")
+histogram, summary = partial(Metric, "histogram"), partial(Metric, "summary")
+
 Readings = Mapping[tuple[str, ...], float]
 """(name of a metric, *values of its labels) -> value."""
 
@@ -46,214 +50,173 @@ WAIT_BUCKETS = (0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5)
 SAVE_BUCKETS = (0.1, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120, 300)
 
 LOADER: dict[str, Metric] = {
-    "vlal_loader_samples_total": Metric("counter", "Samples read.", field="samples"),
-    "vlal_loader_sample_bytes_total": Metric(
-        "counter", "Bytes of samples read.", field="sample_bytes"
-    ),
-    "vlal_loader_read_seconds_total": Metric(
-        "counter", "Seconds of reading and checking, waits for fetches included; all threads.",
+    "vlal_loader_samples_total": counter("Samples read.", field="samples"),
+    "vlal_loader_sample_bytes_total": counter("Bytes of samples read.", field="sample_bytes"),
+    "vlal_loader_read_seconds_total": counter(
+        "Seconds of reading and checking, waits for fetches included; all threads.",
         field="read_seconds",
     ),
-    "vlal_loader_decode_seconds_total": Metric(
-        "counter", "Seconds of decoding and resizing, all threads.", field="decode_seconds"
+    "vlal_loader_decode_seconds_total": counter(
+        "Seconds of decoding and resizing, all threads.", field="decode_seconds"
     ),
-    "vlal_loader_label_seconds_total": Metric(
-        "counter", "Seconds of making labels and weights, all threads.", field="label_seconds"
+    "vlal_loader_label_seconds_total": counter(
+        "Seconds of making labels and weights, all threads.", field="label_seconds"
     ),
-    "vlal_loader_ready_steps": Metric(
-        "gauge", "Steps that were ready when the last one was taken.", field="ready_steps"
+    "vlal_loader_ready_steps": gauge(
+        "Steps that were ready when the last one was taken.", field="ready_steps"
     ),
-    "vlal_loader_fetches_total": Metric(
-        "counter", "Ranged reads of remote shards.", field="fetches"
+    "vlal_loader_fetches_total": counter("Ranged reads of remote shards.", field="fetches"),
+    "vlal_loader_fetched_bytes_total": counter("Bytes of these reads.", field="fetched_bytes"),
+    "vlal_loader_fetch_seconds_total": counter(
+        "Seconds of these reads, all threads.", field="fetch_seconds"
     ),
-    "vlal_loader_fetched_bytes_total": Metric(
-        "counter", "Bytes of these reads.", field="fetched_bytes"
+    "vlal_loader_refetched_total": counter(
+        "Samples that failed a check and were read again.", field="refetched"
     ),
-    "vlal_loader_fetch_seconds_total": Metric(
-        "counter", "Seconds of these reads, all threads.", field="fetch_seconds"
+    "vlal_loader_damaged_total": counter("Samples that failed the check again.", field="damaged"),
+    "vlal_loader_cache_hits_total": counter("Ranges found in the disk cache.", field="cache_hits"),
+    "vlal_loader_cache_misses_total": counter(
+        "Ranges not found in the disk cache.", field="cache_misses"
     ),
-    "vlal_loader_refetched_total": Metric(
-        "counter", "Samples that failed a check and were read again.", field="refetched"
+    "vlal_loader_cache_evictions_total": counter(
+        "Ranges removed from the disk cache by this rank.", field="cache_evictions"
     ),
-    "vlal_loader_damaged_total": Metric(
-        "counter", "Samples that failed the check again.", field="damaged"
+    "vlal_loader_cache_failed_writes_total": counter(
+        "Ranges not written to the disk cache, by errors.", field="cache_failed_writes"
     ),
-    "vlal_loader_cache_hits_total": Metric(
-        "counter", "Ranges found in the disk cache.", field="cache_hits"
+    "vlal_loader_cache_bytes": gauge(
+        "Bytes in the disk cache, of all ranks of the node.", field="cache_bytes"
     ),
-    "vlal_loader_cache_misses_total": Metric(
-        "counter", "Ranges not found in the disk cache.", field="cache_misses"
-    ),
-    "vlal_loader_cache_evictions_total": Metric(
-        "counter", "Ranges removed from the disk cache by this rank.", field="cache_evictions"
-    ),
-    "vlal_loader_cache_failed_writes_total": Metric(
-        "counter", "Ranges not written to the disk cache, by errors.", field="cache_failed_writes"
-    ),
-    "vlal_loader_cache_bytes": Metric(
-        "gauge", "Bytes in the disk cache, of all ranks of the node.", field="cache_bytes"
-    ),
-}  # fmt: skip
+}
 """What the loader of a rank did; published at log intervals."""
 
 STORAGE: dict[str, Metric] = {
-    "vlal_s3_requests_total": Metric("counter", "HTTP requests to S3, repetitions included."),
-    "vlal_s3_retries_total": Metric(
-        "counter", "Requests repeated, by reason.", {"reason": S3_REASONS}
+    "vlal_s3_requests_total": counter("HTTP requests to S3, repetitions included."),
+    "vlal_s3_retries_total": counter("Requests repeated, by reason.", {"reason": S3_REASONS}),
+    "vlal_s3_bytes_total": counter(
+        "Bytes of objects received and of accepted PUTs.", {"direction": ("in", "out")}
     ),
-    "vlal_s3_bytes_total": Metric(
-        "counter", "Bytes of objects received and of accepted PUTs.", {"direction": ("in", "out")}
-    ),
-    "vlal_disk_free_bytes": Metric(
-        "gauge", "Free bytes on the disk of paths.cache, or of a local paths.run.",
+    "vlal_disk_free_bytes": gauge(
+        "Free bytes on the disk of paths.cache, or of a local paths.run.",
         {"mount": ("cache", "run")},
     ),
-}  # fmt: skip
+}
 """Storage of a process, read at each scrape, so that they move while a step waits for the store."""
 
 TRAIN: dict[str, Metric] = {
-    "vlal_build_info": Metric(
-        "gauge", "1; versions as labels.",
-        {"version": (), "torch": (), "deepspeed": (), "kernel": ()},
+    "vlal_build_info": gauge(
+        "1; versions as labels.", {"version": (), "torch": (), "deepspeed": (), "kernel": ()}
     ),
-    "vlal_run_state": Metric("gauge", "1 for the current state.", {"state": RUN_STATES}),
-    "vlal_train_steps_total": Metric("counter", "Optimizer steps of this start."),
-    "vlal_train_samples_total": Metric("counter", "Rows of this rank in these steps."),
-    "vlal_train_epoch": Metric("gauge", "Epoch, from 0."),
-    "vlal_train_global_step": Metric("gauge", "Steps since the run began."),
-    "vlal_train_step_duration_seconds": Metric(
-        "histogram", "Duration of a step, waiting for the loader included.", buckets=STEP_BUCKETS
+    "vlal_run_state": gauge("1 for the current state.", {"state": RUN_STATES}),
+    "vlal_train_steps_total": counter("Optimizer steps of this start."),
+    "vlal_train_samples_total": counter("Rows of this rank in these steps."),
+    "vlal_train_epoch": gauge("Epoch, from 0."),
+    "vlal_train_global_step": gauge("Steps since the run began."),
+    "vlal_train_step_duration_seconds": histogram(
+        "Duration of a step, waiting for the loader included.", buckets=STEP_BUCKETS
     ),
-    "vlal_loader_wait_seconds": Metric(
-        "histogram", "Wait of this rank for its next batch.", buckets=WAIT_BUCKETS
+    "vlal_loader_wait_seconds": histogram(
+        "Wait of this rank for its next batch.", buckets=WAIT_BUCKETS
     ),
-    "vlal_train_compute_seconds": Metric(
-        "summary", "Passes of a step on this rank, without waits for others; none with ZeRO 1, 2."
+    "vlal_train_compute_seconds": summary(
+        "Passes of a step on this rank, without waits for others; none with ZeRO 1, 2."
     ),
-    "vlal_train_allreduce_seconds": Metric(
-        "summary", "Gradient sum over ranks, waits included; none with ZeRO 1, 2."
+    "vlal_train_allreduce_seconds": summary(
+        "Gradient sum over ranks, waits included; none with ZeRO 1, 2."
     ),
-    "vlal_train_last_step_timestamp_seconds": Metric(
-        "gauge", "When a step last ended, or training began or continued."
+    "vlal_train_last_step_timestamp_seconds": gauge(
+        "When a step last ended, or training began or continued."
     ),
-    "vlal_train_loss": Metric(
-        "gauge", "Mean loss of a row over all ranks and the last log interval.",
-        {"term": LOSS_TERMS},
+    "vlal_train_loss": gauge(
+        "Mean loss of a row over all ranks and the last log interval.", {"term": LOSS_TERMS}
     ),
-    "vlal_train_learning_rate": Metric(
-        "gauge", "Learning rate.", {"group": ("backbone", "head")}
+    "vlal_train_learning_rate": gauge("Learning rate.", {"group": ("backbone", "head")}),
+    "vlal_train_grad_norm": gauge(
+        "Norm of the summed gradient of the last logged step; 0 with ZeRO 1 and 2."
     ),
-    "vlal_train_grad_norm": Metric(
-        "gauge", "Norm of the summed gradient of the last logged step; 0 with ZeRO 1 and 2."
+    "vlal_train_nonfinite_steps_total": counter(
+        "Steps refused because a loss or the gradient was not finite."
     ),
-    "vlal_train_nonfinite_steps_total": Metric(
-        "counter", "Steps refused because a loss or the gradient was not finite."
+    "vlal_train_ignored_attributes": gauge(
+        "Ignored attributes of a row, mean over all ranks and the last log interval."
     ),
-    "vlal_train_ignored_attributes": Metric(
-        "gauge", "Ignored attributes of a row, mean over all ranks and the last log interval."
+    "vlal_train_label_terms_total": counter(
+        "Pairs of row and attribute of this rank by term.", {"kind": TERM_KINDS}
     ),
-    "vlal_train_label_terms_total": Metric(
-        "counter", "Pairs of row and attribute of this rank by term.", {"kind": TERM_KINDS}
+    "vlal_train_ledger_visits": gauge(
+        "Visits of this epoch in the ledger, all ranks.", {"kind": ("trained", "left_out")}
     ),
-    "vlal_train_ledger_visits": Metric(
-        "gauge", "Visits of this epoch in the ledger, all ranks.",
-        {"kind": ("trained", "left_out")},
+    "vlal_train_quarantined_samples": gauge("Damaged samples on the run's list, all ranks."),
+    "vlal_eval_map_ratio": gauge(
+        "mAP of a group at the last validation, 0-1.", {"split": (), "group": ()}
     ),
-    "vlal_train_quarantined_samples": Metric(
-        "gauge", "Damaged samples on the run's list, all ranks."
-    ),
-    "vlal_eval_map_ratio": Metric(
-        "gauge", "mAP of a group at the last validation, 0-1.", {"split": (), "group": ()}
-    ),
-    "vlal_eval_attributes": Metric(
-        "gauge", "Attributes at the last validation; mAP is the mean of the scored.",
+    "vlal_eval_attributes": gauge(
+        "Attributes at the last validation; mAP is the mean of the scored.",
         {"status": ATTRIBUTE_STATUS},
     ),
-    "vlal_checkpoint_duration_seconds": Metric(
-        "histogram", "Duration of writing a checkpoint, on rank 0.", buckets=SAVE_BUCKETS
+    "vlal_checkpoint_duration_seconds": histogram(
+        "Duration of writing a checkpoint, on rank 0.", buckets=SAVE_BUCKETS
     ),
-    "vlal_checkpoint_size_bytes": Metric("gauge", "Bytes of the last checkpoint."),
-    "vlal_checkpoint_last_success_timestamp_seconds": Metric(
-        "gauge", "When this start last finished a checkpoint; 0: never."
+    "vlal_checkpoint_size_bytes": gauge("Bytes of the last checkpoint."),
+    "vlal_checkpoint_last_success_timestamp_seconds": gauge(
+        "When this start last finished a checkpoint; 0: never."
     ),
-    "vlal_checkpoint_interval_seconds": Metric(
-        "gauge", "Longest time between checkpoints since this start."
+    "vlal_checkpoint_interval_seconds": gauge("Longest time between checkpoints since this start."),
+    "vlal_checkpoint_failures_total": counter(
+        "Checkpoints and best models that could not be written.", {"reason": SAVE_FAILURES}
     ),
-    "vlal_checkpoint_failures_total": Metric(
-        "counter", "Checkpoints and best models that could not be written.",
-        {"reason": SAVE_FAILURES},
-    ),
-    "vlal_resume_total": Metric(
-        "counter",
+    "vlal_resume_total": counter(
         "How this start began: fresh, exact, resharded (another number of ranks), fallback (the "
         "newest checkpoint was damaged).",
         {"kind": RESUME_KINDS},
     ),
-    "vlal_signal_received_total": Metric(
-        "counter", "What stopped this rank: a signal, or a launcher that was gone.",
-        {"signal": STOPS},
+    "vlal_signal_received_total": counter(
+        "What stopped this rank: a signal, or a launcher that was gone.", {"signal": STOPS}
     ),
-    "vlal_tracker_dropped_total": Metric(
-        "counter", "Records that a tracker did not take in time, on rank 0.", {"tracker": TRACKERS}
+    "vlal_tracker_dropped_total": counter(
+        "Records that a tracker did not take in time, on rank 0.", {"tracker": TRACKERS}
     ),
-}  # fmt: skip
+}
 """What a training rank exports."""
 
 SCORE: dict[str, Metric] = {
-    "ray_vlal_score_shards_pending": Metric(
-        "gauge", "Shards that this job still has to score or check.", {"run": ()}
+    "ray_vlal_score_shards_pending": gauge(
+        "Shards that this job still has to score or check.", {"run": ()}
     ),
-    "ray_vlal_score_shards_total": Metric(
-        "counter", "Shards that this job committed, found done, or assigned again.",
+    "ray_vlal_score_shards_total": counter(
+        "Shards that this job committed, found done, or assigned again.",
         {"run": (), "result": ("committed", "skipped", "retried")},
     ),
-    "ray_vlal_score_images_total": Metric(
-        "counter", "Crops encoded, and unusable crops.",
-        {"run": (), "result": ("ok", "failed")},
+    "ray_vlal_score_images_total": counter(
+        "Crops encoded, and unusable crops.", {"run": (), "result": ("ok", "failed")}
     ),
-    "ray_vlal_score_seconds_total": Metric(
-        "counter", "Seconds of the actors by phase, summed over threads.",
+    "ray_vlal_score_seconds_total": counter(
+        "Seconds of the actors by phase, summed over threads.",
         {"run": (), "phase": ("fetch", "decode", "copy", "encode", "write")},
     ),
-}  # fmt: skip
+}
 """What the driver of a scoring job exports through Ray, per shard; `run` is its score root."""
 
 PACK: dict[str, Metric] = {
-    "vlal_pack_instances_total": Metric(
-        "counter", "Instances of finished shards; at the end all rows of the input.",
+    "vlal_pack_instances_total": counter(
+        "Instances of finished shards; at the end all rows of the input.",
         {"run": (), "result": PACK_RESULTS},
     ),
-    "vlal_pack_shards_total": Metric(
-        "counter", "Finished shards: written, or skipped because an earlier run wrote them.",
+    "vlal_pack_shards_total": counter(
+        "Finished shards: written, or skipped because an earlier run wrote them.",
         {"run": (), "result": ("written", "skipped")},
     ),
-    "vlal_pack_bytes_total": Metric("counter", "Bytes of the tars of these shards.", {"run": ()}),
-}  # fmt: skip
+    "vlal_pack_bytes_total": counter("Bytes of the tars of these shards.", {"run": ()}),
+}
 """What pack exports through node_exporter, per shard; `run` is its dataset root."""
 
 JOB: dict[str, Metric] = {
-    "vlal_job_last_success_timestamp_seconds": Metric(
-        "gauge",
-        "When the program last ended with exit code 0; 0: never.",
-        {"job_name": (), "run": ()},
+    "vlal_job_last_success_timestamp_seconds": gauge(
+        "When the program last ended with exit code 0; 0: never.", {"job_name": (), "run": ()}
     ),
-    "vlal_job_duration_seconds": Metric(
-        "gauge", "Duration of its last run.", {"job_name": (), "run": ()}
-    ),
-    "vlal_job_exit_code": Metric(
-        "gauge",
-        "Exit code of its last run; 0 done, 75 stopped and resumable.",
-        {"job_name": (), "run": ()},
+    "vlal_job_duration_seconds": gauge("Duration of its last run.", {"job_name": (), "run": ()}),
+    "vlal_job_exit_code": gauge(
+        "Exit code of its last run; 0 done, 75 stopped and resumable.", {"job_name": (), "run": ()}
     ),
 }
 """What a program exports through node_exporter when it ends; `run` is the root it writes."""
-
-PROCESS: dict[str, Metric] = {
-    "process_cpu_seconds_total": Metric("counter", "CPU seconds of the process, all threads."),
-    "process_resident_memory_bytes": Metric("gauge", "Resident memory."),
-    "process_virtual_memory_bytes": Metric("gauge", "Address space."),
-    "process_open_fds": Metric("gauge", "Open files and sockets."),
-    "process_max_fds": Metric("gauge", "Limit of open files and sockets."),
-    "process_start_time_seconds": Metric("gauge", "When the process started."),
-}
-"""Exported by prometheus_client on Linux; the texts are ours."""
