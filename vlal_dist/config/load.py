@@ -177,14 +177,13 @@ def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Seque
     lines.extend(f"  --{name:<14} {FLAGS[name]}" for name in flags)
     fields = known_fields()
     for name in sections:
-        section = type(getattr(Config(), name.partition(".")[0]))
-        lines.extend(["", f"{name}: {(section.__doc__ or '').strip()}"])
+        purpose = type(getattr(Config(), name.partition(".")[0])).__doc__ or ""
+        lines.extend(["", f"{name}: {purpose.splitlines()[0]}"])
         for key in (key for key in fields if f"{key}.".startswith(f"{name}.")):
             default = fields[key].get_default(call_default_factory=True)
             lines.append(f"  --{key}  (default: {'none' if default is None else default})")
-            lines.extend(
-                f"      {line}" for line in textwrap.wrap(fields[key].description or "", 92)
-            )
+            body = textwrap.wrap(fields[key].description or "", 92)
+            lines.extend(f"      {line}" for line in body)
     lines.extend(["", "exit codes: 0 done, 2 usage, 64 config, 65 bad data, 74 I/O,"])
     lines.append("            75 stopped and resumable, 1 other")
     return "\n".join(lines)
