@@ -22,7 +22,7 @@ from tests.observability.test_trackers import API_KEY, histories, scalars
 from vlal_dist.errors import ConfigError
 from vlal_dist.observability.metric_definitions import TRACKERS
 from vlal_dist.observability.metrics import TrainMetrics
-from vlal_dist.observability.trackers import LEFT_OUT, numbers
+from vlal_dist.observability.trackers import NOT_TRACKED, numbers
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.run_log import check_trackers, identity_of, open_trackers
 
@@ -33,7 +33,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, Any]]]:
     """Every number of `metrics.jsonl`, as TensorBoard should have it."""
     found: dict[str, list[tuple[int, Any]]] = {}
     for line in lines(run):
-        kept = {name: value for name, value in line.items() if name not in LEFT_OUT}
+        kept = {name: value for name, value in line.items() if name not in NOT_TRACKED}
         for name, value in numbers(kept).items():
             close = pytest.approx(value, rel=1e-6)  # TensorBoard keeps float32
             found.setdefault(f"{line['kind']}/{name}", []).append((line["step"], close))
