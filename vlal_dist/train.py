@@ -12,15 +12,12 @@ from pathlib import Path
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import logging
 import os
 from collections.abc import Mapping
 
 from vlal_dist.config.load import config_yaml
 from vlal_dist.config.sections import Config
 from vlal_dist.program import Counts, Program, run_program
-
-logger = logging.getLogger("vlal_dist.train")
 
 PURPOSE = """
 Train on a merged dataset (paths.merged), or on a packed one with score files (data.likelihood
@@ -77,12 +74,8 @@ PROGRAM = Program(
 
 def main() -> int:
     """Run the program on the command line's arguments; every rank exits with the same code."""
-    code = 1
-    try:
-        code = run_program(PROGRAM, sys.argv[1:], quiet=os.environ.get("RANK", "0") != "0")
-    except Exception:
-        logger.exception("train: failed")
-    # Only here, where no frame of the run holds the engine any more; see leave_ranks.
+    code = run_program(PROGRAM, sys.argv[1:], quiet=os.environ.get("RANK", "0") != "0")
+    # Here no frame of the run holds the engine any more; see leave_ranks.
     if engine := sys.modules.get("vlal_dist.training.engine"):
         engine.leave_ranks()
     return code

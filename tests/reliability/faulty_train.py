@@ -108,12 +108,12 @@ def install() -> None:
     """Patch the trainer, so that each moment is reported. torch is imported here."""
     import torch
 
-    from vlal_dist.training import epoch_check, step, trainer, validation
+    from vlal_dist.training import data, epoch_check, step, trainer, validation
 
     one_step, train = trainer.Trainer._train_step, trainer.Trainer.train
     accumulate, save = step.TrainStep.accumulate, trainer.save_checkpoint
     write_model, batches = validation.write_model, validation.evaluation_batches
-    make_loader = trainer.make_loader
+    make_loader = data.TrainingData.make_loader
     check_epoch = epoch_check.EpochCheck.check_epoch
     now = {"step": 0}
 
@@ -185,7 +185,8 @@ def install() -> None:
 
     trainer.Trainer._train_step = faulty_one_step  # type: ignore[method-assign]
     trainer.Trainer.train = faulty_train  # type: ignore[method-assign]
-    trainer.make_loader, trainer.save_checkpoint = faulty_loader, faulty_save
+    data.TrainingData.make_loader = faulty_loader  # type: ignore[method-assign]
+    trainer.save_checkpoint = faulty_save
     validation.write_model = faulty_best
     validation.evaluation_batches = faulty_batches  # type: ignore[assignment]
     epoch_check.EpochCheck.check_epoch = faulty_check  # type: ignore[method-assign]

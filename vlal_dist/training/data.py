@@ -46,12 +46,73 @@ class TrainingData(Mixture):
     """The opened data of a run: the mixture that is trained on, and the validation split.
 
     Attributes:
+        config: image size, decoding, damage, caches.
         validation: split that selects the best model.
         read_likelihoods: reads the log-likelihoods that weigh the draw; None: nothing is drawn.
     """
 
+    config: DataConfig
     validation: Split
     read_likelihoods: ReadLikelihoods | None
+
+    def make_builder(self, ranks: Ranks, *, train: bool) -> BatchBuilder:
+        """Make the batch builder of the training corpus (`train`), or of the validation split.
+
+        Raises:
+            ConfigError: `data.decode gpu` on a CPU, or with `data.damage quarantine`.
+        """
+        config, on_gpu = self.config, ranks.device.type == "cuda"
+        if config.decode == "gpu" and not on_gpu:
+            raise ConfigError(
+                f"data.decode gpu: this rank runs on {ranks.device}; set data.decode cpu"
+            )
+        if config.decode == "gpu" and config.damage == "quarantine":
+            raise ConfigError(
+                "data.decode gpu finds damage too late for data.damage quarantine: set cpu"
+            )
+        corpus = self.corpus if train else ConcatSplits([self.validation])
+        cache = None
+        if config.cache_bytes and corpus.remote:
+            limit = config.cache_bytes
+            cache = DiskCache(
+                self.dataset.cache, limit_bytes=limit, largest_bytes=corpus.largest_block
+            )
+        return BatchBuilder(
+            ShardReader(corpus, cache=cache),
+            self.dataset,
+            config,
+            training=train,
+            read_likelihoods=self.read_likelihoods if train else None,
+            pinned=on_gpu,
+        )
+
+    def make_loader(
+        self, training: TrainingConfig, ranks: Ranks, *, first: Binding | None
+    ) -> TrainLoader:
+        """Make the training loader.
+
+        Args:
+            training: batch size, accumulation, seed.
+            ranks: this process among its peers.
+            first: binding of a resumed run, whose lanes and micro-batches stay.
+        """
+        loader = TrainLoader(
+            self.make_builder(ranks, train=True),
+            EpochPlan(self.corpus, seed=training.seed, passes=self.passes, factor=self.factor),
+            training,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            lanes=first.lanes if first else 0,
+            micro_batches=first.micro_batches if first else 0,
+        )
+        if loader.micro_batches % ranks.world_size:
+            logger.info(
+                "the %d micro-batches of a step are cut differently for %d ranks: BatchNorm sees "
+                "other groups of samples",
+                loader.micro_batches,
+                ranks.world_size,
+            )
+        return loader
 
 
 def open_data(
@@ -87,6 +148,7 @@ def open_data(
         read = _score_likelihoods(mixture, paths.scores, scoring.temperature)
     return TrainingData(
         **vars(mixture),
+        config=data,
         validation=open_split(mixture.dataset, data.validation_split),
         read_likelihoods=read,
     )
@@ -159,62 +221,3 @@ def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
             "this dataset"
         )
     return torch.from_numpy(mean_score.to_numpy().astype(np.float32))
-
-
-def make_builder(
-    config: DataConfig, data: TrainingData, ranks: Ranks, *, train: bool
-) -> BatchBuilder:
-    """Make the batch builder of the training corpus (`train`), or of the validation split.
-
-    Raises:
-        ConfigError: `data.decode gpu` on a CPU, or with `data.damage quarantine`.
-    """
-    on_gpu = ranks.device.type == "cuda"
-    if config.decode == "gpu" and not on_gpu:
-        raise ConfigError(f"data.decode gpu: this rank runs on {ranks.device}; set data.decode cpu")
-    if config.decode == "gpu" and config.damage == "quarantine":
-        raise ConfigError(
-            "data.decode gpu finds damage too late for data.damage quarantine: set cpu"
-        )
-    corpus = data.corpus if train else ConcatSplits([data.validation])
-    disk_cache = None
-    if config.cache_bytes and corpus.remote:
-        disk_cache = DiskCache(
-            data.dataset.cache, limit_bytes=config.cache_bytes, largest_bytes=corpus.largest_block
-        )
-    return BatchBuilder(
-        ShardReader(corpus, cache=disk_cache),
-        data.dataset,
-        config,
-        training=train,
-        read_likelihoods=data.read_likelihoods if train else None,
-        pinned=on_gpu,
-    )
-
-
-def make_loader(
-    config: DataConfig,
-    training: TrainingConfig,
-    data: TrainingData,
-    ranks: Ranks,
-    *,
-    first: Binding | None,
-) -> TrainLoader:
-    """Make the training loader; `first`: the run's binding, whose lanes and micro-batches stay."""
-    loader = TrainLoader(
-        make_builder(config, data, ranks, train=True),
-        EpochPlan(data.corpus, seed=training.seed, passes=data.passes, factor=data.factor),
-        training,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        lanes=first.lanes if first else 0,
-        micro_batches=first.micro_batches if first else 0,
-    )
-    if loader.micro_batches % ranks.world_size:
-        logger.info(
-            "the %d micro-batches of a step are cut differently for %d ranks: BatchNorm sees other "
-            "groups of samples",
-            loader.micro_batches,
-            ranks.world_size,
-        )
-    return loader

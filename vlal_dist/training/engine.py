@@ -127,7 +127,7 @@ class Engine:
         """Undo `optimizer_tensors`, of any stage and world size; restore the weights before.
 
         Raises:
-            DataError: a parameter's state is missing or has another shape.
+            DataError: a parameter's state is missing.
         """
         check_adam(self.module, tensors, where=where)
         if self.zero_stage:

@@ -21,10 +21,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def check_adam(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -> None:
-    """Refuse a state that is not this model's; an empty one is that of a run without a step.
+    """Refuse an incomplete state; an empty one is that of a run without a step.
+
+    Shapes fit where the weights of the same checkpoint fit the model.
 
     Raises:
-        DataError: a parameter's state is missing or has another shape.
+        DataError: a parameter's state is missing.
     """
     for name, parameter in model.named_parameters() if tensors else ():
         missing = [key for key in (f"{name}.{k}" for k in ("step", *MOMENTS)) if key not in tensors]
@@ -32,12 +34,6 @@ def check_adam(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
             raise DataError(
                 f"{where}: the optimizer's state lacks {', '.join(missing)}; resume an earlier one"
             )
-        for key in MOMENTS:
-            if (found := tensors[f"{name}.{key}"].shape) != parameter.shape:
-                raise DataError(
-                    f"{where}: the optimizer's state holds {name} as {tuple(found)}, the model has "
-                    f"{tuple(parameter.shape)}; use the model settings of the run"
-                )
 
 
 def adam_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

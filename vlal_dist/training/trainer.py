@@ -40,7 +40,7 @@ from vlal_dist.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from vlal_dist.training.data import make_builder, make_loader, open_data, read_prior
+from vlal_dist.training.data import open_data, read_prior
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.epoch_check import EpochCheck
 from vlal_dist.training.objective import feasible_table
@@ -157,9 +157,7 @@ class Trainer:
             kernel=backend.name,
         )
         first = found.state.binding if found else None
-        self.loader = ranks.together(
-            lambda: make_loader(config.data, config.training, data, ranks, first=first)
-        )
+        self.loader = ranks.together(lambda: data.make_loader(config.training, ranks, first=first))
         stack.callback(self.loader.close)
         self._build_model()
         world_size = ranks.world_size
@@ -169,7 +167,7 @@ class Trainer:
         self._saved = asdict(self.state) if here else {}
         step = self.state.step
         ranks.together(lambda: record_start(self.store, ranks, step=step, kernel=backend.name))
-        builder = ranks.together(lambda: make_builder(config.data, data, ranks, train=False))
+        builder = ranks.together(lambda: data.make_builder(ranks, train=False))
         stack.callback(builder.close)
         self.train_step = ranks.together(self._make_train_step)
         self.epoch_check = EpochCheck(
