@@ -28,12 +28,12 @@ def check_adam(model: nn.Module, tensors: Mapping[str, Tensor], *, where: str) -
     Raises:
         DataError: a parameter's state is missing.
     """
-    for name, parameter in model.named_parameters() if tensors else ():
-        missing = [key for key in (f"{name}.{k}" for k in ("step", *MOMENTS)) if key not in tensors]
-        if missing:
-            raise DataError(
-                f"{where}: the optimizer's state lacks {', '.join(missing)}; resume an earlier one"
-            )
+    names = [f"{n}.{key}" for n, _ in model.named_parameters() for key in ("step", *MOMENTS)]
+    missing = [name for name in names if name not in tensors]
+    if tensors and missing:
+        raise DataError(
+            f"{where}: the optimizer's state lacks {', '.join(missing[:3])}; resume an earlier one"
+        )
 
 
 def adam_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
