@@ -212,9 +212,9 @@ def test_through_s3(moto_s3: S3Server) -> None:
 def test_another_binding_is_refused_with_both_values(field: str, value: object) -> None:
     found = Checkpoint("run", TrainState(binding=BINDING), model={}, optimizer={})
     with pytest.raises(DataError, match=f"{field} is {value}, the checkpoint has") as caught:
-        found.check_binding(replace(BINDING, **{field: value}))  # type: ignore[arg-type]
+        found.check_resume(replace(BINDING, **{field: value}))  # type: ignore[arg-type]
     assert str(getattr(BINDING, field)) in str(caught.value)
-    found.check_binding(replace(BINDING, lanes=0))
+    found.check_resume(replace(BINDING, lanes=0))
 
 
 def test_another_model_is_refused() -> None:

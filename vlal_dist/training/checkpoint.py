@@ -11,9 +11,10 @@ ZeRO 0, 1 and 2 (docs/training.md).
 """
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -123,8 +124,8 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     skipped: int = 0
 
-    def check_binding(self, wanted: Binding) -> None:
-        """Refuse to resume on other data or in another order.
+    def check_resume(self, wanted: Binding) -> None:
+        """Refuse to resume on other data or in another order; else log where the run continues.
 
         Args:
             wanted: binding of this start; 0 (lanes, micro-batches) accepts what is stored.
@@ -143,6 +144,14 @@ class Checkpoint:
                 f"{self.where} cannot be resumed: {'; '.join(differing)}. Restore these settings, "
                 "or start a new run with another --paths.run (or --resume none)"
             )
+        logger.info(
+            "resuming %s: step %d, epoch %d, %d samples in; last start: %s",
+            self.where,
+            self.state.step,
+            self.state.epoch + 1,
+            self.state.consumed,
+            ", ".join(f"{name} {value}" for name, value in self.state.batch.items()),
+        )
 
     def resume_kind(self, *, world_size: int) -> str:
         """How a run on so many ranks continues from it, one of `RESUME_KINDS`."""
@@ -175,8 +184,16 @@ def save_checkpoint(
         StorageError: it could not be written; older ones are untouched.
     """
     complete = complete_checkpoints(store)
-    _remove_incomplete(store, complete)
-    prefix = _free_prefix(complete, state.step)
+    # First remove saves that were cut short or failed: they take room.
+    found = {key.rpartition("/")[0] for key in store.list_keys(f"{FOLDER}/")}
+    for prefix in sorted(found - set(complete)):
+        discard(store, prefix)
+    store.sweep(FOLDER)
+    # A complete checkpoint is never overwritten: a second save at one step (after its validation,
+    # which may find a best model) gets a suffix, and sorts behind the first.
+    first = f"{FOLDER}/{state.step:08d}"
+    prefixes = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(1)))
+    newest = next(prefix for prefix in prefixes if prefix not in complete)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}
     files = {
         MODEL: safetensors.torch.save(weights),
@@ -186,45 +203,16 @@ def save_checkpoint(
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     files[COMPLETE] = (json.dumps(digests, indent=2) + "\n").encode()
     for name, data in files.items():
-        store.create(f"{prefix}/{name}", data)
-    _prune(store, [prefix, *complete], keep)
-    return sum(len(files[name]) for name in digests)
-
-
-def _remove_incomplete(store: Store, complete: Sequence[str]) -> None:
-    """Remove saves that were cut short or failed; before writing, because they take room."""
-    found = {key.rpartition("/")[0] for key in store.list_keys(f"{FOLDER}/")}
-    for prefix in sorted(found - set(complete)):
-        discard(store, prefix)
-    store.sweep(FOLDER)
-
-
-def _free_prefix(complete: Sequence[str], step: int) -> str:
-    """A new folder: a complete checkpoint is never overwritten.
-
-    A second save at one step (after its validation, which may find a best model) gets a suffix, and
-    sorts behind the first.
-    """
-    prefix, number = f"{FOLDER}/{step:08d}", 0
-    while prefix in complete:
-        number += 1
-        prefix = f"{FOLDER}/{step:08d}-{number}"
-    return prefix
-
-
-def _prune(store: Store, complete: Sequence[str], keep: int) -> None:
-    """Remove old checkpoints, and later ones that the run went back from.
-
-    The new one, first of the list, is complete: a failure to remove others is only logged.
-    """
-    newest = complete[0]
-    kept = sorted((prefix for prefix in complete if prefix <= newest), reverse=True)[:keep]
+        store.create(f"{newest}/{name}", data)
+    # Older ones than `keep`, and later ones that the run went back from.
+    kept = sorted((p for p in [newest, *complete] if p <= newest), reverse=True)[:keep]
     try:
         for prefix in sorted(set(complete) - set(kept)):
             discard(store, prefix)
         store.sweep(FOLDER)
     except StorageError as error:
         logger.warning("an old checkpoint was not removed, the next save retries: %s", error)
+    return sum(len(files[name]) for name in digests)
 
 
 def complete_checkpoints(store: Store) -> list[str]:

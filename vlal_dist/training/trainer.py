@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,7 +103,7 @@ class Trainer:
         self.store = open_store(config.paths.run)
         found = find_checkpoint(self.store, resume)
         if found is not None:
-            self._check_resume(found)
+            found.check_resume(self._binding())
         with ExitStack() as stack:
             self.stop = stack.enter_context(StopRequest(launcher))
             training = config.training
@@ -119,19 +119,6 @@ class Trainer:
             self._build(found, stack)
             self._resources = stack.pop_all()
 
-    def _check_resume(self, found: Checkpoint) -> None:
-        """Refuse a checkpoint of other data or another order; log where the run continues."""
-        found.check_binding(self._binding(lanes=self.config.data.lanes, micro_batches=0))
-        state = found.state
-        logger.info(
-            "resuming %s: step %d, epoch %d, %d samples in; last start: %s",
-            found.where,
-            state.step,
-            state.epoch + 1,
-            state.consumed,
-            ", ".join(f"{name} {value}" for name, value in state.batch.items()),
-        )
-
     def _prepare(self, resume: str) -> None:
         """Check trackers and shards, and prepare the run root; on rank 0."""
         check_trackers(self.config.observability.trackers)
@@ -146,7 +133,9 @@ class Trainer:
     def _build(self, found: Checkpoint | None, stack: ExitStack) -> None:
         """Make model, optimizer, loaders and reports, and fill them from a checkpoint."""
         config, ranks, data = self.config, self.ranks, self.data
-        backend = ranks.together(self._choose_backend)
+        reference = Chosen("reference", "training.kernel says so")
+        chosen = config.training.kernel == "reference"
+        backend = ranks.together(lambda: reference if chosen else choose(ranks.device.type))
         logger.info("selective loss by backend %s: %s", *backend)
         self.metrics = open_metrics(
             stack,
@@ -188,11 +177,6 @@ class Trainer:
             stack, config.observability, ranks, store=self.store, metrics=self.metrics, step=step
         )
         self.metrics.resumed(kind)
-
-    def _choose_backend(self) -> Chosen:
-        if self.config.training.kernel == "reference":
-            return Chosen("reference", "training.kernel says so")
-        return choose(self.ranks.device.type)
 
     def _build_model(self) -> None:
         """Make the model, its learning-rate schedule and the engine."""
@@ -255,9 +239,8 @@ class Trainer:
             "world_size": self.ranks.world_size,
         }
         if found is None:
-            binding = self._binding(
-                lanes=self.loader.lanes, micro_batches=self.loader.micro_batches
-            )
+            lanes, micro_batches = self.loader.lanes, self.loader.micro_batches
+            binding = replace(self._binding(), lanes=lanes, micro_batches=micro_batches)
             return TrainState(binding=binding, batch=batch)
         load_weights(self.engine.module, found.model, where=found.where)
         self.engine.restore_optimizer(found.optimizer, where=found.where)
@@ -269,8 +252,8 @@ class Trainer:
             state.best_map = state.best_step = None
         return state
 
-    def _binding(self, *, lanes: int, micro_batches: int) -> Binding:
-        """What the run is bound to; lanes and micro-batches: 0 until the loader has chosen them."""
+    def _binding(self) -> Binding:
+        """What the run is bound to; lanes (0: automatic) and micro-batches as configured."""
         data, dataset = self.config.data, self.data.dataset
         return Binding(
             dataset_digest=dataset.digest,
@@ -278,8 +261,8 @@ class Trainer:
             feasible_digest=dataset.feasible.digest,
             train_split=data.train_split,
             seed=self.config.training.seed,
-            lanes=lanes,
-            micro_batches=micro_batches,
+            lanes=data.lanes,
+            micro_batches=0,
             window_blocks=data.window_blocks,
             epoch_end=data.epoch_end,
             mix=self.data.mix,
