@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert (found.state.epoch, found.state.consumed, found.state.step) == (1, 32, 5)
     assert found.state.best_map == 0.1 + 0.2
     found.state.batch = {"world_size": 2}
-    assert [found.resume_kind(world_size=w) for w in (2, 1)] == ["exact", "resharded"]
+    assert [found.resume_kind(w) for w in (2, 1)] == ["exact", "resharded"]
     again = SmallClassifier()
     other = torch.optim.Adam(groups(again))
     load_weights(again, found.model, where="here")
@@ -112,7 +112,7 @@ def test_the_newest_complete_one_is_taken(tmp_path: Path, caplog: pytest.LogCapt
     weights.write_bytes(weights.read_bytes()[:-100])  # truncated
     found = find_checkpoint(store, "auto")
     assert found is not None and found.state.step == 1 and found.skipped == 1
-    assert found.resume_kind(world_size=1) == "fallback"
+    assert found.resume_kind(1) == "fallback"
     assert "00000002/model.safetensors has sha256" in caplog.text
     assert "falling back" in caplog.text
 

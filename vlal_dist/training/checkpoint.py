@@ -153,7 +153,7 @@ class Checkpoint:
             ", ".join(f"{name} {value}" for name, value in self.state.batch.items()),
         )
 
-    def resume_kind(self, *, world_size: int) -> str:
+    def resume_kind(self, world_size: int) -> str:
         """How a run on so many ranks continues from it, one of `RESUME_KINDS`."""
         if self.skipped:
             return "fallback"

@@ -149,8 +149,7 @@ class Trainer:
         self.loader = ranks.together(lambda: data.make_loader(config.training, ranks, first=first))
         stack.callback(self.loader.close)
         self._build_model()
-        world_size = ranks.world_size
-        kind = "fresh" if found is None else found.resume_kind(world_size=world_size)
+        self.metrics.resumed(found.resume_kind(ranks.world_size) if found else "fresh")
         self.state = self._restore(found)
         here = found is not None and found.where.startswith(f"{self.store.url}/")
         self._saved = asdict(self.state) if here else {}
@@ -176,7 +175,6 @@ class Trainer:
         self.log = RunLog(
             stack, config.observability, ranks, store=self.store, metrics=self.metrics, step=step
         )
-        self.metrics.resumed(kind)
 
     def _build_model(self) -> None:
         """Make the model, its learning-rate schedule and the engine."""
