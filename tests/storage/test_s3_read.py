@@ -389,7 +389,7 @@ class TestShortObjects:
         self, scripted: Callable[..., Scripted], extent: str | None, size_bytes: int
     ) -> None:
         server = scripted(lambda *_: (extent, Scripted.BODY[:size_bytes]))
-        with pytest.raises(StorageError, match="asked for bytes=5-14, the reply says"):
+        with pytest.raises(StorageError, match="requested bytes=5-14, the reply has"):
             S3Store("s3://bucket").read("k", offset=5, length=10)
         assert len(server.ranges) == TRIES
 

@@ -5,6 +5,7 @@ process is noticed. node_exporter shows a text file until the next run replaces 
 removes it. A file that cannot be written is logged and stops nothing.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vlal_dist.observability.metric_definitions import JOB, Metric, Readings
-from vlal_dist.storage.local import slug, write_whole
+from vlal_dist.storage.local import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Target:
 
     def __init__(self, folder: Path, *, run: str, role: str, rank: int) -> None:
         self._labels = {"run": run, "role": role, "rank": str(rank), "node": socket.gethostname()}
-        self._prefix = f"{role}-{slug(run)}-"
+        self._prefix = f"{role}-{_slug(run)}-"
         self.path = folder / f"{self._prefix}{rank}.json"
 
     def write(self, *, host: str, port: int) -> None:
@@ -48,7 +49,8 @@ class Target:
         where = f"[{where}]" if ":" in where else where
         text = json.dumps([{"targets": [f"{where}:{port}"], "labels": self._labels}], indent=1)
         try:
-            write_whole(self.path, text + "\n")
+            with replacing(self.path) as unfinished:
+                unfinished.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             logger.warning(
                 "%s: not announced to Prometheus: %s; set observability.targets", self.path, error
@@ -83,7 +85,7 @@ class TextFile:
     """
 
     def __init__(self, folder: Path, *, what: str, root: str) -> None:
-        self.path = folder / f"vlal-{what}-{slug(root)}.prom"
+        self.path = folder / f"vlal-{what}-{_slug(root)}.prom"
         self._warned = False
 
     def write(self, table: Mapping[str, Metric], readings: Readings) -> None:
@@ -94,7 +96,8 @@ class TextFile:
             readings: their values; a metric without any is omitted.
         """
         try:
-            write_whole(self.path, exposition(table, readings))
+            with replacing(self.path) as unfinished:
+                unfinished.write_text(exposition(table, readings), encoding="utf-8")
         except OSError as error:
             if not self._warned:
                 logger.warning(
@@ -151,3 +154,9 @@ def exposition(table: Mapping[str, Metric], readings: Readings) -> str:
 def _escaped(text: str, *, quote: bool = False) -> str:
     text = text.replace("\\", r"\\").replace("\n", r"\n")
     return text.replace('"', r"\"") if quote else text
+
+
+def _slug(root: str) -> str:
+    """A name for files: readable, and different for different roots."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", root).strip("-")[-60:]
+    return f"{readable}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"

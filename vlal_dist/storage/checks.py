@@ -1,4 +1,4 @@
-"""What both stores share: rules of keys and ranges, digests, and the messages of their errors."""
+"""Checks of keys and ranges, digests, and error messages that both stores share."""
 
 import errno
 import hashlib
@@ -17,7 +17,7 @@ from vlal_dist.errors import (
 )
 
 TEMPORARY_PREFIX = ".vlal-tmp-"
-"""First characters of unfinished files beside the final ones; listings hide them."""
+"""Beginning of the names of unfinished files, which listings hide."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -59,7 +59,7 @@ def check_key(key: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """Return `prefix` unchanged if it can begin a key; its last part may be empty or unfinished.
+    """Return `prefix` unchanged if it can begin a key; its last part may be empty or incomplete.
 
     Raises:
         DataError: as for `check_key`.
@@ -82,7 +82,7 @@ def check_range(key: str, offset: int, length: int | None) -> None:
 def short_read(
     url: str, key: str, *, offset: int, length: int | None, size_bytes: int
 ) -> TruncatedError:
-    """The error for an object of `size_bytes` that ends before the asked range (bytes) does."""
+    """The error for an object of `size_bytes` that ends before the requested range (bytes)."""
     wanted = "the rest" if length is None else f"{length} bytes"
     return TruncatedError(
         f"{url}: {key!r} is too short: wanted {wanted} at offset {offset}, but it ends at byte "
@@ -123,10 +123,10 @@ def digests_of(data: bytes | Path) -> Digests:
 
 def sha256_of(data: bytes | Path) -> str:
     """sha256 as 64 lower-case hex digits; OSError if the file cannot be read."""
-    sha256 = hashlib.sha256()
-    for chunk in chunks_of(data):
-        sha256.update(chunk)
-    return sha256.hexdigest()
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    with data.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,10 +1,8 @@
-"""A root on a local or shared POSIX file system: whole files appear at once or not at all."""
+"""Store on a local or shared POSIX file system, and atomic replacement of single files."""
 
-import contextlib
 import errno
 import hashlib
 import os
-import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -93,10 +91,8 @@ class LocalStore:
     def replace(self, key: str, data: bytes) -> None:
         """See `Store.replace`."""
         path = self._path(key)
-        with translated_errors(path), _temporary_beside(path) as temporary:
-            _write_durably(temporary, data)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+        with translated_errors(path), replacing(path) as temporary:
+            temporary.write_bytes(data)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
@@ -136,13 +132,36 @@ class LocalStore:
     def _link_new(self, path: Path, data: bytes | Path) -> tuple[str, bool]:
         """Write, then name; returns the sha256 of `data` and whether the name was still free."""
         with _temporary_beside(path) as temporary:
-            given = _write_durably(temporary, data)
+            sha256 = hashlib.sha256()
+            # A source file is copied, never linked: its owner may still change it.
+            with temporary.open("xb") as file:
+                for chunk in chunks_of(data):
+                    file.write(chunk)
+                    sha256.update(chunk)
+            _sync(temporary)
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return given, False
-        _sync_folder(path.parent)
-        return given, True
+                return sha256.hexdigest(), False
+        _sync(path.parent)
+        return sha256.hexdigest(), True
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Replace a file atomically: yields a temporary name to write, which then becomes `path`.
+
+    Missing folders are made; content and name are flushed to disk. If the block raises, `path`
+    stays as it was. The temporary name has no suffix, so no collector of files by suffix reads it.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with _temporary_beside(path) as temporary:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
 
 
 @contextmanager
@@ -165,27 +184,12 @@ def _make_folder(folder: Path) -> None:
         return
     _make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
+    _sync(folder.parent)
 
 
-def _write_durably(path: Path, data: bytes | Path) -> str:
-    """Write a new file and flush it to disk; returns the sha256 of what was written.
-
-    A source file is copied, never linked: its owner may still change it.
-    """
-    sha256 = hashlib.sha256()
-    with path.open("xb") as file:
-        for chunk in chunks_of(data):
-            file.write(chunk)
-            sha256.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    return sha256.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the names in a folder, so that a finished commit survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -206,27 +210,3 @@ def _raise_unless_absent(error: OSError) -> None:
     """A folder that is not there (or is a file) holds no keys; any other error is one."""
     if error.errno not in ABSENT:
         raise error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees a half of it.
-
-    Raises:
-        OSError: it could not be written; what was there before still is.
-    """
-    # Another ending: Prometheus and node_exporter look at *.json and *.prom.
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        raise
-
-
-def slug(root: str) -> str:
-    """A name for files: readable, and different for different roots."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", root).strip("-")[-60:]
-    return f"{readable}-{hashlib.sha256(root.encode()).hexdigest()[:8]}"

@@ -1,6 +1,6 @@
-"""An S3 bucket as a root: requests that outlast outages, commits that never overwrite.
+"""Store on S3: retried requests, conditional PUTs that never overwrite.
 
-Every request outlasts an outage of about a minute (`s3_patience`). Writes use single PUTs only,
+Every request outlasts an outage of about a minute (`S3Client.retry`). Writes are single PUTs,
 never multipart.
 """
 
@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Collection
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from vlal_dist.storage.checks import (
     digests_of,
     translated_errors,
 )
-from vlal_dist.storage.s3_client import TRIES, Counts, S3Client, patiently
-from vlal_dist.storage.s3_read import S3Reader
+from vlal_dist.storage.s3_client import TRIES, Counts, S3Client
+from vlal_dist.storage.s3_read import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -53,26 +52,31 @@ class S3Store:
         if scheme.lower() != "s3" or not bucket:
             raise ConfigError(f"root {url!r}: an S3 root is written s3://bucket/prefix")
         try:
-            self._prefix = f"{check_key(prefix)}/" if prefix else ""
+            prefix = f"{check_key(prefix)}/" if prefix else ""
         except DataError as error:
             raise ConfigError(f"root {url!r}: {error}") from error
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client = S3Client(self.url, bucket, read_timeout_s=read_timeout_s)
-        self._reader = S3Reader(self.url, self._client)
+        self._client = S3Client(self.url, bucket, prefix, read_timeout_s=read_timeout_s)
+        self._versions: dict[str, str] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_versions": {}}  # a forked child keeps what it inherits
 
     @property
     def counts(self) -> Counts:
-        """Requests, retries and bytes of this store in this process so far."""
+        """Requests, retries and bytes of this store in this process."""
         return self._client.counts
 
     def read(self, key: str, *, offset: int = 0, length: int | None = None) -> bytes:
-        """See `Store.read`; `S3Reader` says how."""
+        """See `Store.read`."""
+        check_key(key)
         check_range(key, offset, length)
-        return self._reader.read(self._name(key), key, offset=offset, length=length)
+        return read_object(self._client, self._versions, key, offset=offset, length=length)
 
     def size(self, key: str) -> int:
         """See `Store.size`."""
-        return self._reader.size(self._name(key), key)
+        head = self._client.request("head_object", check_key(key), reading=True)
+        return int(head["ContentLength"])
 
     def exists(self, key: str) -> bool:
         """See `Store.exists`."""
@@ -88,23 +92,22 @@ class S3Store:
         Raises:
             StorageError: also above 5 GiB, the most that one PUT carries.
         """
-        name = self._name(key)
-        digests = self._digests(key, data)
+        digests = self._digests(check_key(key), data)
         for attempt in range(TRIES):
             if attempt:
                 logger.warning(
-                    "%s: %r: another writer was committing; try %d of %d",
+                    "%s: %r: another writer is committing; try %d of %d",
                     self.url,
                     key,
                     attempt + 1,
                     TRIES,
                 )
                 self._client.pause(attempt, "commit")
-            status = self._put(name, key, data, digests, passing=(409, 412), IfNoneMatch="*")
+            status = self._put(key, data, digests, passing=(409, 412), IfNoneMatch="*")
             if status == 200:
                 return True
             # 409: a delete or another commit was under way. 412: something is there.
-            existing = self._existing_sha256(name, key) if status == 412 else None
+            existing = self._existing_sha256(key) if status == 412 else None
             if existing == digests.sha256:
                 return False
             if existing is not None:
@@ -116,24 +119,22 @@ class S3Store:
 
     def replace(self, key: str, data: bytes) -> None:
         """See `Store.replace`."""
-        self._put(self._name(key), key, data, self._digests(key, data))
+        self._put(key, data, self._digests(check_key(key), data))
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        name = self._name(key)
-        patiently(lambda: self._client.call("delete_object", key, Key=name), self._client)
-        self._reader.forget(name)
+        self._client.request("delete_object", check_key(key))
+        self._versions.pop(key, None)
 
     def list_keys(self, prefix: str = "") -> list[str]:
         """See `Store.list_keys`; names that end in `/` (folder marks of consoles) are left out."""
         keys: list[str] = []
-        page: dict[str, Any] = {"Prefix": self._prefix + check_prefix(prefix), "MaxKeys": LIST_PAGE}
+        page: dict[str, Any] = {"MaxKeys": LIST_PAGE}
         while True:
-            reply = patiently(
-                partial(self._client.call, "list_objects_v2", prefix, **page), self._client
-            )
+            reply = self._client.request("list_objects_v2", check_prefix(prefix), **page)
             names = [entry["Key"] for entry in reply.get("Contents", [])]
-            keys += [name[len(self._prefix) :] for name in names if not name.endswith("/")]
+            root = len(self._client.prefix)
+            keys += [name[root:] for name in names if not name.endswith("/")]
             if not reply.get("IsTruncated"):
                 return sorted(keys)
             page["ContinuationToken"] = reply["NextContinuationToken"]
@@ -146,9 +147,6 @@ class S3Store:
         """See `Store.local_path`: None."""
         check_key(key)
         return None
-
-    def _name(self, key: str) -> str:
-        return self._prefix + check_key(key)
 
     def _digests(self, key: str, data: bytes | Path) -> Digests:
         with translated_errors(data if isinstance(data, Path) else Path(key)):
@@ -163,7 +161,6 @@ class S3Store:
 
     def _put(
         self,
-        name: str,
         key: str,
         data: bytes | Path,
         digests: Digests,
@@ -183,25 +180,22 @@ class S3Store:
                     "put_object",
                     key,
                     passing=passing,
-                    Key=name,
                     Body=body,
                     ContentMD5=base64.b64encode(digests.md5).decode(),
                     Metadata={"sha256": digests.sha256},
                     **conditions,
                 )
 
-        reply = patiently(put, self._client)
+        reply = self._client.retry(put)
         if "status" in reply:
             return int(reply["status"])
         self._client.add(bytes_out=digests.size_bytes)
-        self._reader.forget(name)
+        self._versions.pop(key, None)  # this process itself changed the object
         return 200
 
-    def _existing_sha256(self, name: str, key: str) -> str | None:
+    def _existing_sha256(self, key: str) -> str | None:
         """Digest of the stored object, computed if another tool wrote it; None if it is gone."""
-        head = patiently(
-            lambda: self._client.call("head_object", key, passing=(404,), Key=name), self._client
-        )
+        head = self._client.request("head_object", key, passing=(404,))
         if head.get("status") == 404:
             return None
         if recorded := head["Metadata"].get("sha256"):

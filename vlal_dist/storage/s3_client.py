@@ -1,9 +1,8 @@
-"""S3 requests: the client of this process, retries during outages, counts, and error messages.
+"""S3 requests: botocore clients per process, retries, counts, and error messages.
 
-All repetition happens here, in one loop; the client below sends each request once.
-
-The only file that imports boto3. Credentials, region and endpoint come from the AWS variables and
-profiles; no message repeats one of their values.
+botocore sends each request once; `S3Client.retry` is the only loop that repeats one. Credentials,
+region and endpoint come from the AWS variables and profiles; no message repeats one of their
+values.
 """
 
 import logging
@@ -16,34 +15,34 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
-import boto3.session
 import botocore.session
+import urllib3
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectTimeoutError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
-    ReadTimeoutError,
 )
-from botocore.exceptions import (
-    ConnectionError as NoConnectionError,
-)
+from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.httpsession import get_cert_path
+from botocore.utils import get_environ_proxies
+from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import NotFoundError, StorageError
-from vlal_dist.storage.s3_connections import Connections
 
 logger = logging.getLogger(__name__)
+# At DEBUG, urllib3 logs the path and query of each request: signed URLs must not be shown.
+logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
 
 Reason = Literal[
     "throttled",  # the store asked for fewer requests (429, 503)
-    "error",  # it failed (5xx), or answered something else than was asked
+    "error",  # it failed (5xx), or answered another request
     "unreachable",  # no connection, or one that ended before the answer
     "timeout",  # no answer, or silence within one
-    "truncated",  # the body ended early; what came is kept
-    "altered",  # what arrived had another sha256 than was recorded
+    "truncated",  # the body ended early; what arrived is kept
+    "altered",  # the bytes differ from the recorded sha256
     "commit",  # a create-only PUT met another one, or a delete
     "redirected",  # the store named another place
 ]
@@ -53,11 +52,11 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 @dataclass(frozen=True)
 class Counts:
-    """What one store did in this process, or all of them did.
+    """Requests of one store, or of all stores, in this process.
 
     Attributes:
         requests: HTTP requests sent, repetitions included.
-        repeated: reason -> requests repeated for it; those of which there were any.
+        repeated: requests repeated, by reason; only reasons that occurred.
         bytes_in: object bytes received.
         bytes_out: object bytes of accepted PUTs.
     """
@@ -85,7 +84,7 @@ class Counts:
 
 
 class Tally:
-    """Counts that threads add to; of the process that made it."""
+    """Thread-safe `Counts` of the process that made it."""
 
     def __init__(self) -> None:
         self.counts = Counts()
@@ -93,30 +92,26 @@ class Tally:
         _tallies.append((os.getpid(), self))
 
     def add(self, more: Counts) -> None:
-        """Count."""
+        """Add to the counts."""
         with self._lock:
             self.counts += more
 
 
 _tallies: list[tuple[int, Tally]] = []
-"""With the process of each: a forked child inherits the list, not the work."""
+"""With the process of each: a forked child inherits the list, but not the work."""
 
 
 def process_counts() -> Counts:
-    """What all stores did in this process so far, those that are gone included."""
+    """Counts of all stores of this process, closed ones included."""
     own = os.getpid()
     return sum((tally.counts for pid, tally in list(_tallies) if pid == own), Counts())
 
 
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
-_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
-
-
 class OutageError(StorageError):
-    """The store was out of reach or busy: the same request may succeed later.
+    """The store was unreachable or busy: the same request may succeed later.
 
     Args:
-        message: in one line, with a remedy.
+        message: one line, with a remedy.
         reason: what a repetition is counted under.
     """
 
@@ -125,103 +120,21 @@ class OutageError(StorageError):
         self.reason: Reason = reason
 
 
-def reason_of(status: int) -> Reason:
-    """What a repetition after an answer of this HTTP status is counted under."""
-    return "throttled" if status in (429, 503) else "error"
-
-
-def refused(error: ClientError, *, url: str, bucket: str, key: str, status: int) -> StorageError:
-    """The error for an answer; its text may hold a key id, so only its code is used."""
-    code = error.response["Error"]["Code"]
-    what = f"{url}: {key!r}: {error.operation_name} was refused ({status} {code})"
-    if code == "NoSuchBucket":
-        return StorageError(
-            f"{what}: there is no bucket {bucket!r}; create it, or check the name "
-            "and AWS_ENDPOINT_URL"
-        )
-    if status == 404:
-        return NotFoundError(f"{what}: no such object; check the root and the key")
-    if code in _WRONG_REGION or status == 301:
-        return StorageError(f"{what}: the bucket is in another region; set AWS_DEFAULT_REGION")
-    if status == 403 or code in _DENIED:
-        return StorageError(
-            f"{what}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or "
-            "AWS_PROFILE, and that they may list, read and write this bucket"
-        )
-    if status >= 500 or status == 429 or code == "RequestTimeout":
-        reason = "timeout" if code == "RequestTimeout" else reason_of(status)
-        return OutageError(f"{what}: the store is busy; repeat the command later", reason)
-    if code == "BadDigest":
-        return StorageError(f"{what}: the bytes changed on the way; repeat the command")
-    return StorageError(f"{what}: check the settings of the bucket, then repeat the command")
-
-
-def unreachable(error: Exception, *, url: str, connected: bool) -> StorageError:
-    """The error for a request that got no answer, or could not be sent."""
-    kind = type(error).__name__
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return StorageError(
-            f"{url}: no AWS credentials ({kind}): set AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-        )
-    if isinstance(error, HTTPClientError | NoConnectionError) and connected:
-        late = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
-        return OutageError(
-            f"{url}: no answer from the store ({kind}): check AWS_ENDPOINT_URL and the network",
-            "timeout" if late else "unreachable",
-        )
-    return StorageError(
-        f"{url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
-        "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
-    )
-
-
 T = TypeVar("T")
 
 TRIES = 5
-"""Times that a request, a body or a commit is tried at least before giving up."""
+"""Least number of times that a request, a body or a commit is tried before giving up."""
 OUTAGE_S = 60.0
-"""Seconds after a request's first failure at which it gives up (and not before `TRIES` tries)."""
-
-
-def patiently(attempt: Callable[[], T], client: "S3Client", *, always: bool = False) -> T:
-    """Repeat an attempt while the store is out of reach or busy.
-
-    Args:
-        attempt: raises OutageError where another one may succeed; may be carried out by the store
-            although it failed here.
-        client: waits between attempts.
-        always: wait for a store that has never answered this process, too. Without it such a
-            store, which is rather misnamed than away, is given up after `TRIES` tries.
-
-    Raises:
-        StorageError: `OUTAGE_S` after the first failure it still fails.
-    """
-    tries, failing_since = 0, 0.0
-    while True:
-        try:
-            return attempt()
-        except OutageError as error:
-            problem = error
-        patient = always or client.answered
-        tries += 1
-        failing_since = failing_since or time.monotonic()
-        failing_s = time.monotonic() - failing_since
-        if tries >= TRIES and not (patient and failing_s < OUTAGE_S):
-            raise StorageError(
-                f"{problem}; given up after {tries} tries, {failing_s:.0f} s after the first failed"
-            ) from problem
-        logger.warning("%s; try %d follows", problem, tries + 1)
-        client.pause(tries, problem.reason)
-
-
+"""Seconds after its first failure at which a request gives up (and not before `TRIES` tries)."""
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 60.0
-"""Longest silence but in reads: a store may hash and replicate 5 GiB before it answers a PUT."""
+"""Longest silence except in reads: a store may hash and replicate 5 GiB before it answers a PUT."""
 _CONNECTIONS = 32
 _SIGNED_S = 3600
+_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 _answered: set[str] = set()
 """Endpoints that answered this process, whatever the bucket."""
 # Own generator: a retry must not move the random state that training depends on.
@@ -233,11 +146,10 @@ class _Process:
     """What must not cross a fork: sockets, locks, counts."""
 
     pid: int
-    core: Any = field(default_factory=botocore.session.get_session)
-    session: Any = None
+    session: Any = field(default_factory=botocore.session.get_session)
     clients: dict[bool, Any] = field(default_factory=dict)
     signed: dict[str, tuple[str | None, float]] = field(default_factory=dict)
-    connections: Connections | None = None
+    pool: Any = None
     endpoint: str = ""
     tally: Tally = field(default_factory=Tally)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -245,17 +157,17 @@ class _Process:
 
 
 class S3Client:
-    """Requests to one bucket; safe to share by threads, to pickle, and to inherit by fork.
+    """Requests for the objects below one root; may be shared by threads, pickled and forked.
 
     Args:
         url: the root, for messages.
         bucket: its bucket.
+        prefix: what is put before each key, ends in `/` unless empty.
         read_timeout_s: longest silence of the server before a read is broken off.
     """
 
-    def __init__(self, url: str, bucket: str, *, read_timeout_s: float) -> None:
-        self._url = url
-        self._bucket = bucket
+    def __init__(self, url: str, bucket: str, prefix: str, *, read_timeout_s: float) -> None:
+        self.url, self.bucket, self.prefix = url, bucket, prefix
         self._read_timeout_s = read_timeout_s
         self._state: _Process | None = None
 
@@ -264,21 +176,51 @@ class S3Client:
 
     @property
     def counts(self) -> Counts:
-        """What this process did so far."""
+        """Counts of this client in this process."""
         return self._process().tally.counts
 
-    @property
-    def answered(self) -> bool:
-        """Whether the endpoint ever answered this process, be it with a refusal."""
-        return self._process().endpoint in _answered
+    def add(self, **more: Any) -> None:
+        """Add to the counts; see `Counts`."""
+        self._process().tally.add(Counts(**more))
 
-    def add(self, *, requests: int = 0, bytes_in: int = 0, bytes_out: int = 0) -> None:
-        """Add to the counts."""
-        self._process().tally.add(Counts(requests=requests, bytes_in=bytes_in, bytes_out=bytes_out))
+    def retry(self, attempt: Callable[[], T], *, always: bool = False) -> T:
+        """Repeat an attempt while it raises OutageError, with growing pauses.
 
-    def repeating(self, reason: Reason, *, times: int = 1) -> None:
-        """Count requests that are repeated."""
-        self._process().tally.add(Counts(repeated={reason: times}))
+        Args:
+            attempt: one request; the store may have carried it out although it failed here.
+            always: wait for an endpoint that has never answered this process, too. Without it such
+                an endpoint, most likely a wrong address, is given up after `TRIES` tries.
+
+        Raises:
+            StorageError: it still fails `OUTAGE_S` after the first failure.
+        """
+        tries, failing_since = 0, 0.0
+        while True:
+            try:
+                return attempt()
+            except OutageError as error:
+                problem = error
+            tries += 1
+            failing_since = failing_since or time.monotonic()
+            failing_s = time.monotonic() - failing_since
+            wait = always or self._process().endpoint in _answered
+            if tries >= TRIES and not (wait and failing_s < OUTAGE_S):
+                raise StorageError(
+                    f"{problem}; given up after {tries} tries, {failing_s:.0f} s after the first "
+                    "failed"
+                ) from problem
+            logger.warning("%s; try %d follows", problem, tries + 1)
+            self.pause(tries, problem.reason)
+
+    def pause(self, attempt: int, reason: Reason) -> None:
+        """Wait before the `attempt`-th repetition (1, 2, ...): doubling, with jitter; counts it."""
+        self.add(repeated={reason: 1})
+        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 16))
+        time.sleep(longest_s * _jitter.uniform(0.5, 1.0))
+
+    def request(self, operation: str, key: str, **arguments: Any) -> Any:
+        """`call`, retried."""
+        return self.retry(lambda: self.call(operation, key, **arguments))
 
     def call(
         self,
@@ -289,25 +231,26 @@ class S3Client:
         reading: bool = False,
         **arguments: Any,
     ) -> Any:
-        """Send one request, once, and return its reply; `s3_patience` repeats it.
+        """Send one request, once, and return its reply.
 
         Args:
-            operation: name of the boto3 method.
-            key: for messages.
+            operation: name of the client's method.
+            key: of the object; of a listing: the prefix.
             passing: HTTP statuses that are returned as `{"status": ...}` instead of raised.
-            reading: whether `read_timeout_s` bounds the silence of the server.
-            arguments: of the method, without the bucket.
+            reading: whether `read_timeout_s` limits the silence of the server.
+            arguments: of the method, without bucket and key.
 
         Raises:
             NotFoundError: status 404, unless the bucket itself is absent.
-            OutageError: the store was out of reach or busy.
+            OutageError: the store was unreachable or busy.
             StorageError: anything else, in one line with a remedy.
         """
         process = self._process()
         process.sent.requests = 0
+        place = "Prefix" if operation == "list_objects_v2" else "Key"
+        arguments |= {"Bucket": self.bucket, place: self.prefix + key}
         try:
-            client = self._connected(process, reading)
-            reply = getattr(client, operation)(Bucket=self._bucket, **arguments)
+            reply = getattr(self._connected(process, reading), operation)(**arguments)
             _answered.add(process.endpoint)
             return reply
         except ClientError as error:
@@ -315,64 +258,61 @@ class S3Client:
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
             if status in passing:
                 return {"status": status}
-            raise refused(
-                error, url=self._url, bucket=self._bucket, key=key, status=status
-            ) from error
+            raise self._refused(error, key, status) from error
         except (BotoCoreError, ValueError) as error:
-            raise self._unreachable(error, process) from error
+            raise self._unreachable(error) from error
         finally:
-            sent = process.sent.requests
-            self.add(requests=sent)
-            if sent > 1:
-                self.repeating("redirected", times=sent - 1)
+            if sent := process.sent.requests:
+                self.add(requests=sent, repeated={"redirected": sent - 1} if sent > 1 else {})
 
-    def get_range(self, name: str, key: str, *, extent: str, etag: str) -> Any:
-        """One ranged GET by a URL that is signed once an hour, over a connection of our own.
+    def get_signed(self, key: str, *, extent: str, etag: str) -> Any:
+        """One ranged GET by a URL that is signed once per half hour, through urllib3 directly.
 
-        boto3 spends 1.5 ms of Python on each request, with the interpreter's lock, of which nine
-        tenths are the same for every range of an object.
+        botocore spends 1.5 ms of Python on each request, holding the interpreter's lock, most of it
+        on work that is the same for every range of an object.
 
         Args:
-            name: the object's name in the bucket.
-            key: for messages.
+            key: the object.
             extent: the `Range` header.
             etag: the `If-Match` header.
 
         Returns:
-            A reply as `call("get_object")` gives it; None where the answer is not the range, or
-            comes through a proxy: the caller then asks by `call`, which can say why.
+            A reply like that of `call("get_object")`; None if the answer is not the range, or a
+            proxy lies before the store: `call` then gets it, or says why not.
 
         Raises:
-            OutageError: the store was out of reach or busy.
+            OutageError: the store was unreachable or busy.
         """
         process = self._process()
-        process.sent.requests = 1
         try:
-            client = self._connected(process, True)
-            url = self._signed(process, client, name)
-            if url is None:
-                return None
-            connections = self._connections(process, url)
-            if not connections.direct:
+            url = self._signed(process, key)
+            if url is None or (pool := self._pool(process, url)) is None:
                 return None
             self.add(requests=1)
-            target = url[url.index("/", url.index("://") + 3) :]
-            reply = connections.get(target, {"Range": extent, "If-Match": etag})
-        except (BotoCoreError, ValueError) as error:
+            reply = pool.urlopen(
+                "GET",
+                url[url.index("/", url.index("://") + 3) :],
+                headers={"Range": extent, "If-Match": etag},
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+                enforce_content_length=False,  # the reader keeps what a short body gives
+            )
+        except (BotoCoreError, HTTPError, ValueError) as error:
             # Without its cause: no traceback may show the signed URL.
-            raise self._unreachable(error, process) from None
+            raise self._unreachable(error) from None
         _answered.add(process.endpoint)
         status = reply.status
         if status != 206:
             reply.close()
             if status >= 500 or status == 429:
                 raise OutageError(
-                    f"{self._url}: {key!r}: GetObject was refused ({status}): the store is busy; "
+                    f"{self.url}: {key!r}: GetObject was refused ({status}): the store is busy; "
                     "repeat the command later",
-                    reason_of(status),
+                    "throttled" if status in (429, 503) else "error",
                 )
-            # Expired credentials, or a policy against signed URLs: the long way for a while.
-            process.signed[name] = (None, time.monotonic() + _SIGNED_S / 2)
+            # Expired credentials, or a policy against signed URLs: use `call` for a while.
+            process.signed[key] = (None, time.monotonic() + _SIGNED_S / 2)
             return None
         return {
             "Body": reply,
@@ -381,12 +321,6 @@ class S3Client:
             "ContentRange": reply.headers.get("Content-Range", ""),
             "ResponseMetadata": {"HTTPStatusCode": status},
         }
-
-    def pause(self, attempt: int, reason: Reason) -> None:
-        """Wait before the `attempt`-th repetition (1, 2, ...): doubling, with jitter; counts it."""
-        self.repeating(reason)
-        longest_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 16))
-        time.sleep(longest_s * _jitter.uniform(0.5, 1.0))
 
     def _process(self) -> _Process:
         state = self._state
@@ -401,36 +335,12 @@ class S3Client:
                 process.clients[reading] = self._connect(process, reading)
             return process.clients[reading]
 
-    def _signed(self, process: _Process, client: Any, name: str) -> str | None:
-        """A URL to read the object with, never shown; None while signed URLs are refused."""
-        url, until = process.signed.get(name, (None, 0.0))
-        if time.monotonic() >= until:
-            url = client.generate_presigned_url(
-                "get_object", {"Bucket": self._bucket, "Key": name}, ExpiresIn=_SIGNED_S
-            )
-            process.signed[name] = (url, time.monotonic() + _SIGNED_S / 2)
-        return url
-
-    def _connections(self, process: _Process, url: str) -> Connections:
-        with process.lock:
-            if process.connections is None:
-                process.connections = Connections(
-                    url,
-                    connect_timeout_s=_CONNECT_TIMEOUT_S,
-                    read_timeout_s=self._read_timeout_s,
-                    most=_CONNECTIONS,
-                    ca_bundle=process.core.get_config_variable("ca_bundle"),
-                )
-            return process.connections
-
     def _connect(self, process: _Process, reading: bool) -> Any:
-        """A client: safe to share by threads, as the session is not.
+        """A client: may be shared by threads, as the session may not.
 
         Stores other than AWS rarely have a host name per bucket, so they are addressed by path
         unless the AWS profile says otherwise.
         """
-        if process.session is None:
-            process.session = boto3.session.Session(botocore_session=process.core)
         session = process.session
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
@@ -442,20 +352,95 @@ class S3Client:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        client = session.client("s3", config=config)
+        client = session.create_client("s3", config=config)
         process.endpoint = client.meta.endpoint_url
         host = urlsplit(process.endpoint).hostname or ""
-        chosen = process.core.get_scoped_config().get("s3", {})
-        by_path = Config(s3={"addressing_style": "path"})
+        chosen = session.get_scoped_config().get("s3", {})
         if ".amazonaws.com" not in host and "addressing_style" not in chosen:
-            client = session.client("s3", config=config.merge(by_path))
+            by_path = Config(s3={"addressing_style": "path"})
+            client = session.create_client("s3", config=config.merge(by_path))
 
         def count_request(**_: Any) -> None:
-            # Runs in the calling thread; more than once where a store sends to another place.
+            # Runs in the calling thread; more than once where a store redirects.
             process.sent.requests += 1
 
         client.meta.events.register("before-send.s3", count_request)
         return client
 
-    def _unreachable(self, error: Exception, process: _Process) -> StorageError:
-        return unreachable(error, url=self._url, connected=bool(process.clients))
+    def _signed(self, process: _Process, key: str) -> str | None:
+        """A URL to read the object with, never shown; None while signed URLs are refused."""
+        url, until = process.signed.get(key, (None, 0.0))
+        if time.monotonic() >= until:
+            url = self._connected(process, True).generate_presigned_url(
+                "get_object",
+                {"Bucket": self.bucket, "Key": self.prefix + key},
+                ExpiresIn=_SIGNED_S,
+            )
+            process.signed[key] = (url, time.monotonic() + _SIGNED_S / 2)
+        return url
+
+    def _pool(self, process: _Process, url: str) -> Any:
+        """Kept connections to the endpoint of signed URLs; None behind a proxy."""
+        with process.lock:
+            if process.pool is None and not get_environ_proxies(url):
+                options: dict[str, Any] = {}
+                if url.startswith("https:"):
+                    trusted = process.session.get_config_variable("ca_bundle")
+                    options["ca_certs"] = trusted or get_cert_path(True)
+                process.pool = urllib3.connection_from_url(
+                    url,
+                    maxsize=_CONNECTIONS,
+                    timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT_S, read=self._read_timeout_s),
+                    retries=False,
+                    **options,
+                )
+            return process.pool
+
+    def _refused(self, error: ClientError, key: str, status: int) -> StorageError:
+        """The error for an answer; its text may hold a key id, so only its code is used."""
+        code = error.response["Error"]["Code"]
+        what = f"{self.url}: {key!r}: {error.operation_name} was refused ({status} {code})"
+        if code == "NoSuchBucket":
+            return StorageError(
+                f"{what}: there is no bucket {self.bucket!r}; create it, or check the name and "
+                "AWS_ENDPOINT_URL"
+            )
+        if status == 404:
+            return NotFoundError(f"{what}: no such object; check the root and the key")
+        if code in _WRONG_REGION or status == 301:
+            return StorageError(f"{what}: the bucket is in another region; set AWS_DEFAULT_REGION")
+        if status == 403 or code in _DENIED:
+            return StorageError(
+                f"{what}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or "
+                "AWS_PROFILE, and that they may list, read and write this bucket"
+            )
+        if status >= 500 or status == 429 or code == "RequestTimeout":
+            reason: Reason = "throttled" if status in (429, 503) else "error"
+            return OutageError(
+                f"{what}: the store is busy; repeat the command later",
+                "timeout" if code == "RequestTimeout" else reason,
+            )
+        if code == "BadDigest":
+            return StorageError(f"{what}: the bytes changed on the way; repeat the command")
+        return StorageError(f"{what}: check the settings of the bucket, then repeat the command")
+
+    def _unreachable(self, error: Exception) -> StorageError:
+        """The error for a request that got no answer, or could not be sent."""
+        kind = type(error).__name__
+        if isinstance(error, NoCredentialsError | PartialCredentialsError):
+            return StorageError(
+                f"{self.url}: no AWS credentials ({kind}): set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        if isinstance(error, HTTPClientError | NoConnectionError | HTTPError):
+            # By name, as botocore and urllib3 have classes of their own.
+            late = kind in ("ConnectTimeoutError", "ReadTimeoutError")
+            return OutageError(
+                f"{self.url}: no answer from the store ({kind}): check AWS_ENDPOINT_URL and the "
+                "network",
+                "timeout" if late else "unreachable",
+            )
+        return StorageError(
+            f"{self.url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
+            "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
+        )

@@ -1,21 +1,20 @@
-"""One interface to local folders and S3 buckets: ranged read, create-only commit, list.
+"""Interface to local folders and S3 buckets: ranged read, create-only commit, list.
 
-Nothing here retries forever and nothing edits data in place; counts are returned, not published.
+No retry is endless and no data is edited in place.
 """
 
 import fcntl
 import hashlib
 import os
 import re
-import uuid
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
-from vlal_dist.storage.checks import TEMPORARY_PREFIX, translated_errors
-from vlal_dist.storage.local import LocalStore
+from vlal_dist.storage.checks import translated_errors
+from vlal_dist.storage.local import LocalStore, replacing
 
 FETCH_BYTES = 64 << 20
 """Bytes of one ranged read of `fetch`; also its peak memory."""
@@ -154,7 +153,6 @@ def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
     target = cache / sha256
     if target.is_file():
         return target
-    temporary = cache / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
     with translated_errors(target), ExitStack() as stack:
         cache.mkdir(parents=True, exist_ok=True)
         # One process of the node downloads, the others wait; the lock ends with its process.
@@ -163,33 +161,26 @@ def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:
         fcntl.flock(folder, fcntl.LOCK_EX)
         if target.is_file():
             return target
-        try:
+        with replacing(target) as temporary:
             got = _download(store, key, temporary)
             if got != sha256:  # altered on the way, or for good
-                temporary.unlink()
                 got = _download(store, key, temporary)
             if got != sha256:
                 raise DataError(
                     f"{store.url}: {key!r} has sha256 {got}, expected {sha256}; the object was "
                     "damaged or replaced: run `verify` on the root, then restore it"
                 )
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
     return target
 
 
 def _download(store: Store, key: str, path: Path) -> str:
-    """Write the object to a new local file, piece by piece; returns its sha256."""
+    """Write the object to a local file, piece by piece; returns its sha256."""
     digest = hashlib.sha256()
     size_bytes = store.size(key)
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         for offset in range(0, size_bytes, FETCH_BYTES):
             length = min(FETCH_BYTES, size_bytes - offset)
             piece = store.read(key, offset=offset, length=length)
             digest.update(piece)
             file.write(piece)
-        file.flush()
-        # The cache trusts a name it finds, so the bytes must be on disk before the name is.
-        os.fsync(file.fileno())
     return digest.hexdigest()
