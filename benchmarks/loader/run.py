@@ -32,13 +32,13 @@ def ours(arguments: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Te
     """Batches of this rank, epoch after epoch."""
     dataset = open_dataset(arguments.root, cache=arguments.cache)
     corpus = ConcatSplits([open_split(dataset, "train")])
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         ShardReader(corpus),
         dataset,
         DataConfig(image_size=arguments.side, threads=1),
     )
     loader = TrainLoader(
-        maker,
+        builder,
         EpochPlan(corpus, seed=SEED),
         TrainingConfig(batch_size=arguments.batch * arguments.ranks, seed=SEED),
         rank=arguments.rank,

@@ -42,13 +42,13 @@ def measure(root: str, cache: Path, *, started: float, repeat_threshold: float) 
     times = [started, time.monotonic()]
     mixture = open_mixture(root, DataConfig(repeat_threshold=repeat_threshold), cache=cache)
     times.append(time.monotonic())
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         ShardReader(mixture.corpus),
         mixture.dataset,
         DataConfig(),
     )
     plan = EpochPlan(mixture.corpus, seed=SEED, passes=mixture.passes, factor=mixture.factor)
-    loader = TrainLoader(maker, plan, TrainingConfig(batch_size=BATCH, seed=SEED))
+    loader = TrainLoader(builder, plan, TrainingConfig(batch_size=BATCH, seed=SEED))
     start = loader.stream.length(EPOCH) // 3
     times.append(time.monotonic())
     steps = loader.epoch(EPOCH, start)

@@ -47,7 +47,7 @@ class Colour(nn.Module):
 
 
 @pytest.fixture
-def maker(dataset: Dataset):  # type: ignore[no-untyped-def]
+def builder(dataset: Dataset):  # type: ignore[no-untyped-def]
     made = BatchBuilder(
         ShardReader(ConcatSplits([open_split(dataset, "test")])),
         dataset,
@@ -57,22 +57,22 @@ def maker(dataset: Dataset):  # type: ignore[no-untyped-def]
     made.close()
 
 
-def run(model: nn.Module, maker: BatchBuilder, rows: np.ndarray, batch_size: int):  # type: ignore[no-untyped-def]
+def run(model: nn.Module, builder: BatchBuilder, rows: np.ndarray, batch_size: int):  # type: ignore[no-untyped-def]
     return predict(
         model,
-        evaluation_batches(maker, rows, batch_size=batch_size),
+        evaluation_batches(builder, rows, batch_size=batch_size),
         num_attributes=WIDTH,
         device=torch.device("cpu"),
     )
 
 
-def test_ranks_give_what_one_process_gives(dataset: Dataset, maker: BatchBuilder) -> None:
+def test_ranks_give_what_one_process_gives(dataset: Dataset, builder: BatchBuilder) -> None:
     model = Colour().train()
-    whole = run(model, maker, np.arange(SAMPLES), 7)
+    whole = run(model, builder, np.arange(SAMPLES), 7)
     assert model.training and set(model.modes) == {False}
     # Rank 3 has no row at all, as when there are more ranks than batches.
     shares = [np.arange(0, SAMPLES, 2), np.arange(1, 20, 2), np.arange(21, SAMPLES, 2)]
-    parts = [run(model, maker, rows, 5) for rows in (*shares, np.arange(0))]
+    parts = [run(model, builder, rows, 5) for rows in (*shares, np.arange(0))]
     merged = merge_predictions(parts, num_samples=SAMPLES)
     for name in ("row", "uid", "label", "score"):
         assert np.array_equal(getattr(whole, name), getattr(merged, name)), name
@@ -83,8 +83,8 @@ def test_ranks_give_what_one_process_gives(dataset: Dataset, maker: BatchBuilder
         assert (whole.score[row, 0] > 0.5) == (0 in instance.present)
 
 
-def test_dummy_rows_are_left_out_and_progress_is_reported(maker: BatchBuilder) -> None:
-    batch = maker.make(np.array([3, 4]), np.zeros(2, np.int64), np.zeros(2, np.bool_))
+def test_dummy_rows_are_left_out_and_progress_is_reported(builder: BatchBuilder) -> None:
+    batch = next(evaluation_batches(builder, np.array([3, 4]), batch_size=2))
     batch.row_weight[1] = 0
     seen: list[int] = []
     found = predict(
@@ -98,20 +98,20 @@ def test_dummy_rows_are_left_out_and_progress_is_reported(maker: BatchBuilder) -
     assert found.row.tolist() == [3] and seen == [1]
 
 
-def test_a_diverged_model_is_named_and_left_in_its_mode(maker: BatchBuilder) -> None:
+def test_a_diverged_model_is_named_and_left_in_its_mode(builder: BatchBuilder) -> None:
     class Diverged(nn.Module):
         def forward(self, image: Tensor, object_id: Tensor) -> Tensor:
             return torch.full((len(image), WIDTH), torch.nan)
 
     model = Diverged().train()
     with pytest.raises(DataError, match="diverged"):
-        run(model, maker, np.arange(4), 4)
+        run(model, builder, np.arange(4), 4)
     assert model.training
 
 
-def test_constant(dataset: Dataset, maker: BatchBuilder) -> None:
+def test_constant(dataset: Dataset, builder: BatchBuilder) -> None:
     found = predict_constant(dataset, "test")
-    whole = run(Colour(), maker, np.arange(SAMPLES), 9)
+    whole = run(Colour(), builder, np.arange(SAMPLES), 9)
     assert np.array_equal(found.label, whole.label)
     assert np.array_equal(found.uid, whole.uid)
     assert (found.score == 0.5).all()

@@ -71,14 +71,14 @@ def seen_by_loaders(
     """What real loaders of all ranks give; lanes and micro-batches are those of a first start."""
 
     def loader(rank: int, world_size: int, **fixed: Any) -> TrainLoader:
-        maker = BatchBuilder(
+        builder = BatchBuilder(
             ShardReader(mixture.corpus),
             mixture.dataset,
             DataConfig(image_size=64, threads=1, prefetch_steps=1, **data),
         )
         plan = EpochPlan(mixture.corpus, seed=99, passes=mixture.passes, factor=mixture.factor)
         return TrainLoader(
-            maker,
+            builder,
             plan,
             training,
             rank=rank,

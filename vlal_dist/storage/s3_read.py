@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import re
-from typing import Any, cast
+from typing import Any
 
 from botocore.exceptions import HTTPClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
@@ -173,7 +173,8 @@ class _Read:
 
     def _drain(self, body: Any) -> Reason:
         """Keep what the body gives until it ends or breaks; returns how a broken one ended."""
-        before, broken = self._received, cast(Reason, "truncated")
+        before = self._received
+        broken: Reason = "truncated"
         try:
             while part := body.read(_READ_BYTES):
                 self.parts.append(part)

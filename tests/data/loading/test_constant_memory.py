@@ -47,13 +47,13 @@ def test_a_dozen_epochs_leave_nothing_behind(
     if where == "s3":
         largest = corpus.largest_block
         cache = DiskCache(tmp_path / "c", limit_bytes=4 * largest, largest_bytes=largest)
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         ShardReader(corpus, cache=cache),
         dataset,
         DataConfig(epoch_end="exact"),
     )
     loader = TrainLoader(
-        maker,
+        builder,
         EpochPlan(corpus, seed=1),
         TrainingConfig(batch_size=8, seed=1),
     )

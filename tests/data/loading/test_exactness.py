@@ -349,7 +349,7 @@ def packed(small: Path) -> Dataset:
 
 
 def make_loader(dataset: Dataset, order: Order, start: Start, rank: int) -> TrainLoader:
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         ShardReader(ConcatSplits([open_split(dataset, "train")])),
         dataset,
         DataConfig(
@@ -361,8 +361,8 @@ def make_loader(dataset: Dataset, order: Order, start: Start, rank: int) -> Trai
         ),
     )
     return TrainLoader(
-        maker,
-        EpochPlan(maker.reader.corpus, seed=order.seed, passes=(order.passes,)),
+        builder,
+        EpochPlan(builder.reader.corpus, seed=order.seed, passes=(order.passes,)),
         TrainingConfig(batch_size=start.batch_size, seed=order.seed),
         rank=rank,
         world_size=start.world_size,

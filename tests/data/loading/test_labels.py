@@ -1,4 +1,4 @@
-"""Arrays of a batch, made at once, equal those made sample by sample."""
+"""Labels, likelihoods and image buffers of a whole batch equal those of single samples."""
 
 import io
 import json
@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlal_dist.data.loading.batch import ImageBuffers
-from vlal_dist.data.loading.labels import (
+from vlal_dist.data.loading.batch_builder import label_rows
+from vlal_dist.data.loading.image_memory import ImageBuffers
+from vlal_dist.data.loading.likelihoods import (
     join_likelihoods,
-    label_rows,
-    parse_json,
+    rescaled_tar_likelihoods,
+    tar_likelihoods,
 )
-from vlal_dist.data.loading.likelihoods import rescaled_tar_likelihoods, tar_likelihoods
 from vlal_dist.errors import DataError
 
 WIDTH = 12
@@ -25,7 +25,7 @@ ids = st.lists(st.integers(0, WIDTH - 1), max_size=WIDTH, unique=True)
 @given(st.lists(st.tuples(ids, ids), max_size=9))
 def test_labels_row_by_row(samples: list[tuple[list[int], list[int]]]) -> None:
     parts = [json.dumps({"positive": p, "negative": n, "x": "y"}).encode() for p, n in samples]
-    label = label_rows(parse_json([memoryview(part) for part in parts]), WIDTH)
+    label = label_rows([memoryview(part) for part in parts], WIDTH)
     assert label.shape == (len(samples), WIDTH) and label.dtype == np.int8
     for row, (positive, negative) in zip(label, samples, strict=True):
         for attribute in range(WIDTH):
@@ -34,14 +34,14 @@ def test_labels_row_by_row(samples: list[tuple[list[int], list[int]]]) -> None:
 
 
 @pytest.mark.parametrize("text", [b'{"positive": [3', b"", b"<html>"])
-def test_a_broken_json_is_told(text: bytes) -> None:
+def test_a_broken_json_is_an_error(text: bytes) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        parse_json([b'{"positive": [], "negative": []}', text])
+        label_rows([b'{"positive": [], "negative": []}', text], WIDTH)
 
 
-def test_an_attribute_beyond_the_vocabulary_is_told() -> None:
+def test_an_attribute_beyond_the_vocabulary_is_an_error() -> None:
     with pytest.raises(DataError, match="attribute 12 of 12"):
-        label_rows([{"positive": [12], "negative": []}], WIDTH)
+        label_rows([b'{"positive": [12], "negative": []}'], WIDTH)
 
 
 def npy(values: np.ndarray, *, version: tuple[int, int] = (1, 0)) -> bytes:
@@ -61,7 +61,7 @@ def test_likelihoods_are_joined_whatever_their_header() -> None:
 
 
 @pytest.mark.parametrize("part", [b"no array", npy(np.zeros(3, "<f4"))[:-2]])
-def test_a_broken_likelihood_is_told(part: bytes) -> None:
+def test_a_broken_likelihood_is_an_error(part: bytes) -> None:
     with pytest.raises(DataError, match="merge again"):
         join_likelihoods([part])
 

@@ -13,8 +13,8 @@ from tests.fixtures.damaged_tars import upload
 from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.format.sample_reader import SampleReader
-from vlal_dist.data.loading.batch import decoded, on_device
-from vlal_dist.data.loading.batch_builder import BatchBuilder
+from vlal_dist.data.loading.batch import Batch, decoded, on_device
+from vlal_dist.data.loading.batch_builder import BatchBuilder, BatchRequest
 from vlal_dist.data.loading.decode import decode_into
 from vlal_dist.data.loading.likelihoods import tar_likelihoods
 from vlal_dist.data.loading.loader import TrainLoader, evaluation_batches
@@ -44,6 +44,11 @@ def make(
     )
 
 
+def batch_of(builder: BatchBuilder, rows: Any, visit: Any, flip: Any) -> Batch:
+    at = builder.reader.locate(rows)
+    return builder.start(BatchRequest(at, rows, visit, flip)).result().batch
+
+
 def loader(
     dataset: Dataset,
     rank: int = 0,
@@ -54,10 +59,10 @@ def loader(
     epoch_end: str = "drop",
     **first: int,
 ) -> TrainLoader:
-    maker = make(dataset, epoch_end=epoch_end)
-    plan = EpochPlan(maker.reader.corpus, seed=seed)
+    builder = make(dataset, epoch_end=epoch_end)
+    plan = EpochPlan(builder.reader.corpus, seed=seed)
     training = TrainingConfig(batch_size=batch_size, seed=seed)
-    return TrainLoader(maker, plan, training, rank=rank, world_size=world_size, **first)
+    return TrainLoader(builder, plan, training, rank=rank, world_size=world_size, **first)
 
 
 def samples(steps: Iterator[Any]) -> list[dict[tuple[int, int], torch.Tensor]]:
@@ -87,12 +92,12 @@ def test_kept_pixels_are_those_of_a_decoding(
     rows = np.arange(len(plain.reader.corpus))
     visit, flip = np.zeros(len(rows), np.int64), rows % 2 == 0
     keeping = make(merged, decoded_bytes=places * 64 * 64 * 3 + 5)
-    kept = keeping.decoded
+    kept = keeping.image_cache
     assert kept is not None
-    expected = plain.make(rows, visit, flip).image.clone()
+    expected = batch_of(plain, rows, visit, flip).image.clone()
     for order in (rows, rows[::-1].copy(), rows):
         calls[0] = 0
-        batch = keeping.make(order, visit, flip[order])
+        batch = batch_of(keeping, order, visit, flip[order])
         assert torch.equal(batch.image, expected[torch.from_numpy(order)])
         on_device(batch, torch.device("cpu"))  # the mirror must not reach what is kept
     assert len(kept) == min(places, len(rows))
@@ -102,18 +107,18 @@ def test_kept_pixels_are_those_of_a_decoding(
 
 
 def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:
-    maker = make(merged)
+    builder = make(merged)
     rows = np.array([5, 0, 7])
     cpu = torch.device("cpu")
-    batch = maker.make(rows, np.zeros(3, np.int64), np.array([False, True, False]))
+    batch = batch_of(builder, rows, np.zeros(3, np.int64), np.array([False, True, False]))
     assert batch.image.dtype == torch.uint8
     batch = on_device(batch, cpu)
-    plain = on_device(maker.make(rows, np.zeros(3, np.int64), np.zeros(3, np.bool_)), cpu)
+    plain = on_device(batch_of(builder, rows, np.zeros(3, np.int64), np.zeros(3, np.bool_)), cpu)
     assert batch.image.shape == (3, 3, 64, 64) and batch.image.dtype == torch.float32
     assert float(batch.image.min()) >= 0 and float(batch.image.max()) <= 1
     assert torch.equal(batch.image[1], plain.image[1].flip(2))
     for place, row in enumerate(rows):
-        sample = SampleReader(maker.reader.corpus.splits[0]).read(int(row))
+        sample = SampleReader(builder.reader.corpus.splits[0]).read(int(row))
         assert torch.where(batch.label[place] == 1)[0].tolist() == sample.positive
         assert torch.where(batch.label[place] == -1)[0].tolist() == sample.negative
         assert int(batch.object_id[place]) == sample.object_id
@@ -123,7 +128,7 @@ def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:
         assert len(found) == len(merged.feasible.of(sample.object_id))
         weight = np.exp(sample.log_likelihood.max() - sample.log_likelihood)
         assert np.allclose(found.numpy(), weight, rtol=1e-5)
-    maker.close()
+    builder.close()
 
 
 def test_a_likelihood_over_another_feasible_set_is_refused(merged: Dataset) -> None:
@@ -131,18 +136,18 @@ def test_a_likelihood_over_another_feasible_set_is_refused(merged: Dataset) -> N
         values, indptr = tar_likelihoods(rows, parts)
         return np.append(values, np.float32(0)), indptr + (np.arange(len(indptr)) == len(rows))
 
-    maker = make(merged, likelihoods=longer)
+    builder = make(merged, likelihoods=longer)
     rows, zeros = np.array([5, 0, 7]), np.zeros(3, np.int64)
-    uid = int(maker.reader.corpus.column("uid", rows)[2])
+    uid = int(builder.reader.corpus.column("uid", rows)[2])
     with pytest.raises(DataError, match=rf"{uid:016x}: likelihood over \d+ attr.*merge again"):
-        maker.make(rows, zeros, zeros.astype(np.bool_))
-    maker.close()
+        batch_of(builder, rows, zeros, zeros.astype(np.bool_))
+    builder.close()
 
 
 def test_what_a_device_will_decode_travels_as_it_is(merged: Dataset) -> None:
     ready, later = make(merged), make(merged, decode="gpu")
     rows, zeros = np.arange(5), np.zeros(5, np.int64)
-    batches = [one.make(rows, zeros, np.ones(5, np.bool_)) for one in (ready, later)]
+    batches = [batch_of(one, rows, zeros, np.ones(5, np.bool_)) for one in (ready, later)]
     assert batches[1].image.shape == (0, 3, 64, 64) and len(batches[1].jpgs or []) == 5
     cpu = torch.device("cpu")
     images = [on_device(decoded(batch, cpu), cpu).image for batch in batches]
@@ -224,10 +229,10 @@ def test_impossible_settings_are_refused(merged: Dataset) -> None:
 
 
 def test_training_on_samples_without_likelihood_says_what_to_do(merged: Dataset) -> None:
-    maker = make(merged, "val")
+    builder = make(merged, "val")
     with pytest.raises(DataError, match="run score_clip and shard_tools merge"):
-        maker.make(np.array([0]), np.zeros(1, np.int64), np.zeros(1, np.bool_))
-    maker.close()
+        batch_of(builder, np.array([0]), np.zeros(1, np.int64), np.zeros(1, np.bool_))
+    builder.close()
 
 
 def test_a_remote_epoch_fetches_each_block_once(
@@ -236,11 +241,11 @@ def test_a_remote_epoch_fetches_each_block_once(
     root = moto_s3.url()
     upload(merged, root)
     dataset = open_dataset(root, cache=tmp_path / "cache")
-    maker = make(dataset, likelihoods=None, epoch_end="exact")
-    plan = EpochPlan(maker.reader.corpus, seed=3)
-    one = TrainLoader(maker, plan, TrainingConfig(batch_size=16, seed=3))
+    builder = make(dataset, likelihoods=None, epoch_end="exact")
+    plan = EpochPlan(builder.reader.corpus, seed=3)
+    one = TrainLoader(builder, plan, TrainingConfig(batch_size=16, seed=3))
     fetched: list[int] = []
-    (split,) = maker.reader.corpus.splits
+    (split,) = builder.reader.corpus.splits
     read = type(split.store).read
 
     def counting(store: Any, key: str, **where: Any) -> bytes:
@@ -254,10 +259,10 @@ def test_a_remote_epoch_fetches_each_block_once(
 
 
 def test_evaluation_goes_through_the_rows_in_order(merged: Dataset) -> None:
-    maker = make(merged, "test", None)
+    builder = make(merged, "test", None)
     rows = np.arange(1, 24, 2)
-    batches = list(evaluation_batches(maker, rows, batch_size=5))
+    batches = list(evaluation_batches(builder, rows, batch_size=5))
     assert torch.cat([batch.row for batch in batches]).tolist() == rows.tolist()
     assert [len(batch) for batch in batches] == [5, 5, 2]
     assert batches[0].inverse_weight is None
-    maker.close()
+    builder.close()

@@ -286,7 +286,7 @@ def make_loader(
         return {name: options[name] for name in options if name in section.model_fields}
 
     corpus = ConcatSplits([open_split(dataset, name) for name in passes])
-    maker = BatchBuilder(
+    builder = BatchBuilder(
         ShardReader(corpus),
         dataset,
         DataConfig(**{"image_size": 64, "threads": 1, "epoch_end": "exact", **of(DataConfig)}),
@@ -295,7 +295,7 @@ def make_loader(
     plan = EpochPlan(corpus, seed=SEED, passes=tuple(passes.values()), factor=factor)
     training = TrainingConfig(**{"batch_size": 16, "seed": SEED, **of(TrainingConfig)})
     first = {name: options[name] for name in ("micro_batches",) if name in options}
-    return TrainLoader(maker, plan, training, rank=rank, world_size=world_size, **first)
+    return TrainLoader(builder, plan, training, rank=rank, world_size=world_size, **first)
 
 
 def batches(loader: TrainLoader, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -1,18 +1,15 @@
-"""A batch of samples, its memory, and its transfer to the device.
+"""Batch of samples, and its transfer to the device.
 
 Legend: B rows of a batch, A attributes, S image side, F feasible pairs of the batch's rows.
 """
 
-import threading
-import weakref
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vlal_dist.data.format.images import IMAGENET_MEAN, IMAGENET_STD
+from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.data.loading.decode import decode_on
 from vlal_dist.errors import DataError
 
@@ -34,8 +31,8 @@ class Batch:
             likelihood.
         inverse_weight: float32 [F], (max likelihood) / likelihood of each row's feasible set, in
             the set's order; not finite where it cannot be drawn. None as above.
-        jpgs: the JPEG of each row where the device decodes (`image` then has no row before
-            `decoded`); None: decoded already.
+        jpgs: the JPEG of each row if the device decodes (`image` has no rows until `decoded`);
+            None: decoded already.
         normalize: whether `on_device` applies ImageNet's mean and standard deviation.
     """
 
@@ -61,7 +58,7 @@ class Batch:
 
 
 def decoded(batch: Batch, device: torch.device) -> Batch:
-    """The batch with the JPEGs that it may carry decoded by the device.
+    """Decode the JPEGs that a batch may carry, on the device.
 
     Raises:
         DataError: one of them is no whole JPEG; names its uid.
@@ -76,16 +73,16 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
             try:
                 decode_on([jpg], side=side, device=device)
             except DataError as error:
-                raise DataError(f"sample uid {uid % 2**64:016x}: {error}; pack again") from None
+                raise DataError(f"sample uid {uid_to_hex(uid)}: {error}; pack again") from None
         raise
     return replace(batch, image=image.round().clamp(0, 255).to(torch.uint8), jpgs=None)
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, its images as float32 in [0, 1] (or ImageNet-normalised), mirrored.
+    """Move a batch to a device; its images become float32 in [0, 1] (or normalised), mirrored.
 
-    Bytes travel, a quarter of the floats that they become. Images that are floats already are left
-    as they are.
+    Bytes are copied, a quarter of the size of floats. Images that are floats already stay as they
+    are.
     """
     if device.type != "cpu":
         moved = {name: t.to(device, non_blocking=True) for name, t in batch.tensors().items()}
@@ -98,7 +95,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def to_floats(image: Tensor, *, normalize: bool) -> Tensor:
-    """What the model sees of bytes: float32 [B, 3, S, S] in [0, 1], or ImageNet-normalised.
+    """The model's input: float32 [B, 3, S, S] in [0, 1], or ImageNet-normalised.
 
     Args:
         image: uint8 [B, 3, S, S], of any memory layout.
@@ -110,35 +107,3 @@ def to_floats(image: Tensor, *, normalize: bool) -> Tensor:
         mean, std = (floats.new_tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         floats = floats.sub_(mean).div_(std)
     return floats
-
-
-class ImageBuffers:
-    """uint8 images [n, S, S, 3]; each buffer returns here when the last tensor on it is gone.
-
-    Args:
-        side: S, pixels.
-        pinned: page-locked memory, for copies to a GPU that do not wait. torch's own pool then
-            does the reuse: it knows when a copy is over.
-    """
-
-    def __init__(self, *, side: int, pinned: bool) -> None:
-        self._side, self._pinned = side, pinned
-        self._lock = threading.Lock()
-        self._free: list[npt.NDArray[np.uint8]] = []
-
-    def take(self, count: int) -> tuple[npt.NDArray[np.uint8], Tensor]:
-        """Memory for `count` images: the same as an array to write and a tensor to hand on."""
-        if self._pinned:
-            shape = (count, self._side, self._side, 3)
-            tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-            return tensor.numpy(), tensor
-        with self._lock:
-            fitting = (n for n, buffer in enumerate(self._free) if len(buffer) >= count)
-            number = next(fitting, None)
-            buffer = None if number is None else self._free.pop(number)
-        if buffer is None:
-            buffer = np.empty((count, self._side, self._side, 3), dtype=np.uint8)
-        view = buffer[:count]
-        # torch keeps `view` alive as long as any tensor shares its memory.
-        weakref.finalize(view, self._free.append, buffer).atexit = False
-        return view, torch.from_numpy(view)

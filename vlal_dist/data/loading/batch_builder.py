@@ -1,29 +1,40 @@
-"""From rows to batches: read, verify, decode, label.
+"""Batch builder: reads, verifies and decodes samples in threads, and labels whole batches.
 
-Samples are decoded in a pool of threads, straight into the memory of their batch; the thread that
-finishes last makes the labels. Nothing is done sample by sample that can be done for the batch.
+Samples are decoded straight into the memory of their batch; the thread that finishes last makes
+the labels. Python per sample is what loaders spend their time on, so whatever can be done for a
+whole batch is.
 
 Legend: B rows of a batch, A attributes, S image side.
 """
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import torch
 
 from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import Dataset
-from vlal_dist.data.hashing import I64
-from vlal_dist.data.loading.batch import Batch, ImageBuffers
+from vlal_dist.data.hashing import I64, signed_uids, uid_to_hex
+from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.decode import decode_into
-from vlal_dist.data.loading.image_cache import ImageCache
-from vlal_dist.data.loading.labels import Data, label_rows, parse_json
+from vlal_dist.data.loading.image_memory import ImageBuffers, ImageCache
 from vlal_dist.data.loading.likelihoods import ReadLikelihoods
-from vlal_dist.data.loading.shard_reader import Damage, DamagedError, SampleLocations, ShardReader
+from vlal_dist.data.loading.shard_reader import (
+    Damage,
+    DamagedError,
+    Data,
+    SampleLocations,
+    ShardReader,
+)
+from vlal_dist.data.order.ledger import Ledger
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import inverse_weights
 
@@ -32,36 +43,63 @@ _LARGEST_PIECE = 64
 
 
 @dataclass(frozen=True)
-class BuiltBatch:
-    """What became of the rows asked for.
+class BatchRequest:
+    """Rows of one batch, and how they are visited.
 
     Attributes:
-        batch: those that could be used, in order.
-        kept: bool [n], which these are.
-        damaged: why the others could not.
+        at: n rows, looked up by the reader.
+        position: int64 [n], of the epoch.
+        visit: int64 [n], running count of each sample's planned visits.
+        flip: bool [n], whether the image is to be mirrored.
+        left_out: visits that belong here but are not read: their samples are quarantined.
+    """
+
+    at: SampleLocations
+    position: I64
+    visit: I64
+    flip: npt.NDArray[np.bool_]
+    left_out: Ledger = field(default_factory=Ledger)
+
+    @classmethod
+    def plain(cls, at: SampleLocations) -> "BatchRequest":
+        """First visits without a flip, as evaluation reads rows."""
+        zeros = np.zeros(len(at.rows), dtype=np.int64)
+        return cls(at, at.rows, zeros, zeros.astype(np.bool_))
+
+
+@dataclass(frozen=True)
+class BuiltBatch:
+    """A finished request.
+
+    Attributes:
+        batch: the rows that could be used, in order.
+        position: int64 [B], of these.
+        damaged: why the others could not be used.
+        left_out: visits of the request that have no row in the batch.
     """
 
     batch: Batch
-    kept: npt.NDArray[np.bool_]
+    position: I64
     damaged: list[Damage]
+    left_out: Ledger
 
 
 @dataclass
 class StageCounts:
-    """What the threads of a rank did so far; seconds are summed over threads.
+    """Work of a rank's threads so far; seconds are summed over threads.
 
     Attributes:
         samples, sample_bytes: samples read, and the bytes of their tar ranges.
-        read_s: reading and checking, with the wait for parts that were not there yet.
-        decode_s: decoding and resizing.
-        label_s: labels and likelihoods of whole batches.
+        read_seconds: reading and checking, including waits for fetches.
+        decode_seconds: decoding and resizing.
+        label_seconds: labels and likelihoods of whole batches.
     """
 
     samples: int = 0
     sample_bytes: int = 0
-    read_s: float = 0.0
-    decode_s: float = 0.0
-    label_s: float = 0.0
+    read_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    label_seconds: float = 0.0
 
 
 class BatchBuilder:
@@ -93,30 +131,23 @@ class BatchBuilder:
         self.quarantines = training and config.damage == "quarantine"
         self.decode_later = training and config.decode == "gpu"
         side = config.image_size
-        self.decoded: ImageCache | None = None
+        self.image_cache: ImageCache | None = None
         if config.decoded_bytes:
-            self.decoded = ImageCache(
+            self.image_cache = ImageCache(
                 side=side, num_rows=len(reader.corpus), limit_bytes=config.decoded_bytes
             )
         self.counts = StageCounts()
         self._lock = threading.Lock()
-        self._buffers = ImageBuffers(side=side, pinned=pinned)
+        self.buffers = ImageBuffers(side=side, pinned=pinned)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
 
-    def start(
-        self, at: SampleLocations, visit: I64, flip: npt.NDArray[np.bool_]
-    ) -> "Future[BuiltBatch]":
-        """Begin a batch of some rows.
-
-        Args:
-            at: n rows of the corpus, looked up by the reader.
-            visit: int64 [n].
-            flip: bool [n].
+    def start(self, request: BatchRequest) -> "Future[BuiltBatch]":
+        """Begin a batch.
 
         Returns:
-            The batch once it is made; DamagedError, DataError or StorageError if it cannot be.
+            The finished batch; DamagedError, DataError or StorageError if it cannot be built.
         """
-        job, count = _Job(self, at, visit, flip), len(at.rows)
+        job, count = _Job(self, request), len(request.at.rows)
         size = max(1, min(_LARGEST_PIECE, -(-count // self.config.threads)))
         pieces = [(low, min(low + size, count)) for low in range(0, count, size)]
         job.left = len(pieces)
@@ -126,15 +157,18 @@ class BatchBuilder:
             self._pool.submit(job.work, low, high)
         return job.future
 
-    def make(self, rows: I64, visit: I64, flip: npt.NDArray[np.bool_]) -> Batch:
-        """A batch of the given rows, waited for; errors as `start`."""
-        return self.start(self.reader.locate(rows), visit, flip).result().batch
-
-    def count(self, **amounts: float) -> None:
-        """Add to the counts."""
+    def count_read(self, samples: int, sample_bytes: int, read_s: float, decode_s: float) -> None:
+        """Count some samples that were read and decoded."""
         with self._lock:
-            for name, amount in amounts.items():
-                setattr(self.counts, name, getattr(self.counts, name) + amount)
+            self.counts.samples += samples
+            self.counts.sample_bytes += sample_bytes
+            self.counts.read_seconds += read_s
+            self.counts.decode_seconds += decode_s
+
+    def count_labels(self, label_s: float) -> None:
+        """Count the seconds of a batch's labels and likelihoods."""
+        with self._lock:
+            self.counts.label_seconds += label_s
 
     def close(self) -> None:
         """End the threads."""
@@ -143,21 +177,20 @@ class BatchBuilder:
 
 
 class _Job:
-    """One batch in the making, shared by the threads that work on it."""
+    """One batch in progress, shared by the threads that work on it."""
 
-    def __init__(
-        self, maker: BatchBuilder, at: SampleLocations, visit: I64, flip: npt.NDArray[np.bool_]
-    ) -> None:
-        self.maker, self.at, self.visit, self.flip = maker, at, visit, flip
+    def __init__(self, builder: BatchBuilder, request: BatchRequest) -> None:
+        count = len(request.at.rows)
+        self.builder, self.request, self.at = builder, request, request.at
         self.future: Future[BuiltBatch] = Future()
         self.left = 0
-        self.data: list[Data] = [b""] * len(at.rows)
+        self.data: list[Data] = [b""] * count
         self.damage: dict[int, Damage] = {}
-        self.image, self.tensor = maker._buffers.take(0 if maker.decode_later else len(at.rows))
+        self.pixels, self.image = builder.buffers.take(0 if builder.decode_later else count)
         self._lock = threading.Lock()
 
     def work(self, low: int, high: int) -> None:
-        """Read and decode rows low..high-1; the last to finish makes the batch."""
+        """Read and decode rows low..high-1; the last call to finish builds the batch."""
         try:
             if not self.future.cancelled():
                 self._fill(low, high)
@@ -172,114 +205,136 @@ class _Job:
             self.finish()
 
     def finish(self) -> None:
-        """Make the batch of what was decoded."""
+        """Build the batch from the samples that were decoded."""
         try:
             started = time.perf_counter()
-            made = self._assemble()
-            self.maker.count(label_s=time.perf_counter() - started)
+            built = self._build()
+            self.builder.count_labels(time.perf_counter() - started)
         except (DataError, LookupError, TypeError, ValueError) as error:
-            self.future.set_exception(self._at_fault() or error)
-            return
+            self.future.set_exception(self._first_unreadable() or error)
         except BaseException as error:
             self.future.set_exception(error)
-            return
-        self.future.set_result(made)
+        else:
+            self.future.set_result(built)
 
     def _fill(self, low: int, high: int) -> None:
-        maker, begun = self.maker, time.perf_counter()
-        found = maker.reader.read(self.at, low, high)
+        builder, started = self.builder, time.perf_counter()
+        found = builder.reader.read(self.at, low, high)
         read = time.perf_counter()
-        image, jpg = self.image, self.at.jpg
         for place, data in enumerate(found, low):
             if isinstance(data, Damage):
                 self._leave_out(place, data)
                 continue
             self.data[place] = data
-            if maker.decode_later:
+            if builder.decode_later:
                 continue
-            start, stop = jpg[place]
+            start, stop = self.at.jpg[place]
             try:
-                self._decode(place, memoryview(data)[start:stop], image[place])
+                self._decode(place, memoryview(data)[start:stop])
             except DataError as error:
-                self._leave_out(place, maker.reader.damage(self.at, place, str(error)))
-        maker.count(
-            samples=high - low,
-            sample_bytes=sum(self.at.length[low:high]),
-            read_s=read - begun,
-            decode_s=time.perf_counter() - read,
-        )
+                self._leave_out(place, builder.reader.damage(self.at, place, str(error)))
+        sample_bytes = sum(self.at.length[low:high])
+        builder.count_read(high - low, sample_bytes, read - started, time.perf_counter() - read)
 
-    def _decode(self, place: int, jpg: memoryview, out: npt.NDArray[np.uint8]) -> None:
-        decoded, row = self.maker.decoded, int(self.at.rows[place])
-        kept = decoded.get(row) if decoded is not None else None
+    def _decode(self, place: int, jpg: memoryview) -> None:
+        cache, row, out = self.builder.image_cache, int(self.at.rows[place]), self.pixels[place]
+        kept = cache.get(row) if cache is not None else None
         if kept is not None:
             out[:] = kept
             return
         decode_into(jpg, out)
-        if decoded is not None:
-            decoded.keep(row, out)
+        if cache is not None:
+            cache.keep(row, out)
 
     def _leave_out(self, place: int, damage: Damage) -> None:
-        if not self.maker.quarantines:
+        if not self.builder.quarantines:
             raise DamagedError(damage)
         self.damage[place] = damage
 
-    def _assemble(self) -> BuiltBatch:
-        maker, at, data, image = self.maker, self.at, self.data, self.tensor
-        visit, flip = self.visit, self.flip
-        kept = np.ones(len(at.rows), dtype=np.bool_)
+    def _build(self) -> BuiltBatch:
+        builder, request, at, data = self.builder, self.request, self.at, self.data
+        position, visit, flip, image = request.position, request.visit, request.flip, self.image
+        left_out = request.left_out
         if self.damage:
+            kept = np.ones(len(at.rows), dtype=np.bool_)
             kept[list(self.damage)] = False
+            left_out += Ledger.of(at.uid[~kept], visit[~kept])
             places = np.flatnonzero(kept)
-            at, data = at.only(places), [data[n] for n in places]
-            visit, flip = visit[kept], flip[kept]
-            image = image if maker.decode_later else image[torch.from_numpy(kept)]
-        weights = self._weights(at, data) if maker.read_likelihoods else (None, None)
+            at, data = at.select(places), [data[n] for n in places]
+            position, visit, flip = position[kept], visit[kept], flip[kept]
+            image = image if builder.decode_later else image[torch.from_numpy(kept)]
+        weights = self._weights(at, data) if builder.read_likelihoods else (None, None)
         batch = Batch(
             image=image.permute(0, 3, 1, 2),
             flip=torch.from_numpy(flip),
             object_id=torch.from_numpy(at.object_id),
-            label=torch.from_numpy(
-                label_rows(parse_json(_members(data, at.json)), maker.num_attributes)
-            ),
-            uid=torch.from_numpy(at.uid.view(np.int64)),
+            label=torch.from_numpy(label_rows(_members(data, at.json), builder.num_attributes)),
+            uid=torch.from_numpy(signed_uids(at.uid)),
             visit=torch.from_numpy(visit),
             row=torch.from_numpy(at.rows),
             row_weight=torch.ones(len(data), dtype=torch.float32),
             weight_indptr=weights[0],
             inverse_weight=weights[1],
-            jpgs=[bytes(one) for one in _members(data, at.jpg)] if maker.decode_later else None,
-            normalize=maker.config.normalize,
+            jpgs=[bytes(one) for one in _members(data, at.jpg)] if builder.decode_later else None,
+            normalize=builder.config.normalize,
         )
-        return BuiltBatch(batch, kept, list(self.damage.values()))
+        return BuiltBatch(batch, position, list(self.damage.values()), left_out)
 
-    def _at_fault(self) -> DamagedError | None:
+    def _first_unreadable(self) -> DamagedError | None:
         """The first sample whose json or likelihood cannot be read by itself."""
-        maker, at = self.maker, self.at
+        builder, at = self.builder, self.at
         for place in np.flatnonzero([len(one) > 0 for one in self.data]).tolist():
             one, data = at.between(place, place + 1), self.data[place : place + 1]
             try:
-                label_rows(parse_json(_members(data, one.json)), maker.num_attributes)
-                if maker.read_likelihoods is not None:
-                    maker.read_likelihoods(one.rows, _members(data, one.likelihood))
+                label_rows(_members(data, one.json), builder.num_attributes)
+                if builder.read_likelihoods is not None:
+                    builder.read_likelihoods(one.rows, _members(data, one.likelihood))
             except (DataError, LookupError, TypeError, ValueError) as error:
-                return DamagedError(maker.reader.damage(at, place, str(error)))
+                return DamagedError(builder.reader.damage(at, place, str(error)))
         return None
 
     def _weights(self, at: SampleLocations, data: list[Data]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inverse weights of the draw, ragged: int64 [B + 1], float32 [F]."""
-        maker = self.maker
-        assert maker.read_likelihoods is not None
-        values, indptr = maker.read_likelihoods(at.rows, _members(data, at.likelihood))
-        found, expected = np.diff(indptr), maker.set_size[at.object_id]
+        builder = self.builder
+        assert builder.read_likelihoods is not None
+        values, indptr = builder.read_likelihoods(at.rows, _members(data, at.likelihood))
+        found, expected = np.diff(indptr), builder.set_size[at.object_id]
         wrong = np.flatnonzero(found != expected)
         if len(wrong):
             raise DataError(
-                f"sample uid {at.uid[wrong[0]]:016x}: likelihood over {found[wrong[0]]} "
-                f"attributes, its object has {expected[wrong[0]]} feasible ones; merge again with "
-                "the present feasible sets"
+                f"sample uid {uid_to_hex(int(at.uid[wrong[0]]))}: likelihood over "
+                f"{found[wrong[0]]} attributes, its object has {expected[wrong[0]]} feasible ones; "
+                "merge again with the present feasible sets"
             )
         return torch.from_numpy(indptr), torch.from_numpy(inverse_weights(values, indptr))
+
+
+def label_rows(jsons: Sequence[Data], num_attributes: int) -> npt.NDArray[np.int8]:
+    """The labels in the `KEY.json` of B samples, parsed in one call.
+
+    Returns:
+        int8 [B, A]: +1 annotated present, -1 annotated absent, 0 unannotated.
+
+    Raises:
+        DataError: a json cannot be read, or names an attribute id beyond A.
+    """
+    try:
+        samples: list[dict[str, Any]] = orjson.loads(b"[" + b",".join(jsons) + b"]")
+    except ValueError as error:
+        raise DataError(f"a sample's json cannot be read: {error}; pack again") from None
+    label = np.zeros((len(samples), num_attributes), dtype=np.int8)
+    lists = [sample["positive"] for sample in samples] + [sample["negative"] for sample in samples]
+    counts = [len(one) for one in lists]
+    ids = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=sum(counts))
+    if len(ids) and not 0 <= ids.min() <= ids.max() < num_attributes:
+        raise DataError(f"a sample names attribute {ids.max()} of {num_attributes}; pack again")
+    places = np.repeat(np.arange(len(lists)) % len(samples) * num_attributes, counts) + ids
+    positives = sum(counts[: len(samples)])
+    flat = label.reshape(-1)
+    flat[places[:positives]] = 1
+    # Negative wins a clash (authors' target builder).
+    flat[places[positives:]] = -1
+    return label
 
 
 def _members(data: list[Data], where: list[tuple[int, int]]) -> list[Data]:

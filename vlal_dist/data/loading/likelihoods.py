@@ -1,14 +1,16 @@
-"""Where log-likelihoods come from: the merged tars, or straight from score files.
+"""Log-likelihoods of a batch: from merged tars, from score files, or of the object alone.
 
-Both give the same float32 values: `merge` and `ScoreLikelihoods` apply the same Eq. (2) to the
-same similarities. `ObjectLikelihoods` stand in for them where CLIP is to be done without. Each is
-called with the rows of a batch and the `likelihood.npy` parts of their
-samples, and gives ragged values: float32 [S], and indptr int64 [B + 1].
+Tars and score files give the same float32 values: `merge` and `ScoreLikelihoods` apply Eq. (2) to
+the same similarities. `ObjectLikelihoods` replaces them in runs without CLIP. Each is called with
+the rows of a batch and the `KEY.likelihood.npy` members of their samples, and returns ragged
+values: float32 [V], and indptr int64 [B + 1].
 """
 
+import io
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +19,92 @@ import numpy as np
 from vlal_dist.data.format.dataset import Split
 from vlal_dist.data.format.mapped_scores import MappedScores, open_scores
 from vlal_dist.data.hashing import I64
-from vlal_dist.data.loading.labels import Data, Ragged, join_likelihoods
+from vlal_dist.data.loading.shard_reader import Data
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.method.likelihood import log_likelihood, rescale
+from vlal_dist.method.likelihood import Float32, log_likelihood, rescale
 from vlal_dist.storage.store import Store
 
+Ragged = tuple[Float32, I64]
+"""Values float32 [V], and indptr int64 [B + 1]."""
 ReadLikelihoods = Callable[[I64, Sequence[Data]], Ragged]
 
 
-def tar_likelihoods(rows: I64, parts: Sequence[Data]) -> Ragged:
+def tar_likelihoods(rows: I64, members: Sequence[Data]) -> Ragged:
     """The log-likelihoods inside merged tars.
 
     Raises:
         DataError: a sample has none, or one that cannot be read.
     """
-    for row, part in zip(rows.tolist(), parts, strict=True):
-        if not len(part):
+    for row, member in zip(rows.tolist(), members, strict=True):
+        if not len(member):
             raise DataError(
                 f"the sample in row {row} has no likelihood: run score_clip and shard_tools merge, "
                 "or set method.loss to one that ignores none"
             )
-    return join_likelihoods(parts)
+    return join_likelihoods(members)
+
+
+def join_likelihoods(members: Sequence[Data]) -> Ragged:
+    """The arrays in the `KEY.likelihood.npy` of many samples, one after the other.
+
+    Raises:
+        DataError: one of them is no float32 vector.
+    """
+    values = []
+    for member in members:
+        # pack writes one kind of header; reading it as numpy does takes 50 times as long.
+        count = (len(member) - _HEADER_BYTES) // 4
+        if bytes(member[:_HEADER_BYTES]) == _header(count):
+            values.append(np.frombuffer(member, dtype="<f4", offset=_HEADER_BYTES))
+            continue
+        try:
+            array = np.lib.format.read_array(io.BytesIO(bytes(member)), allow_pickle=False)
+        except ValueError as error:
+            raise DataError(f"a likelihood cannot be read: {error}; merge again") from None
+        values.append(array.astype(np.float32, copy=False))
+    return _ragged(values)
+
+
+_HEADER_BYTES = 128
+
+
+@lru_cache(maxsize=4096)
+def _header(count: int) -> bytes:
+    """What numpy writes before a float32 vector of that length."""
+    sink = io.BytesIO()
+    if count >= 0:
+        np.lib.format.write_array(sink, np.zeros(count, "<f4"), version=(1, 0))
+    return sink.getvalue()[:_HEADER_BYTES]
+
+
+def _ragged(values: Sequence[Float32]) -> Ragged:
+    indptr = np.concatenate([[0], np.cumsum([len(one) for one in values])]).astype(np.int64)
+    return np.concatenate(values) if values else np.zeros(0, np.float32), indptr
 
 
 def rescaled_tar_likelihoods(*, merged_at: float, temperature: float) -> ReadLikelihoods:
-    """The log-likelihoods inside merged tars, at another temperature than merge's."""
+    """The log-likelihoods inside merged tars, rescaled from merge's temperature to another."""
     if merged_at == temperature:
         return tar_likelihoods
 
-    def read(rows: I64, parts: Sequence[Data]) -> Ragged:
-        values, indptr = tar_likelihoods(rows, parts)
-        return (
-            rescale(values, indptr, temperature_from=merged_at, temperature_to=temperature),
-            indptr,
-        )
+    def read(rows: I64, members: Sequence[Data]) -> Ragged:
+        values, indptr = tar_likelihoods(rows, members)
+        rescaled = rescale(values, indptr, temperature_from=merged_at, temperature_to=temperature)
+        return rescaled, indptr
 
     return read
 
 
 class ObjectLikelihoods:
-    """Log-weights that depend on the object alone: what the draw does without CLIP (ablation).
+    """Log-weights that depend on the object alone: a draw without CLIP (ablation).
 
     Args:
-        corpus: what the rows are of.
+        corpus: to which the rows belong.
         feasible: Omega_o of every object.
-        cooccurrence: log(positive_count + 1) of (object, attribute) instead of 0 for all. The 1
-            keeps what was only ever annotated absent drawable: every feasible attribute is, in
-            Eq. (2).
+        cooccurrence: log(positive_count + 1) of (object, attribute) instead of 0 for all. With
+            the 1, an attribute that was only ever annotated absent can be drawn, as in Eq. (2).
     """
 
     def __init__(self, corpus: ConcatSplits, feasible: FeasibleSets, *, cooccurrence: bool) -> None:
@@ -73,8 +112,8 @@ class ObjectLikelihoods:
         count = feasible.positive_count if cooccurrence else np.zeros(len(feasible.indices))
         self._value = np.log1p(count.astype(np.float64)).astype(np.float32)
 
-    def __call__(self, rows: I64, parts: Sequence[Data]) -> Ragged:
-        """The log-weights of some rows of the corpus; `parts` is not looked at."""
+    def __call__(self, rows: I64, members: Sequence[Data]) -> Ragged:
+        """The log-weights of some rows of the corpus; `members` is ignored."""
         object_id = self._corpus.column("object_id", rows).astype(np.int64)
         length = np.diff(self._indptr)[object_id]
         indptr = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
@@ -83,7 +122,7 @@ class ObjectLikelihoods:
 
 
 class ScoreLikelihoods:
-    """Log-likelihoods of the similarities in score files; safe to call from many threads.
+    """Log-likelihoods of the similarities in score files; may be shared by threads.
 
     Score files stay mapped once they are opened. No lock is held while one is read.
 
@@ -113,12 +152,11 @@ class ScoreLikelihoods:
         self._temperature, self._cache = temperature, cache
         self._lock = threading.Lock()
         self._shards: dict[int, Future[MappedScores]] = {}
-        self._first_row = np.concatenate(
-            [[0], np.cumsum([shard.samples for shard in split.shards])]
-        ).astype(np.int64)
+        samples = [shard.samples for shard in split.shards]
+        self._first_row = np.concatenate([[0], np.cumsum(samples)]).astype(np.int64)
 
-    def __call__(self, rows: I64, parts: Sequence[Data]) -> Ragged:
-        """The log-likelihoods of some rows of the split; `parts` is not looked at.
+    def __call__(self, rows: I64, members: Sequence[Data]) -> Ragged:
+        """The log-likelihoods of some rows of the split; `members` is ignored.
 
         Raises:
             DataError: a score file is absent, damaged, or of another shard, scorer or dataset.
@@ -130,13 +168,11 @@ class ScoreLikelihoods:
             self._shard(shard).row(place)
             for shard, place in zip(shards.tolist(), places, strict=True)
         ]
-        ends = np.cumsum([len(one) for one in values])
-        indptr = np.concatenate([[0], ends]).astype(np.int64)
-        joined = np.concatenate(values) if values else np.zeros(0, np.float32)
+        joined, indptr = _ragged(values)
         return log_likelihood(joined, indptr, temperature=self._temperature), indptr
 
     def _shard(self, shard: int) -> MappedScores:
-        """The scores of a shard, opened by the first thread that asks; the others wait for it."""
+        """The scores of a shard, opened by the first thread that needs it; the others wait."""
         with self._lock:
             found = self._shards.get(shard)
             if opens := found is None:

@@ -1,4 +1,4 @@
-"""Data loaders of one rank: the training stream, and the evaluation batches."""
+"""Data loaders of one rank: the training stream, and evaluation batches in order."""
 
 from collections import deque
 from collections.abc import Generator, Iterator, Set
@@ -11,12 +11,13 @@ import numpy.typing as npt
 from vlal_dist.config.sections import TrainingConfig
 from vlal_dist.data.hashing import FLIP, I64, U64, uniform
 from vlal_dist.data.loading.batch import Batch
-from vlal_dist.data.loading.batch_builder import BatchBuilder, BuiltBatch
+from vlal_dist.data.loading.batch_builder import BatchBuilder, BatchRequest, BuiltBatch
 from vlal_dist.data.loading.prefetch import FETCHES
-from vlal_dist.data.loading.shard_reader import Damage, SampleLocations
+from vlal_dist.data.loading.shard_reader import Damage
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.ledger import Ledger
 from vlal_dist.data.order.rank_split import (
+    StepPlan,
     choose_micro_batches,
     epoch_samples,
     micro_batches_per_rank,
@@ -49,34 +50,6 @@ class Step:
     sample_index: list[npt.NDArray[np.int64]]
     left_out: Ledger = field(default_factory=Ledger)
     damaged: tuple[Damage, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """This rank's rows of one micro-batch: where they lie, and what of it is left out.
-
-    Attributes:
-        positions: int64 [n], of the epoch.
-        visit: int64 [n].
-        flip: bool [n].
-        at: where the rows lie.
-        left_out: visits to samples quarantined before.
-    """
-
-    positions: I64
-    visit: I64
-    flip: npt.NDArray[np.bool_]
-    at: SampleLocations
-    left_out: Ledger
-
-
-@dataclass(frozen=True)
-class _Coming:
-    """A step on its way: its rows, and their batches in the making."""
-
-    start: int
-    samples: int
-    asked: list[tuple[_Rows, "Future[BuiltBatch]"]]
 
 
 class TrainLoader:
@@ -146,7 +119,7 @@ class TrainLoader:
         )
 
     def epoch(self, epoch: int, start: int, quarantined: Set[int] = frozenset()) -> Iterator[Step]:
-        """Steps of an epoch from position `start` on, made ahead in order.
+        """Steps of an epoch from position `start` on, prefetched in order.
 
         Args:
             epoch: 0-based.
@@ -154,23 +127,24 @@ class TrainLoader:
             quarantined: uids of samples that are left out; may grow while the epoch runs.
         """
         reader, end = self.builder.reader, self.end_of_epoch(epoch, start)
-        coming: deque[_Coming] = deque()
-        wanted = start
+        pending: deque[tuple[StepPlan, list[Future[BuiltBatch]]]] = deque()
+        requested = start
         try:
-            for first, samples, rows in self._cut(epoch, start, end, quarantined):
-                if reader.remote and wanted < min(end, first + self._horizon):
-                    wanted = self._want(epoch, wanted, min(end, first + 2 * self._horizon))
-                asked = [(one, self.builder.start(one.at, one.visit, one.flip)) for one in rows]
-                coming.append(_Coming(first, samples, asked))
-                if len(coming) > self.data.prefetch_steps:
-                    yield self._finish(coming)
-            while coming:
-                yield self._finish(coming)
+            for step, requests in self._requests(epoch, start, end, quarantined):
+                if reader.remote and requested < min(end, step.start + self._horizon):
+                    stop = min(end, step.start + 2 * self._horizon)
+                    self._prefetch(epoch, requested, stop)
+                    requested = stop
+                pending.append((step, [self.builder.start(one) for one in requests]))
+                if len(pending) > self.data.prefetch_steps:
+                    yield self._finish(pending)
+            while pending:
+                yield self._finish(pending)
         finally:
-            for step in coming:
-                for _, made in step.asked:
-                    made.cancel()
-            reader.forget()
+            for _, futures in pending:
+                for future in futures:
+                    future.cancel()
+            reader.clear()
 
     def ledger_of(self, epoch: int, start: int, stop: int) -> Ledger:
         """The ledger of the visits at positions start..stop-1, such as a dropped end."""
@@ -181,19 +155,15 @@ class TrainLoader:
         return total
 
     def numbers(self) -> dict[str, float]:
-        """What this rank's stream did so far, for its metrics: counts, seconds, and the queue."""
-        made, reader, remote = self.builder.counts, self.builder.reader, self.builder.reader.remote
+        """Counts of this rank so far, for its metrics: work, seconds, and steps that are ready."""
+        reader, remote = self.builder.reader, self.builder.reader.remote
         cache = None if reader.cache is None else reader.cache.counts
         return {
-            "samples": made.samples,
-            "sample_bytes": made.sample_bytes,
-            "read_seconds": made.read_s,
-            "decode_seconds": made.decode_s,
-            "label_seconds": made.label_s,
+            **asdict(self.builder.counts),
             "ready_steps": self.ready_steps,
             "fetches": remote.fetches if remote else 0,
             "fetched_bytes": remote.fetched_bytes if remote else 0,
-            "fetch_seconds": remote.fetch_s if remote else 0.0,
+            "fetch_seconds": remote.fetch_seconds if remote else 0.0,
             "refetched": reader.refetched,
             "damaged": reader.damaged,
             **({} if cache is None else {f"cache_{k}": v for k, v in asdict(cache).items()}),
@@ -203,109 +173,101 @@ class TrainLoader:
         """End the threads."""
         self.builder.close()
 
-    def _cut(
+    def _requests(
         self, epoch: int, start: int, end: int, quarantined: Set[int]
-    ) -> Iterator[tuple[int, int, list[_Rows]]]:
-        """Start, samples and this rank's micro-batches of each step.
+    ) -> Iterator[tuple[StepPlan, list[BatchRequest]]]:
+        """Each step, and the requests of this rank's micro-batches.
 
-        Looked up for many steps at once: one step alone is too small for numpy to be quick.
+        Rows are looked up for many steps at once: one step is too small for numpy to be quick.
         """
-        own_rows = max(1, self.training.batch_size // self._world_size)
-        stretch = max(1, _STRETCH_ROWS // own_rows) * self.training.batch_size
+        batch_size = self.training.batch_size
+        own_rows = max(1, batch_size // self._world_size)
+        stretch = max(1, _STRETCH_ROWS // own_rows) * batch_size
         for begin in range(start, end, stretch):
             steps = [
                 plan_step(
                     start=first,
-                    samples=min(self.training.batch_size, end - first),
+                    samples=min(batch_size, end - first),
                     lanes=self.lanes,
                     micro_batches=self.micro_batches,
                     rank=self._rank,
                     world_size=self._world_size,
                 )
-                for first in range(begin, min(begin + stretch, end), self.training.batch_size)
+                for first in range(begin, min(begin + stretch, end), batch_size)
             ]
             pieces = [positions for step in steps for positions in step.micro_batches]
-            rows = self._look_up(epoch, pieces, quarantined)
+            requests = self._look_up(epoch, pieces, quarantined)
             for step in steps:
-                yield step.start, step.samples, [next(rows) for _ in step.micro_batches]
+                yield step, [next(requests) for _ in step.micro_batches]
 
-    def _look_up(self, epoch: int, pieces: list[I64], quarantined: Set[int]) -> Iterator[_Rows]:
-        """The rows of consecutive micro-batches."""
+    def _look_up(
+        self, epoch: int, pieces: list[I64], quarantined: Set[int]
+    ) -> Iterator[BatchRequest]:
+        """The requests of consecutive micro-batches, given as positions of the epoch."""
         reader, every = self.builder.reader, np.concatenate(pieces)
         places = self.stream.at(epoch, every)
         uid = self._uids(places.row)
         flip = uniform(uid, places.visit, seed=self.training.seed, purpose=FLIP) < self.data.flip
         away = np.isin(uid, np.fromiter(quarantined, np.uint64, len(quarantined)))
-        parts = self.stream.parts(epoch, every[~away]) if reader.remote else None
-        at = reader.locate(places.row[~away], parts)
+        blocks = self.stream.parts(epoch, every[~away]) if reader.remote else None
+        at = reader.locate(places.row[~away], blocks)
         done = high = 0
         for piece in pieces:
-            part = slice(done, done := done + len(piece))
-            stay, low = ~away[part], high
+            here = slice(done, done := done + len(piece))
+            stay, low = ~away[here], high
             high += int(stay.sum())
             left_out = Ledger()
             if not stay.all():
-                left_out = Ledger.of(uid[part][~stay], places.visit[part][~stay])
-            yield _Rows(
-                positions=piece[stay],
-                visit=places.visit[part][stay],
-                flip=flip[part][stay],
+                left_out = Ledger.of(uid[here][~stay], places.visit[here][~stay])
+            yield BatchRequest(
                 at=at.between(low, high),
+                position=piece[stay],
+                visit=places.visit[here][stay],
+                flip=flip[here][stay],
                 left_out=left_out,
             )
 
-    def _finish(self, coming: deque[_Coming]) -> Step:
+    def _finish(self, pending: deque[tuple[StepPlan, list["Future[BuiltBatch]"]]]) -> Step:
         """The oldest step, waited for."""
-        step = coming.popleft()
+        step, futures = pending.popleft()
         self.builder.reader.retire(step.start)
-        self.ready_steps = sum(all(made.done() for _, made in s.asked) for s in coming)
-        left_out, index, damaged, batches = Ledger(), [], [], []
-        for rows, future in step.asked:
-            made = future.result()
-            left_out += rows.left_out
-            if made.damaged:
-                away = rows.at.rows[~made.kept], rows.visit[~made.kept]
-                left_out += Ledger.of(self._uids(away[0]), away[1])
-            index.append(rows.positions[made.kept])
-            damaged += made.damaged
-            batches.append(made.batch)
+        self.ready_steps = sum(all(one.done() for one in others) for _, others in pending)
+        built = [future.result() for future in futures]
         return Step(
-            micro_batches=batches,
+            micro_batches=[one.batch for one in built],
             samples=step.samples,
             position=step.start + step.samples,
-            sample_index=index,
-            left_out=left_out,
-            damaged=tuple(damaged),
+            sample_index=[one.position for one in built],
+            left_out=sum((one.left_out for one in built), Ledger()),
+            damaged=tuple(damage for one in built for damage in one.damaged),
         )
 
-    def _want(self, epoch: int, start: int, stop: int) -> int:
-        """Ask for the parts of this rank's positions from start on; returns `stop`."""
+    def _prefetch(self, epoch: int, start: int, stop: int) -> None:
+        """Begin to fetch the block ranges of this rank's positions start..stop-1."""
         positions = np.arange(start, stop, dtype=np.int64)
         mine = positions[(positions % self.lanes) % self._world_size == self._rank]
         if len(mine):
             rows = self.stream.at(epoch, mine).row
-            self.builder.reader.want(rows, self.stream.parts(epoch, mine))
-        return stop
+            self.builder.reader.prefetch(rows, self.stream.parts(epoch, mine))
 
     def _uids(self, rows: I64) -> U64:
         return self.builder.reader.corpus.column("uid", rows)
 
 
 _AHEAD = 2
-"""Batches made ahead."""
+"""Batches built ahead."""
 
 
 def evaluation_batches(
     builder: BatchBuilder, rows: I64, *, batch_size: int
 ) -> Generator[Batch, None, None]:
-    """Batches of the given ascending rows in order, without augmentation, made ahead."""
-    pending: deque[tuple[int, Future[BuiltBatch]]] = deque()
+    """Batches of the given ascending rows in order, without augmentation, built ahead."""
+    reader, pending = builder.reader, deque[tuple[int, Future[BuiltBatch]]]()
     try:
         for start in range(0, len(rows), batch_size):
             piece = rows[start : start + batch_size]
-            builder.reader.want(piece, builder.reader.blocks(piece))
-            zeros = np.zeros(len(piece), dtype=np.int64)
-            future = builder.start(builder.reader.locate(piece), zeros, zeros.astype(np.bool_))
+            reader.prefetch(piece, reader.whole_blocks(piece))
+            future = builder.start(BatchRequest.plain(reader.locate(piece)))
             pending.append((int(piece[0]), future))
             if len(pending) > _AHEAD:
                 yield _next(builder, pending)
@@ -314,7 +276,7 @@ def evaluation_batches(
     finally:
         for _, future in pending:
             future.cancel()
-        builder.reader.forget()
+        reader.clear()
 
 
 def _next(builder: BatchBuilder, pending: "deque[tuple[int, Future[BuiltBatch]]]") -> Batch:

@@ -1,9 +1,11 @@
-"""Prefetcher for byte ranges of remote shards, in the order of their use."""
+"""Prefetcher for block ranges of remote shards, in the order of their use."""
 
 import heapq
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -16,121 +18,108 @@ from vlal_dist.storage.store import Store
 FETCHES = 16
 """Ranged reads in flight."""
 
-ByteRange = tuple[int, int, int]
-"""First row, end, and the position from which on it is not used any more."""
+BlockRange = tuple[int, int, int]
+"""First row, end, and the position of the epoch from which on the range is not used any more."""
 
 
-def as_tuples(parts: BlockRanges) -> list[ByteRange]:
+def as_tuples(ranges: BlockRanges) -> list[BlockRange]:
     """One tuple per position."""
-    columns = (a.tolist() for a in (parts.first, parts.stop, parts.until))
-    return list(zip(*columns, strict=True))
+    return list(
+        zip(ranges.first.tolist(), ranges.stop.tolist(), ranges.until.tolist(), strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """A shard of a corpus: its store, its key there, its digest, and its path if it is local."""
+
+    store: Store
+    key: str
+    sha256: str
+    path: Path | None
 
 
 class Prefetcher:
-    """BlockRanges of the remote shards of a corpus; safe to call from many threads.
+    """Fetches block ranges of the remote shards of a corpus; may be shared by threads.
 
     Args:
-        corpus: whose rows the parts count.
-        stores, keys, sha256: where each shard of the corpus is, and its digest.
-        cache: keeps parts on a local disk; None: no such cache.
+        corpus: its rows are counted by the ranges.
+        shards: of the corpus.
+        cache: keeps ranges on a local disk; None: no such cache.
 
     Attributes:
         fetches, fetched_bytes: ranged reads from stores so far.
-        fetch_s: seconds spent in them, over all threads.
+        fetch_seconds: seconds spent in them, over all threads.
     """
 
     def __init__(
-        self,
-        corpus: ConcatSplits,
-        *,
-        stores: list[Store],
-        keys: list[str],
-        sha256: list[str],
-        cache: DiskCache | None,
+        self, corpus: ConcatSplits, shards: list[ShardFile], *, cache: DiskCache | None
     ) -> None:
-        self._corpus, self._stores, self._keys, self._sha256 = corpus, stores, keys, sha256
-        self._cache = cache
+        self._corpus, self._shards, self._cache = corpus, shards, cache
         self._lock = threading.Lock()
-        self._held: dict[ByteRange, Future[bytes | None]] = {}
-        self._here: dict[ByteRange, bytes] = {}
-        self._until: list[tuple[int, ByteRange]] = []
+        self._held: dict[BlockRange, Future[bytes | None]] = {}
+        self._until: list[tuple[int, BlockRange]] = []
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch")
-        self.fetches, self.fetched_bytes, self.fetch_s = 0, 0, 0.0
+        self.fetches, self.fetched_bytes, self.fetch_seconds = 0, 0, 0.0
 
-    def ask(self, part: ByteRange, shard: int) -> "Future[bytes | None]":
-        """A part that is at hand or on its way; one that is neither is asked for.
+    def request(self, block: BlockRange, shard: int) -> "Future[bytes | None]":
+        """Begin to fetch a range, unless it is held or on its way.
 
         Returns:
-            Its bytes; None where the shard ends before the part does; the errors of `Store.read`.
+            Its bytes; None where the shard ends before the range does; the errors of `Store.read`.
         """
         with self._lock:
-            future = self._held.get(part)
+            future = self._held.get(block)
             if future is None:
-                future = self._held[part] = self._pool.submit(self._fetch, part, shard)
-                heapq.heappush(self._until, (part[2], part))
+                future = self._held[block] = self._pool.submit(self._fetch, block, shard)
+                heapq.heappush(self._until, (block[2], block))
             return future
 
-    def get(self, part: ByteRange, shard: int) -> bytes | None:
-        """A part, waited for; see `ask`."""
-        # A part that has come is looked up without a lock; futures take two each time.
-        data = self._here.get(part)
-        return self.ask(part, shard).result() if data is None else data
-
-    def range_of(self, part: ByteRange) -> tuple[int, int]:
-        """Offset and length of a part in its shard, bytes."""
-        ends = np.array([part[0], part[1] - 1])
-        offset, last = self._corpus.column("offset", ends).astype(np.int64).tolist()
-        return offset, last + int(self._corpus.column("length", ends)[1]) - offset
-
     def retire(self, position: int) -> None:
-        """Forget the parts that are of no use from a position on."""
+        """Drop the ranges that are not used any more from a position on."""
         with self._lock:
             while self._until and self._until[0][0] <= position:
-                part = heapq.heappop(self._until)[1]
-                self._held.pop(part, None)
-                self._here.pop(part, None)
+                self._held.pop(heapq.heappop(self._until)[1], None)
 
-    def forget(self) -> None:
-        """Forget all parts, at the end of an epoch."""
+    def clear(self) -> None:
+        """Drop all ranges, at the end of an epoch."""
         with self._lock:
             for future in self._held.values():
                 future.cancel()
             self._held.clear()
-            self._here.clear()
             self._until.clear()
 
-    def discard(self, part: ByteRange, shard: int) -> None:
-        """Remove a part from the disk cache: a sample in it failed its check."""
+    def discard(self, block: BlockRange, shard: int) -> None:
+        """Remove a range from the disk cache: a sample in it failed its check."""
         if self._cache is not None:
-            self._cache.discard(self._sha256[shard], *self.range_of(part))
+            self._cache.discard(self._shards[shard].sha256, *self._bytes_of(block))
 
     def close(self) -> None:
         """End the threads."""
-        self.forget()
+        self.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _fetch(self, part: ByteRange, shard: int) -> bytes | None:
-        offset, length = self.range_of(part)
-        data = None
-        if self._cache is not None:
-            data = self._cache.get(self._sha256[shard], offset, length)
-        if data is None:
-            data = self._fetch_range(shard, offset, length)
-        with self._lock:
-            if data is not None and part in self._held:  # it may be forgotten already
-                self._here[part] = data
-        return data
+    def _bytes_of(self, block: BlockRange) -> tuple[int, int]:
+        """Offset and length of a range in its shard, bytes."""
+        ends = np.array([block[0], block[1] - 1])
+        offset, last = self._corpus.column("offset", ends).astype(np.int64).tolist()
+        return offset, last + int(self._corpus.column("length", ends)[1]) - offset
 
-    def _fetch_range(self, shard: int, offset: int, length: int) -> bytes | None:
-        started = time.perf_counter()
+    def _fetch(self, block: BlockRange, shard: int) -> bytes | None:
+        offset, length = self._bytes_of(block)
+        file, started = self._shards[shard], time.perf_counter()
+        if self._cache is not None:
+            cached = self._cache.get(file.sha256, offset, length)
+            if cached is not None:
+                return cached
         try:
-            data = self._stores[shard].read(self._keys[shard], offset=offset, length=length)
+            data = file.store.read(file.key, offset=offset, length=length)
         except TruncatedError:
-            return None  # each sample is then looked for by itself
+            return None  # each sample is then read by itself
         with self._lock:
             self.fetches += 1
             self.fetched_bytes += len(data)
-            self.fetch_s += time.perf_counter() - started
+            self.fetch_seconds += time.perf_counter() - started
         if self._cache is not None:
-            self._cache.put(self._sha256[shard], offset, data)
+            self._cache.put(file.sha256, offset, data)
         return data
