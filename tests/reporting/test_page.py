@@ -80,7 +80,7 @@ def hostile_page(image: str = PIXEL) -> Page:
         card=[(HOSTILE, HOSTILE)],
         digests=[(HOSTILE, HOSTILE)],
         columns=[Column(HOSTILE, HOSTILE, HOSTILE)],
-        rows=[Row(HOSTILE, HOSTILE, [HOSTILE], main=True)],
+        rows=[Row(HOSTILE, [HOSTILE], HOSTILE, main=True)],
         photos=2,
         attributes=[LINE, LINE | {"ap": None, "lift": None}],
         pr_curves=PrSection(HOSTILE, {HOSTILE: [pr_curve]}),
@@ -98,11 +98,9 @@ def hostile_page(image: str = PIXEL) -> Page:
                 lead=HOSTILE,
                 head=HOSTILE,
                 columns=[Column(HOSTILE, HOSTILE)],
-                rows=[Row(HOSTILE, HOSTILE, [HOSTILE], main=True)],
+                rows=[Row(HOSTILE, [HOSTILE], HOSTILE, main=True)],
                 notes=[HOSTILE],
-                chart=IntervalChart(
-                    HOSTILE, HOSTILE, HOSTILE, [IntervalPoint(1, HOSTILE, 0.5, 0.4, 0.6)]
-                ),
+                chart=IntervalChart(HOSTILE, [IntervalPoint(1, HOSTILE, 0.5, 0.4, 0.6)]),
             )
         ],
     )

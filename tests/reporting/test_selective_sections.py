@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.fixtures.tiny_dataset import VOCABULARY
 from vlal_dist.config.load import config_yaml, load_config
 from vlal_dist.config.sections import PathsConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
@@ -105,8 +106,7 @@ def test_equal_likelihoods_are_ignored_as_often_as_equal_weights_say() -> None:
     crops = make_crops(np.full((400, 8), 1 / 8), np.zeros((400, 8), np.int8))
     section = count_ignored(
         crops,
-        names=[*"abcdefgh"],
-        kinds=["t"] * 8,
+        VOCABULARY,
         num_ignore=2,
         draw_over="feasible",
         seed=1,

@@ -282,12 +282,12 @@ def draw_pr(recall: Float64, precision: Float64, line: dict[str, Any]) -> LineCh
 
 @dataclass(frozen=True)
 class IntervalPoint:
-    """A value with its interval.
+    """A mAP with its interval, in percent.
 
     Attributes:
-        x: place on the axis, or None: at the right end, apart from the numbers.
+        x: NUM_IGNORE, or None: at the right end, apart from the numbers.
         label: under the axis.
-        value, low, high: in the axis' unit.
+        value, low, high: mAP and ends of its interval.
         singles: the values behind a mean, drawn as rings.
         marked: drawn as the reference.
     """
@@ -303,17 +303,14 @@ class IntervalPoint:
 
 @dataclass(frozen=True)
 class IntervalChart:
-    """Values with error bars (`templates/intervals.svg`); valid with one point or more.
+    """Test mAP by NUM_IGNORE (Table 2) with error bars, as `templates/intervals.svg` draws it.
 
     Attributes:
         title: heading, also the text alternative.
-        x_title, y_title: of the axes.
-        points: by x; one without x comes last.
+        points: one or more, by x; one without x comes last.
     """
 
     title: str
-    x_title: str
-    y_title: str
     points: list[IntervalPoint]
     frame: Frame = INTERVAL_FRAME
 

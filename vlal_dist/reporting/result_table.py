@@ -37,14 +37,14 @@ class Row:
 
     Attributes:
         name: what was evaluated.
-        note: what sets it apart (split, dataset), in small print.
         cells: one text per column.
+        note: what sets it apart (split, dataset), in small print.
         main: the run that the page is about, or the reference.
     """
 
     name: str
-    note: str
     cells: list[str]
+    note: str = ""
     main: bool = False
 
 
@@ -119,7 +119,7 @@ def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool =
             note.append(f"split {result['split']}")
         if result["dataset"]["digest"] != main["dataset"]["digest"]:
             note.append(f"another dataset: {result['dataset']['name']}")
-        return Row(name=result["name"], note=", ".join(note), cells=cells, main=is_main)
+        return Row(result["name"], cells, note=", ".join(note), main=is_main)
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(
             f"{where} is not a result.json of this version ({error!r}); evaluate that run again"
@@ -151,7 +151,7 @@ def parse_table(data: bytes, *, where: str) -> ExperimentTable:
     """
     try:
         return experiment_table(json.loads(data))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where} is not a table of this version ({error!r}); run vlal_dist.experiments again"
         ) from None
@@ -167,45 +167,33 @@ def experiment_table(
             `rows` (variant, label, cells, groups), `notes`.
         singles: variant -> mAP of each seed in percent, shown in the chart; None: not known.
     """
-    reference = values["reference"]
+    rows = values["rows"]
     points = []
-    for row in values["rows"] if values["table"] == "table2" else []:
-        own, label = row["groups"].get("overall"), str(row["label"])
+    for row in rows if values["table"] == "table2" else []:
+        own, label = row["groups"].get("overall"), row["label"]
         if own is None or own["low"] is None or own["high"] is None:
             continue
         points.append(
             IntervalPoint(
                 x=float(label) if label.isdecimal() else None,
                 label="ALL" if label == "all" else label,
-                value=100 * float(own["mean"]),
-                low=100 * float(own["low"]),
-                high=100 * float(own["high"]),
+                value=100 * own["mean"],
+                low=100 * own["low"],
+                high=100 * own["high"],
                 singles=tuple(singles[row["variant"]]) if singles else (),
-                marked=row["variant"] == reference,
+                marked=row["variant"] == values["reference"],
             )
         )
-    chart = IntervalChart(
-        title=f"Test mAP by NUM_IGNORE, {values['dataset']}",
-        x_title="NUM_IGNORE: attributes left out of the loss per visit",
-        y_title="test mAP, % (bars: 95 % over photos, rings: seeds)"
-        if singles
-        else "test mAP, % (95 % over photos)",
-        points=points,
-    )
+    title = f"Test mAP by NUM_IGNORE, {values['dataset']}"
     return ExperimentTable(
-        title=str(values["title"]),
-        lead=str(values["lead"]),
-        head=str(values["head"]),
-        columns=[Column(str(one["name"]), str(one["count"])) for one in values["columns"]],
+        title=values["title"],
+        lead=values["lead"],
+        head=values["head"],
+        columns=[Column(one["name"], one["count"]) for one in values["columns"]],
         rows=[
-            Row(
-                str(one["label"]),
-                "",
-                [str(cell) for cell in one["cells"]],
-                one["variant"] == reference,
-            )
-            for one in values["rows"]
+            Row(row["label"], row["cells"], main=row["variant"] == values["reference"])
+            for row in rows
         ],
-        notes=[str(note) for note in values["notes"]],
-        chart=chart if points else None,
+        notes=values["notes"],
+        chart=IntervalChart(title, points) if points else None,
     )

@@ -6,7 +6,7 @@ Training logs only how many attributes it ignored per crop. A draw is a function
 visit alone, so it is repeated here without a model, bit for bit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vlal_dist.errors import DataError, VlalError
 from vlal_dist.method.ignore_set import sample_ignore_set
 from vlal_dist.method.likelihood import inverse_weights, rescale
 from vlal_dist.reporting.charts import Frame, Tick
+from vlal_dist.vocabulary import Vocabulary
 
 MAX_CROPS = 2000
 MAX_ATTRIBUTES = 15
@@ -181,8 +182,7 @@ def selective_sections(
         )
         ignored = no_draw or count_ignored(
             crops,
-            names=merged.vocabulary.attributes,
-            kinds=merged.vocabulary.attribute_type,
+            merged.vocabulary,
             num_ignore=method["num_ignore"],
             draw_over=method["draw_over"],
             seed=run_config["training"]["seed"],
@@ -282,19 +282,13 @@ def read_training_crops(
 
 
 def count_ignored(
-    crops: TrainingCrops,
-    *,
-    names: Sequence[str],
-    kinds: Sequence[str],
-    num_ignore: int,
-    draw_over: str,
-    seed: int,
+    crops: TrainingCrops, vocabulary: Vocabulary, *, num_ignore: int, draw_over: str, seed: int
 ) -> IgnoredSection:
     """Draw Omega_Ignore of each crop's visit 0 and count it by attribute (Fig. 3).
 
     Args:
         crops: of the run's training split.
-        names, kinds: of the attributes and their types, [A].
+        vocabulary: names and types of the attributes.
         num_ignore: NUM_IGNORE.
         draw_over: `feasible` or `unannotated` (feasible ones).
         seed: of the run.
@@ -317,8 +311,8 @@ def count_ignored(
     count = open_pairs.sum(axis=0)
     found = [
         IgnoredAttribute(
-            name=names[a],
-            kind=kinds[a],
+            name=vocabulary.attributes[a],
+            kind=vocabulary.attribute_type[a],
             crops=int(count[a]),
             ignored=int(ignored[:, a].sum()),
             uniform=float(chance[open_pairs[:, a]].mean()),
