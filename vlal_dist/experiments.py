@@ -43,7 +43,7 @@ TABLES = {
 PURPOSE = """
 Train and evaluate every row of a table for every seed of experiments.seeds, and write the table to
 paths.experiments, after each run. A repeated command continues; with nothing left to train it only
-writes the table. Rows that stand in several tables are trained once. --plan lists the runs.
+writes the table. Rows of several tables are trained once. --plan lists the runs.
 """
 SECTIONS = (
     "paths", "experiments", "data", "method", "model", "training", "evaluation", "observability",

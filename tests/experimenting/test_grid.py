@@ -1,4 +1,4 @@
-"""Rows of the tables; a run that stands in several tables is shared."""
+"""Rows of the tables; tables share runs."""
 
 import itertools
 

@@ -102,7 +102,7 @@ def test_hidden_labels_join_by_instance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "says"),
+    ("rows", "message"),
     [
         ([("a", [1], [])], "lacks 1 of 2 instances, first 'b'"),
         ([("a", [], []), ("b", [], []), ("a", [1], [])], "twice"),
@@ -111,10 +111,10 @@ def test_hidden_labels_join_by_instance() -> None:
     ],
 )
 def test_hidden_labels_of_another_dataset_are_refused(
-    rows: list[tuple[str, list[int], list[int]]], says: str
+    rows: list[tuple[str, list[int], list[int]]], message: str
 ) -> None:
     label = np.array([[0, 0, 1, 0], [-1, 0, 0, 0]], np.int8)
-    with pytest.raises(DataError, match=says):
+    with pytest.raises(DataError, match=message):
         join_hidden(hidden_table(rows), pa.array(["a", "b"]), label=label, where="t")
 
 
@@ -215,7 +215,7 @@ def program(folder: Path, *arguments: str, truth: Path | None = None) -> None:
     main(["--config", str(folder / "config.yaml"), "--truth", str(given), *seed, *arguments])
 
 
-def test_the_program_says_what_a_slow_recount_finds(
+def test_the_program_prints_what_a_slow_recount_finds(
     sparse: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, cache = tmp_path / "table.md", tmp_path / "cache"
@@ -224,7 +224,7 @@ def test_the_program_says_what_a_slow_recount_finds(
     text = path.read_text(encoding="utf-8")
     assert capsys.readouterr().out == text + "\n"
     chance = slow_way(sparse, cache)
-    assert 0 < chance.hidden < chance.known < chance.ignored  # the data can tell ways apart
+    assert 0 < chance.hidden < chance.known < chance.ignored  # the data separates the ways
     counts = {
         (name, number): [
             slow_way(sparse, cache, weights=weights, draw=draw, number=number, visit=visit)
@@ -248,7 +248,7 @@ def test_the_program_says_what_a_slow_recount_finds(
     assert [line for line in lines if line and line[0] in names] == expected
 
 
-def test_the_program_draws_over_what_the_configuration_says(
+def test_the_program_draws_over_the_configured_set(
     sparse: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Over unannotated attributes alone no place is lost: more are ignored."""
@@ -264,22 +264,22 @@ def test_the_program_draws_over_what_the_configuration_says(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (("--visits", "0"), 2, "1 or more"),
         (("--method.draw_ovr", "feasible"), 64, "method.draw_over"),
     ],
 )
-def test_the_program_refuses_in_words(
+def test_the_program_explains_its_refusals(
     sparse: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
     code: int,
-    says: str,
+    message: str,
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         program(sparse, *arguments)
-    assert stopped.value.code == code and says in capsys.readouterr().err
+    assert stopped.value.code == code and message in capsys.readouterr().err
 
 
 def test_the_program_needs_what_merge_wrote(

@@ -22,7 +22,7 @@ PLACE = Place(ranks=1, devices=(), cores=1)
 
 
 def job(root: Path, name: str, code: str, *, prior: str | None = None) -> Job:
-    """A run whose only command is Python code, kept where its configuration would be."""
+    """A run whose only command is Python code, stored in place of its configuration."""
     return Job(name, 7, root / name, code, None if prior is None else root / prior, False)
 
 
@@ -118,7 +118,7 @@ def slow_queue(root: Path) -> Iterator[subprocess.Popen[bytes]]:
                 os.killpg(group, signal.SIGKILL)
 
 
-def test_what_a_killed_queue_left_behind_keeps_others_out(tmp_path: Path) -> None:
+def test_a_run_left_by_a_killed_queue_locks_the_root(tmp_path: Path) -> None:
     with slow_queue(tmp_path) as front:
         front.kill()
         front.wait()
@@ -150,10 +150,10 @@ def test_a_signal_ends_the_whole_group(tmp_path: Path) -> None:
         assert "seconds" in json.loads((tmp_path / "slow" / "seconds.json").read_text())
 
 
-def test_devices_and_cores_are_dealt() -> None:
-    dealt = places(ExperimentsConfig(jobs=2, ranks=2), devices=["0", "1", "2", "3"], cores=9)
-    assert [place.devices for place in dealt] == [("0", "1"), ("2", "3")]
-    assert [place.cores for place in dealt] == [4, 4]
+def test_devices_and_cores_are_divided() -> None:
+    divided = places(ExperimentsConfig(jobs=2, ranks=2), devices=["0", "1", "2", "3"], cores=9)
+    assert [place.devices for place in divided] == [("0", "1"), ("2", "3")]
+    assert [place.cores for place in divided] == [4, 4]
     shared = places(ExperimentsConfig(jobs=3, ranks=1), devices=["4", "6"], cores=2)
     assert [place.devices for place in shared] == [("4",), ("6",), ("4",)]
     assert places(ExperimentsConfig(jobs=1, ranks=2), devices=[], cores=1) == [Place(2, (), 1)]

@@ -68,10 +68,10 @@ def test_it_opens_from_disk_without_an_error_or_a_request(
     for section in SECTIONS:
         height = f"document.getElementById('{section}').getBoundingClientRect().height"
         assert browser.value(height) > 40, section
-    asked = {
+    requested = {
         one["request"]["url"].split(",")[0] for one in browser.seen("Network.requestWillBeSent")
     }
-    assert asked - {path.as_uri(), "data:image/jpeg;base64"} == set()
+    assert requested - {path.as_uri(), "data:image/jpeg;base64"} == set()
     for event in ("Runtime.exceptionThrown", "Page.javascriptDialogOpening", "Log.entryAdded"):
         assert browser.seen(event) == [], event
     assert not [one for one in browser.seen("Runtime.consoleAPICalled") if one["type"] == "error"]
@@ -118,5 +118,5 @@ def test_the_filter_box_keeps_what_contains_the_text(browser: Browser, report: P
     browser.value("document.getElementById('filter').focus()")
     browser.call("Input.insertText", text="SHAPE")
     assert browser.value(COLUMN.format(0)) == ["round", "square"]
-    told = "document.querySelector('.filter output').textContent"
-    assert browser.value(told) == f"2 of {len(VOCABULARY.attributes)} attributes"
+    count = "document.querySelector('.filter output').textContent"
+    assert browser.value(count) == f"2 of {len(VOCABULARY.attributes)} attributes"

@@ -1,4 +1,4 @@
-"""Which crops are shown, and what is said of all crops."""
+"""Choice of the example crops, and shares over all crops."""
 
 import base64
 import io

@@ -193,7 +193,7 @@ def test_a_section_that_does_not_fit_is_left_out_with_its_reason(
         assert isinstance(found[1], str) and likelihood in found[1]
 
 
-def test_an_absent_or_foreign_dataset_is_no_error(
+def test_an_absent_or_different_dataset_is_no_error(
     merged: Dataset, run_config: dict[str, Any]
 ) -> None:
     paths = PathsConfig(merged=f"{merged.url}-absent", cache=str(merged.cache))

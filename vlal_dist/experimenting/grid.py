@@ -1,8 +1,7 @@
 """Grid of runs behind the paper's tables: rows as overrides of one configuration.
 
-A row has one folder whatever table lists it: the row `selective` (the configuration as it is, with
-the selective loss) stands in Table 1, in Table 2 and at the head of the ablations, and is trained
-once.
+A row has one folder in all tables: the row `selective` (the configuration itself, with the
+selective loss) is in Table 1, in Table 2 and first of the ablations, and is trained once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ class Variant:
     Attributes:
         name: its folder below the root of the experiments.
         label: its name in the table.
-        overrides: dotted key -> text, laid over the configuration.
+        overrides: dotted key -> text, changes of the configuration.
         prior: name of the row whose evaluation on the training split it needs, or None.
     """
 
@@ -75,7 +74,7 @@ def table2_rows(num_ignores: Sequence[int], own: str) -> list[Variant]:
 
 
 def ablation_rows(method: LossConfig, temperature: float) -> list[Variant]:
-    """One change each from the configuration, which heads the list as the reference.
+    """The configuration itself, the reference, and rows with one change each.
 
     Args:
         method: section of the configuration.

@@ -117,7 +117,7 @@ def commands_of(job: Job, place: Place) -> list[Command]:
 
 
 def places(config: ExperimentsConfig, *, devices: Sequence[str], cores: int) -> list[Place]:
-    """The machine's devices and cores, dealt to `config.jobs` jobs of `config.ranks` ranks.
+    """The machine's devices and cores, divided among `config.jobs` jobs of `config.ranks` ranks.
 
     Args:
         config: section of the configuration.

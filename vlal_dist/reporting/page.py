@@ -65,7 +65,7 @@ class Page:
 
     Attributes:
         title: heading.
-        config, seed: what is shown, and what decided the choice of crops.
+        config, seed: the selection of content, and of example crops.
         result: `result.json` of the page's own evaluation.
         run: what training left.
         card: run card, (name, value).
@@ -113,7 +113,7 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Pa
     """Read a run and its evaluation, and assemble the page.
 
     Args:
-        config: what was evaluated, and what is shown.
+        config: evaluated split and predictor, and the selection of content.
         paths: `run`, `dataset`, `merged` and `cache` are read.
         seed: decides which crops are shown.
 
