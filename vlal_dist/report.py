@@ -30,10 +30,10 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     return {
         "page": f"{config.paths.run}/{PAGE}",
         "bytes": len(data),
-        "rows": len(page.rows),
-        "attributes": len(page.attributes),
-        "examples": len(page.examples),
-        "mAP": page.result["groups"][0]["mAP"],
+        "rows": len(page["rows"]),
+        "attributes": len(page["attributes"]),
+        "examples": len(page["examples"]),
+        "mAP": page["result"]["groups"][0]["mAP"],
     }
 
 

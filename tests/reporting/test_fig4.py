@@ -47,15 +47,15 @@ def test_example_and_tally(dataset: Dataset) -> None:
     reader = SampleReader(open_split(dataset, "test"))
     found = build_example(reader, constant, 7, vocabulary=VOCABULARY, truth=truth, k=99)
     instance = make_instances()[7]
-    assert found.object_name == VOCABULARY.objects[instance.object_id]
-    assert found.positives == [VOCABULARY.attributes[i] for i in instance.positive]
-    assert [guess.name for guess in found.guesses] == list(VOCABULARY.attributes)
-    for attribute, guess in enumerate(found.guesses):
-        assert guess.truth == ("present" if attribute in instance.present else "absent")
-        if guess.kind != "unannotated":
-            assert guess.kind == guess.truth
-    image = Image.open(io.BytesIO(base64.b64decode(found.image.split(",")[1])))
-    assert image.size == (found.width, found.height) and max(image.size) <= CROP_SIDE
+    assert found["object_name"] == VOCABULARY.objects[instance.object_id]
+    assert found["positives"] == [VOCABULARY.attributes[i] for i in instance.positive]
+    assert [guess["name"] for guess in found["guesses"]] == list(VOCABULARY.attributes)
+    for attribute, guess in enumerate(found["guesses"]):
+        assert guess["truth"] == ("present" if attribute in instance.present else "absent")
+        if guess["kind"] != "unannotated":
+            assert guess["kind"] == guess["truth"]
+    image = Image.open(io.BytesIO(base64.b64decode(found["image"].split(",")[1])))
+    assert image.size == (found["width"], found["height"]) and max(image.size) <= CROP_SIDE
     shares = tally(constant, truth, k=8)
     label = constant.label
     assert shares["present"] == pytest.approx((label == 1).mean())

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import html
 import re
-from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,9 +12,8 @@ import pytest
 from tests.fixtures.tiny_dataset import HOSTILE
 from vlal_dist.config.sections import EvaluationConfig
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.reporting.charts import IntervalChart, IntervalPoint, PrSection, draw_curve, draw_pr
-from vlal_dist.reporting.fig4 import Example, Guess
-from vlal_dist.reporting.page import MAX_PAGE_BYTES, Page, render_page
+from vlal_dist.reporting.charts import IntervalChart, IntervalPoint, draw_curve, draw_pr
+from vlal_dist.reporting.page import MAX_PAGE_BYTES, Context, render_page
 from vlal_dist.reporting.result_table import (
     Column,
     ExperimentTable,
@@ -48,51 +46,55 @@ LINE = {
 }
 
 
-def hostile_page(image: str = PIXEL) -> Page:
+def hostile_page(image: str = PIXEL) -> Context:
     """Every text that comes from data is an attack."""
     curve = draw_curve([(1, 0.1), (2, 0.3)], title=HOSTILE, is_share=True)
     assert curve is not None
     pr_curve = draw_pr(np.array([0.5, 1.0]), np.array([1.0, 0.5]), LINE)
-    example = Example(
-        image=image,
-        width=1,
-        height=1,
-        object_name=HOSTILE,
-        uid="0" * 16,
-        positives=[HOSTILE],
-        guesses=[
-            Guess(HOSTILE, 0.9, "present", "present"),
-            Guess("b", 0.8, "absent", "absent"),
-            Guess("c", 0.7, "unannotated", "absent"),
+    example = {
+        "image": image,
+        "width": 1,
+        "height": 1,
+        "object_name": HOSTILE,
+        "uid": "0" * 16,
+        "positives": [HOSTILE],
+        "guesses": [
+            {"name": name, "score": 0.9, "kind": kind, "truth": truth}
+            for name, kind, truth in (
+                (HOSTILE, "present", "present"),
+                ("b", "absent", "absent"),
+                ("c", "unannotated", "absent"),
+            )
         ],
-    )
-    return Page(
-        title=HOSTILE,
-        config=EvaluationConfig(),
-        seed=99,
-        result={
+    }
+    return {
+        "title": HOSTILE,
+        "config": EvaluationConfig(),
+        "seed": 99,
+        "result": {
             "predictor": "clip",
             "groups": [{"mA": -1}],
             "truth": {"unknown_names": [HOSTILE]},
             "excluded": [HOSTILE],
         },
-        run=RunFiles(HOSTILE, {"method": {"loss": HOSTILE}}),
-        card=[(HOSTILE, HOSTILE)],
-        digests=[(HOSTILE, HOSTILE)],
-        columns=[Column(HOSTILE, HOSTILE, HOSTILE)],
-        rows=[Row(HOSTILE, [HOSTILE], HOSTILE, main=True)],
-        photos=2,
-        attributes=[LINE, LINE | {"ap": None, "lift": None}],
-        pr_curves=PrSection(HOSTILE, {HOSTILE: [pr_curve]}),
-        curves=[curve],
-        ignored_mean=2.5,
-        ignored=IgnoredSection(HOSTILE, HOSTILE, [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)]),
-        calibration=CalibrationSection(
-            summary=HOSTILE, bins=[LikelihoodBin(0.1, 0.2, 4, 1)], share=0.25
+        "run": RunFiles(HOSTILE, {"method": {"loss": HOSTILE}}),
+        "card": [(HOSTILE, HOSTILE)],
+        "digests": {HOSTILE: HOSTILE},
+        "columns": [Column(HOSTILE, HOSTILE, HOSTILE)],
+        "rows": [Row(HOSTILE, [HOSTILE], HOSTILE, main=True)],
+        "photos": 2,
+        "replicates": 1000,
+        "attributes": [LINE, LINE | {"ap": None, "lift": None}],
+        "pr_curves": {"rule": HOSTILE, "groups": {HOSTILE: [pr_curve]}},
+        "curves": [curve],
+        "ignored_mean": 2.5,
+        "ignored": IgnoredSection(
+            HOSTILE, HOSTILE, [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)]
         ),
-        examples=[example],
-        tally={"present": 0.5, "absent": 0.2, "unannotated": 0.3, "unannotated_true": 0.25},
-        experiments=[
+        "calibration": CalibrationSection(HOSTILE, [LikelihoodBin(0.1, 0.2, 4, 1)], 0.25),
+        "examples": [example],
+        "tally": {"present": 0.5, "absent": 0.2, "unannotated": 0.3, "unannotated_true": 0.25},
+        "experiments": [
             ExperimentTable(
                 title=HOSTILE,
                 lead=HOSTILE,
@@ -103,7 +105,7 @@ def hostile_page(image: str = PIXEL) -> Page:
                 chart=IntervalChart(HOSTILE, [IntervalPoint(1, HOSTILE, 0.5, 0.4, 0.6)]),
             )
         ],
-    )
+    }
 
 
 class Elements(HTMLParser):
@@ -134,7 +136,7 @@ def test_hostile_names_stay_text() -> None:
 
 def test_a_section_that_is_left_out_says_why() -> None:
     left_out = dict.fromkeys(("pr_curves", "ignored", "calibration"), HOSTILE)
-    page = Elements(render_page(replace(hostile_page(), **left_out)).decode())
+    page = Elements(render_page(hostile_page() | left_out).decode())
     assert page.texts.count(f"Left out: {HOSTILE}") == 3
 
 

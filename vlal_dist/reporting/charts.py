@@ -8,6 +8,7 @@ recall R_(n-1) to R_n, equal scores are one threshold, nothing is interpolated (
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -92,7 +93,10 @@ def draw_curve(points: Sequence[Position], *, title: str, is_share: bool) -> Lin
     scale = 100.0 if is_share else 1.0
     data = [(x, y * scale) for x, y in points]
     run = math.ceil(len(data) / MAX_POINTS)
-    thin = [_mean(data[start : start + run]) for start in range(0, len(data), run)]
+    thin = [
+        (statistics.fmean(x for x, _ in part), statistics.fmean(y for _, y in part))
+        for part in (data[start : start + run] for start in range(0, len(data), run))
+    ]
     x_low, x_high = _span([0.0, *(x for x, _ in thin)])
     y_low, y_high = _span([y for _, y in thin])
     frame = TRAINING_FRAME
@@ -133,27 +137,10 @@ def ticks(low: float, high: float) -> list[float]:
     return [round(number * step, 12) for number in range(first, last + 1)]
 
 
-def _mean(points: Sequence[Position]) -> Position:
-    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
-
-
 def _span(values: Sequence[float]) -> tuple[float, float]:
     """Lowest and highest value, a unit apart if they are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-@dataclass(frozen=True)
-class PrSection:
-    """The charts of the page.
-
-    Attributes:
-        rule: which attributes may be shown, in words.
-        groups: heading -> charts.
-    """
-
-    rule: str
-    groups: dict[str, list[LineChart]]
 
 
 def draw_pr_curves(
@@ -162,27 +149,28 @@ def draw_pr_curves(
     label: npt.NDArray[np.int8],
     *,
     count: int,
-) -> PrSection | str:
-    """The charts of the page, or the reason why there are none.
+) -> dict[str, Any] | str:
+    """The precision-recall curves of the page, or the reason why there are none.
 
     Args:
         lines: rows of `attributes.parquet`, with `baseline`, in attribute order.
         score: float32 [N, A].
         label: int8 [N, A].
         count: charts per group.
+
+    Returns:
+        `rule`, which attributes may be shown, in words; `groups`, heading -> charts.
     """
     if count == 0:
         return "evaluation.curves is 0."
     rule, groups = choose_curves(lines, count=count)
     if not groups["Highest AP"]:
         return "No attribute has an annotated positive and an annotated negative in this split."
-    return PrSection(
-        rule,
-        {
-            name: [draw_pr(*pr_steps(score[:, n], label[:, n]), lines[n]) for n in chosen]
-            for name, chosen in groups.items()
-        },
-    )
+    charts = {
+        name: [draw_pr(*pr_steps(score[:, n], label[:, n]), lines[n]) for n in chosen]
+        for name, chosen in groups.items()
+    }
+    return {"rule": rule, "groups": charts}
 
 
 def choose_curves(

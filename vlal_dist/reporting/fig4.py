@@ -7,7 +7,7 @@ lowest: a rule that does not depend on scores.
 import base64
 import hashlib
 import io
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,45 +21,6 @@ from vlal_dist.vocabulary import Vocabulary
 CROP_SIDE = 176
 JPEG_QUALITY = 82
 LABEL_NAMES = {1: "present", -1: "absent", 0: "unannotated"}
-
-
-@dataclass(frozen=True)
-class Guess:
-    """One of the highest attributes of a crop.
-
-    Attributes:
-        name: attribute.
-        score: in [0, 1].
-        kind: present, absent or unannotated (of the annotation).
-        truth: present, absent, or empty where complete labels are not known.
-    """
-
-    name: str
-    score: float
-    kind: str
-    truth: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One cell of the grid.
-
-    Attributes:
-        image: data URI of a small JPEG.
-        width, height: its pixels.
-        object_name: the object's name.
-        uid: hexadecimal name of the sample.
-        positives: names annotated present.
-        guesses: highest first.
-    """
-
-    image: str
-    width: int
-    height: int
-    object_name: str
-    uid: str
-    positives: list[str]
-    guesses: list[Guess]
 
 
 def choose_rows(predictions: Predictions, *, count: int, seed: int) -> npt.NDArray[np.int64]:
@@ -80,7 +41,7 @@ def build_example(
     vocabulary: Vocabulary,
     truth: npt.NDArray[np.int8] | None,
     k: int,
-) -> Example:
+) -> dict[str, Any]:
     """Read one crop and set its highest k attributes beside its annotation.
 
     Args:
@@ -90,6 +51,12 @@ def build_example(
         vocabulary: names.
         truth: complete labels [N, A], aligned with the predictions, if known.
         k: attributes listed.
+
+    Returns:
+        `image`, data URI of a small JPEG; `width`, `height`, its pixels; `object_name`; `uid`,
+        hexadecimal; `positives`, names annotated present; `guesses`, highest first: `name`,
+        `score`, `kind` (present, absent or unannotated), `truth` (present, absent, or empty where
+        not known).
     """
     sample = reader.read(int(predictions.row[position]))
     image = Image.fromarray(decode_rgb(sample.jpg))
@@ -97,23 +64,23 @@ def build_example(
     jpg = io.BytesIO()
     image.save(jpg, "JPEG", quality=JPEG_QUALITY)
     label, score = predictions.label[position], predictions.score[position]
-    return Example(
-        image=f"data:image/jpeg;base64,{base64.b64encode(jpg.getvalue()).decode('ascii')}",
-        width=image.width,
-        height=image.height,
-        object_name=vocabulary.objects[sample.object_id],
-        uid=f"{sample.uid:016x}",
-        positives=[vocabulary.attributes[i] for i in np.flatnonzero(label == 1)],
-        guesses=[
-            Guess(
-                name=vocabulary.attributes[attribute],
-                score=float(score[attribute]),
-                kind=LABEL_NAMES[int(label[attribute])],
-                truth="" if truth is None else LABEL_NAMES[int(truth[position, attribute])],
-            )
+    return {
+        "image": f"data:image/jpeg;base64,{base64.b64encode(jpg.getvalue()).decode('ascii')}",
+        "width": image.width,
+        "height": image.height,
+        "object_name": vocabulary.objects[sample.object_id],
+        "uid": f"{sample.uid:016x}",
+        "positives": [vocabulary.attributes[i] for i in np.flatnonzero(label == 1)],
+        "guesses": [
+            {
+                "name": vocabulary.attributes[attribute],
+                "score": float(score[attribute]),
+                "kind": LABEL_NAMES[int(label[attribute])],
+                "truth": "" if truth is None else LABEL_NAMES[int(truth[position, attribute])],
+            }
             for attribute in top_attributes(score, k)
         ],
-    )
+    }
 
 
 def tally(

@@ -10,7 +10,6 @@ import json
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,11 @@ from vlal_dist.evaluation.predictions import Predictions, load_predictions
 from vlal_dist.evaluation.results import percent, read_attributes, result_folder
 from vlal_dist.reporting.charts import (
     IntervalChart,
-    LineChart,
-    PrSection,
     draw_curve,
     draw_pr_curves,
 )
-from vlal_dist.reporting.fig4 import Example, build_example, choose_rows, tally
+from vlal_dist.reporting.fig4 import build_example, choose_rows, tally
 from vlal_dist.reporting.result_table import (
-    Column,
     ExperimentTable,
     Row,
     read_tables,
@@ -44,14 +40,11 @@ from vlal_dist.reporting.result_table import (
     result_row,
 )
 from vlal_dist.reporting.run_card import (
-    RunFiles,
     read_run_files,
     run_card,
     series,
 )
 from vlal_dist.reporting.selective_sections import (
-    CalibrationSection,
-    IgnoredSection,
     selective_sections,
 )
 from vlal_dist.storage.store import Store, open_store, read_url
@@ -59,58 +52,12 @@ from vlal_dist.storage.store import Store, open_store, read_url
 MAX_PAGE_BYTES = 10_000_000
 
 
-@dataclass(frozen=True)
-class Page:
-    """The content of a report; a section that is a text says why it is absent.
-
-    Attributes:
-        title: heading.
-        config, seed: the selection of content, and of example crops.
-        result: `result.json` of the page's own evaluation.
-        run: what training left.
-        card: run card, (name, value).
-        digests: (name, digest in full).
-        columns, rows: the result table.
-        photos: of the split.
-        attributes: rows of `attributes.parquet`, plus `baseline` and `lift`.
-        pr_curves: precision-recall curves.
-        curves: training curves.
-        ignored_mean: unannotated attributes left out per crop, mean over the logged steps, or None.
-        ignored: which attributes were ignored.
-        calibration: likelihood against annotation.
-        examples: cells of the grid.
-        tally: shares of the highest attributes by annotation, over all crops.
-        experiments: tables of `vlal_dist.experiments`; without one the section is absent.
-    """
-
-    title: str
-    config: EvaluationConfig
-    seed: int
-    result: dict[str, Any]
-    run: RunFiles
-    card: list[tuple[str, str]]
-    digests: list[tuple[str, str]]
-    columns: list[Column]
-    rows: list[Row]
-    photos: int
-    attributes: list[dict[str, Any]]
-    pr_curves: PrSection | str
-    curves: list[LineChart]
-    ignored_mean: float | None
-    ignored: IgnoredSection | str
-    calibration: CalibrationSection | str
-    examples: list[Example]
-    tally: dict[str, float]
-    experiments: list[ExperimentTable]
-
-    @property
-    def has_intervals(self) -> bool:
-        """Whether a figure of the result table has an interval."""
-        return any(column.interval for column in self.columns)
+Context = dict[str, Any]
+"""Values of the template's names: texts, numbers, and the sections of the other modules."""
 
 
-def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Page:
-    """Read a run and its evaluation, and assemble the page.
+def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Context:
+    """Read a run and its evaluation, and collect all that the template `page.html` shows.
 
     Args:
         config: evaluated split and predictor, and the selection of content.
@@ -144,42 +91,43 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Pa
     left_out = [value for _, value in series(run.lines, "train", "ignored_effective")]
     ignored, calibration = selective_sections(run.config, result, paths)
     reader, top = SampleReader(split), config.example_attributes
-    return Page(
-        title=f"{result['name']} on {dataset.name}, {config.split}",
-        config=config,
-        seed=seed,
-        result=result,
-        run=run,
-        card=run_card(result, dataset.manifest, run),
-        digests=[
-            ("dataset.json", dataset.digest),
-            ("vocabulary", dataset.vocabulary.digest),
-            ("feasible sets", dataset.feasible.digest),
-        ],
-        columns=result_columns(result, intervals),
-        rows=list(_rows(config, store, result)),
-        photos=photos,
-        attributes=attributes,
-        pr_curves=draw_pr_curves(
+    return {
+        "title": f"{result['name']} on {dataset.name}, {config.split}",
+        "config": config,
+        "seed": seed,
+        "result": result,
+        "run": run,
+        "card": run_card(result, dataset.manifest, run),
+        "digests": {
+            "dataset.json": dataset.digest,
+            "vocabulary": dataset.vocabulary.digest,
+            "feasible sets": dataset.feasible.digest,
+        },
+        "columns": result_columns(result, intervals),
+        "rows": list(_rows(config, store, result)),
+        "photos": photos,
+        "replicates": REPLICATES,
+        "attributes": attributes,
+        "pr_curves": draw_pr_curves(
             attributes, predictions.score, predictions.label, count=config.curves
         ),
-        curves=[curve for curve in curves if curve is not None],
-        ignored_mean=statistics.fmean(left_out) if left_out else None,
-        ignored=ignored,
-        calibration=calibration,
-        examples=[
+        "curves": [curve for curve in curves if curve is not None],
+        "ignored_mean": statistics.fmean(left_out) if left_out else None,
+        "ignored": ignored,
+        "calibration": calibration,
+        "examples": [
             build_example(
                 reader, predictions, position, vocabulary=dataset.vocabulary, truth=truth, k=top
             )
             for position in choose_rows(predictions, count=config.examples, seed=seed).tolist()
         ],
-        tally=tally(predictions, truth, k=top),
-        experiments=[] if config.experiments is None else read_tables(config.experiments),
-    )
+        "tally": tally(predictions, truth, k=top),
+        "experiments": [] if config.experiments is None else read_tables(config.experiments),
+    }
 
 
-def render_page(page: Page) -> bytes:
-    """The report as UTF-8 HTML.
+def render_page(context: Context) -> bytes:
+    """The report as UTF-8 HTML, from all that `build_page` returns.
 
     Raises:
         ConfigError: it would exceed `MAX_PAGE_BYTES`.
@@ -187,8 +135,7 @@ def render_page(page: Page) -> bytes:
     style, script = _template("style.css"), _template("script.js")
     text = _render(
         "page.html",
-        page=page,
-        replicates=REPLICATES,
+        **context,
         style=style,
         script=script,
         style_hash=_csp_hash(style),
