@@ -15,19 +15,16 @@ from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.errors import ConfigError, UsageError, VlalError
 from vlal_dist.experimenting.grid import Variant, ablation_rows, table1_rows, table2_rows
 from vlal_dist.experimenting.jobs import (
-    LOG,
-    TEST,
     TRAIN,
     Job,
     check_config,
     cuda_devices,
     is_done,
     places,
-    read_json,
     state_of,
     stored_temperature,
 )
-from vlal_dist.experimenting.queue import Outcome, run_queue
+from vlal_dist.experimenting.queue import run_queue, say
 from vlal_dist.experimenting.results import ResultReader, summarise
 from vlal_dist.experimenting.tables import Table, write_table
 from vlal_dist.program import Counts, Program, run_program
@@ -62,7 +59,7 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
     missing = [job for job in jobs if not is_done(job)]
     if "plan" in flags:
         for job in jobs:
-            _say(f"{state_of(job):<7} {job.root}")
+            say(f"{state_of(job):<7} {job.root}")
         return {"runs": len(jobs), "done": len(jobs) - len(missing)}
     dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
     count = config.experiments.replicates
@@ -76,31 +73,21 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
         summary = summarise(rows, runs, seeds=seeds, failed=failed)
         return write_table(Table(table, dataset.name, seeds, count, summary, runs), root)
 
-    def ended(outcome: Outcome, left: int) -> None:
-        _say_outcome(outcome, left)
-        write()
-
     page = write()
-    failures: list[Outcome] = []
+    failures: dict[str, int] = {}
     if missing:
-        devices = cuda_devices(config.experiments.ranks)
         cores = len(os.sched_getaffinity(0))
-        _say(f"{table}: {len(missing)} of {len(jobs)} runs to do in {root}")
-        failures = run_queue(
-            missing,
-            places(config.experiments, devices=devices, cores=cores),
-            root=root,
-            started=lambda job, waiting: _say(f"started  {job.title}; {waiting} waiting"),
-            ended=ended,
-        )
-    _say(page.with_suffix(".md").read_text(encoding="utf-8"))
+        where = places(config.experiments, devices=cuda_devices(), cores=cores)
+        say(f"{table}: {len(missing)} of {len(jobs)} runs to do in {root}")
+        failures = run_queue(missing, where, root=root, ended=write)
+    say(page.with_suffix(".md").read_text(encoding="utf-8"))
     if failures:
-        names = ", ".join(f"{outcome.job.title} (code {outcome.code})" for outcome in failures)
+        names = ", ".join(f"{title} (code {code})" for title, code in failures.items())
         error = VlalError(
             f"{len(failures)} of {len(jobs)} runs failed: {names}; see log.txt of each, fix the "
             "cause, and repeat the command"
         )
-        error.exit_code = failures[0].code
+        error.exit_code = next(iter(failures.values()))
         raise error
     return {"runs": len(jobs), "trained": len(missing), "page": str(page)}
 
@@ -172,24 +159,6 @@ def _decisive(config: Config) -> dict[str, dict[str, object]]:
         }
     )
     return sections
-
-
-def _say_outcome(outcome: Outcome, left: int) -> None:
-    job = outcome.job
-    if outcome.code:
-        for line in outcome.lines:
-            _say(f"  | {line}")
-        _say(f"FAILED   {job.title}: code {outcome.code}, {job.root / LOG}")
-        return
-    groups = read_json(job.root / TEST / "result.json").get("groups") or [{"mAP": None}]
-    overall = groups[0]["mAP"]
-    shown = "none" if overall is None else f"{100 * overall:.2f} %"
-    _say(f"finished {job.title}: {outcome.seconds:.0f} s, test mAP {shown}; {left} left")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _program(table: str, purpose: str) -> Program:

@@ -14,9 +14,9 @@ import pytest
 
 from tests.fixtures.rank_processes import ROOT
 from vlal_dist.config.sections import ExperimentsConfig
-from vlal_dist.errors import Stopped
+from vlal_dist.errors import ConfigError, Stopped
 from vlal_dist.experimenting.jobs import Command, Job, Place, places, state_of
-from vlal_dist.experimenting.queue import Outcome, run_queue
+from vlal_dist.experimenting.queue import run_queue
 
 PLACE = Place(ranks=1, devices=(), cores=1)
 
@@ -30,18 +30,9 @@ def commands(one: Job, place: Place) -> list[Command]:
     return [Command("train", [sys.executable, "-c", one.config_text], dict(os.environ))]
 
 
-def run(root: Path, jobs: list[Job], at_once: int = 1) -> tuple[list[Outcome], list[Outcome]]:
-    """All outcomes in order, and the failures."""
-    found: list[Outcome] = []
-    failures = run_queue(
-        jobs,
-        [PLACE] * at_once,
-        root=root,
-        started=lambda one, waiting: None,
-        ended=lambda outcome, left: found.append(outcome),
-        commands=commands,
-    )
-    return found, failures
+def run(root: Path, jobs: list[Job], at_once: int = 1) -> dict[str, int]:
+    """Failed runs and their exit codes."""
+    return run_queue(jobs, [PLACE] * at_once, root=root, ended=lambda: None, commands=commands)
 
 
 def test_a_failure_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
@@ -52,20 +43,21 @@ def test_a_failure_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
         job(tmp_path, "good", "print('fine')"),
         job(tmp_path, "killed", "import os; os.kill(os.getpid(), 9)"),
     ]
-    found, failures = run(tmp_path, jobs)
-    ends = {outcome.job.variant: outcome.code for outcome in found}
-    assert ends == {"bad": 65, "needy": 65, "good": 0, "killed": 137}
-    assert [outcome.job.variant for outcome in failures] == ["bad", "needy", "killed"]
-    command, *lines = found[0].lines
+    failures = run(tmp_path, jobs)
+    assert failures == {"bad seed 7": 65, "needy seed 7": 65, "killed seed 7": 137}
+    record = json.loads((tmp_path / "bad" / "failed.json").read_text())
+    command, *lines = record["lines"]
+    assert record["code"] == 65
     assert command.startswith("$ ") and lines == ["why"]  # without the launcher's own lines
-    assert json.loads((tmp_path / "bad" / "failed.json").read_text())["code"] == 65
     assert state_of(jobs[0]) == "failed" and state_of(jobs[2]) == "begun"
     assert "fine" in (tmp_path / "good" / "log.txt").read_text()
     run(tmp_path, [job(tmp_path, "bad", "pass")])  # a repeat forgets the failure
     assert not (tmp_path / "bad" / "failed.json").exists()
 
 
-def test_as_many_at_a_time_as_there_are_places_and_a_prior_comes_first(tmp_path: Path) -> None:
+def test_as_many_at_a_time_as_there_are_places_and_a_prior_comes_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     note = (
         "import pathlib, time; root = pathlib.Path({root!r}); mine = root / 'on' / {name!r};"
         "mine.mkdir(parents=True); time.sleep(0.5);"
@@ -77,10 +69,9 @@ def test_as_many_at_a_time_as_there_are_places_and_a_prior_comes_first(tmp_path:
         job(tmp_path, name, note.format(root=str(tmp_path), name=name), prior=prior)
         for name, prior in zip(names, ["c", None, None], strict=True)
     ]
-    found, failures = run(tmp_path, jobs, at_once=2)
-    assert not failures
-    order = [outcome.job.variant for outcome in found]
-    assert order.index("c") < order.index("a")
+    assert run(tmp_path, jobs, at_once=2) == {}
+    shown = capsys.readouterr().out
+    assert shown.index("finished c seed 7") < shown.index("started  a seed 7")
     seen = [int(line) for line in (tmp_path / "seen").read_text().split()]
     assert max(seen) <= 2 and len(seen) == 3
 
@@ -131,12 +122,12 @@ def test_a_run_left_by_a_killed_queue_locks_the_root(tmp_path: Path) -> None:
         deadline = time.monotonic() + 20
         while True:
             try:
-                found, _ = run(tmp_path, [job(tmp_path, "other", "")])
+                found = run(tmp_path, [job(tmp_path, "other", "")])
                 break
             except Stopped:
                 assert time.monotonic() < deadline
                 time.sleep(0.1)
-        assert found[0].code == 0
+        assert found == {}
 
 
 def test_a_signal_ends_the_whole_group(tmp_path: Path) -> None:
@@ -148,6 +139,11 @@ def test_a_signal_ends_the_whole_group(tmp_path: Path) -> None:
             os.killpg(group, 0)
         assert json.loads((tmp_path / "running.json").read_text()) == {}
         assert "seconds" in json.loads((tmp_path / "slow" / "seconds.json").read_text())
+
+
+def test_too_few_devices_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"experiments\.ranks is 2 and 1 CUDA devices"):
+        places(ExperimentsConfig(ranks=2), devices=["3"], cores=4)
 
 
 def test_devices_and_cores_are_divided() -> None:

@@ -25,7 +25,6 @@ from vlal_dist.reporting.run_card import RunFiles
 from vlal_dist.reporting.selective_sections import (
     CalibrationSection,
     IgnoredAttribute,
-    IgnoredSection,
     LikelihoodBin,
 )
 
@@ -88,9 +87,11 @@ def hostile_page(image: str = PIXEL) -> Context:
         "pr_curves": {"rule": HOSTILE, "groups": {HOSTILE: [pr_curve]}},
         "curves": [curve],
         "ignored_mean": 2.5,
-        "ignored": IgnoredSection(
-            HOSTILE, HOSTILE, [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)]
-        ),
+        "ignored": {
+            "counted": HOSTILE,
+            "summary": HOSTILE,
+            "attributes": [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)],
+        },
         "calibration": CalibrationSection(HOSTILE, [LikelihoodBin(0.1, 0.2, 4, 1)], 0.25),
         "examples": [example],
         "tally": {"present": 0.5, "absent": 0.2, "unannotated": 0.3, "unannotated_true": 0.25},

@@ -15,7 +15,6 @@ from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.method.ignore_set import draw_keys
 from vlal_dist.reporting.selective_sections import (
     CalibrationSection,
-    IgnoredSection,
     TrainingCrops,
     calibrate,
     count_ignored,
@@ -87,18 +86,18 @@ def test_counts_are_those_of_the_races(
 ) -> None:
     run_config["method"]["draw_over"] = draw_over
     ignored, calibration = selective_sections(run_config, result_of(merged), paths_of(merged))
-    assert isinstance(ignored, IgnoredSection) and isinstance(calibration, CalibrationSection)
+    assert isinstance(ignored, dict) and isinstance(calibration, CalibrationSection)
     expected = slow_counts(merged, draw_over)
-    assert {one.name: (one.crops, one.ignored) for one in ignored.attributes} == {
+    assert {one.name: (one.crops, one.ignored) for one in ignored["attributes"]} == {
         name: counts for name, counts in expected.items() if counts[0]
     }
-    shares = [one.share for one in ignored.attributes]
+    shares = [one.share for one in ignored["attributes"]]
     assert shares == sorted(shares, reverse=True) and 0 < shares[0] <= 1
     pairs = sum(crops for crops, _ in expected.values())
     left_out = sum(count for _, count in expected.values())
-    assert ignored.summary.startswith(f"{left_out:,} of {pairs:,} feasible unannotated pairs")
-    assert f"NUM_IGNORE {NUM_IGNORE}" in ignored.counted and f"seed {SEED}" in ignored.counted
-    assert f"draw_over {draw_over}" in ignored.counted
+    assert ignored["summary"].startswith(f"{left_out:,} of {pairs:,} feasible unannotated pairs")
+    assert f"NUM_IGNORE {NUM_IGNORE}" in ignored["counted"] and f"seed {SEED}" in ignored["counted"]
+    assert f"draw_over {draw_over}" in ignored["counted"]
 
 
 def test_equal_likelihoods_are_ignored_as_often_as_equal_weights_say() -> None:
@@ -111,9 +110,9 @@ def test_equal_likelihoods_are_ignored_as_often_as_equal_weights_say() -> None:
         draw_over="feasible",
         seed=1,
     )
-    assert all(one.uniform == pytest.approx(2 / 8) for one in section.attributes)
-    assert sum(one.ignored for one in section.attributes) == 2 * 400
-    assert all(one.share == pytest.approx(2 / 8, abs=0.1) for one in section.attributes)
+    assert all(one.uniform == pytest.approx(2 / 8) for one in section["attributes"])
+    assert sum(one.ignored for one in section["attributes"]) == 2 * 400
+    assert all(one.share == pytest.approx(2 / 8, abs=0.1) for one in section["attributes"])
 
 
 def make_crops(likelihood: np.ndarray, label: np.ndarray) -> TrainingCrops:

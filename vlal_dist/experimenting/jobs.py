@@ -121,10 +121,18 @@ def places(config: ExperimentsConfig, *, devices: Sequence[str], cores: int) -> 
 
     Args:
         config: section of the configuration.
-        devices: CUDA devices that may be used, one per rank at least; empty: CPU. With fewer than
-            jobs x ranks, jobs share devices.
+        devices: CUDA devices that may be used; empty: CPU. With fewer than jobs x ranks, jobs
+            share devices.
         cores: of the machine.
+
+    Raises:
+        ConfigError: some devices, but fewer than ranks.
     """
+    if 0 < len(devices) < config.ranks:
+        raise ConfigError(
+            f"experiments.ranks is {config.ranks} and {len(devices)} CUDA devices are visible; "
+            "lower it"
+        )
     return [
         Place(
             ranks=config.ranks,
@@ -138,21 +146,12 @@ def places(config: ExperimentsConfig, *, devices: Sequence[str], cores: int) -> 
     ]
 
 
-def cuda_devices(ranks: int) -> list[str]:
-    """CUDA devices of this machine, by number; none: training runs on the CPU.
-
-    Raises:
-        ConfigError: some devices, but fewer than `ranks`.
-    """
-    if not torch.cuda.is_available():
-        return []
+def cuda_devices() -> list[str]:
+    """CUDA devices of this machine, by number; none: training runs on the CPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = visible.split(",") if visible else [str(n) for n in range(torch.cuda.device_count())]
-    if len(found) < ranks:
-        raise ConfigError(
-            f"experiments.ranks is {ranks} and {len(found)} CUDA devices are visible; lower it"
-        )
-    return found
+    if visible and torch.cuda.is_available():
+        return visible.split(",")
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 def stored_temperature(data: DataConfig, paths: PathsConfig) -> float:

@@ -7,10 +7,10 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +20,7 @@ from vlal_dist.experimenting.jobs import (
     LOG,
     QUEUED,
     SECONDS,
+    TEST,
     Command,
     Job,
     Place,
@@ -36,44 +37,25 @@ LAST_LINES = 10
 _LAUNCHER_LINE = re.compile(r"\[\d{4}-[^]]*\] \[(INFO|WARNING)\] \[(runner|launch)\.py")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        job: the run.
-        code: 0, or the exit code of the command that failed.
-        seconds: of this attempt.
-        lines: the last of the log; empty for a success.
-    """
-
-    job: Job
-    code: int
-    seconds: float
-    lines: list[str]
-
-
 def run_queue(
     jobs: Sequence[Job],
     places: Sequence[Place],
     *,
     root: Path,
-    started: Callable[[Job, int], None],
-    ended: Callable[[Outcome, int], None],
+    ended: Callable[[], object],
     commands: Callable[[Job, Place], list[Command]] = commands_of,
-) -> list[Outcome]:
+) -> dict[str, int]:
     """Run all jobs, as many at a time as there are places; a failed one stops no other.
 
     Args:
         jobs: in the order of their start; a job waits for the run that gives its prior.
         places: resources of each of the jobs that run at a time.
         root: root of the experiments, local.
-        started: called with each run that starts, and how many are then waiting.
-        ended: called with each outcome, and how many runs have not ended.
+        ended: called after each run.
         commands: the commands of a run that are still to do.
 
     Returns:
-        The failures.
+        Failed run -> exit code of the command that failed.
 
     Raises:
         Stopped: another queue, or a run that it left behind, still works in this root.
@@ -81,14 +63,15 @@ def run_queue(
     """
     waiting, free = list(jobs), list(places)
     active: list[_Attempt] = []
-    failures: dict[Path, Outcome] = {}
+    failures: dict[Path, tuple[str, int]] = {}
 
-    def end(outcome: Outcome) -> None:
-        if outcome.code:
-            failures[outcome.job.root] = outcome
-            record = json.dumps({"code": outcome.code, "lines": outcome.lines}, indent=2) + "\n"
-            open_store(str(outcome.job.root)).replace(FAILED, record.encode())
-        ended(outcome, len(waiting) + len(active))
+    def fail(job: Job, code: int, lines: list[str]) -> None:
+        failures[job.root] = job.title, code
+        record = json.dumps({"code": code, "lines": lines}, indent=2) + "\n"
+        open_store(str(job.root)).replace(FAILED, record.encode())
+        for line in lines:
+            say(f"  | {line}")
+        say(f"FAILED   {job.title}: code {code}, {job.root / LOG}")
 
     with _locked(root) as lock, _stop_signals() as received:
         try:
@@ -96,19 +79,25 @@ def run_queue(
                 for job in list(waiting):
                     if job.prior is not None and job.prior in failures:
                         waiting.remove(job)
-                        lines = [f"needs the model of {job.prior}, and that run failed"]
-                        end(Outcome(job, failures[job.prior].code, 0.0, lines))
+                        reason = f"needs the model of {job.prior}, and that run failed"
+                        fail(job, failures[job.prior][1], [reason])
+                        ended()
                 while free and (ready := _next_ready(waiting, active)) is not None:
                     waiting.remove(ready)
                     place = free.pop(0)
                     active.append(_Attempt(ready, place, commands(ready, place), lock))
-                    started(ready, len(waiting))
+                    say(f"started  {ready.title}; {len(waiting)} waiting")
                 for one in list(active):
-                    outcome = one.poll()
-                    if outcome is not None:
-                        active.remove(one)
-                        free.insert(0, one.place)
-                        end(outcome)
+                    code = one.poll()
+                    if code is None:
+                        continue
+                    active.remove(one)
+                    free.insert(0, one.place)
+                    if code:
+                        fail(one.job, code, one.last_lines())
+                    else:
+                        say(f"finished {one.summary()}; {len(waiting) + len(active)} left")
+                    ended()
                 _write_running(root, active)
                 if received:
                     raise KeyboardInterrupt
@@ -116,7 +105,13 @@ def run_queue(
         finally:
             _stop(active)
             _write_running(root, [])
-    return list(failures.values())
+    return dict(failures.values())
+
+
+def say(text: str) -> None:
+    """Print a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
 
 
 def _next_ready(waiting: Sequence[Job], active: "Sequence[_Attempt]") -> Job | None:
@@ -140,14 +135,28 @@ class _Attempt:
         self._began = time.monotonic()
         self.progress = self._run(commands, lock)
 
-    def poll(self) -> Outcome | None:
-        """Start the next command if the last one is done; the outcome once the run has ended."""
+    def poll(self) -> int | None:
+        """Start the next command if the last one is done; the exit code once the run has ended."""
         try:
             next(self.progress)
         except StopIteration as end:
-            seconds = time.monotonic() - self._began
-            return Outcome(self.job, end.value, seconds, self._last_lines() if end.value else [])
+            return int(end.value)
         return None
+
+    def summary(self) -> str:
+        """Time and test mAP of a run that has finished."""
+        groups = read_json(self.job.root / TEST / "result.json").get("groups") or [{"mAP": None}]
+        overall = groups[0]["mAP"]
+        shown = "none" if overall is None else f"{100 * overall:.2f} %"
+        return f"{self.job.title}: {time.monotonic() - self._began:.0f} s, test mAP {shown}"
+
+    def last_lines(self) -> list[str]:
+        """The end of the log, without lines of the launcher."""
+        with (self.job.root / LOG).open("rb") as log:
+            log.seek(-min(log.seek(0, os.SEEK_END), 16_384), os.SEEK_END)
+            text = log.read().decode(errors="replace").replace("\r", "\n")
+        lines = [line for line in text.split("\n") if line.strip()]
+        return [line for line in lines if not _LAUNCHER_LINE.match(line)][-LAST_LINES:]
 
     def _run(self, commands: Sequence[Command], lock: int) -> Generator[None, None, int]:
         """Yields while a command runs; returns 0 or the exit code of the one that failed."""
@@ -185,13 +194,6 @@ class _Attempt:
             raise VlalError(
                 f"{command.argv[0]} cannot be started: {error.strerror}; run make setup"
             ) from None
-
-    def _last_lines(self) -> list[str]:
-        with (self.job.root / LOG).open("rb") as log:
-            log.seek(-min(log.seek(0, os.SEEK_END), 16_384), os.SEEK_END)
-            text = log.read().decode(errors="replace").replace("\r", "\n")
-        lines = [line for line in text.split("\n") if line.strip()]
-        return [line for line in lines if not _LAUNCHER_LINE.match(line)][-LAST_LINES:]
 
 
 def _stop(active: Sequence[_Attempt]) -> None:

@@ -79,21 +79,6 @@ class IgnoredAttribute:
 
 
 @dataclass(frozen=True)
-class IgnoredSection:
-    """Ignored attributes.
-
-    Attributes:
-        counted: what was counted, in words.
-        summary: over all attributes, in words.
-        attributes: the most ignored, highest share first.
-    """
-
-    counted: str
-    summary: str
-    attributes: list[IgnoredAttribute]
-
-
-@dataclass(frozen=True)
 class LikelihoodBin:
     """Annotated feasible pairs whose likelihood relative to uniform lies in one range.
 
@@ -155,7 +140,7 @@ class CalibrationSection:
 
 def selective_sections(
     run_config: Mapping[str, Any], result: Mapping[str, Any], paths: PathsConfig
-) -> tuple[IgnoredSection | str, CalibrationSection | str]:
+) -> tuple[dict[str, Any] | str, CalibrationSection | str]:
     """Both sections; a sentence with the reason in place of one that cannot be made.
 
     Args:
@@ -283,7 +268,7 @@ def read_training_crops(
 
 def count_ignored(
     crops: TrainingCrops, vocabulary: Vocabulary, *, num_ignore: int, draw_over: str, seed: int
-) -> IgnoredSection:
+) -> dict[str, Any]:
     """Draw Omega_Ignore of each crop's visit 0 and count it by attribute (Fig. 3).
 
     Args:
@@ -292,6 +277,9 @@ def count_ignored(
         num_ignore: NUM_IGNORE.
         draw_over: `feasible` or `unannotated` (feasible ones).
         seed: of the run.
+
+    Returns:
+        `counted` and `summary`, sentences; `attributes`, the most ignored, highest share first.
     """
     open_pairs = crops.feasible & (crops.label == 0)
     drawable = open_pairs if draw_over == "unannotated" else crops.feasible
@@ -322,22 +310,22 @@ def count_ignored(
     found.sort(key=lambda one: (-one.share, -one.crops, one.name))
     pairs, left_out = int(open_pairs.sum()), int(ignored.sum())
     small = 100 * float((set_size <= num_ignore).sum()) / max(1, num_crops)
-    return IgnoredSection(
-        counted=(
+    return {
+        "counted": (
             f"Drawn again for the first {num_crops:,} of {crops.num_samples:,} crops of split "
             f"{crops.split} of {crops.dataset}, in index order, each at its first visit, with the "
             f"run's NUM_IGNORE {num_ignore}, method.draw_over {draw_over} and seed {seed}. "
             f"Attributes that are feasible and unannotated in fewer than {least} of these crops "
             "are not listed."
         ),
-        summary=(
+        "summary": (
             f"{left_out:,} of {pairs:,} feasible unannotated pairs were ignored "
             f"({100 * left_out / max(1, pairs):.1f} %, {left_out / max(1, num_crops):.1f} per "
             f"crop); the others counted as weak negatives. In {small:.1f} % of the crops the "
             f"drawing set has {num_ignore} members or fewer, and all of them were ignored."
         ),
-        attributes=found[:MAX_ATTRIBUTES],
-    )
+        "attributes": found[:MAX_ATTRIBUTES],
+    }
 
 
 def calibrate(crops: TrainingCrops) -> CalibrationSection | str:
