@@ -76,7 +76,7 @@ def in_double() -> None:
 
     torch.Tensor.float = torch.Tensor.double  # by which the model's head asks for float32
     trainer.Engine = alone
-    trainer.build_model = lambda **given: made(**given).double()
+    trainer.build_model = lambda *given, **named: made(*given, **named).double()
     step.on_device = predictors.on_device = as_doubles
 
 

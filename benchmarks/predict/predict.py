@@ -31,7 +31,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from vlal_dist.config.sections import PredictConfig  # noqa: E402
+from vlal_dist.config.sections import ModelConfig, PredictConfig  # noqa: E402
 from vlal_dist.data.loading.batch import to_floats  # noqa: E402
 from vlal_dist.method.model import build_model  # noqa: E402
 from vlal_dist.release.model import ExportedModel, ExportInfo  # noqa: E402
@@ -78,7 +78,7 @@ def make_model(side: int, *, depth: int) -> ExportedModel:
         validation_map=0.0,
     )  # fmt: skip
     return ExportedModel(
-        ExportInfo(info, vocabulary, "none", 0.0), build_model(**shape, **sizes), None
+        ExportInfo(info, vocabulary, "none", 0.0), build_model(ModelConfig(**shape), **sizes), None
     )
 
 

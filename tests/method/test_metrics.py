@@ -10,10 +10,8 @@ from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score
 
 import vlal_dist.method.metrics as metrics
-import vlal_dist.method.vaw_scores as vaw_scores
 from vlal_dist.errors import DataError
-from vlal_dist.method.metrics import average_precision, evaluate_scores
-from vlal_dist.method.vaw_scores import select_top_k
+from vlal_dist.method.metrics import average_precision, evaluate_scores, select_top_k
 
 
 @st.composite
@@ -48,7 +46,6 @@ def test_ap_of_distinct_scores_and_in_chunks(monkeypatch):
     np.testing.assert_allclose(whole, oracle_ap(score, label), atol=1e-12)
     evaluation = evaluate_scores(score, label, {"overall": range(30)})
     monkeypatch.setattr(metrics, "_CHUNK_CELLS", 1700)
-    monkeypatch.setattr(vaw_scores, "_CHUNK_CELLS", 1700)
     assert np.array_equal(average_precision(score, label), whole)
     assert evaluate_scores(score, label, {"overall": range(30)}).groups == evaluation.groups
 

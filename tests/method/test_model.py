@@ -9,11 +9,15 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from vlal_dist.config.sections import ModelConfig, TrainingConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.method.model import build_model, parameter_groups
-from vlal_dist.method.trunk import _narrow, make_trunk
+from vlal_dist.method.model import _narrow, build_model, make_trunk, parameter_groups
 
-SMALL = {"depth": 18, "num_objects": 6, "num_attributes": 9}
+SIZES = {"num_objects": 6, "num_attributes": 9}
+
+
+def small(seed=0, **config):
+    return build_model(ModelConfig(depth=18, **config), **SIZES, seed=seed)
 
 
 def image(batch=3):
@@ -21,7 +25,7 @@ def image(batch=3):
 
 
 def test_gate_equals_a_linear_layer_on_one_hot_objects_over_the_feature_map():
-    model = build_model(**SMALL, object_gate=True).eval()
+    model = small().eval()
     encoder = nn.Linear(6, 512)
     with torch.no_grad():
         encoder.weight.copy_(model.object_table.weight.t())
@@ -34,7 +38,7 @@ def test_gate_equals_a_linear_layer_on_one_hot_objects_over_the_feature_map():
 
 
 def test_gate_starts_as_linears_default():
-    model = build_model(depth=18, num_objects=400, num_attributes=2, object_gate=True)
+    model = build_model(ModelConfig(depth=18), num_objects=400, num_attributes=2)
     reference = nn.Linear(400, 512)
     for ours, theirs in (
         (model.object_table.weight, reference.weight),
@@ -45,7 +49,7 @@ def test_gate_starts_as_linears_default():
 
 
 def test_without_gate_the_object_has_no_effect():
-    model = build_model(**SMALL, object_gate=False).eval()
+    model = small(object_gate=False).eval()
     with torch.no_grad():
         first, second = (model(image(1), torch.tensor([o])) for o in (0, 5))
     assert torch.equal(first, second)
@@ -53,7 +57,7 @@ def test_without_gate_the_object_has_no_effect():
 
 
 def test_logits_are_float32_under_autocast():
-    model = build_model(**SMALL, object_gate=True)
+    model = small()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(image(), torch.tensor([0, 1, 2]))
     assert logits.dtype == torch.float32 and logits.shape == (3, 9)
@@ -65,11 +69,11 @@ def test_logits_are_float32_under_autocast():
 @pytest.mark.parametrize("seed", [0, 3])
 def test_equal_seeds_give_equal_weights_and_leave_the_process_rng_alone(seed):
     before = torch.get_rng_state()
-    first = build_model(**SMALL, object_gate=True, seed=seed).state_dict()
+    first = small(seed=seed).state_dict()
     assert torch.equal(before, torch.get_rng_state())
     torch.rand(17)
-    second = build_model(**SMALL, object_gate=True, seed=seed).state_dict()
-    other = build_model(**SMALL, object_gate=True, seed=4).state_dict()
+    second = small(seed=seed).state_dict()
+    other = small(seed=4).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
 
@@ -82,7 +86,7 @@ def test_trunk_weights_from_a_file(tmp_path, suffix):
         safetensors.torch.save_file(resnet.state_dict(), path)
     else:
         torch.save(resnet.state_dict(), path)
-    model = build_model(**SMALL, object_gate=True, weights=path)
+    model = small(weights=str(path))
     expected = {k: v for k, v in resnet.state_dict().items() if not k.startswith("fc.")}
     loaded = model.trunk.state_dict()
     assert loaded.keys() == expected.keys()
@@ -91,15 +95,15 @@ def test_trunk_weights_from_a_file(tmp_path, suffix):
 
 def test_weights_that_are_absent_or_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        build_model(**SMALL, object_gate=True, weights=tmp_path / "none.safetensors")
+        small(weights=str(tmp_path / "none.safetensors"))
     path = tmp_path / "other.safetensors"
     safetensors.torch.save_file(torchvision.models.resnet34(weights=None).state_dict(), path)
     with pytest.raises(ConfigError, match="ResNet-18"):
-        build_model(**SMALL, object_gate=True, weights=path)
+        small(weights=str(path))
     path = tmp_path / "pickle.pth"
     torch.save(nn.Linear(2, 2), path)  # a pickled module: only tensors are read
     with pytest.raises(ConfigError, match="cannot be loaded"):
-        build_model(**SMALL, object_gate=True, weights=path)
+        small(weights=str(path))
 
 
 def test_imagenet_asks_torchvision_for_v1(monkeypatch):
@@ -111,21 +115,14 @@ def test_imagenet_asks_torchvision_for_v1(monkeypatch):
             return torchvision.models.resnet18(weights=None).state_dict()
 
     monkeypatch.setattr(torchvision.models, "get_weight", lambda n: asked.append(n) or Weights())
-    build_model(**SMALL, object_gate=True, weights="imagenet")
+    small(weights="imagenet")
     assert asked == ["ResNet18_Weights.IMAGENET1K_V1"]
-
-
-def test_unknown_depth():
-    with pytest.raises(ConfigError, match="depth is 20"):
-        build_model(depth=20, num_objects=2, num_attributes=2, object_gate=True)
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_parameter_groups(pretrained):
-    model = build_model(**SMALL, object_gate=True)
-    groups = parameter_groups(
-        model, lr_new=7e-4, lr_pretrained=1e-5, weight_decay=1e-4, pretrained=pretrained
-    )
+    model = small()
+    groups = parameter_groups(model, TrainingConfig(), pretrained=pretrained)
     assert [g["name"] for g in groups] == [
         "base_decay", "base_no_decay", "fast_decay", "fast_no_decay",
     ]  # fmt: skip
@@ -177,4 +174,4 @@ def test_imagenet_weights_do_not_fit_a_narrow_trunk(tmp_path: Path) -> None:
     trunk, _ = make_trunk(depth=18, width=64)
     save_file(trunk.state_dict(), path)
     with pytest.raises(ConfigError, match=r"model\.width 64"):
-        build_model(**SMALL, object_gate=True, width=32, weights=path)
+        small(width=32, weights=str(path))

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.fixtures.tiny_dataset import VOCABULARY
 from tests.release.test_saved_model import INFO, tiny_model
+from vlal_dist.config.sections import ModelConfig
 from vlal_dist.data.loading.batch import to_floats
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.method.model import build_model
@@ -110,7 +111,9 @@ def test_bad_arguments_are_refused_with_the_reason(store: Store, tmp_path: Path)
 
 def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "export"))
-    network = build_model(depth=18, width=8, num_objects=3, num_attributes=A, object_gate=False)
+    network = build_model(
+        ModelConfig(depth=18, width=8, object_gate=False), num_objects=3, num_attributes=A
+    )
     info = replace(EXPORT, model=replace(INFO, object_gate=False))
     write_export(store, info, {WEIGHTS: encode_weights(network)}, card="", remarks={})
     model = load_exported(store.url)

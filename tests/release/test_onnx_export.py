@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.release.test_saved_model import INFO
+from vlal_dist.config.sections import ModelConfig
 from vlal_dist.data.format.images import IMAGENET_MEAN, IMAGENET_STD
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.model import AttributeClassifier, build_model
@@ -20,9 +21,8 @@ from vlal_dist.release.onnx_export import export_onnx, require_onnx
 
 
 def network(*, object_gate: bool) -> AttributeClassifier:
-    return build_model(
-        depth=18, width=8, num_objects=5, num_attributes=7, object_gate=object_gate
-    ).eval()
+    config = ModelConfig(depth=18, width=8, object_gate=object_gate)
+    return build_model(config, num_objects=5, num_attributes=7).eval()
 
 
 def test_any_batch_and_the_normalisation_within_the_graph() -> None:

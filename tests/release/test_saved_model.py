@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.fixtures.tiny_dataset import VOCABULARY
+from vlal_dist.config.sections import ModelConfig
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.model import AttributeClassifier, build_model
 from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_model, write_model
@@ -34,11 +35,9 @@ INFO = SavedModelInfo(
 
 def tiny_model(seed: int = 0) -> AttributeClassifier:
     return build_model(
-        depth=18,
-        width=INFO.width,
+        ModelConfig(depth=18, width=INFO.width),
         num_objects=INFO.num_objects,
         num_attributes=INFO.num_attributes,
-        object_gate=True,
         seed=seed,
     )
 

@@ -1,13 +1,10 @@
 """Feasible attribute sets Omega_o of objects (Sec. 2.2), their file, and enlarged sets.
 
-How the sets come about is `feasible.py`'s matter. Numpy only, so that tools need no torch.
-
-Shapes: O objects, A attributes, S total size of all sets. Sets are rows of a CSR matrix.
-
 An attribute is feasible for object o when some instance of o is annotated with it, present or
 absent: annotators only judge attributes that make sense. Numpy only, so that tools need no torch.
 
-Shapes: N instances, O objects, A attributes, D embedding width.
+Shapes: N instances, O objects, A attributes, S total size of all sets, D embedding width. Sets are
+rows of a CSR matrix.
 """
 
 import hashlib
@@ -21,6 +18,8 @@ from numpy.typing import NDArray
 
 from vlal_dist.errors import ConfigError, DataError
 
+Ids = NDArray[np.integer]
+_BLOCK = 256  # objects whose neighbours are computed at once; bounds memory
 _DTYPES = {
     "indptr": "<i8",
     "indices": "<i4",
@@ -133,12 +132,6 @@ class FeasibleSets:
         if (self.positive_count < 0).any() or (self.negative_count < 0).any():
             return "a count is negative"
         return None
-
-
-__all__ = ["FeasibleSets", "enlarge_feasible_sets", "feasible_sets"]
-
-Ids = NDArray[np.integer]
-_BLOCK = 256  # objects whose neighbours are sought at once; bounds memory
 
 
 def feasible_sets(

@@ -2,21 +2,29 @@
 
 Only annotated pairs count. Two means of the average precision (AP): `mAP` over attributes with a
 defined AP (at least one positive and one negative), and `mAP_vaw` over all attributes by the rule
-of VAW's evaluator (no positive: 0; no negative: 1); its others: `vaw_scores.py`. Numpy only.
+of VAW's evaluator (no positive: 0; no negative: 1). Numpy only.
+
+mA, mR@k and F1@k follow VAW's evaluator, quirks included. A pair is predicted either above a
+threshold or among an instance's k best attributes, annotated or not; only annotated pairs count.
+Recall is 0 when nothing is predicted, else -1 without positives; the true negative rate is -1
+without negatives; a balanced accuracy is -1 if either is; a group's mean is -1 if any attribute's
+value is.
 
 Shapes: N instances, A attributes. Labels +1 present, -1 absent, 0 unannotated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlal_dist.errors import DataError
-from vlal_dist.method.vaw_scores import count_decisions, group_scores, select_top_k
 
-_CHUNK_CELLS = 1 << 22  # cells sorted at once; bounds memory
+_CHUNK_CELLS = 1 << 22  # cells sorted or decided at once; bounds memory
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -37,19 +45,19 @@ class AttributeScores:
 
     @property
     def defined(self) -> NDArray[np.bool_]:
-        """Bool [A]: the AP says something, there being a positive and a negative."""
+        """Bool [A]: the attribute has a positive and a negative."""
         return (self.num_positive > 0) & (self.num_negative > 0)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_scores` finds.
+    """Scores of a split.
 
     Attributes:
         groups: group name -> `mAP` (None if no AP is defined), `num_classes` behind it,
             `mAP_vaw` and `num_classes_vaw`, `mA`, `mR@15`, `F1@15` (15: top_k). Shares of 1; -1
-            where VAW's evaluator says so; None for a group without attributes.
-        attributes: the attributes' own.
+            where VAW's evaluator gives -1; None for a group without attributes.
+        attributes: scores of each attribute.
     """
 
     groups: dict[str, dict[str, float | int | None]]
@@ -148,3 +156,97 @@ def _average_precision(score: NDArray[np.floating], label: NDArray[np.int8]) -> 
     first[1:] = column[1:] != column[:-1]
     gained = found - np.where(first, 0, np.roll(found, 1))
     return np.bincount(column, gained * (found / rank), num_attributes) / np.maximum(total, 1)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Counts over annotated pairs, int64 [A]: true or false, positive or negative decisions."""
+
+    tp: Counts
+    fp: Counts
+    tn: Counts
+    fn: Counts
+
+
+def select_top_k(score: NDArray[np.floating], top_k: int) -> NDArray[np.bool_]:
+    """Bool [N, A]: the top_k highest scores of each row, ties to the lower attribute.
+
+    As in the evaluator, a chosen score of 0 or below does not count as predicted.
+
+    Args:
+        score: floating [N, A].
+        top_k: >= 1; at most A are chosen.
+    """
+    k = min(top_k, score.shape[1])
+    if k == 0:
+        return np.zeros(score.shape, np.bool_)
+    kth = np.partition(score, -k, axis=1)[:, -k, None]
+    above, tied = score > kth, score == kth
+    places = k - above.sum(axis=1, keepdims=True)
+    chosen: NDArray[np.bool_] = above | (tied & (np.cumsum(tied, axis=1) <= places))
+    return chosen & (score > 0)
+
+
+def count_decisions(
+    score: NDArray[np.floating],
+    label: NDArray[np.int8],
+    decide: Callable[[NDArray[np.floating]], NDArray[np.bool_]],
+) -> Decisions:
+    """Count right and wrong decisions of each attribute.
+
+    Args:
+        score: floating [N, A].
+        label: int8 [N, A].
+        decide: rows of scores [n, A] -> bool [n, A], predicted or not.
+    """
+    num_attributes = score.shape[1]
+    totals = np.zeros((4, num_attributes), np.int64)
+    height = max(1, _CHUNK_CELLS // max(1, num_attributes))
+    for start in range(0, len(score), height):
+        predicted = decide(score[start : start + height])
+        positive, negative = label[start : start + height] > 0, label[start : start + height] < 0
+        hits, refused = (positive & predicted, negative & predicted), ~predicted
+        for index, cell in enumerate((*hits, negative & refused, positive & refused)):
+            totals[index] += cell.sum(axis=0)
+    return Decisions(*totals)
+
+
+def group_scores(
+    above: Decisions, top: Decisions, ids: NDArray[np.int64]
+) -> tuple[float, float, float]:
+    """mA, mR@k and F1@k of a group of attributes.
+
+    Args:
+        above: decisions by threshold.
+        top: decisions by rank.
+        ids: attribute ids of the group, at least one.
+
+    Returns:
+        Mean balanced accuracy by threshold, mean recall by rank, and F1 by rank of the pooled
+        counts.
+    """
+    pooled = Decisions(
+        *(counts[ids].sum(keepdims=True) for counts in (top.tp, top.fp, top.tn, top.fn))
+    )
+    recall, negatives = _recall(above), above.fp + above.tn
+    rate = np.where(negatives > 0, above.tn / np.maximum(negatives, 1), -1.0)
+    accuracy = np.where((recall == -1) | (rate == -1), -1.0, (recall + rate) / 2)
+    means = [
+        -1.0 if (v == -1).any() else float(v.mean()) for v in (accuracy[ids], _recall(top)[ids])
+    ]
+    return means[0], means[1], float(_f1(pooled)[0])
+
+
+def _recall(d: Decisions) -> Floats:
+    positives, predicted = d.tp + d.fn, d.tp + d.fp
+    value = np.where(positives > 0, d.tp / np.maximum(positives, 1), -1.0)
+    return np.where(predicted == 0, 0.0, value)
+
+
+def _f1(d: Decisions) -> Floats:
+    """2PR / (P + R), 0 if that sum is not positive; precision is 1 when nothing is predicted."""
+    predicted = d.tp + d.fp
+    precision = np.where(predicted == 0, 1.0, d.tp / np.maximum(predicted, 1))
+    recall = _recall(d)
+    total = precision + recall
+    return np.where(total > 0, 2 * precision * recall / np.where(total > 0, total, 1.0), 0.0)

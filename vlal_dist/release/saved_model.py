@@ -11,6 +11,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import nn
 
+from vlal_dist.config.sections import ModelConfig
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.model import AttributeClassifier, build_model
 from vlal_dist.storage.checks import sha256_of
@@ -25,7 +26,7 @@ class SavedModelInfo:
     """The content of `model.json`.
 
     Attributes:
-        depth, width, object_gate, num_objects, num_attributes: arguments of `build_model`.
+        depth, width, object_gate, num_objects, num_attributes: as `build_model` takes them.
         image_size: input side in pixels.
         normalize: whether inputs had ImageNet's mean subtracted and were divided by its std.
         vocabulary_digest: names and order of objects and attributes.
@@ -60,16 +61,15 @@ def encode_weights(model: nn.Module) -> bytes:
 
 def decode_weights(data: bytes, info: SavedModelInfo, *, where: str) -> AttributeClassifier:
     """The model, on the CPU and in eval mode; DataError, naming `where`, if the two do not fit."""
-    model = build_model(
-        depth=info.depth,
-        width=info.width,
-        num_objects=info.num_objects,
-        num_attributes=info.num_attributes,
-        object_gate=info.object_gate,
-    )
+    layers = {"depth": info.depth, "width": info.width, "object_gate": info.object_gate}
     try:
+        model = build_model(
+            ModelConfig.model_validate(layers),
+            num_objects=info.num_objects,
+            num_attributes=info.num_attributes,
+        )
         model.load_state_dict(safetensors.torch.load(data))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise DataError(f"{where} does not fit a depth-{info.depth} model: {error}") from None
     return model.eval()
 

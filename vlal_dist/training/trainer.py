@@ -181,21 +181,12 @@ class Trainer:
         model_config, training = self.config.model, self.config.training
         vocabulary = self.data.dataset.vocabulary
         model = build_model(
-            depth=model_config.depth,
-            width=model_config.width,
+            model_config,
             num_objects=len(vocabulary.objects),
             num_attributes=len(vocabulary.attributes),
-            object_gate=model_config.object_gate,
-            weights=model_config.weights,
             seed=training.seed,
         )
-        groups = parameter_groups(
-            model,
-            lr_new=training.lr_new,
-            lr_pretrained=training.lr_pretrained,
-            weight_decay=training.weight_decay,
-            pretrained=model_config.weights is not None,
-        )
+        groups = parameter_groups(model, training, pretrained=model_config.weights is not None)
         self.schedule = Schedule(training, {group["name"]: group["lr"] for group in groups})
         self.engine = Engine(
             model,
