@@ -7,12 +7,16 @@ READY := $(VENV)/.ready
 PEERS := .peers
 CLIP_RETRIEVAL := .clip-retrieval
 
-.PHONY: help setup demo test check fashion12k peers clip-retrieval
+.PHONY: help setup demo test test-all check format docs bench fashion12k peers clip-retrieval
 
 help:
 	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
-	@echo "make test        the test suite; all but the soak: make test PYTEST=\"-m 'not soak'\""
+	@echo "make test        the default tests (10 minutes); options: make test PYTEST=\"-k loader\""
+	@echo "make test-all    with the slow ones (40 minutes)"
 	@echo "make check       ruff, mypy"
+	@echo "make format      ruff, in place"
+	@echo "make docs        docs/modules.md from the docstrings; checks links and line lengths"
+	@echo "make bench       quick benchmarks of the loader and the loss"
 	@echo "make fashion12k  Table 1 on real photos, all stages: FASHION12K=FOLDER make fashion12k (half an hour)"
 	@echo "make peers       other loaders to compare with, in their own environment ($(PEERS), 6 GB)"
 	@echo "make clip-retrieval  that peer of scoring, likewise ($(CLIP_RETRIEVAL), 6 GB)"
@@ -41,6 +45,21 @@ demo: setup
 
 test: setup
 	$(RUN) python -m pytest $(PYTEST)
+
+test-all: setup
+	$(RUN) python -m pytest -m "not soak" $(PYTEST)
+
+format: setup
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+docs: setup
+	$(RUN) python docs/build.py
+	$(RUN) python -m pytest -q tests/test_docs.py
+
+bench: setup
+	$(RUN) python benchmarks/loader/loader.py --quick
+	$(RUN) python benchmarks/loss/selective_loss.py --quick
 
 check: setup
 	$(RUN) ruff check .
