@@ -19,8 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vlal_dist.data.format.dataset import Dataset, read_label_rows
-from vlal_dist.data.format.mapped_scores import MappedScores, open_scores
-from vlal_dist.data.format.scores import ShardScores, quarantined_of, score_key
+from vlal_dist.data.format.scores import (
+    MappedScores,
+    ShardScores,
+    open_scores,
+    quarantined_of,
+    score_key,
+)
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
 from vlal_dist.scoring.embed import SplitShard

@@ -1,21 +1,45 @@
-"""Score files: what CLIP said of each sample of one shard, bound to shard and scorer by digest."""
+"""Score files: CLIP similarities of the samples of one shard, bound to it by digests.
 
+A file is safetensors (docs/formats.md) and is read whole (`read_shard_scores`) or memory-mapped
+(`open_scores`): a map needs no file descriptor and only the memory of the pages that are read. Of a
+remote file a local copy is made first, without the embeddings, which are most of it and of no use
+for likelihoods.
+
+Legend: n samples of the shard, S similarities, D embedding width.
+"""
+
+import hashlib
 import json
+import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
+import pyarrow as pa
 import safetensors.numpy
 
-from vlal_dist.data.hashing import uid_from_hex
+from vlal_dist.data.hashing import I64, U64, uid_from_hex
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.storage.store import Store
+from vlal_dist.method.likelihood import Float32
+from vlal_dist.storage.checks import TEMPORARY_PREFIX, translated_errors
+from vlal_dist.storage.store import FETCH_BYTES, Store
 
 FORMAT = 1
 DIGESTS = ("shard_sha256", "scorer_digest", "feasible_digest", "vocabulary_digest")
+_HEAD_BYTES = 1 << 16
+"""First read of a file, for its header; those that score_clip writes have about 1 kB."""
+_TYPES: dict[str, tuple[str, Any]] = {
+    "uid": ("U64", np.uint64),
+    "indptr": ("I64", np.int64),
+    "similarity": ("F32", np.float32),
+    "embedding": ("F32", np.float32),
+}
+_MAPPED = ("uid", "indptr", "similarity")
 
 
 @dataclass(frozen=True)
@@ -33,11 +57,45 @@ class ShardScores:
             uid in hex -> reason; see `quarantined_of`).
     """
 
-    uid: npt.NDArray[np.uint64]
+    uid: U64
     embedding: npt.NDArray[np.float32]
-    indptr: npt.NDArray[np.int64]
-    similarity: npt.NDArray[np.float32]
+    indptr: I64
+    similarity: Float32
     header: dict[str, str]
+
+
+@dataclass(frozen=True)
+class MappedScores:
+    """The similarities of one shard, on disk; attributes as in `ShardScores`."""
+
+    indptr: I64
+    similarity: Float32
+    header: dict[str, str]
+
+    def row(self, place: int) -> Float32:
+        """The similarities of the shard's sample `place`."""
+        return self.similarity[self.indptr[place] : self.indptr[place + 1]]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the head of a file says.
+
+    Attributes:
+        header: our own header, the digests.
+        place: name -> first byte and end of each array in the file.
+        shape: name -> shape of each array.
+    """
+
+    header: dict[str, str]
+    place: dict[str, tuple[int, int]]
+    shape: dict[str, list[int]]
+
+    def array(self, name: str, data: Any) -> npt.NDArray[Any]:
+        """An array in the file's bytes, not copied."""
+        shape = self.shape[name]
+        flat = np.frombuffer(data, _TYPES[name][1], prod(shape), self.place[name][0])
+        return flat.reshape(shape)
 
 
 def score_key(split: str, *, shard_sha256: str, scorer_digest: str) -> str:
@@ -45,17 +103,17 @@ def score_key(split: str, *, shard_sha256: str, scorer_digest: str) -> str:
     return f"{split}/{shard_sha256[:16]}-{scorer_digest[:16]}.safetensors"
 
 
+def quarantined_of(header: Mapping[str, str]) -> dict[int, str]:
+    """uid -> why its crop could not be scored; its similarities are all 0, its embedding too."""
+    found: dict[str, str] = json.loads(header.get("quarantined", "{}"))
+    return {uid_from_hex(uid): why for uid, why in found.items()}
+
+
 def encode_scores(scores: ShardScores) -> bytes:
     """Safetensors bytes; equal scores give equal bytes."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "uid": scores.uid,
-        "embedding": scores.embedding,
-        "indptr": scores.indptr,
-        "similarity": scores.similarity,
-    }
-    data: bytes = safetensors.numpy.save(
-        arrays, metadata={"header": json.dumps(scores.header, sort_keys=True)}
-    )
+    arrays = {name: getattr(scores, name) for name in ("uid", "embedding", "indptr", "similarity")}
+    metadata = {"header": json.dumps(scores.header, sort_keys=True)}
+    data: bytes = safetensors.numpy.save(arrays, metadata=metadata)
     return data
 
 
@@ -69,29 +127,10 @@ def decode_scores(data: bytes, *, where: str) -> ShardScores:
     Raises:
         DataError: damaged, a header without digests, or arrays that do not fit together.
     """
-    try:
-        arrays = safetensors.numpy.load(data)
-        header = json.loads(_metadata(data)["header"])
-        scores = ShardScores(header=header, **arrays)
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise damaged_scores(where, str(error)) from None
-    rows = len(scores.uid)
-    fits = (
-        scores.embedding.ndim == 2
-        and len(scores.embedding) == rows
-        and len(scores.indptr) == rows + 1
-        and int(scores.indptr[-1]) == len(scores.similarity)
-    )
-    if not fits:
-        raise damaged_scores(where, "its arrays do not fit together")
-    check_header(header, where)
-    return scores
-
-
-def quarantined_of(header: Mapping[str, str]) -> dict[int, str]:
-    """uid -> why its crop could not be scored; its similarities are all 0, its embedding too."""
-    found: dict[str, str] = json.loads(header.get("quarantined", "{}"))
-    return {uid_from_hex(uid): why for uid, why in found.items()}
+    layout = _read_layout(data, len(data), where)
+    arrays = {name: layout.array(name, data).copy() for name in _TYPES}
+    _check_indptr(arrays["indptr"], layout, where)
+    return ShardScores(header=layout.header, **arrays)
 
 
 def read_shard_scores(
@@ -107,52 +146,48 @@ def read_shard_scores(
     try:
         scores = decode_scores(store.read(key), where=where)
     except NotFoundError:
-        raise absent_scores(where, split) from None
-    check_binding(scores.header, where, shard_sha256=shard_sha256, manifest=manifest)
+        raise _absent(where, split) from None
+    _check_binding(scores.header, where, shard_sha256=shard_sha256, manifest=manifest)
     return scores
 
 
-def check_binding(
-    header: Mapping[str, str], where: str, *, shard_sha256: str, manifest: Mapping[str, Any]
-) -> None:
-    """Refuse scores of another shard, scorer, feasible sets or vocabulary.
+def open_scores(
+    store: Store,
+    split: str,
+    *,
+    shard_sha256: str,
+    uid: U64,
+    manifest: Mapping[str, Any],
+    cache: Path,
+) -> MappedScores:
+    """Map the scores of one shard under the scorer that `scores.json` names.
 
     Args:
-        header: the score file's own.
-        where: its name, for errors.
+        store: the score root.
+        split: name of the shard's split.
         shard_sha256: digest of the shard.
+        uid: uint64 [n], its samples.
         manifest: the checked `scores.json`.
+        cache: local folder for copies of remote files; may be shared by processes.
 
     Raises:
-        DataError: a digest is absent or another one.
+        DataError: absent, cut, damaged, or bound to another shard, scorer or feasible sets.
+        StorageError: the file cannot be read or copied.
     """
-    check_header(header, where)
-    for name in DIGESTS:
-        expected = shard_sha256 if name == "shard_sha256" else str(manifest[name])
-        if header[name] != expected:
-            raise DataError(
-                f"{where}: {name} {header[name]} where {expected} is expected; score again with "
-                "the present dataset and model"
-            )
-
-
-def check_header(header: Mapping[str, str], where: str) -> None:
-    """Raise a DataError when a score file's header lacks a digest."""
-    missing = [name for name in DIGESTS if name not in header]
-    if missing:
-        raise DataError(
-            f"score file {where}: header lacks {', '.join(missing)}; delete it and score again"
-        )
-
-
-def damaged_scores(where: str, what: str) -> DataError:
-    """The error for a score file that cannot be used."""
-    return DataError(f"score file {where} is damaged ({what}); delete it and score again")
-
-
-def absent_scores(where: str, split: str) -> DataError:
-    """The error for a shard that was not scored."""
-    return DataError(f"{where}: no scores of this shard; run score_clip for split {split}")
+    key = score_key(split, shard_sha256=shard_sha256, scorer_digest=str(manifest["scorer_digest"]))
+    where, local = f"{store.url}/{key}", store.local_path(key)
+    path = local or _copy_path(shard_sha256, manifest, cache)
+    try:
+        if not path.is_file():
+            if local or not store.exists(key):
+                raise _absent(where, split)
+            _copy(store, key, path)
+        with translated_errors(path):
+            return _map(path, where, shard_sha256=shard_sha256, uid=uid, manifest=manifest)
+    except DataError:
+        if local is None:  # What failed a check is not kept: the next attempt copies it again.
+            path.unlink(missing_ok=True)
+        raise
 
 
 def finished_manifest(store: Store) -> dict[str, Any]:
@@ -205,7 +240,119 @@ def write_scores_manifest(store: Store, manifest: Mapping[str, Any]) -> bool:
     return store.create("scores.json", text.encode())
 
 
-def _metadata(data: bytes) -> dict[str, str]:
-    size = int.from_bytes(data[:8], "little")
-    metadata: dict[str, str] = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    return metadata
+def _map(
+    path: Path, where: str, *, shard_sha256: str, uid: U64, manifest: Mapping[str, Any]
+) -> MappedScores:
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+        # Checked before it is mapped: to read a map past the end of its file is fatal (SIGBUS).
+        layout = _read_layout(head, os.fstat(file.fileno()).st_size, where)
+    with pa.memory_map(str(path)) as source:
+        data = source.read_buffer()
+    found, indptr, similarity = (layout.array(name, data) for name in _MAPPED)
+    _check_binding(layout.header, where, shard_sha256=shard_sha256, manifest=manifest)
+    _check_indptr(indptr, layout, where)
+    if not np.array_equal(found, uid):
+        raise DataError(
+            f"{where}: {len(found)} samples that are not the {len(uid)} of shard "
+            f"{shard_sha256[:16]}, in its order; delete that score file and score again"
+        )
+    return MappedScores(indptr, similarity, layout.header)
+
+
+def _read_layout(head: bytes, size: int, where: str) -> _Layout:
+    """Parse the first bytes of a safetensors file, and compare what they say with its size.
+
+    Raises:
+        DataError: no such layout, a header without digests, or the file is cut.
+    """
+    try:
+        start = 8 + int.from_bytes(head[:8], "little")
+        entries = json.loads(head[8:start])
+        header = json.loads(entries.pop("__metadata__")["header"])
+        place, shape = {}, {name: entry["shape"] for name, entry in entries.items()}
+        for name, entry in entries.items():
+            low, high = entry["data_offsets"]
+            size_bytes = prod(shape[name]) * np.dtype(_TYPES[name][1]).itemsize
+            if not (0 <= low <= high and high - low == size_bytes):
+                raise ValueError(f"{name} of shape {shape[name]} in {high - low} bytes")
+            place[name] = (start + low, start + high)
+        rows = {name: one[0] for name, one in shape.items()}
+        fits = (
+            rows["embedding"] == rows["uid"] == rows["indptr"] - 1
+            and [len(shape[name]) for name in _TYPES] == [1, 1, 1, 2]
+            and all(entries[name]["dtype"] == kind for name, (kind, _) in _TYPES.items())
+        )
+        missing = [name for name in DIGESTS if name not in header]
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise _damaged(where, f"its header cannot be read: {error!r}") from None
+    end = max(stop for _, stop in place.values())
+    if end != size:
+        raise _damaged(where, f"{size} bytes where {end} are stated")
+    if not fits:
+        raise _damaged(where, "its arrays do not fit together")
+    if missing:
+        raise _damaged(where, f"its header lacks {', '.join(missing)}")
+    return _Layout(header, place, shape)
+
+
+def _copy_path(shard_sha256: str, manifest: Mapping[str, Any], cache: Path) -> Path:
+    """Where the local copy of a remote file lies, named by all that determines its content."""
+    names = ("scorer_digest", "feasible_digest", "vocabulary_digest")
+    bound = "\0".join([shard_sha256, *(str(manifest[name]) for name in names)])
+    return cache / "scores" / f"{hashlib.sha256(bound.encode()).hexdigest()}.safetensors"
+
+
+def _copy(store: Store, key: str, target: Path) -> None:
+    """Make the local copy of a remote score file; its embeddings are left a hole.
+
+    Two processes may make it at once; both copies are whole and equal.
+    """
+    size = store.size(key)
+    head = store.read(key, offset=0, length=min(size, _HEAD_BYTES))
+    place = _read_layout(head, size, f"{store.url}/{key}").place
+    temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+    with translated_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(head)
+                file.truncate(size)
+                for first, stop in (place[name] for name in _MAPPED):
+                    file.seek(first)
+                    for offset in range(first, stop, FETCH_BYTES):
+                        length = min(FETCH_BYTES, stop - offset)
+                        file.write(store.read(key, offset=offset, length=length))
+                file.flush()
+                # A name that is found is trusted, so the bytes must be on disk before it is.
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _check_binding(
+    header: Mapping[str, str], where: str, *, shard_sha256: str, manifest: Mapping[str, Any]
+) -> None:
+    """Refuse scores of another shard, scorer, feasible sets or vocabulary."""
+    for name in DIGESTS:
+        expected = shard_sha256 if name == "shard_sha256" else str(manifest[name])
+        if header[name] != expected:
+            raise DataError(
+                f"{where}: {name} {header[name]} where {expected} is expected; score again with "
+                "the present dataset and model"
+            )
+
+
+def _check_indptr(indptr: I64, layout: _Layout, where: str) -> None:
+    end = layout.shape["similarity"][0]
+    if indptr[0] != 0 or indptr[-1] != end or (np.diff(indptr) < 0).any():
+        raise _damaged(where, f"indptr does not rise from 0 to {end}")
+
+
+def _damaged(where: str, what: str) -> DataError:
+    return DataError(f"score file {where} is damaged ({what}); delete it and score again")
+
+
+def _absent(where: str, split: str) -> DataError:
+    return DataError(f"{where}: no scores of this shard; run score_clip for split {split}")

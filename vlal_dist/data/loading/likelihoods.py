@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlal_dist.data.format.dataset import Split
-from vlal_dist.data.format.mapped_scores import MappedScores, open_scores
+from vlal_dist.data.format.scores import MappedScores, open_scores
 from vlal_dist.data.hashing import I64
 from vlal_dist.data.loading.shard_reader import Data
 from vlal_dist.data.order.concat import ConcatSplits
