@@ -28,10 +28,10 @@ from vlal_dist.data.format.dataset import (
     ROOT_FILES,
     Dataset,
     Split,
-    check_digest,
     check_shard_sizes,
     open_dataset,
     open_split,
+    verified_file,
 )
 from vlal_dist.data.format.index import (
     INDEX_TYPES,
@@ -50,7 +50,7 @@ from vlal_dist.errors import VlalError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts
 from vlal_dist.storage.checks import sha256_of
-from vlal_dist.storage.store import Store, fetch
+from vlal_dist.storage.store import Store
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -349,13 +349,8 @@ def kept_files(dataset: Dataset, split: str) -> dict[str, bytes | Path]:
     Raises:
         DataError: a file differs from its digest.
     """
-    files: dict[str, bytes | Path] = {}
-    for name in ("labels.parquet", "rejects.parquet"):
-        expected = dataset.manifest["splits"][split]["files"][name]
-        path = fetch(dataset.store, f"{split}/{name}", cache=dataset.cache, sha256=expected)
-        check_digest(f"{dataset.url}/{split}/{name}", expected, sha256_of(path))
-        files[name] = path
-    return files
+    names = ("labels.parquet", "rejects.parquet")
+    return {name: verified_file(dataset, split, name) for name in names}
 
 
 def dataset_counts(manifest: Mapping[str, Any], digest: str) -> Counts:

@@ -17,7 +17,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from tests.fixtures.scored_dataset import SCORER, TEMPERATURE, write_scores
-from vlal_dist.data.format.dataset import Dataset, open_split, read_label_rows, read_labels
+from vlal_dist.data.format.dataset import Dataset, open_split, read_labels
 from vlal_dist.data.format.scores import ShardScores, decode_scores, encode_scores, score_key
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
@@ -346,11 +346,11 @@ def test_row_groups_do_not_matter(scored: Dataset) -> None:
     regroup(scored, "train", 7)
     columns = ["positive", "negative"]
     for start, stop in [(0, 72), (0, 7), (7, 14), (6, 8), (3, 3), (7, 7), (69, 72), (72, 72)]:
-        found = read_label_rows(scored, "train", start, stop, columns)
+        found = read_labels(scored, "train", columns=columns, rows=range(start, stop))
         assert found.equals(labels.select(columns).slice(start, stop - start)), (start, stop)
     for start, stop in [(0, 73), (-1, 3), (5, 4)]:
         with pytest.raises(DataError, match="has 72 rows"):
-            read_label_rows(scored, "train", start, stop, columns)
+            read_labels(scored, "train", columns=columns, rows=range(start, stop))
     for shard, quality in zip(shards, before, strict=True):
         assert_same(check(scored, "train", shard), quality)
 
@@ -359,11 +359,11 @@ def test_other_row_groups_are_not_read(scored: Dataset) -> None:
     labels = read_labels(scored, "train")
     regroup(scored, "train", 10, damage=3)
     for start, stop in [(0, 30), (40, 72), (40, 41), (29, 30)]:
-        found = read_label_rows(scored, "train", start, stop, ["negative"])
+        found = read_labels(scored, "train", columns=["negative"], rows=range(start, stop))
         assert found.equals(labels.select(["negative"]).slice(start, stop - start))
     for start, stop in [(29, 31), (39, 40)]:
         with pytest.raises((OSError, pyarrow.ArrowException)):
-            read_label_rows(scored, "train", start, stop, ["negative"])
+            read_labels(scored, "train", columns=["negative"], rows=range(start, stop))
 
 
 def test_altered_labels_are_refused(scored: Dataset) -> None:

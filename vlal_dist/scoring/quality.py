@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlal_dist.data.format.dataset import Dataset, read_label_rows
+from vlal_dist.data.format.dataset import Dataset, read_labels
 from vlal_dist.data.format.scores import (
     MappedScores,
     ShardScores,
@@ -252,7 +252,7 @@ def _kinds(vocabulary: Vocabulary) -> npt.NDArray[np.uint8]:
 def _annotated(dataset: Dataset, shard: SplitShard) -> tuple[Ints, Ints, Bools]:
     """Row within the shard, attribute, and whether it is present, of every annotated pair."""
     rows, columns = shard.rows, ("positive", "negative")
-    table = read_label_rows(dataset, shard.split.name, rows.start, rows.stop, columns)
+    table = read_labels(dataset, shard.split.name, columns=columns, rows=rows)
     lists = [table.column(name).combine_chunks() for name in columns]
     lengths = np.stack([one.value_lengths().to_numpy() for one in lists])
     row = np.concatenate([np.repeat(np.arange(len(rows)), sizes) for sizes in lengths])

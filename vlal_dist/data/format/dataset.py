@@ -8,8 +8,6 @@ not at every start: `cache/verified` notes which files were found right.
 import hashlib
 import json
 import logging
-import os
-import uuid
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +24,7 @@ from vlal_dist.config.sections import PathsConfig
 from vlal_dist.data.format.index import Blocks, Index, Shard, decode_shards, map_blocks, map_index
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.storage.checks import TEMPORARY_PREFIX
+from vlal_dist.storage.local import write_whole
 from vlal_dist.storage.store import Store, fetch, open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -150,9 +148,9 @@ def open_split(dataset: Dataset, split: str) -> Split:
     if split not in dataset.manifest["splits"]:
         raise DataError(f"{dataset.url} has no split {split!r}; it has {', '.join(dataset.splits)}")
     entry = dataset.manifest["splits"][split]
-    shards = decode_shards(_verified(dataset, f"{split}/shards.parquet").read_bytes())
-    index = map_index(_verified(dataset, f"{split}/index.arrow"))
-    blocks = map_blocks(_verified(dataset, f"{split}/blocks.arrow"))
+    shards = decode_shards(verified_file(dataset, split, "shards.parquet").read_bytes())
+    index = map_index(verified_file(dataset, split, "index.arrow"))
+    blocks = map_blocks(verified_file(dataset, split, "blocks.arrow"))
     for what, samples in (
         ("index.arrow", len(index)),
         ("blocks.arrow", int(blocks.samples.sum())),
@@ -166,27 +164,30 @@ def open_split(dataset: Dataset, split: str) -> Split:
     return Split(split, dataset.store, shards, index, blocks)
 
 
-def _verified(dataset: Dataset, key: str) -> Path:
-    """A local file with what is stored under a split's key, of the digest that `dataset.json` says.
+def verified_file(dataset: Dataset, split: str, name: str) -> Path:
+    """A local file with the bytes of a split's file whose digest is in `dataset.json`.
 
-    A file whose digest was found right once is not hashed again while its name, device, inode, size
-    and times stay. That is enough against replaced and cut files, which is what happens; rotten
-    bytes of an index are told when the samples it points to fail their crc32, and `verify` hashes
-    everything.
+    A file whose digest was right once is not hashed again while its name, device, inode, size and
+    times stay, which finds replaced and cut files. Other damage of an index shows when its samples
+    fail their crc32, and `verify` hashes everything.
 
     Raises:
         DataError: another digest.
         StorageError: the file cannot be read.
     """
-    split, _, name = key.partition("/")
-    expected = dataset.manifest["splits"][split]["files"][name]
+    key, expected = f"{split}/{name}", dataset.manifest["splits"][split]["files"][name]
     copied = dataset.store.local_path(key) is None
     downloaded = copied and not (dataset.cache / expected).is_file()
     path = fetch(dataset.store, key, cache=dataset.cache, sha256=expected)
-    note, stat = dataset.cache / "verified" / expected, _stat_note(path)
-    if _read_note(note) == stat:
-        return path
-    if not downloaded:  # else hashed on its way here
+    stat, note = path.stat(), dataset.cache / "verified" / expected
+    state = json.dumps([
+        str(path.absolute()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
+        stat.st_ctime_ns,
+    ])  # fmt: skip
+    with suppress(OSError):
+        if note.read_bytes() == state.encode():
+            return path
+    if not downloaded:  # else hashed during the download
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if copied and found != expected:
@@ -195,41 +196,13 @@ def _verified(dataset: Dataset, key: str) -> Path:
                 "altered; delete it, and it is fetched again"
             )
         check_digest(f"{dataset.url}/{key}", expected, found)
-    _write_note(note, stat)
+    with suppress(OSError):  # where the cache cannot be written, the next start hashes again
+        write_whole(note, state)
     return path
 
 
-def _stat_note(path: Path) -> list[str | int]:
-    """What tells a file from another one, and from itself after a change."""
-    path = path.absolute()
-    stat = path.stat()
-    return [
-        str(path), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
-    ]  # fmt: skip
-
-
-def _read_note(note: Path) -> object:
-    """What a note says; None where there is none that can be read."""
-    try:
-        return json.loads(note.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_note(note: Path, stat: list[str | int]) -> None:
-    """Write a note, if the cache can be written: without it the next start hashes again."""
-    temporary = note.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(json.dumps(stat))
-            os.replace(temporary, note)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def check_shard_sizes(split: Split, *, may_be_damaged: bool = False) -> None:
-    """Tell a missing or truncated shard before work begins, not in the middle of an epoch.
+    """Find a missing or truncated shard before work begins, not in the middle of an epoch.
 
     Args:
         split: the opened split.
@@ -260,45 +233,39 @@ def check_shard_sizes(split: Split, *, may_be_damaged: bool = False) -> None:
         list(pool.map(check, range(len(split.shards))))
 
 
-def read_labels(dataset: Dataset, split: str, *, columns: Sequence[str] | None = None) -> pa.Table:
+def read_labels(
+    dataset: Dataset,
+    split: str,
+    *,
+    columns: Sequence[str] | None = None,
+    rows: range | None = None,
+) -> pa.Table:
     """`labels.parquet` of a split: key, instance_id, positive, negative; row-aligned.
+
+    The file is hashed once per node, like an index; a remote one is copied to the cache once.
 
     Args:
         dataset: the opened dataset.
         split: name.
         columns: those that are decoded; None: all.
-
-    Raises:
-        DataError: a file that differs from its digest.
-    """
-    data = dataset.store.read(f"{split}/labels.parquet")
-    expected = dataset.manifest["splits"][split]["files"]["labels.parquet"]
-    check_digest(
-        f"{dataset.url}: {split}/labels.parquet", expected, hashlib.sha256(data).hexdigest()
-    )
-    chosen = None if columns is None else list(columns)
-    return pyarrow.parquet.read_table(pa.BufferReader(data), columns=chosen)
-
-
-def read_label_rows(
-    dataset: Dataset, split_name: str, start: int, stop: int, columns: Sequence[str]
-) -> pa.Table:
-    """Rows `start` up to `stop` of a split's `labels.parquet`; reads their row groups alone.
-
-    The file is hashed once per node, like an index; a remote one is copied to the cache once.
+        rows: those that are read, with the row groups that hold them; None: all.
 
     Raises:
         DataError: no such rows, or a file that differs from its digest.
     """
-    with pyarrow.parquet.ParquetFile(_verified(dataset, f"{split_name}/labels.parquet")) as file:
+    chosen = None if columns is None else list(columns)
+    with pyarrow.parquet.ParquetFile(verified_file(dataset, split, "labels.parquet")) as file:
+        if rows is None:
+            return file.read(columns=chosen)
+        start, stop = rows.start, rows.stop
         groups = range(file.num_row_groups)
         ends = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
         if not 0 <= start <= stop <= file.metadata.num_rows:
             raise DataError(
-                f"{dataset.url}: {split_name}/labels.parquet has {file.metadata.num_rows} rows, "
-                f"not those from {start} to {stop}; run shard_tools verify, and pack again"
+                f"{dataset.url}: {split}/labels.parquet has {file.metadata.num_rows} rows, not "
+                f"those from {start} to {stop}; run shard_tools verify, and pack again"
             )
         first, last = bisect_right(ends, start), bisect_left(ends, stop)
         wanted = list(groups[first : last + 1])
-        table = file.read_row_groups(wanted, columns=list(columns), use_threads=False)
+        table = file.read_row_groups(wanted, columns=chosen, use_threads=False)
     return table.slice(start - ends[first - 1] if first else start, stop - start)
