@@ -24,7 +24,7 @@ from vlal_dist.config.sections import PathsConfig
 from vlal_dist.data.format.index import Blocks, Index, Shard, decode_shards, map_blocks, map_index
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.storage.local import write_whole
+from vlal_dist.storage.local import replacing
 from vlal_dist.storage.store import Store, fetch, open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -196,8 +196,9 @@ def verified_file(dataset: Dataset, split: str, name: str) -> Path:
                 "altered; delete it, and it is fetched again"
             )
         check_digest(f"{dataset.url}/{key}", expected, found)
-    with suppress(OSError):  # where the cache cannot be written, the next start hashes again
-        write_whole(note, state)
+    # Where the cache cannot be written, the next start hashes again.
+    with suppress(OSError), replacing(note) as unfinished:
+        unfinished.write_text(state)
     return path
 
 

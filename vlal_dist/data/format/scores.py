@@ -11,7 +11,6 @@ Legend: n samples of the shard, S similarities, D embedding width.
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -26,7 +25,8 @@ import safetensors.numpy
 from vlal_dist.data.hashing import I64, U64, uid_from_hex
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.likelihood import Float32
-from vlal_dist.storage.checks import TEMPORARY_PREFIX, translated_errors
+from vlal_dist.storage.checks import translated_errors
+from vlal_dist.storage.local import replacing
 from vlal_dist.storage.store import FETCH_BYTES, Store
 
 FORMAT = 1
@@ -311,24 +311,14 @@ def _copy(store: Store, key: str, target: Path) -> None:
     size = store.size(key)
     head = store.read(key, offset=0, length=min(size, _HEAD_BYTES))
     place = _read_layout(head, size, f"{store.url}/{key}").place
-    temporary = target.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
-    with translated_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                file.write(head)
-                file.truncate(size)
-                for first, stop in (place[name] for name in _MAPPED):
-                    file.seek(first)
-                    for offset in range(first, stop, FETCH_BYTES):
-                        length = min(FETCH_BYTES, stop - offset)
-                        file.write(store.read(key, offset=offset, length=length))
-                file.flush()
-                # A name that is found is trusted, so the bytes must be on disk before it is.
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with translated_errors(target), replacing(target) as unfinished, unfinished.open("xb") as file:
+        file.write(head)
+        file.truncate(size)
+        for first, stop in (place[name] for name in _MAPPED):
+            file.seek(first)
+            for offset in range(first, stop, FETCH_BYTES):
+                length = min(FETCH_BYTES, stop - offset)
+                file.write(store.read(key, offset=offset, length=length))
 
 
 def _check_binding(
