@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from vlal_dist.config.load import config_yaml, load_config
@@ -161,30 +162,27 @@ def _decisive(config: Config) -> dict[str, dict[str, object]]:
     return sections
 
 
-def _program(table: str, purpose: str) -> Program:
-    return Program(
+PROGRAMS = {
+    table: Program(
         name=table,
         usage=f"python -m vlal_dist.experiments {table}",
         purpose=f"{purpose[0].upper()}{purpose[1:]}.\n{PURPOSE.rstrip()}",
         sections=SECTIONS,
         flags=("plan", "json"),
         output=lambda config, flags: config.paths.experiments,
-        work=lambda config, flags: run_table(table, config, flags),
+        work=partial(run_table, table),
     )
+    for table, purpose in TABLES.items()
+}
 
+_LISTED = "\n".join(f"  {table:<10} {purpose}" for table, purpose in TABLES.items())
+USAGE = f"""\
+usage: python -m vlal_dist.experiments TABLE [--config FILE] [--section.key value ...]
 
-PROGRAMS = {table: _program(table, purpose) for table, purpose in TABLES.items()}
+{_LISTED}
 
-USAGE = "\n".join(
-    [
-        "usage: python -m vlal_dist.experiments TABLE [--config FILE] [--section.key value ...]",
-        "",
-        *(f"  {name:<10} {purpose}" for name, purpose in TABLES.items()),
-        "",
-        "python -m vlal_dist.experiments TABLE --help lists the settings",
-        "",
-    ]
-)
+python -m vlal_dist.experiments TABLE --help lists the settings
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,6 @@ from vlal_dist.reporting.result_table import (
 from vlal_dist.reporting.run_card import RunFiles
 from vlal_dist.reporting.selective_sections import (
     CalibrationSection,
-    IgnoredAttribute,
     LikelihoodBin,
 )
 
@@ -90,7 +89,9 @@ def hostile_page(image: str = PIXEL) -> Context:
         "ignored": {
             "counted": HOSTILE,
             "summary": HOSTILE,
-            "attributes": [IgnoredAttribute(HOSTILE, HOSTILE, 2, 1, 0.4)],
+            "attributes": [
+                {"name": HOSTILE, "kind": HOSTILE, "crops": 2, "share": 0.5, "uniform": 0.4}
+            ],
         },
         "calibration": CalibrationSection(HOSTILE, [LikelihoodBin(0.1, 0.2, 4, 1)], 0.25),
         "examples": [example],

@@ -82,11 +82,13 @@ def run_queue(
                         reason = f"needs the model of {job.prior}, and that run failed"
                         fail(job, failures[job.prior][1], [reason])
                         ended()
-                while free and (ready := _next_ready(waiting, active)) is not None:
-                    waiting.remove(ready)
-                    place = free.pop(0)
-                    active.append(_Attempt(ready, place, commands(ready, place), lock))
-                    say(f"started  {ready.title}; {len(waiting)} waiting")
+                pending = {job.root for job in waiting} | {one.job.root for one in active}
+                ready = [job for job in waiting if job.prior not in pending]
+                for job, place in zip(ready, list(free), strict=False):
+                    waiting.remove(job)
+                    free.remove(place)
+                    active.append(_Attempt(job, place, commands(job, place), lock))
+                    say(f"started  {job.title}; {len(waiting)} waiting")
                 for one in list(active):
                     code = one.poll()
                     if code is None:
@@ -112,12 +114,6 @@ def say(text: str) -> None:
     """Print a line at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
-
-
-def _next_ready(waiting: Sequence[Job], active: "Sequence[_Attempt]") -> Job | None:
-    """The first job that waits for no other run."""
-    pending = {job.root for job in waiting} | {one.job.root for one in active}
-    return next((job for job in waiting if job.prior not in pending), None)
 
 
 class _Attempt:

@@ -205,8 +205,8 @@ def summarise(
                 failed=[seed for seed in seeds if (variant.name, seed) in failed],
                 maps=_estimates(groups, [(run, None) for run in own]),
                 differences=_estimates(groups, pairs),
-                validation_map=_mean([run.validation_map for run in own]),
-                seconds=_mean(seconds),
+                validation_map=statistics.fmean(run.validation_map for run in own) if own else None,
+                seconds=statistics.fmean(seconds) if seconds else None,
             )
         )
     return rows
@@ -240,7 +240,3 @@ def _estimates(
         sd = statistics.stdev(values) if len(values) > 1 else None
         found[group] = Estimate(mean, sd, low, high, len(values))
     return found
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return statistics.fmean(values) if values else None

@@ -26,11 +26,7 @@ from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
 from vlal_dist.evaluation.dense_labels import read_dense_labels
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
 from vlal_dist.evaluation.results import percent, read_attributes, result_folder
-from vlal_dist.reporting.charts import (
-    IntervalChart,
-    draw_curve,
-    draw_pr_curves,
-)
+from vlal_dist.reporting.charts import IntervalChart, draw_curve, draw_pr_curves
 from vlal_dist.reporting.fig4 import build_example, choose_rows, tally
 from vlal_dist.reporting.result_table import (
     ExperimentTable,
@@ -39,18 +35,11 @@ from vlal_dist.reporting.result_table import (
     result_columns,
     result_row,
 )
-from vlal_dist.reporting.run_card import (
-    read_run_files,
-    run_card,
-    series,
-)
-from vlal_dist.reporting.selective_sections import (
-    selective_sections,
-)
+from vlal_dist.reporting.run_card import read_run_files, run_card, series
+from vlal_dist.reporting.selective_sections import selective_sections
 from vlal_dist.storage.store import Store, open_store, read_url
 
 MAX_PAGE_BYTES = 10_000_000
-
 
 Context = dict[str, Any]
 """Values of the template's names: texts, numbers, and the sections of the other modules."""

@@ -55,30 +55,6 @@ class TrainingCrops:
 
 
 @dataclass(frozen=True)
-class IgnoredAttribute:
-    """How often one attribute was ignored.
-
-    Attributes:
-        name: attribute.
-        kind: its type.
-        crops: crops in which it is feasible and unannotated.
-        ignored: those of them in which it was drawn.
-        uniform: share that a draw with equal weights would ignore, expected.
-    """
-
-    name: str
-    kind: str
-    crops: int
-    ignored: int
-    uniform: float
-
-    @property
-    def share(self) -> float:
-        """Share of the crops, of 1."""
-        return self.ignored / self.crops
-
-
-@dataclass(frozen=True)
 class LikelihoodBin:
     """Annotated feasible pairs whose likelihood relative to uniform lies in one range.
 
@@ -191,9 +167,7 @@ def _why_no_draw(method: Mapping[str, Any]) -> str:
             f"method.draw {draw} and method.draw_weights {weights}."
         )
     if method["num_ignore"] in (0, "all"):
-        return (
-            f"method.num_ignore {method['num_ignore']}: each feasible attribute is treated alike."
-        )
+        return f"method.num_ignore {method['num_ignore']}: all attributes are treated alike."
     return ""
 
 
@@ -279,7 +253,9 @@ def count_ignored(
         seed: of the run.
 
     Returns:
-        `counted` and `summary`, sentences; `attributes`, the most ignored, highest share first.
+        `counted` and `summary`, sentences; `attributes`, the most ignored first: `name`, `kind`,
+        its type; `crops` in which it is feasible and unannotated; `share` of them in which it was
+        ignored; `uniform`, that share expected of a draw with equal weights.
     """
     open_pairs = crops.feasible & (crops.label == 0)
     drawable = open_pairs if draw_over == "unannotated" else crops.feasible
@@ -297,17 +273,17 @@ def count_ignored(
     num_crops = len(crops.uid)
     least = max(1, num_crops // 100)
     count = open_pairs.sum(axis=0)
-    found = [
-        IgnoredAttribute(
-            name=vocabulary.attributes[a],
-            kind=vocabulary.attribute_type[a],
-            crops=int(count[a]),
-            ignored=int(ignored[:, a].sum()),
-            uniform=float(chance[open_pairs[:, a]].mean()),
-        )
+    found: list[dict[str, Any]] = [
+        {
+            "name": vocabulary.attributes[a],
+            "kind": vocabulary.attribute_type[a],
+            "crops": int(count[a]),
+            "share": float(ignored[:, a].sum() / count[a]),
+            "uniform": float(chance[open_pairs[:, a]].mean()),
+        }
         for a in np.flatnonzero(count >= least).tolist()
     ]
-    found.sort(key=lambda one: (-one.share, -one.crops, one.name))
+    found.sort(key=lambda one: (-one["share"], -one["crops"], one["name"]))
     pairs, left_out = int(open_pairs.sum()), int(ignored.sum())
     small = 100 * float((set_size <= num_ignore).sum()) / max(1, num_crops)
     return {
