@@ -191,7 +191,7 @@ class TestDamage:
             assert cache.get(SHARD, offset, 1) is None
         assert cache.counts.failed_writes == 5
         assert len(caplog.records) == 1
-        assert f"cache {folder}: a block was not kept: No such file" in caplog.text
+        assert f"cache {folder}: a block was not written: No such file" in caplog.text
 
 
 class TestForeignFiles:

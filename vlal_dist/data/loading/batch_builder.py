@@ -137,7 +137,7 @@ class BatchBuilder:
                 side=side, num_rows=len(reader.corpus), limit_bytes=config.decoded_bytes
             )
         self.counts = StageCounts()
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()  # of the counts
         self.buffers = ImageBuffers(side=side, pinned=pinned)
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
 
@@ -156,19 +156,6 @@ class BatchBuilder:
         for low, high in pieces:
             self._pool.submit(job.work, low, high)
         return job.future
-
-    def count_read(self, samples: int, sample_bytes: int, read_s: float, decode_s: float) -> None:
-        """Count some samples that were read and decoded."""
-        with self._lock:
-            self.counts.samples += samples
-            self.counts.sample_bytes += sample_bytes
-            self.counts.read_seconds += read_s
-            self.counts.decode_seconds += decode_s
-
-    def count_labels(self, label_s: float) -> None:
-        """Count the seconds of a batch's labels and likelihoods."""
-        with self._lock:
-            self.counts.label_seconds += label_s
 
     def close(self) -> None:
         """End the threads."""
@@ -209,7 +196,8 @@ class _Job:
         try:
             started = time.perf_counter()
             built = self._build()
-            self.builder.count_labels(time.perf_counter() - started)
+            with self.builder.lock:
+                self.builder.counts.label_seconds += time.perf_counter() - started
         except (DataError, LookupError, TypeError, ValueError) as error:
             self.future.set_exception(self._first_unreadable() or error)
         except BaseException as error:
@@ -221,20 +209,23 @@ class _Job:
         builder, started = self.builder, time.perf_counter()
         found = builder.reader.read(self.at, low, high)
         read = time.perf_counter()
-        for place, data in enumerate(found, low):
+        jpg = self.at.jpg[low:high].tolist()
+        for place, (data, (start, stop)) in enumerate(zip(found, jpg, strict=True), low):
             if isinstance(data, Damage):
                 self._leave_out(place, data)
                 continue
             self.data[place] = data
             if builder.decode_later:
                 continue
-            start, stop = self.at.jpg[place]
             try:
                 self._decode(place, memoryview(data)[start:stop])
             except DataError as error:
                 self._leave_out(place, builder.reader.damage(self.at, place, str(error)))
-        sample_bytes = sum(self.at.length[low:high])
-        builder.count_read(high - low, sample_bytes, read - started, time.perf_counter() - read)
+        with builder.lock:
+            builder.counts.samples += high - low
+            builder.counts.sample_bytes += int(self.at.length[low:high].sum())
+            builder.counts.read_seconds += read - started
+            builder.counts.decode_seconds += time.perf_counter() - read
 
     def _decode(self, place: int, jpg: memoryview) -> None:
         cache, row, out = self.builder.image_cache, int(self.at.rows[place]), self.pixels[place]
@@ -284,7 +275,7 @@ class _Job:
         """The first sample whose json or likelihood cannot be read by itself."""
         builder, at = self.builder, self.at
         for place in np.flatnonzero([len(one) > 0 for one in self.data]).tolist():
-            one, data = at.between(place, place + 1), self.data[place : place + 1]
+            one, data = at.select(slice(place, place + 1)), self.data[place : place + 1]
             try:
                 label_rows(_members(data, one.json), builder.num_attributes)
                 if builder.read_likelihoods is not None:
@@ -337,6 +328,6 @@ def label_rows(jsons: Sequence[Data], num_attributes: int) -> npt.NDArray[np.int
     return label
 
 
-def _members(data: list[Data], where: list[tuple[int, int]]) -> list[Data]:
+def _members(data: list[Data], where: I64) -> list[Data]:
     """The same tar member of each sample."""
-    return [one[start:stop] for one, (start, stop) in zip(data, where, strict=True)]
+    return [one[start:stop] for one, (start, stop) in zip(data, where.tolist(), strict=True)]

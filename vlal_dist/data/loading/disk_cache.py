@@ -1,13 +1,13 @@
-"""Blocks of remote shards on a local disk: bounded over all ranks of a node, safe to kill.
+"""Disk cache for blocks of remote shards: size-limited over all ranks of a node, crash-safe.
 
     FOLDER/blocks/<sha256[:32]>-<offset>-<length>.block   an entry; its mtime is its last use
     FOLDER/writing/<pid>-<random>-<length>.part           an entry being written
     FOLDER/.vlal-block-cache-used                         bytes of all of these, or a little more
 
-A writer first adds its length to the last file, under that file's lock, and evicts if that is too
-much. Crashes therefore only ever leave the number too high, and each eviction counts anew. Nothing
-but regular files with such names in these two folders is ever removed. Contents are not verified
-here: the reader knows their checksums and calls `discard`.
+A writer first adds its length to the last file, under that file's lock, and evicts if the sum is
+above the limit. So a crash can only leave the number too high, and each eviction counts again. Only
+regular files with such names in these two folders are ever removed. Contents are not verified here:
+the reader knows their checksums and calls `discard`.
 """
 
 import errno
@@ -40,15 +40,15 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheCounts:
-    """What one cache object did, and how full the folder is.
+    """Counts of one cache object, and bytes in the folder.
 
     Attributes:
-        hits, misses: answers of `get`.
+        hits, misses: of `get`.
         evictions: entries removed to make room.
-        failed_writes: blocks that could not be kept: disk, or lock held for too long.
-        bytes: bytes in the folder, of all processes, when last looked at; may be a little high.
+        failed_writes: blocks that could not be kept: disk error, or lock held for too long.
+        bytes: bytes in the folder, of all processes, when last read; may be a little high.
     """
 
     hits: int = 0
@@ -59,13 +59,13 @@ class CacheCounts:
 
 
 class DiskCache:
-    """Byte ranges of shards, the least recently used ones making room for new ones.
+    """Least recently used cache of byte ranges of shards.
 
-    Safe to share by threads, and the folder by processes of one machine.
+    May be shared by threads, and the folder by processes of one machine.
 
     Args:
         folder: made if absent; may hold anything else.
-        limit_bytes: most that all entries may take together, those being written included.
+        limit_bytes: of all entries together, including those being written.
         largest_bytes: length of the largest block that will be put.
 
     Raises:
@@ -103,11 +103,12 @@ class DiskCache:
 
     @property
     def counts(self) -> CacheCounts:
-        """What this object did so far."""
-        return self._counts
+        """Counts of this object so far."""
+        with self._lock:
+            return replace(self._counts)
 
     def get(self, shard_sha256: str, offset: int, length: int) -> bytes | None:
-        """Return the block's bytes and mark it as just used; None if it is not here (or cut).
+        """Return the block's bytes and mark it as just used; None if it is absent or truncated.
 
         Args:
             shard_sha256: digest of the shard, 64 lower-case hex digits.
@@ -127,11 +128,13 @@ class DiskCache:
         if data is not None and len(data) != length:
             self.discard(shard_sha256, offset, length)
             data = None
-        self._add(**{"misses" if data is None else "hits": 1})
+        with self._lock:
+            self._counts.hits += data is not None
+            self._counts.misses += data is None
         return data
 
     def put(self, shard_sha256: str, offset: int, data: bytes) -> None:
-        """Keep a block, if the disk allows; errors are counted, the first one is logged."""
+        """Write a block; errors are counted, and the first one is logged."""
         path = self._path(shard_sha256, offset, len(data))
         if len(data) > self._limit_bytes or os.path.lexists(path):
             return
@@ -151,12 +154,12 @@ class DiskCache:
             self._failed(error)
 
     def discard(self, shard_sha256: str, offset: int, length: int) -> None:
-        """Remove a block, if it is here: its bytes are not those of the shard."""
+        """Remove a block if it is there: its bytes are not those of the shard."""
         path = self._path(shard_sha256, offset, length)
         with suppress(OSError):
             status = os.lstat(path)
             if stat.S_ISREG(status.st_mode):
-                # Counted with its length or, by an eviction, as it is: too little is given back.
+                # An eviction counts its size, a writer its length: the smaller cannot be too much.
                 self._remove(path, min(status.st_size, length))
 
     def _path(self, shard_sha256: str, offset: int, length: int) -> str:
@@ -171,7 +174,7 @@ class DiskCache:
     def _reserve(self, part: str, size_bytes: int) -> int:
         """Make room and an empty file whose name holds the room; returns its descriptor.
 
-        The file is made under the lock, so that whoever counts anew counts it.
+        The file is made under the lock, so that the next count includes it.
         """
         with self._locked() as counter:
             used_bytes = _load(counter)
@@ -202,12 +205,13 @@ class DiskCache:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
-                self._add(evictions=1)
+                with self._lock:
+                    self._counts.evictions += 1
             used_bytes -= size_bytes
         return used_bytes
 
     def _remove(self, path: str, size_bytes: int) -> None:
-        """Remove a file of ours and give its room back, or at least remove it."""
+        """Remove a file and subtract its size, or at least remove it."""
         with suppress(OSError):
             try:
                 with self._locked() as counter:
@@ -222,7 +226,7 @@ class DiskCache:
         """Hold the lock of all processes and threads; yields the counter's descriptor.
 
         Raises:
-            OSError: the lock could not be had in time, or the file cannot be made.
+            OSError: the lock was held for too long, or the file cannot be made.
         """
         descriptor = os.open(self._counter, _LOCK, 0o666)
         try:
@@ -246,20 +250,16 @@ class DiskCache:
         # One write of fixed length: a kill leaves the old number or the new one.
         os.pwrite(counter, b"%020d\n" % used_bytes, 0)
         with self._lock:
-            self._counts = replace(self._counts, bytes=used_bytes)
-
-    def _add(self, **more: int) -> None:
-        with self._lock:
-            sums = {name: getattr(self._counts, name) + number for name, number in more.items()}
-            self._counts = replace(self._counts, **sums)
+            self._counts.bytes = used_bytes
 
     def _failed(self, error: OSError) -> None:
-        self._add(failed_writes=1)
+        with self._lock:
+            self._counts.failed_writes += 1
         if not self._warned:
             self._warned = True
             logger.warning(
-                "cache %s: a block was not kept: %s; it comes from the store next time: free space "
-                "or lower data.cache_bytes. Further failures are only counted",
+                "cache %s: a block was not written: %s; free space or lower data.cache_bytes. "
+                "Further failures are only counted",
                 os.path.dirname(self._counter),
                 error.strerror or error,
             )

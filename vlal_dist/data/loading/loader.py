@@ -144,7 +144,7 @@ class TrainLoader:
             for _, futures in pending:
                 for future in futures:
                     future.cancel()
-            reader.clear()
+            reader.prefetcher.clear()
 
     def ledger_of(self, epoch: int, start: int, stop: int) -> Ledger:
         """The ledger of the visits at positions start..stop-1, such as a dropped end."""
@@ -156,17 +156,17 @@ class TrainLoader:
 
     def numbers(self) -> dict[str, float]:
         """Counts of this rank so far, for its metrics: work, seconds, and steps that are ready."""
-        reader, remote = self.builder.reader, self.builder.reader.remote
-        cache = None if reader.cache is None else reader.cache.counts
+        reader, fetched = self.builder.reader, self.builder.reader.prefetcher
+        cache = {} if reader.cache is None else asdict(reader.cache.counts)
         return {
             **asdict(self.builder.counts),
             "ready_steps": self.ready_steps,
-            "fetches": remote.fetches if remote else 0,
-            "fetched_bytes": remote.fetched_bytes if remote else 0,
-            "fetch_seconds": remote.fetch_seconds if remote else 0.0,
+            "fetches": fetched.fetches,
+            "fetched_bytes": fetched.fetched_bytes,
+            "fetch_seconds": fetched.fetch_seconds,
             "refetched": reader.refetched,
             "damaged": reader.damaged,
-            **({} if cache is None else {f"cache_{k}": v for k, v in asdict(cache).items()}),
+            **{f"cache_{name}": value for name, value in cache.items()},
         }
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ class TrainLoader:
             if not stay.all():
                 left_out = Ledger.of(uid[here][~stay], places.visit[here][~stay])
             yield BatchRequest(
-                at=at.between(low, high),
+                at=at.select(slice(low, high)),
                 position=piece[stay],
                 visit=places.visit[here][stay],
                 flip=flip[here][stay],
@@ -230,7 +230,7 @@ class TrainLoader:
     def _finish(self, pending: deque[tuple[StepPlan, list["Future[BuiltBatch]"]]]) -> Step:
         """The oldest step, waited for."""
         step, futures = pending.popleft()
-        self.builder.reader.retire(step.start)
+        self.builder.reader.prefetcher.retire(step.start)
         self.ready_steps = sum(all(one.done() for one in others) for _, others in pending)
         built = [future.result() for future in futures]
         return Step(
@@ -276,10 +276,10 @@ def evaluation_batches(
     finally:
         for _, future in pending:
             future.cancel()
-        reader.clear()
+        reader.prefetcher.clear()
 
 
 def _next(builder: BatchBuilder, pending: "deque[tuple[int, Future[BuiltBatch]]]") -> Batch:
     first_row, future = pending.popleft()
-    builder.reader.retire(first_row)
+    builder.reader.prefetcher.retire(first_row)
     return future.result().batch

@@ -11,7 +11,6 @@ import numpy as np
 
 from vlal_dist.data.loading.disk_cache import DiskCache
 from vlal_dist.data.order.concat import ConcatSplits
-from vlal_dist.data.order.shuffle import BlockRanges
 from vlal_dist.errors import TruncatedError
 from vlal_dist.storage.store import Store
 
@@ -19,14 +18,7 @@ FETCHES = 16
 """Ranged reads in flight."""
 
 BlockRange = tuple[int, int, int]
-"""First row, end, and the position of the epoch from which on the range is not used any more."""
-
-
-def as_tuples(ranges: BlockRanges) -> list[BlockRange]:
-    """One tuple per position."""
-    return list(
-        zip(ranges.first.tolist(), ranges.stop.tolist(), ranges.until.tolist(), strict=True)
-    )
+"""First row, end, and the position of the epoch from which on they are not needed any more."""
 
 
 @dataclass(frozen=True)

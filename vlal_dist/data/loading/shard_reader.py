@@ -7,7 +7,6 @@ more, past every cache; what fails again is damaged. An error of transport is ne
 import os
 import threading
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32
@@ -15,7 +14,7 @@ from isal.isal_zlib import crc32
 from vlal_dist.data.format.sample_reader import read_again
 from vlal_dist.data.hashing import I64, U64, uid_to_hex
 from vlal_dist.data.loading.disk_cache import DiskCache
-from vlal_dist.data.loading.prefetch import BlockRange, Prefetcher, ShardFile, as_tuples
+from vlal_dist.data.loading.prefetch import Prefetcher, ShardFile
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.shuffle import BlockRanges
 from vlal_dist.errors import DataError, StorageError
@@ -28,45 +27,35 @@ Data = bytes | memoryview
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where the samples of some rows lie: columns with one entry per row.
+    """Where the samples of n rows lie: columns of int64, unless stated otherwise.
 
     Attributes:
-        rows: int64 [n], of the corpus.
+        rows: [n], of the corpus.
         uid: uint64 [n].
-        object_id: int64 [n].
-        shard: number of the shard in the corpus.
-        offset, length, crc32: of the tar range.
-        jpg, json, likelihood: (start, stop) of each member's contents within the tar range.
-        block, block_offset: the range that a remote sample is read from, and its offset in the
-            shard; empty if all shards are local.
+        object_id: [n].
+        shard: [n], number of the shard in the corpus.
+        offset, length, crc32: [n], of the tar range.
+        jpg, json, likelihood: [n, 2], start and end of each member's contents in the tar range.
+        block: [n, 3], the `BlockRange` that a remote sample is read from.
+        block_offset: [n], its first byte in the shard.
     """
 
     rows: I64
     uid: U64
     object_id: I64
-    shard: list[int]
-    offset: list[int]
-    length: list[int]
-    crc32: list[int]
-    jpg: list[tuple[int, int]]
-    json: list[tuple[int, int]]
-    likelihood: list[tuple[int, int]]
-    block: list[BlockRange]
-    block_offset: list[int]
+    shard: I64
+    offset: I64
+    length: I64
+    crc32: I64
+    jpg: I64
+    json: I64
+    likelihood: I64
+    block: I64
+    block_offset: I64
 
-    def between(self, low: int, high: int) -> "SampleLocations":
-        """Rows low..high-1 of these."""
-        return SampleLocations(**{name: value[low:high] for name, value in vars(self).items()})
-
-    def select(self, places: I64) -> "SampleLocations":
-        """The rows at some places of these."""
-
-        def pick(column: Any) -> Any:
-            if isinstance(column, np.ndarray):
-                return column[places]
-            return [column[n] for n in places.tolist()] if column else []
-
-        return SampleLocations(**{name: pick(column) for name, column in vars(self).items()})
+    def select(self, which: I64 | slice) -> "SampleLocations":
+        """Some of the rows."""
+        return SampleLocations(**{name: column[which] for name, column in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -117,7 +106,8 @@ class ShardReader:
         cache: keeps block ranges of remote shards on a local disk; None: no such cache.
 
     Attributes:
-        remote: fetches from remote shards; None where all are local.
+        remote: whether a shard is remote.
+        prefetcher: fetches from remote shards.
         refetched: samples that failed a check and were read once more.
         damaged: samples that failed it again.
     """
@@ -132,11 +122,10 @@ class ShardReader:
                 key = split.shard_key(number)
                 path = split.store.local_path(key)
                 self._shards.append(ShardFile(split.store, key, shard.sha256, path))
+        self.remote = any(shard.path is None for shard in self._shards)
+        self.prefetcher = Prefetcher(corpus, self._shards, cache=cache)
         self._lock = threading.Lock()
         self._files: dict[int, _File] = {}
-        self.remote: Prefetcher | None = None
-        if any(shard.path is None for shard in self._shards):
-            self.remote = Prefetcher(corpus, self._shards, cache=cache)
 
     def locate(self, rows: I64, blocks: BlockRanges | None = None) -> SampleLocations:
         """Look rows up in the index.
@@ -145,29 +134,31 @@ class ShardReader:
             rows: int64 [n], of the corpus.
             blocks: ranges that remote rows are read from; None: whole blocks.
         """
-        column = {
-            name: self.corpus.column(name, rows).astype(np.int64)
-            for name in ("object_id", "offset", "length", "crc32")
-        }
-        block: list[BlockRange] = []
-        block_offset: list[int] = []
-        if self.remote is not None:
+
+        def column(name: str) -> I64:
+            return self.corpus.column(name, rows).astype(np.int64)
+
+        def member(name: str) -> I64:
+            start = column(f"{name}_offset")
+            return np.stack([start, start + column(f"{name}_length")], axis=1)
+
+        block = np.zeros((len(rows), 3), dtype=np.int64)
+        if self.remote:
             blocks = blocks or self.whole_blocks(rows)
-            block = as_tuples(blocks)
-            block_offset = self.corpus.column("offset", blocks.first).tolist()
+            block = np.stack([blocks.first, blocks.stop, blocks.until], axis=1)
         return SampleLocations(
             rows=rows,
             uid=self.corpus.column("uid", rows),
-            object_id=column["object_id"],
+            object_id=column("object_id"),
             shard=self._shard_of(rows),
-            offset=column["offset"].tolist(),
-            length=column["length"].tolist(),
-            crc32=column["crc32"].tolist(),
-            jpg=self._member("jpg", rows),
-            json=self._member("json", rows),
-            likelihood=self._member("likelihood", rows),
+            offset=column("offset"),
+            length=column("length"),
+            crc32=column("crc32"),
+            jpg=member("jpg"),
+            json=member("json"),
+            likelihood=member("likelihood"),
             block=block,
-            block_offset=block_offset,
+            block_offset=self.corpus.column("offset", block[:, 0]).astype(np.int64),
         )
 
     def read(self, at: SampleLocations, low: int, high: int) -> list[Data | Damage]:
@@ -183,8 +174,8 @@ class ShardReader:
         """
         found: list[Data | Damage] = []
         files, pread, here = self._files, os.pread, slice(low, high)
-        ranges = zip(at.shard[here], at.offset[here], at.length[here], at.crc32[here], strict=True)
-        for place, (shard, offset, length, expected) in enumerate(ranges, low):
+        columns = (c[here].tolist() for c in (at.shard, at.offset, at.length, at.crc32))
+        for place, (shard, offset, length, expected) in enumerate(zip(*columns, strict=True), low):
             file = files.get(shard)
             data: Data | Damage | None
             try:
@@ -209,24 +200,11 @@ class ShardReader:
 
     def prefetch(self, rows: I64, blocks: BlockRanges) -> None:
         """Begin to fetch the ranges of remote rows, in order."""
-        if self.remote is None:
-            return
         # Each range once: many neighbours share one, and each request takes a lock.
-        for block, shard in dict.fromkeys(
-            zip(as_tuples(blocks), self._shard_of(rows), strict=True)
-        ):
+        ranges = np.stack([blocks.first, blocks.stop, blocks.until, self._shard_of(rows)], axis=1)
+        for first, stop, until, shard in dict.fromkeys(map(tuple, ranges.tolist())):
             if self._shards[shard].path is None:
-                self.remote.request(block, shard)
-
-    def retire(self, position: int) -> None:
-        """Drop the ranges that are not used any more from a position on."""
-        if self.remote is not None:
-            self.remote.retire(position)
-
-    def clear(self) -> None:
-        """Drop all ranges, at the end of an epoch."""
-        if self.remote is not None:
-            self.remote.clear()
+                self.prefetcher.request((first, stop, until), shard)
 
     def damage(self, at: SampleLocations, place: int, check: str) -> Damage:
         """Count a damaged row, and describe it."""
@@ -237,29 +215,22 @@ class ShardReader:
 
     def close(self) -> None:
         """End the threads and close the files."""
-        if self.remote is not None:
-            self.remote.close()
+        self.prefetcher.close()
         self._files.clear()
 
-    def _member(self, name: str, rows: I64) -> list[tuple[int, int]]:
-        start = self.corpus.column(f"{name}_offset", rows).astype(np.int64)
-        stop = start + self.corpus.column(f"{name}_length", rows)
-        return list(zip(start.tolist(), stop.tolist(), strict=True))
-
-    def _shard_of(self, rows: I64) -> list[int]:
+    def _shard_of(self, rows: I64) -> I64:
         """The number of each row's shard in the corpus."""
         shards = self.corpus.column("shard", rows).astype(np.int64)
         if len(self.corpus.splits) > 1:
             shards += self._first_shard[self.corpus.locate(rows)[0]]
-        found: list[int] = shards.tolist()
-        return found
+        return shards
 
     def _first_read(self, at: SampleLocations, place: int) -> Data | None:
         """A sample of a remote shard, or of a local one that is not open yet.
 
         None where a remote shard ends before the sample's block range does.
         """
-        shard = at.shard[place]
+        shard, offset, length = (int(c[place]) for c in (at.shard, at.offset, at.length))
         path = self._shards[shard].path
         if path is not None:
             with self._lock:
@@ -268,29 +239,29 @@ class ShardReader:
                     while len(self._files) >= _OPEN_FILES:
                         self._files.pop(next(iter(self._files)))
                     file = self._files[shard] = _File(str(path))
-            return os.pread(file.descriptor, at.length[place], at.offset[place])
-        assert self.remote is not None
-        data = self.remote.request(at.block[place], shard).result()
+            return os.pread(file.descriptor, length, offset)
+        first, stop, until = at.block[place].tolist()
+        data = self.prefetcher.request((first, stop, until), shard).result()
         if data is None:
             return None
-        start = at.offset[place] - at.block_offset[place]
-        return memoryview(data)[start : start + at.length[place]]
+        start = offset - int(at.block_offset[place])
+        return memoryview(data)[start : start + length]
 
     def _second_read(self, at: SampleLocations, place: int) -> Data | Damage:
         """Read one sample past every cache; if that fails the check too, it is damaged."""
-        shard = at.shard[place]
+        shard = int(at.shard[place])
         file = self._shards[shard]
         with self._lock:
             self.refetched += 1
             self._files.pop(shard, None)
         if file.path is None:
-            assert self.remote is not None
-            self.remote.discard(at.block[place], shard)
+            first, stop, until = at.block[place].tolist()
+            self.prefetcher.discard((first, stop, until), shard)
         found = read_again(
             file.store,
             file.key,
-            offset=at.offset[place],
-            length=at.length[place],
-            expected=at.crc32[place],
+            offset=int(at.offset[place]),
+            length=int(at.length[place]),
+            expected=int(at.crc32[place]),
         )
         return self.damage(at, place, found) if isinstance(found, str) else found
