@@ -1,10 +1,8 @@
-"""S3 servers for all tests: `moto_s3` (in this process) and `ceph_s3` (a real Ceph gateway).
+"""Fixtures for all tests: S3 servers `moto_s3` and `ceph_s3`, and `small`, a merged dataset.
 
-And `small`, a dataset that is packed, scored and merged once for all that only read it.
-
-A test that asks for one of them, directly or through a fixture, runs with its AWS variables set and
-none of the developer's own. What runs outside of a test function (a fixture of a wider scope) uses
-`with server.environment():`; a subprocess gets `server.env`.
+A test that uses a server, directly or through a fixture, runs with its AWS variables set and none
+of the developer's own. Fixtures of a wider scope use `with server.environment():`; a subprocess
+gets `server.env`.
 """
 
 import gc
@@ -19,8 +17,8 @@ from typing import Any
 
 import pytest
 
-# Before torch is imported: its threads would wait for each other at every tiny tensor, for as long
-# as other work has the second core. Tests of threads ask for them.
+# Set before torch is imported: with few cores its threads would wait for each other at every tiny
+# tensor. Tests of threads set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.fixtures.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
@@ -61,7 +59,7 @@ class S3Server:
         return f"s3://{self.bucket}/{prefix or uuid.uuid4().hex[:12]}"
 
     def client(self) -> Any:
-        """A plain boto3 client, to look at or disturb the bucket behind the store's back."""
+        """A plain boto3 client, to read or change the bucket without the store."""
         return self._client
 
     @cached_property
@@ -154,12 +152,12 @@ def ceph_s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: collections need not look through torch's objects every time."""
+    """Exclude imported objects (torch's are many) from garbage collection."""
     gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever asks for `ceph_s3` is marked `ceph`."""
+    """Mark every test that uses `ceph_s3` with `ceph`."""
     for item in items:
         if isinstance(item, pytest.Function) and "ceph_s3" in item.fixturenames:
             item.add_marker("ceph")
@@ -167,7 +165,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _aws_environment(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Give a test the AWS variables of the server that it asks for."""
+    """Set the AWS variables of the server that a test uses."""
     names = [name for name in ("moto_s3", "ceph_s3") if name in request.fixturenames]
     if len(names) != 1:
         yield

@@ -1,4 +1,4 @@
-"""Faults between a real S3 server and the loader: the epoch stays exact, or ends with a name."""
+"""Faults between a real S3 server and the loader: the epoch stays exact, or names its error."""
 
 import errno
 import multiprocessing
@@ -82,7 +82,7 @@ def proxy(ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultP
 
 @pytest.fixture
 def remote(uploaded: str, proxy: FaultProxy, tmp_path: Path) -> Dataset:
-    """The dataset through the proxy; its reads take a second of silence for a fault."""
+    """The dataset through the proxy; its reads time out after a second."""
     return open_remote(uploaded, tmp_path)
 
 
@@ -96,7 +96,7 @@ def hits(proxy: FaultProxy) -> int:
 
 
 def check_exact(given: list[Given], clean: Rows) -> None:
-    """Every sample once, in its place, bit by bit, and none called damaged."""
+    """Every sample once, in its place, bit by bit, and none damaged."""
     assert [one.error for one in given] == [None] * len(given)
     assert all_rows(given) == clean
     assert sum(one.numbers["damaged"] for one in given) == 0
@@ -130,7 +130,7 @@ class TestHealed:
         given = read_ranks(remote, world_size=2)
         check_exact(given, clean)
         assert hits(proxy) == 12
-        # A flipped bit is what no transport tells: the checksum does, and the sample comes again.
+        # No transport detects a flipped bit: the checksum does, and the sample is read again.
         assert sum(one.numbers["refetched"] for one in given) == (12 if kind == "flip" else 0)
 
     def test_a_flipped_bit_does_not_stay_in_the_cache(
@@ -153,7 +153,7 @@ class TestManifestAndBucket:
     def test_a_missing_and_an_extra_shard(
         self, ceph_s3: S3Server, url: str, tmp_path: Path, clean: Rows
     ) -> None:
-        """What no manifest names is not read; what it names must be there before work begins."""
+        """A shard that no manifest names is not read; a named one must exist before work begins."""
         client, dataset = ceph_s3.client(), open_remote(url, tmp_path)
         client.put_object(**name_of(url, EXTRA), Body=b"x" * 512)
         split = open_split(dataset, SPLIT)
@@ -298,7 +298,7 @@ class TestCache:
     ) -> None:
         """Evictions, flipped bits and two processes at once; none waits for the other for ever.
 
-        Byte 5000 lies in parts, not in single samples: what is read once more arrives whole.
+        Byte 5000 lies in block ranges, not in single samples: second reads arrive whole.
         """
         proxy.faults = [Fault("flip", SHARDS, times=10**6, at=5000, chance=0.2)]
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:

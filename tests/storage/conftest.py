@@ -1,4 +1,4 @@
-"""One object on moto, and a proxy before it that breaks what it is told to."""
+"""One object on moto, behind a proxy that injects faults."""
 
 import os
 from collections.abc import Iterator

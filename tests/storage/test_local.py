@@ -1,4 +1,4 @@
-"""What is special about local folders: names, durability, permissions, full disks."""
+"""Local folders only: names, durability, permissions, full disks."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What is special about S3: lost answers, refusals, counts; over real sockets."""
+"""S3 only: lost answers, refusals and counts, over real sockets."""
 
 import hashlib
 import os
@@ -29,7 +29,7 @@ class TestRetries:
         assert len(proxy.log) == TRIES
 
     @pytest.mark.parametrize("as_file", [False, True])
-    def test_a_commit_whose_answer_was_lost_finds_itself(
+    def test_a_commit_whose_answer_was_lost_finds_its_own_object(
         self, root: S3Store, proxy: FaultProxy, tmp_path: Path, as_file: bool
     ) -> None:
         proxy.faults = [Fault("lost", match="^PUT ")]
@@ -80,7 +80,7 @@ class TestCommits:
         head = behind.head_object(**name_of(root, "shard.tar"))
         assert head["Metadata"] == {"sha256": hashlib.sha256(DATA).hexdigest()}
 
-    def test_more_than_one_put_can_carry_is_refused(self, root: S3Store, tmp_path: Path) -> None:
+    def test_an_object_too_large_for_one_put_is_refused(self, root: S3Store, tmp_path: Path) -> None:
         huge = tmp_path / "huge"
         with huge.open("wb") as file:
             file.truncate(s3.MAX_OBJECT_BYTES + 1)
@@ -123,7 +123,7 @@ class TestRefusals:
 
     def test_an_absent_profile(self, moto_s3: S3Server) -> None:
         expected = pytest.raises(StorageError, match=r"ProfileNotFound.*AWS_PROFILE")
-        with moto_s3.environment(AWS_PROFILE="nobody"), expected:
+        with moto_s3.environment(AWS_PROFILE="absent"), expected:
             S3Store(moto_s3.url()).exists("k")
 
     def test_no_bucket(self, moto_s3: S3Server) -> None:
@@ -138,7 +138,7 @@ class TestRefusals:
         with moto_s3.environment(AWS_ENDPOINT_URL=endpoint), expected:
             S3Store(moto_s3.url()).exists("k")
 
-    def test_nobody_listens(self, moto_s3: S3Server) -> None:
+    def test_an_endpoint_without_a_server(self, moto_s3: S3Server) -> None:
         with socket.socket() as closed:
             closed.bind(("127.0.0.1", 0))
             endpoint = f"http://user:password@127.0.0.1:{closed.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Every repetition is counted under the reason for which it was made, and no other."""
+"""Every repeated request is counted under its reason, and no other."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ def part(store: S3Store) -> None:
 
 
 def signed_part(store: S3Store) -> None:
-    """Two ranged reads, the second by a signed URL over a connection of our own."""
+    """Two ranged reads, the second by a signed URL over a kept connection."""
     part(store)
     part(store)
 

@@ -51,7 +51,7 @@ class TestBrokenBodies:
         assert root.counts.requests - before.requests == 2
         assert root.counts.bytes_in - before.bytes_in == 6 * MIB
 
-    def test_a_read_of_everything_is_resumed(self, root: S3Store, proxy: FaultProxy) -> None:
+    def test_a_whole_read_is_resumed(self, root: S3Store, proxy: FaultProxy) -> None:
         proxy.faults = [Fault("reset", at=2 * MIB), Fault("truncate", at=MIB)]
         assert root.read("shard.tar") == DATA
         ranges = [seen.headers.get("range") for seen in proxy.log]
@@ -107,7 +107,7 @@ class TestBrokenBodies:
     ) -> None:
         proxy.faults = [Fault("flip", at=5000)]
         assert root.read("shard.tar") == DATA
-        proxy.faults = [Fault("short", at=1000)]  # a cut that the reply does not own up to
+        proxy.faults = [Fault("short", at=1000)]  # the reply states the cut length
         assert root.read("shard.tar") == DATA
         proxy.faults = [Fault("flip", at=5000, times=2)]
         with pytest.raises(DataError, match=r"shard\.tar' has sha256 .* recorded when it was"):
@@ -147,7 +147,7 @@ def free_port() -> int:
 class TestOutages:
     @pytest.fixture
     def port(self, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> int:
-        """Where the store will be; nobody listens there yet."""
+        """Where the store will be; no server listens there yet."""
         port = free_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         return port
@@ -210,7 +210,7 @@ class TestOutages:
         assert 2.0 <= time.monotonic() - started < 4.0
         assert type(pickle.loads(pickle.dumps(caught.value))) is StorageError
 
-    def test_a_store_never_seen_is_given_up_soon(self, port: int, shard: S3Store) -> None:
+    def test_an_endpoint_that_never_answered_is_given_up_soon(self, port: int, shard: S3Store) -> None:
         """Else a mistyped endpoint would be reported only after a minute."""
         started = time.monotonic()
         with pytest.raises(StorageError, match=rf"given up after {TRIES} tries"):
@@ -296,7 +296,7 @@ class TestOutages:
 
 
 class Scripted(http.server.ThreadingHTTPServer):
-    """A store of one object of `BODY` whose replies are as `(headers, body)` says for a range."""
+    """A store of one object of `BODY` whose replies `reply` makes, as (Content-Range, body), for a range."""
 
     BODY = bytes(range(250)) * 4
 
@@ -333,7 +333,7 @@ class _ScriptedHandler(http.server.BaseHTTPRequestHandler):
 
 
 class TestShortObjects:
-    """Damage of the object is told from damage on the way."""
+    """A truncated object is distinguished from a truncated reply."""
 
     @pytest.fixture
     def scripted(
@@ -368,7 +368,7 @@ class TestShortObjects:
             assert server.ranges[-4:] == [(10, 209), (70, 209), (130, 209), (190, 209)]
             assert store.counts == Counts(requests=4, repeated={"truncated": 3}, bytes_in=200)
 
-    def test_a_cut_that_never_ends_is_an_error_of_the_way(
+    def test_replies_that_are_always_cut_are_a_storage_error(
         self, scripted: Callable[..., Scripted]
     ) -> None:
         scripted(lambda first, last: (f"bytes {first}-{last}/1000", b""))
@@ -385,7 +385,7 @@ class TestShortObjects:
         ("extent", "size_bytes"),
         [(None, 10), ("bytes 0-9/1000", 10), ("bytes 5-14/*", 10), ("bytes 5-14/1000", 11)],
     )
-    def test_a_reply_to_another_question_is_not_used(
+    def test_a_reply_for_another_range_is_not_used(
         self, scripted: Callable[..., Scripted], extent: str | None, size_bytes: int
     ) -> None:
         server = scripted(lambda *_: (extent, Scripted.BODY[:size_bytes]))
@@ -396,7 +396,7 @@ class TestShortObjects:
     def test_a_refused_range_that_exists_is_no_damage(
         self, root: S3Store, proxy: FaultProxy, behind: Any
     ) -> None:
-        """The object is whole again by the time that its size is asked."""
+        """The object is whole again when its size is requested."""
         place = name_of(root, "restored")
         behind.put_object(**place, Body=b"12345")
         with pytest.raises(TruncatedError, match=r"offset 5, but it ends at byte 5; .*`verify`"):
@@ -425,7 +425,7 @@ class TestReplacedObjects:
 
     @pytest.fixture
     def theirs(self, ours: S3Store) -> S3Store:
-        """The same root in other hands."""
+        """Another client of the same root."""
         return S3Store(ours.url)
 
     def test_ranges_of_two_versions_are_never_mixed(self, ours: S3Store, theirs: S3Store) -> None:
@@ -439,7 +439,7 @@ class TestReplacedObjects:
                     ours.read("shard", offset=offset, length=length)
         assert S3Store(ours.url).read("shard", length=2) == b"cc"
 
-    def test_what_is_read_whole_may_change(self, ours: S3Store, theirs: S3Store) -> None:
+    def test_an_object_read_whole_may_change(self, ours: S3Store, theirs: S3Store) -> None:
         ours.replace("status", b"1")
         assert ours.read("status") == b"1"
         theirs.replace("status", b"22")
@@ -448,7 +448,7 @@ class TestReplacedObjects:
         theirs.replace("status", b"333")
         assert ours.read("status") == b"333"
 
-    def test_what_this_store_wrote_itself_is_known(self, ours: S3Store) -> None:
+    def test_a_change_by_this_store_is_expected(self, ours: S3Store) -> None:
         ours.replace("status", b"1")
         assert ours.read("status", length=1) == b"1"
         ours.replace("status", b"2")
@@ -488,7 +488,7 @@ class TestReplacedObjects:
         assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_store_that_ignores_if_match_is_found_out(
+def test_a_replacement_is_seen_in_a_store_that_ignores_if_match(
     root: S3Store, behind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert root.read("shard.tar", length=1) == DATA[:1]
@@ -535,7 +535,7 @@ class TestSignedReads:
         assert "no answer from the store" in shown
         assert "token7" not in shown and "Signature" not in shown
 
-    def test_where_signed_urls_are_refused_it_goes_the_long_way(self, moto_s3: S3Server) -> None:
+    def test_refused_signed_urls_fall_back_to_signed_requests(self, moto_s3: S3Server) -> None:
         with (
             FaultProxy(moto_s3.endpoint) as proxy,
             moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),

@@ -1,4 +1,4 @@
-"""What every store promises, checked on a local folder, on moto and on a real Ceph gateway."""
+"""Behaviour of every store, on a local folder, on moto and on a real Ceph gateway."""
 
 import hashlib
 import os

@@ -53,6 +53,6 @@ def test_boxes_are_cut_as_pack_cuts_them() -> None:
         ((0, 0, float("nan"), 9), "box too large"),
     ],
 )
-def test_boxes_that_cannot_be_are_told(box: Box, reason: str) -> None:
+def test_impossible_boxes_are_errors(box: Box, reason: str) -> None:
     with pytest.raises(DataError, match=f"^{reason}: "):
         square(photo(), box)

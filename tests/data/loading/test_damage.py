@@ -43,7 +43,7 @@ def copied(root: Path) -> Dataset:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strict_stops_before_a_damaged_sample_is_given_out(
+def test_strict_stops_before_a_damaged_sample(
     merged: Dataset, clean: dict[int, tuple[int, str]], tmp_path: Path, kind: str
 ) -> None:
     damaged = damaged_copy(merged, tmp_path / "root", kind)
@@ -60,21 +60,21 @@ def test_strict_stops_before_a_damaged_sample_is_given_out(
         found = all_rows(given)
         assert found.items() <= clean.items()
         assert not damaged.uids & {uid for uid, _ in found.values()}
-        # Whatever comes before the step of the first damage is given out: all of it on one rank.
+        # Everything before the step of the first damage is returned; on one rank, all of it.
         assert {p for p in clean if p < first // 8 * 8} <= found.keys()
         errors = [one.error for one in given if one.error is not None]
         assert bool(errors) == bool(damaged.uids)
         for error in errors:
             assert isinstance(error, DamagedError) and error.exit_code == 65
             assert error.damage.uid in damaged.uids
-            told = str(error)
-            assert shard in told and f"{error.damage.uid:016x}" in told
-            assert "crc32" in told or "the shard ends before" in told
-            assert "restore it" in told and "data.damage quarantine" in told
+            text = str(error)
+            assert shard in text and f"{error.damage.uid:016x}" in told
+            assert "crc32" in text or "the shard ends before" in text
+            assert "restore it" in text and "data.damage quarantine" in text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quarantine_leaves_out_the_damaged_samples_alone_on_every_layout(
+def test_quarantine_leaves_out_only_the_damaged_samples_on_every_layout(
     merged: Dataset, clean: dict[int, tuple[int, str]], tmp_path: Path, kind: str
 ) -> None:
     damaged = damaged_copy(merged, tmp_path / "root", kind)
@@ -84,24 +84,24 @@ def test_quarantine_leaves_out_the_damaged_samples_alone_on_every_layout(
         given = read_ranks(dataset, world_size=world_size, quarantine=True)
         assert [one.error for one in given] == [None] * world_size
         assert all_rows(given) == whole
-        told = [uid for one in given for uid in one.damaged]
-        assert sorted(told) == sorted(damaged.uids)
+        reported = [uid for one in given for uid in one.damaged]
+        assert sorted(reported) == sorted(damaged.uids)
         assert sum(one.numbers["damaged"] for one in given) == len(damaged.uids)
         assert all(damaged.key in why for one in given for why in one.damaged.values())
-        check_books(merged, given, len(damaged.uids))
+        check_ledger(merged, given, len(damaged.uids))
 
 
-def check_books(dataset: Dataset, given: list[Given], left_out: int) -> None:
+def check_ledger(dataset: Dataset, given: list[Given], left_out: int) -> None:
     """Trained and left out make up the plan."""
     loader = open_loader(dataset)
     trained = sum((one.trained for one in given), Ledger())
-    away = sum((one.left_out for one in given), Ledger())
-    assert away.count == left_out
-    assert trained + away == loader.plan.ledger(0)
+    excluded = sum((one.left_out for one in given), Ledger())
+    assert excluded.count == left_out
+    assert trained + excluded == loader.plan.ledger(0)
     loader.close()
 
 
-def test_what_is_quarantined_is_not_read_again(merged: Dataset, tmp_path: Path) -> None:
+def test_a_quarantined_sample_is_not_read_again(merged: Dataset, tmp_path: Path) -> None:
     damaged = damaged_copy(merged, tmp_path / "root", "cut_in_member")
     listed, loaders = set[int](), [open_loader(copied(tmp_path / "root"), rank=r, world_size=2,
                                                quarantine=True) for r in range(2)]  # fmt: skip
@@ -125,7 +125,7 @@ def test_verify_finds_every_kind(merged: Dataset, tmp_path: Path, kind: str) -> 
 
 
 class TestTransport:
-    """What cannot be read is not damaged: quarantine stops as strict does."""
+    """A shard that cannot be read is not damaged: quarantine stops as strict does."""
 
     @pytest.fixture
     def shard(self, merged: Dataset, tmp_path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The decode function keeps to Pillow within one level, and takes no half file."""
+"""Decoding is within one level of Pillow, and refuses incomplete files."""
 
 import io
 from dataclasses import replace
@@ -54,7 +54,7 @@ def test_only_its_own_slot_is_written() -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "no image", "empty", "flipped"])
-def test_damage_is_told(damage: str) -> None:
+def test_a_damaged_jpeg_is_an_error(damage: str) -> None:
     jpg = photo(200, 200)
     broken = {
         "cut": jpg[: len(jpg) // 2],

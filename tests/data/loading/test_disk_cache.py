@@ -27,7 +27,7 @@ OTHER = hashlib.sha256(b"another").hexdigest()
 
 
 def block(shard: str, offset: int, length: int) -> bytes:
-    """The bytes of a range, so that any process can tell whether they are right."""
+    """The bytes of a range, so that any process can check them."""
     seed = hashlib.sha256(f"{shard}{offset}".encode()).digest()
     return (seed * (length // len(seed) + 1))[:length]
 
@@ -57,7 +57,7 @@ def cache_of(folder: Path, limit_bytes: int = 1000, largest_bytes: int = 100) ->
 
 
 class TestLaws:
-    def test_what_is_put_comes_back(self, folder: Path) -> None:
+    def test_get_returns_the_bytes_of_put(self, folder: Path) -> None:
         cache = cache_of(folder)
         assert cache.get(SHARD, 5, 10) is None
         cache.put(SHARD, 5, b"0123456789")
@@ -136,7 +136,7 @@ class TestLaws:
         assert [path.name.split("-")[1] for path in entries(folder)] == ["0", "9"]
         assert smaller.counts == CacheCounts(evictions=8, bytes=200)
 
-    def test_names_that_eviction_would_not_know_are_refused(self, folder: Path) -> None:
+    def test_names_that_eviction_would_not_recognise_are_refused(self, folder: Path) -> None:
         cache = cache_of(folder)
         for shard, offset in (("../x", 0), (SHARD[:31], 0), (SHARD.upper(), 0), (SHARD, -1)):
             with pytest.raises(DataError, match="lower-case hex digits"):
@@ -165,7 +165,7 @@ class TestDamage:
         assert cache.get(SHARD, 0, 10) == b"0123456789"
 
     @pytest.mark.parametrize("content", [b"", b"junk", b"0" * 20, b"\0" * 21])
-    def test_a_damaged_counter_is_counted_anew(self, folder: Path, content: bytes) -> None:
+    def test_a_damaged_counter_is_counted_again(self, folder: Path, content: bytes) -> None:
         cache = cache_of(folder)
         for offset in range(8):
             cache.put(SHARD, offset, bytes(100))
@@ -344,7 +344,7 @@ class TestProcesses:
         assert list((folder / "writing").iterdir()) == []
         assert cache.counts.bytes == used(folder) <= 200_000
 
-    def test_what_a_writer_killed_in_mid_write_had_reserved_comes_back(self, folder: Path) -> None:
+    def test_the_reservation_of_a_killed_writer_is_released(self, folder: Path) -> None:
         code = "os.rename = lambda *_: time.sleep(60)\ncache_of(folder).put(SHARD, 0, bytes(100))"
         writer = start(code, folder)
         part = wait_for(folder, "writing/*.part")
@@ -356,7 +356,7 @@ class TestProcesses:
         assert cache_of(folder).counts.bytes == 0
         assert not part.exists()
 
-    def test_old_leftovers_go_whoever_has_their_process_id_now(self, folder: Path) -> None:
+    def test_old_leftovers_are_removed_even_if_their_process_id_is_in_use(self, folder: Path) -> None:
         cache_of(folder)
         parts = [folder / "writing" / f"{os.getpid()}-{n * 32}-100.part" for n in "ab"]
         for part in parts:
@@ -425,7 +425,7 @@ class TestFullDisk:
         yield mount
         subprocess.run(["umount", str(mount)], check=True)
 
-    def test_a_full_disk_is_streamed_through(
+    def test_a_full_disk_stops_no_read(
         self, disk: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         cache = cache_of(disk / "cache", 100 << 20, 1 << 20)

@@ -63,7 +63,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Dealt:
-    """One step: where it lies, and what each rank was given."""
+    """One step: its positions, and the visits of each rank."""
 
     epoch: int
     start: int
@@ -191,9 +191,9 @@ def check_schedule(
         dropped = line[epoch][len(given) :]
         assert Counter(given) + Counter(dropped) == Counter(planned)
         assert len(dropped) < (ended[epoch].batch_size if order.epoch_end == "drop" else 1)
-        books = sum((of_visits(rank) for rank in ranks), Ledger())
+        ledger = sum((of_visits(rank) for rank in ranks), Ledger())
         assert reference.plan.ledger(epoch).to_json() == epoch_oracle.ledger(planned)
-        assert (books + of_visits(dropped)).to_json() == epoch_oracle.ledger(planned)
+        assert (ledger + of_visits(dropped)).to_json() == epoch_oracle.ledger(planned)
     return dealt
 
 
@@ -276,7 +276,7 @@ def check_written(
     """Write a split and check a schedule on it.
 
     Args:
-        piece: positions whose order the ranks of the schedule work out at a time; the undisturbed
+        piece: positions whose order the ranks of the schedule compute at a time; the undisturbed
             order is worked out in the usual, larger pieces.
     """
     split = epoch_oracle.write_split(folder / "train", shards)

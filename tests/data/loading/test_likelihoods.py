@@ -175,7 +175,7 @@ def test_a_remote_file_is_copied_once_without_its_embeddings(tmp_path: Path) -> 
     assert again.reads == []
 
 
-def test_a_slow_file_holds_up_nobody_else(tmp_path: Path) -> None:
+def test_a_slow_file_delays_no_other_file(tmp_path: Path) -> None:
     split = make_split(2, 4)
     expected = expected_rows(write_all(tmp_path / "scores", split))
     store = RemoteStore(tmp_path / "scores")

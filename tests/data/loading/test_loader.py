@@ -1,4 +1,4 @@
-"""Batches and the training stream of a small real dataset: equal content on every layout."""
+"""Batches and the training stream of a small dataset: equal content on every layout."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,7 +78,7 @@ def samples(steps: Iterator[Any]) -> list[dict[tuple[int, int], torch.Tensor]]:
 
 
 @pytest.mark.parametrize("places", [0, 10, 1000])
-def test_kept_pixels_are_those_of_a_decoding(
+def test_cached_images_equal_decoded_ones(
     merged: Dataset, places: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = [0]
@@ -99,14 +99,14 @@ def test_kept_pixels_are_those_of_a_decoding(
         calls[0] = 0
         batch = batch_of(keeping, order, visit, flip[order])
         assert torch.equal(batch.image, expected[torch.from_numpy(order)])
-        on_device(batch, torch.device("cpu"))  # the mirror must not reach what is kept
+        on_device(batch, torch.device("cpu"))  # mirroring must not change the cache
     assert len(kept) == min(places, len(rows))
     assert calls[0] == len(rows) - len(kept)
     plain.close()
     keeping.close()
 
 
-def test_a_batch_holds_what_the_sample_says(merged: Dataset) -> None:
+def test_a_batch_holds_the_contents_of_its_samples(merged: Dataset) -> None:
     builder = make(merged)
     rows = np.array([5, 0, 7])
     cpu = torch.device("cpu")
@@ -144,7 +144,7 @@ def test_a_likelihood_over_another_feasible_set_is_refused(merged: Dataset) -> N
     builder.close()
 
 
-def test_what_a_device_will_decode_travels_as_it_is(merged: Dataset) -> None:
+def test_jpegs_that_the_device_decodes_are_in_the_batch(merged: Dataset) -> None:
     ready, later = make(merged), make(merged, decode="gpu")
     rows, zeros = np.arange(5), np.zeros(5, np.int64)
     batches = [batch_of(one, rows, zeros, np.ones(5, np.bool_)) for one in (ready, later)]

@@ -1,12 +1,8 @@
-"""Decode JPEG crops into model inputs: on the CPU, on the GPU (nvJPEG), or cropped from a photo.
+"""Decode JPEG crops to model inputs on the CPU or the GPU (nvJPEG), or crop them from a photo.
 
-The measure is Pillow's decoder and its antialiased bilinear resize (what torchvision's `Resize`
-does with a Pillow image): every value is within 1 of 255 of it, and equal where nothing is resized.
-The comparison with the other decoders is in docs/benchmarks/decode.md.
-
-The way of pack and of training but for one step: pack stores a crop as a JPEG of quality 95, and
-here its pixels are squashed at once. A whole photo that is an upright JPEG is stored as it is, so
-for it nothing differs.
+The reference is Pillow's decoder and its antialiased bilinear resize (torchvision's `Resize` of a
+Pillow image): every value is within 1 of 255 of it, and equal without a resize.
+docs/benchmarks/decode.md compares it with other decoders.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
-    """Decode a JPEG, squash it to S x S (bilinear, antialiased) and write it into `out`.
+    """Decode a JPEG, resize it to S x S (bilinear, antialiased) and write it into `out`.
 
     Most of the time is spent without the interpreter's lock.
 
@@ -48,7 +44,7 @@ def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
 
 
 def resize_into(pixels: Pixels, out: Pixels) -> None:
-    """Squash pixels to S x S (bilinear, antialiased), written into `out`.
+    """Resize pixels to S x S (bilinear, antialiased), written into `out`.
 
     Args:
         pixels: uint8 [H, W, 3].
@@ -57,7 +53,7 @@ def resize_into(pixels: Pixels, out: Pixels) -> None:
     if pixels.shape == out.shape:
         out[:] = pixels
         return
-    # numpy turns axes in a tenth of torch's time, which small crops feel.
+    # numpy permutes axes in a tenth of torch's time, which matters for small crops.
     planes = torch.from_numpy(pixels[None].transpose(0, 3, 1, 2))
     target = torch.from_numpy(out[None].transpose(0, 3, 1, 2))
     # What torch.nn.functional.interpolate(antialias=True) calls; only it can write into `out`.
@@ -70,7 +66,10 @@ Box = tuple[float, float, float, float]
 def square_into(
     image: Image.Image, box: Box | None, out: Pixels, *, expansion: float, max_pixels: int
 ) -> None:
-    """Crop as pack does, and squash.
+    """Crop a photo as pack does, and resize the crop.
+
+    pack stores crops as JPEGs of quality 95, which this skips. It stores a whole photo that is an
+    upright JPEG as it is, so for that nothing differs.
 
     Args:
         image: upright RGB (`open_photo`).
@@ -95,7 +94,7 @@ def square_into(
 
 
 def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tensor:
-    """Decode and squash (bilinear, antialiased) on a device.
+    """Decode and resize (bilinear, antialiased) on a device.
 
     Close to `decode_into`, not equal to it: nvJPEG's colours and rounding differ from
     libjpeg-turbo's, and the resize is done in float32.
@@ -103,7 +102,7 @@ def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tens
     Args:
         jpgs: whole files, at least one.
         side: S, pixels.
-        device: where to.
+        device: of the result.
 
     Returns:
         float32 [B, 3, S, S], 0 to 255.
