@@ -80,7 +80,9 @@ class TestCommits:
         head = behind.head_object(**name_of(root, "shard.tar"))
         assert head["Metadata"] == {"sha256": hashlib.sha256(DATA).hexdigest()}
 
-    def test_an_object_too_large_for_one_put_is_refused(self, root: S3Store, tmp_path: Path) -> None:
+    def test_an_object_too_large_for_one_put_is_refused(
+        self, root: S3Store, tmp_path: Path
+    ) -> None:
         huge = tmp_path / "huge"
         with huge.open("wb") as file:
             file.truncate(s3.MAX_OBJECT_BYTES + 1)

@@ -210,7 +210,9 @@ class TestOutages:
         assert 2.0 <= time.monotonic() - started < 4.0
         assert type(pickle.loads(pickle.dumps(caught.value))) is StorageError
 
-    def test_an_endpoint_that_never_answered_is_given_up_soon(self, port: int, shard: S3Store) -> None:
+    def test_an_endpoint_that_never_answered_is_given_up_soon(
+        self, port: int, shard: S3Store
+    ) -> None:
         """Else a mistyped endpoint would be reported only after a minute."""
         started = time.monotonic()
         with pytest.raises(StorageError, match=rf"given up after {TRIES} tries"):
@@ -296,7 +298,7 @@ class TestOutages:
 
 
 class Scripted(http.server.ThreadingHTTPServer):
-    """A store of one object of `BODY` whose replies `reply` makes, as (Content-Range, body), for a range."""
+    """A store of one object, `BODY`; `reply` makes (Content-Range, body) of a requested range."""
 
     BODY = bytes(range(250)) * 4
 

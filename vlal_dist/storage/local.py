@@ -42,15 +42,13 @@ class LocalStore:
         """See `Store.read`."""
         path = self._path(key)
         check_range(key, offset, length)
-        with translated_errors(path), path.open("rb", buffering=0) as file:
+        with translated_errors(path), path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(length)
             size_bytes = os.fstat(file.fileno()).st_size
-            end = size_bytes if length is None else offset + length
-            if offset <= end <= size_bytes:
-                data = _read_exactly(file.fileno(), offset, end - offset)
-                if len(data) == end - offset:
-                    return data
-                size_bytes = offset + len(data)
-        raise short_read(self.url, key, offset=offset, length=length, size_bytes=size_bytes)
+        if offset > size_bytes or (length is not None and len(data) < length):
+            raise short_read(self.url, key, offset=offset, length=length, size_bytes=size_bytes)
+        return data
 
     def size(self, key: str) -> int:
         """See `Store.size`."""
@@ -194,16 +192,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _read_exactly(descriptor: int, offset: int, length: int) -> bytes:
-    """`length` bytes, or fewer at the end of the file (one pread returns at most 2 GiB)."""
-    parts: list[bytes] = []
-    while length and (part := os.pread(descriptor, length, offset)):
-        parts.append(part)
-        offset += len(part)
-        length -= len(part)
-    return b"".join(parts)
 
 
 def _raise_unless_absent(error: OSError) -> None:

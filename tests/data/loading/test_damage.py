@@ -1,8 +1,9 @@
-"""Damage at rest: strict gives out nothing of it, quarantine leaves out it and nothing else."""
+"""Damaged shards: strict returns no damaged sample, quarantine leaves out these and no other."""
 
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,8 @@ from vlal_dist.data.format.dataset import Dataset, check_shard_sizes, open_datas
 from vlal_dist.data.loading.shard_reader import DamagedError
 from vlal_dist.data.order.ledger import Ledger
 from vlal_dist.errors import DataError, StorageError
+from vlal_dist.storage.checks import translated_errors
+from vlal_dist.storage.local import LocalStore
 
 LAYOUTS = (1, 2, 3)
 
@@ -68,7 +71,7 @@ def test_strict_stops_before_a_damaged_sample(
             assert isinstance(error, DamagedError) and error.exit_code == 65
             assert error.damage.uid in damaged.uids
             text = str(error)
-            assert shard in text and f"{error.damage.uid:016x}" in told
+            assert shard in text and f"{error.damage.uid:016x}" in text
             assert "crc32" in text or "the shard ends before" in text
             assert "restore it" in text and "data.damage quarantine" in text
 
@@ -154,15 +157,23 @@ class TestTransport:
         self, shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: int
     ) -> None:
         """At the first read of a sample, or at the second one of the damaged sample."""
-        reads: dict[int, int] = {}
-        pread = os.pread
+        error = OSError(errno.EIO, os.strerror(errno.EIO))
+        pread, whole = os.pread, LocalStore.read
 
-        def failing(descriptor: int, length: int, offset: int) -> bytes:
+        def failing_first(descriptor: int, length: int, offset: int) -> bytes:
             if os.readlink(f"/proc/self/fd/{descriptor}") == str(shard):
-                reads[offset] = reads.get(offset, 0) + 1
-                if reads[offset] == read:
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                raise error
             return pread(descriptor, length, offset)
 
-        monkeypatch.setattr(os, "pread", failing)
+        def failing_second(store: LocalStore, key: str, **where: Any) -> bytes:
+            path = store.local_path(key)
+            if path == shard:
+                with translated_errors(path):
+                    raise error
+            return whole(store, key, **where)
+
+        if read == 1:
+            monkeypatch.setattr(os, "pread", failing_first)
+        else:
+            monkeypatch.setattr(LocalStore, "read", failing_second)
         self.stops(tmp_path, "Input/output error")

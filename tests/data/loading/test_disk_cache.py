@@ -356,7 +356,9 @@ class TestProcesses:
         assert cache_of(folder).counts.bytes == 0
         assert not part.exists()
 
-    def test_old_leftovers_are_removed_even_if_their_process_id_is_in_use(self, folder: Path) -> None:
+    def test_old_leftovers_are_removed_even_if_their_process_id_is_in_use(
+        self, folder: Path
+    ) -> None:
         cache_of(folder)
         parts = [folder / "writing" / f"{os.getpid()}-{n * 32}-100.part" for n in "ab"]
         for part in parts:
@@ -425,9 +427,7 @@ class TestFullDisk:
         yield mount
         subprocess.run(["umount", str(mount)], check=True)
 
-    def test_a_full_disk_stops_no_read(
-        self, disk: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_full_disk_stops_no_read(self, disk: Path, caplog: pytest.LogCaptureFixture) -> None:
         cache = cache_of(disk / "cache", 100 << 20, 1 << 20)
         for offset in range(20):
             cache.put(SHARD, offset, block(SHARD, offset, 100_000))

@@ -24,8 +24,7 @@ from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.hashing import I64, signed_uids, uid_to_hex
 from vlal_dist.data.loading.batch import Batch
-from vlal_dist.data.loading.decode import decode_into
-from vlal_dist.data.loading.image_memory import ImageBuffers, ImageCache
+from vlal_dist.data.loading.decode import ImageCache, decode_into
 from vlal_dist.data.loading.likelihoods import ReadLikelihoods
 from vlal_dist.data.loading.shard_reader import (
     Damage,
@@ -138,7 +137,7 @@ class BatchBuilder:
             )
         self.counts = StageCounts()
         self.lock = threading.Lock()  # of the counts
-        self.buffers = ImageBuffers(side=side, pinned=pinned)
+        self.pinned = pinned
         self._pool = ThreadPoolExecutor(config.threads, thread_name_prefix="decode")
 
     def start(self, request: BatchRequest) -> "Future[BuiltBatch]":
@@ -173,7 +172,13 @@ class _Job:
         self.left = 0
         self.data: list[Data] = [b""] * count
         self.damage: dict[int, Damage] = {}
-        self.pixels, self.image = builder.buffers.take(0 if builder.decode_later else count)
+        side = builder.config.image_size
+        shape = (0 if builder.decode_later else count, side, side, 3)
+        if builder.pinned:
+            self.image = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        else:  # numpy's memory has larger pages than torch's: first writes are much faster
+            self.image = torch.from_numpy(np.empty(shape, dtype=np.uint8))
+        self.pixels = self.image.numpy()
         self._lock = threading.Lock()
 
     def work(self, low: int, high: int) -> None:

@@ -2,9 +2,10 @@
 
 The reference is Pillow's decoder and its antialiased bilinear resize (torchvision's `Resize` of a
 Pillow image): every value is within 1 of 255 of it, and equal without a resize.
-docs/benchmarks/decode.md compares it with other decoders.
+docs/benchmarks/decode.md compares it with other decoders. `ImageCache` keeps decoded images.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -123,3 +124,40 @@ def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tens
         for one in images
     ]
     return torch.cat(squares)
+
+
+class ImageCache:
+    """Decoded images by row of a corpus, uint8 [S, S, 3], kept from their first use up to a limit.
+
+    Nothing is evicted: an epoch visits all rows once, so the least recently used image is the next
+    one needed. May be shared by threads.
+
+    Args:
+        side: S, pixels.
+        num_rows: of the corpus.
+        limit_bytes: of all kept pixels; 0 keeps none. Memory is taken as images come.
+    """
+
+    def __init__(self, *, side: int, num_rows: int, limit_bytes: int) -> None:
+        places = min(num_rows, limit_bytes // (side * side * 3))
+        self._pixels = np.empty((places, side, side, 3), dtype=np.uint8)
+        self._place: dict[int, int] = {}
+        self._lock, self._next = threading.Lock(), 0
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def get(self, row: int) -> Pixels | None:
+        """The pixels of a row, to be read only; None where they are not kept."""
+        place = self._place.get(row)
+        return None if place is None else self._pixels[place]
+
+    def keep(self, row: int, pixels: Pixels) -> None:
+        """Copy the pixels of a row, if there is room."""
+        with self._lock:
+            place = self._next
+            if place == len(self._pixels) or row in self._place:
+                return
+            self._next += 1
+        self._pixels[place] = pixels
+        self._place[row] = place  # only now, when it is complete
