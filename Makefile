@@ -74,13 +74,13 @@ fashion12k: setup
 	$(RUN) python -m shard_tools merge $(CONFIG)
 	$(RUN) python -m vlal_dist.experiments table1 $(CONFIG)
 
-# Only for benchmarks/loader/loader.py. What could not be installed is named in $(PEERS)/peers.json.
+# Only for benchmarks/loader/loader.py; the peers hold packages at older versions than ours.
 peers: $(PEERS)/.ready
 
-$(PEERS)/.ready: benchmarks/peers/constraints.txt benchmarks/peers/install.py
+$(PEERS)/.ready: benchmarks/peers/constraints.txt
 	@echo "installing the peers into $(PEERS) (a few minutes)"
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python benchmarks/peers/install.py
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c benchmarks/peers/constraints.txt torch torchvision numpy pillow simplejpeg opencv-python-headless webdataset litdata mosaicml-streaming
 	@touch $@
 
 # Only for benchmarks/scoring/score.py. setuptools: it imports pkg_resources, which later ones lack.

@@ -1,18 +1,17 @@
 """JPEG decoders on one core: speed, and distance from Pillow's own decoder and resize.
 
-    make peers && python benchmarks/loader/loader.py --quick      # the environment, and the data
-    PYTHONPATH=. .peers/bin/python benchmarks/decode/decode.py [--data FOLDER] [--markdown FILE]
+    make peers                                  # OpenCV lies in that environment
+    PYTHONPATH=. .peers/bin/python -m benchmarks.decode.decode [--quick] [--markdown FILE]
 
-Each decoder turns the same JPEG bytes into a uint8 square; CPU seconds, the decoders in turn within
-each of the rounds, the least over rounds.
+Each decoder turns the same made-up JPEGs into uint8 squares; CPU seconds, the decoders in turn
+within each of the rounds, the least over rounds.
 """
 
-import argparse
 import io
-import tarfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -22,15 +21,16 @@ import torch
 import torchvision
 from PIL import Image
 
+from benchmarks.common.data import CROPS, PHOTOS, photo
+from benchmarks.common.harness import finish, in_rounds, make_parser, table
 from vlal_dist.data.loading.decode import decode_into
 
 Pixels = npt.NDArray[np.uint8]
 Decode = Callable[[bytes, Pixels], None]
-ROUNDS = 7
 
 
 def with_pillow(jpg: bytes, out: Pixels) -> None:
-    """What every distance is measured from."""
+    """The reference of every difference."""
     image = Image.open(io.BytesIO(jpg)).convert("RGB")
     out[:] = np.asarray(image.resize(out.shape[:2], Image.Resampling.BILINEAR))
 
@@ -83,77 +83,42 @@ DECODERS: dict[str, Decode] = {
 }
 
 
-def read_jpgs(root: Path, most: int) -> list[bytes]:
-    """The first JPEGs of a packed dataset."""
-    found = []
-    for path in sorted((root / "train/shards").iterdir()):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if member.name.endswith(".jpg") and file is not None:
-                    found.append(file.read())
-                if len(found) == most:
-                    return found
-    return found
-
-
-def compare(jpgs: list[bytes], side: int) -> list[str]:
-    """One table row per decoder."""
+def compare(jpgs: list[bytes], side: int, rounds: int) -> str:
+    """A table with a row per decoder."""
     outputs = {name: np.zeros((len(jpgs), side, side, 3), np.uint8) for name in DECODERS}
-    best = dict.fromkeys(DECODERS, float("inf"))
-    for _ in range(ROUNDS):
-        for name, decode in DECODERS.items():
-            started = time.process_time()
-            for jpg, slot in zip(jpgs, outputs[name], strict=True):
-                decode(jpg, slot)
-            best[name] = min(best[name], (time.process_time() - started) / len(jpgs))
+
+    def seconds(name: str) -> float:
+        started = time.process_time()
+        for jpg, slot in zip(jpgs, outputs[name], strict=True):
+            DECODERS[name](jpg, slot)
+        return (time.process_time() - started) / len(jpgs)
+
     rows = []
-    for name, seconds in best.items():
+    for name, found in in_rounds({n: partial(seconds, n) for n in DECODERS}, rounds).items():
         distance = np.abs(outputs[name].astype(np.int16) - outputs["Pillow"])
+        shares = [f"{100 * (distance > levels).mean():.2f} %" for levels in (0, 1)]
         rows.append(
-            f"| {name} | {seconds * 1e6:.0f} | {1 / seconds:,.0f} | {distance.max()} "
-            f"| {100 * (distance > 0).mean():.2f} % | {100 * (distance > 1).mean():.2f} % |"
+            [name, f"{1e6 * min(found):.0f}", f"{1 / min(found):,.0f}", distance.max(), *shares]
         )
-    return rows
+    head = ["decoder", "us", "per CPU second", "largest difference", "differing", "by more than 1"]
+    return table(head, rows)
 
 
 def main() -> None:
-    """Compare on crops and on photos; print a table for each."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("runs/bench-loader"))
-    parser.add_argument("--markdown", type=Path)
-    arguments = parser.parse_args()
+    """Compare on crops, on photos, and on photos where scaling while decoding can set in."""
+    given = make_parser(__doc__, rounds=7).parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    lines = []
-    sizes = {"crops": (64, 1000), "photos": (224, 60), "large": (224, 30)}
-    for kind, (side, most) in sizes.items():
-        source = "photos" if kind == "large" else kind
-        jpgs = read_jpgs(arguments.data / source / "dataset", most)
-        if kind == "large":
-            jpgs = [_doubled(jpg) for jpg in jpgs]
-        size = Image.open(io.BytesIO(jpgs[0])).size
+    rng, parts = np.random.default_rng(0), []
+    large = replace(PHOTOS, width=2 * PHOTOS.width, height=2 * PHOTOS.height)
+    for kind, count in ((CROPS, 1000), (PHOTOS, 60), (large, 30)):
+        jpgs = [photo(rng, kind) for _ in range(count // 10 if given.quick else count)]
         mean = sum(map(len, jpgs)) / len(jpgs)
-        lines += [
-            f"{size[0]}x{size[1]}, {mean / 1000:.1f} kB, to {side}x{side}:",
-            "",
-            "| decoder | us | per CPU second | largest difference | differing | by more than 1 |",
-            "|---|---|---|---|---|---|",
-            *compare(jpgs, side),
-            "",
-        ]
-    text = "\n".join(lines)
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
-
-
-def _doubled(jpg: bytes) -> bytes:
-    """A photo of twice the width and height, where scaling while decoding can set in."""
-    image = Image.open(io.BytesIO(jpg))
-    sink = io.BytesIO()
-    image.resize((2 * image.width, 2 * image.height)).save(sink, "JPEG", quality=90)
-    return sink.getvalue()
+        parts.append(
+            f"{kind.width}x{kind.height}, {mean / 1000:.1f} kB, to {kind.side}x{kind.side}:\n\n"
+            + compare(jpgs, kind.side, 2 if given.quick else given.rounds)
+        )
+    finish(given, "\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Of what the selective loss ignores, how much is really there: hidden truth, several ways to draw.
+"""Share of the ignored attributes that are really present, for several ways of drawing them.
 
-    python benchmarks/hidden_truth/hidden_truth.py --config CONFIG --truth FILE [--visits 4]
+    python -m benchmarks.hidden_truth.hidden_truth --config CONFIG --truth FILE [--visits 4]
         [--num-ignore 5 10 20 30] [--markdown FILE] [--section.key value ...]
 
 FILE is what clean put aside (clean.hide; in the instances root), or complete labels of rendered
@@ -15,7 +15,6 @@ Counted are unannotated feasible pairs, as being drawn has no effect elsewhere. 
 deviations over visits.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -26,23 +25,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from vlal_dist.config.load import parse_command_line  # noqa: E402
-from vlal_dist.config.sections import Config  # noqa: E402
-from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split  # noqa: E402
-from vlal_dist.data.loading.likelihoods import ObjectLikelihoods  # noqa: E402
-from vlal_dist.data.order.concat import ConcatSplits  # noqa: E402
-from vlal_dist.errors import DataError, VlalError  # noqa: E402
-from vlal_dist.experimenting.hidden_truth import (  # noqa: E402
+from benchmarks.common.harness import finish, make_parser, table
+from vlal_dist.config.load import parse_command_line
+from vlal_dist.config.sections import Config
+from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from vlal_dist.data.loading.likelihoods import ObjectLikelihoods
+from vlal_dist.data.order.concat import ConcatSplits
+from vlal_dist.errors import DataError, VlalError
+from vlal_dist.experimenting.hidden_truth import (
     HiddenCount,
     count_hidden_truth,
     read_hidden_truth,
 )
-from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set  # noqa: E402
-from vlal_dist.method.likelihood import inverse_weights  # noqa: E402
-from vlal_dist.reporting.selective_sections import TrainingCrops, read_training_crops  # noqa: E402
+from vlal_dist.method.ignore_set import sample_ignore_set, top_ignore_set
+from vlal_dist.method.likelihood import inverse_weights
+from vlal_dist.reporting.selective_sections import TrainingCrops, read_training_crops
 
 Weights = npt.NDArray[np.float32]
 Counts = dict[tuple[str, int], list[HiddenCount]]
@@ -163,26 +160,20 @@ def markdown(chance: HiddenCount, found: Counts, num_ignores: Sequence[int]) -> 
     """A table per quantity: a line per way, a column per NUM_IGNORE."""
     parts = []
     for title, measure in TABLES:
-        lines = [f"| {title} | " + " | ".join(f"NUM_IGNORE {k}" for k in num_ignores) + " |"]
-        lines.append("|---" * (len(num_ignores) + 1) + "|")
-        lines.append(f"| {CHANCE} " + f"| {cell([chance], measure)} " * len(num_ignores) + "|")
+        rows = [[CHANCE, *[cell([chance], measure)] * len(num_ignores)]]
         for name, _, _ in WAYS:
-            cells = (cell(found[name, number], measure) for number in num_ignores)
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+            rows.append([name, *(cell(found[name, number], measure) for number in num_ignores)])
+        parts.append(table([title, *(f"NUM_IGNORE {k}" for k in num_ignores)], rows))
+    return "\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read, draw, count; print and write the tables."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").splitlines()[0],
-        epilog="Other flags are settings, --section.key value, as all programs take them.",
-    )
+    parser = make_parser(__doc__)
+    parser.epilog = "Other flags are settings, --section.key value, as all programs take them."
     parser.add_argument("--truth", required=True, help="Parquet file (path or URL)")
     parser.add_argument("--visits", type=int, default=4, help="of each crop, from the first")
     parser.add_argument("--num-ignore", type=int, nargs="+", default=[5, 10, 20, 30])
-    parser.add_argument("--markdown", type=Path)
     given, rest = parser.parse_known_args(argv)
     if given.visits < 1 or min(given.num_ignore) < 1:
         parser.error("--visits and --num-ignore must be 1 or more")
@@ -204,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"visits {given.visits}, method.draw_over {draw_over}, seed {seed}.\n\n"
         + markdown(chance, found, given.num_ignore)
     )
-    print(text)
-    if given.markdown:
-        given.markdown.write_text(text, encoding="utf-8")
+    finish(given, text)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Our training stream beside webdataset, litdata and mosaicml-streaming, and beside its ceiling.
 
     make peers                                    # once: the other loaders, in .peers
-    python benchmarks/loader/loader.py [--quick] [--json FILE] [--markdown FILE] [--data FOLDER]
+    python -m benchmarks.loader.loader [--quick] [--s3 s3://BUCKET [--server-pids PID ...]]
 
 Crops of 60x80 pixels (about 2 kB) to 64x64 and photos of 500x375 (about 90 kB) to 224x224; batches
 of 64 images and labels; warm page cache; each loader in processes of its own, one after the other,
@@ -9,30 +9,39 @@ their order reversed from round to round; medians over rounds. Every peer decode
 function, and as shipped. Our checksums are on. The ceiling is our decode function in a bare loop.
 
 With two processes we run two ranks with one decoding thread each; the peers two workers, and a main
-process that only collects. One process means one core. S3 is Ceph's gateway on the same cores: its
-CPU seconds are taken out of the ratio, and printed.
+process that only collects. One process means one core. The datasets are copied to the bucket; CPU
+seconds of its server's processes, on the same two cores, are taken out of the ratio, and printed.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.loader.data import CROPS, PHOTOS, Kind, make  # noqa: E402
-from benchmarks.loader.table import PEERS, Figures, write  # noqa: E402
+from benchmarks.common.data import CROPS, PHOTOS, Kind, make
+from benchmarks.common.harness import (
+    ROOT,
+    Numbers,
+    finish,
+    in_rounds,
+    make_parser,
+    options,
+    ratios,
+    run_together,
+    spread,
+    table,
+    why_absent,
+)
+from vlal_dist.storage.store import open_store
 
 PEER_PYTHON = ROOT / ".peers/bin/python"
+PEERS = {"webdataset": "webdataset", "litdata": "litdata", "streaming": "mosaicml"}
+"""Peer -> its name in the ratios."""
 BATCH = 64
 
 
@@ -65,189 +74,129 @@ class Entry:
         return "_".join(parts)
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Where the data is and how long to measure.
-
-    Attributes:
-        folder: of the data.
-        seconds, warmup: of each run.
-        s3_roots: kind -> s3:// root; empty: no server.
-        server_pids: of the server's processes.
-    """
-
-    folder: Path
-    seconds: float
-    warmup: float
-    s3_roots: dict[str, str]
-    server_pids: list[int]
-
-    def run(self, entry: Entry) -> Figures:
-        """Measure one entry."""
-        if entry.name in PEERS:
-            return self._peer(entry)
-        commands = [self._own(entry, rank) for rank in range(entry.processes)]
-        found = run_together(commands)
-        per_s = sum(one["samples"] / one["seconds"] for one in found)
-        cpu = sum(one["cpu_seconds"] for one in found)
-        samples = sum(one["samples"] for one in found)
-        # Each rank saw the whole server, while it measured itself.
-        server = statistics.mean(one["server_cpu_seconds"] / one["seconds"] for one in found)
-        return Figures(per_s, samples / cpu, server)
-
-    def _own(self, entry: Entry, rank: int) -> list[str]:
-        root = str(self.folder / entry.kind.name / "dataset")
-        command = [sys.executable, str(ROOT / "benchmarks/loader/run.py"), entry.name]
-        command += [self.s3_roots[entry.kind.name] if entry.s3 else root]
-        options = {
-            "cache": self.folder / "cache",
-            "side": entry.kind.side,
-            "batch": BATCH,
-            "rank": rank,
-            "ranks": entry.processes,
-            "warmup": self.warmup,
-            "seconds": self.seconds,
-        }
-        options |= {"cores": 1} if entry.processes == 1 else {}
-        command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
-        return command + (["--server-pids", *map(str, self.server_pids)] if entry.s3 else [])
-
-    def _peer(self, entry: Entry) -> Figures:
-        one = entry.processes == 1
-        command = [str(PEER_PYTHON), str(ROOT / "benchmarks/peers/run_peer.py"), entry.name]
-        command += [str(self.folder / entry.kind.name / "peers"), "--variant", entry.variant]
-        options = {
-            "attributes": 591,
-            "side": entry.kind.side,
-            "batch": BATCH,
-            "workers": 0 if one else entry.processes,
-            "cores": entry.processes,
-            "warmup": self.warmup,
-            "seconds": self.seconds,
-        }
-        command += [word for k, v in options.items() for word in (f"--{k}", str(v))]
-        (found,) = run_together([command])
-        return Figures(found["samples_per_s"], found["samples_per_cpu_s"])
-
-
-def run_together(commands: Sequence[list[str]]) -> list[dict[str, Any]]:
-    """Run processes side by side; the JSON object that each prints last."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for command in commands
-    ]
-    found = []
-    for process in running:
-        output, errors = process.communicate(timeout=300)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(process.args)}\n{errors[-2000:]}")  # type: ignore[arg-type]
-        found.append(json.loads(output.strip().splitlines()[-1]))
-    return found
-
-
-def prepare(folder: Path, kinds: Sequence[Kind]) -> dict[str, str | None]:
-    """Make the data, converted for the peers; per peer, why it is absent (None: it is there)."""
-    for kind in kinds:
-        make(folder, kind)
-    if not PEER_PYTHON.exists():
-        return dict.fromkeys(PEERS, "no .peers environment: run make peers")
-    told = json.loads((ROOT / ".peers/peers.json").read_text())
-    absent = {peer: told[peer]["absent"] for peer in PEERS}
-    for kind in kinds:
-        data = folder / kind.name
-        command = [str(PEER_PYTHON), str(ROOT / "benchmarks/peers/convert.py")]
-        command += [str(data / "dataset"), str(data / "peers"), "--peers"]
-        command += [peer for peer in PEERS if absent[peer] is None]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
-    return absent
-
-
-@contextmanager
-def s3_copies(folder: Path, kinds: Sequence[Kind]) -> Iterator[tuple[dict[str, str], Any]]:
-    """The datasets in a Ceph gateway of our own; nothing where Ceph is not installed."""
-    from tests.fixtures.ceph import ACCESS_KEY, SECRET_KEY, CephError, Cluster
-
-    cluster = Cluster(Path(tempfile.mkdtemp(prefix="vlal-bench-")))
-    try:
-        cluster.start()
-    except CephError as error:
-        print(f"no S3 figures: {error}", file=sys.stderr)
-        yield {}, None
-        return
-    try:
-        os.environ |= {
-            "AWS_ENDPOINT_URL": cluster.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-        import boto3
-
-        from vlal_dist.storage.store import open_store
-
-        boto3.client("s3").create_bucket(Bucket="bench")
-        roots = {}
-        for kind in kinds:
-            roots[kind.name] = f"s3://bench/{kind.name}"
-            source, target = folder / kind.name / "dataset", open_store(roots[kind.name])
-            for path in sorted(p for p in source.rglob("*") if p.is_file()):
-                target.create(path.relative_to(source).as_posix(), path)
-        yield roots, cluster
-    finally:
-        cluster.stop(kill=True)
-
-
-def entries(
-    kinds: Sequence[Kind], *, absent: dict[str, str | None], quick: bool, s3: bool
-) -> list[Entry]:
+def entries(absent: dict[str, str | None], *, quick: bool, s3: bool) -> list[Entry]:
     """What is measured, in order."""
     found = []
-    for kind in kinds:
+    present = [peer for peer in PEERS if absent[peer] is None]
+    for kind in (CROPS, PHOTOS):
         for processes in (2,) if quick else (2, 1):
-            found += [Entry(name, kind, processes) for name in ("ceiling", "ours")]
-            present = [peer for peer in PEERS if absent[peer] is None]
-            found += [Entry(peer, kind, processes) for peer in present]
+            found += [Entry(name, kind, processes) for name in ("ceiling", "ours", *present)]
             if processes == 2 and not quick:
                 found += [Entry(peer, kind, 2, variant="as_shipped") for peer in present]
         found += [Entry("ours", kind, 2, s3=True)] if s3 else []
     return found
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Samples per second and per CPU second; cores that the S3 server used."""
+
+    per_s: float
+    per_cpu_s: float
+    server_cores: float = 0.0
+
+
+def measure(given: argparse.Namespace, entry: Entry) -> Figures:
+    """Run the processes of an entry."""
+    data, one = given.data / entry.kind.name, entry.processes == 1
+    common: dict[str, object] = {"side": entry.kind.side, "batch": BATCH}
+    common |= {"warmup": 0.5, "seconds": 1.5} if given.quick else {"warmup": 0.7, "seconds": 3.0}
+    if entry.name in PEERS:
+        command = [str(PEER_PYTHON), "-m", "benchmarks.peers.run_peer", entry.name]
+        workers = {"workers": 0 if one else 2, "cores": entry.processes, "attributes": 591}
+        common |= {"variant": entry.variant, **workers}
+        commands = [[*command, str(data / "peers"), *options(common)]]
+    else:
+        root = f"{given.s3}/{entry.kind.name}" if entry.s3 else str(data / "dataset")
+        command = [sys.executable, "-m", "benchmarks.loader.run", entry.name, root]
+        common |= {"cache": given.data / "cache", "ranks": entry.processes}
+        common |= {"cores": 1} if one else {}
+        command += options(common)
+        if entry.s3 and given.server_pids:
+            command += ["--server-pids", *map(str, given.server_pids)]
+        commands = [[*command, "--rank", str(rank)] for rank in range(entry.processes)]
+    found = run_together(commands)
+    samples, cpu = (sum(run[name] for run in found) for name in ("samples", "cpu_seconds"))
+    # Each rank saw the whole server, while it measured itself.
+    server = statistics.mean(run["server_cpu_seconds"] / run["seconds"] for run in found)
+    return Figures(sum(run["samples"] / run["seconds"] for run in found), samples / cpu, server)
+
+
+def prepare(given: argparse.Namespace) -> dict[str, str | None]:
+    """Make the data, converted for the peers; per peer, why it is absent (None: it is there)."""
+    for kind in (CROPS, PHOTOS):
+        root = make(given.data, kind)
+        if given.s3:
+            target = open_store(f"{given.s3}/{kind.name}")
+            for path in sorted(p for p in root.rglob("*") if p.is_file()):
+                target.create(path.relative_to(root).as_posix(), path)
+    absent = {peer: why_absent(PEER_PYTHON, peer) for peer in PEERS}
+    present = [peer for peer in PEERS if absent[peer] is None]
+    for kind in (CROPS, PHOTOS) if present else ():
+        data = given.data / kind.name
+        command = [str(PEER_PYTHON), "-m", "benchmarks.peers.convert"]
+        command += [str(data / "dataset"), str(data / "peers"), "--peers", *present]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    return absent
+
+
+def summarise(results: dict[str, list[Figures]]) -> tuple[str, Numbers]:
+    """Tables and flat numbers: medians over rounds of rates, and of ratios within a round."""
+    rates = {label: [run.per_s for run in runs] for label, runs in results.items()}
+    numbers: Numbers = {}
+    pairs = {"ceiling": "ceiling"} | {name: peer for peer, name in PEERS.items()}
+    pairs |= {f"{name}_as_shipped": f"{peer}_as_shipped" for peer, name in PEERS.items()}
+    for suffix in ("", "_one_process", "_photos", "_photos_one_process"):
+        for name, other in pairs.items():
+            if f"ours{suffix}" in rates and not ("shipped" in name and "process" in suffix):
+                numbers[f"ratio_to_{name}{suffix}"] = _median_ratio(
+                    rates[f"ours{suffix}"], rates.get(f"{other}{suffix}")
+                )
+        if f"ours_s3{suffix}" in results:
+            # Samples per second if the two cores had been the loader's alone.
+            alone = [run.per_s * 2 / (2 - run.server_cores) for run in results[f"ours_s3{suffix}"]]
+            local = rates[f"ours{suffix}"]
+            numbers[f"ratio_s3_to_local{suffix}"] = _median_ratio(alone, local)
+            numbers[f"ratio_s3_to_local_raw{suffix}"] = _median_ratio(
+                rates[f"ours_s3{suffix}"], local
+            )
+    rows = []
+    for label, runs in results.items():
+        cpu = statistics.median(run.per_cpu_s for run in runs)
+        server = statistics.median(run.server_cores for run in runs)
+        numbers[f"samples_per_s_{label}"] = statistics.median(rates[label])
+        numbers[f"samples_per_cpu_s_{label}"] = cpu
+        rows.append(
+            (label, spread(rates[label], ",.0f"), f"{cpu:,.0f}", f"{server:.2f}" if server else "")
+        )
+    text = table(["what", "samples/s, median", "per CPU second", "server's cores"], rows)
+    shown = [
+        (name, "null" if value is None else f"{value:.2f}")
+        for name, value in numbers.items()
+        if name.startswith("ratio")
+    ]
+    return f"{text}\n{table(['ratio', 'median over rounds'], shown)}", numbers
+
+
+def _median_ratio(ours: Sequence[float], theirs: Sequence[float] | None) -> float | None:
+    return None if theirs is None else statistics.median(ratios(ours, theirs))
+
+
 def main() -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT / "runs/bench-loader")
-    parser.add_argument("--quick", action="store_true", help="headline figures within two minutes")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    arguments = parser.parse_args()
-    kinds, rounds = (CROPS, PHOTOS), 1 if arguments.quick else arguments.rounds
-    absent = prepare(arguments.data, kinds)
+    parser.add_argument("--s3", help="s3://BUCKET to copy the datasets to; AWS_* as always")
+    parser.add_argument("--server-pids", type=int, nargs="*", default=())
+    given = parser.parse_args()
+    absent = prepare(given)
     for peer, reason in absent.items():
         if reason:
-            print(f"{peer} is absent: {reason}", file=sys.stderr)
-    with s3_copies(arguments.data, kinds) as (roots, cluster):
-        bench = Bench(
-            folder=arguments.data,
-            seconds=1.5 if arguments.quick else 3.0,
-            warmup=0.5 if arguments.quick else 0.7,
-            s3_roots=roots,
-            server_pids=cluster.pids if cluster else [],
-        )
-        planned = entries(kinds, absent=absent, quick=arguments.quick, s3=bool(roots))
-        results: dict[str, list[Figures]] = {entry.label: [] for entry in planned}
-        for number in range(rounds):
-            for entry in planned if number % 2 == 0 else planned[::-1]:
-                results[entry.label].append(bench.run(entry))
-                rate = results[entry.label][-1].per_s
-                print(f"round {number + 1}: {entry.label} {rate:,.0f}/s", file=sys.stderr)
-            text = write(results, json_path=arguments.json, markdown_path=arguments.markdown)
-    print(text)
+            print(f"{peer} is absent: {reason}; see make peers", file=sys.stderr)
+    planned = entries(absent, quick=given.quick, s3=bool(given.s3))
+    calls = {entry.label: partial(measure, given, entry) for entry in planned}
+    finish(given, *summarise(in_rounds(calls, 1 if given.quick else given.rounds)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.peers.measure import measure
+from benchmarks.common.harness import measure, pin
 from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.loading.batch_builder import BatchBuilder
@@ -32,13 +32,9 @@ def ours(arguments: argparse.Namespace) -> Iterator[tuple[torch.Tensor, torch.Te
     """Batches of this rank, epoch after epoch."""
     dataset = open_dataset(arguments.root, cache=arguments.cache)
     corpus = ConcatSplits([open_split(dataset, "train")])
-    builder = BatchBuilder(
-        ShardReader(corpus),
-        dataset,
-        DataConfig(image_size=arguments.side, threads=1),
-    )
+    data = DataConfig(image_size=arguments.side, threads=1)
     loader = TrainLoader(
-        builder,
+        BatchBuilder(ShardReader(corpus), dataset, data),
         EpochPlan(corpus, seed=SEED),
         TrainingConfig(batch_size=arguments.batch * arguments.ranks, seed=SEED),
         rank=arguments.rank,
@@ -87,7 +83,7 @@ def main() -> None:
     parser.add_argument("--server-pids", type=int, nargs="*", default=())
     arguments = parser.parse_args()
     if arguments.cores:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])
+        pin(sorted(os.sched_getaffinity(0))[: arguments.cores])
     torch.set_num_threads(1)
     loader = ours(arguments) if arguments.what == "ours" else ceiling(arguments)
     found = measure(

@@ -1,23 +1,22 @@
-"""All that is owed of the selective loss on a GPU, by one command: right, clean, fast.
+"""All checks of the selective loss on a GPU, by one command: correctness, sanitizers, speed.
 
-    python benchmarks/loss/gpu.py [--markdown docs/benchmarks/selective-loss-gpu.md] [--quick]
+    python -m benchmarks.loss.gpu [--markdown docs/benchmarks/selective-loss-gpu.md] [--quick]
 
 The backend's report, every test of `tests/kernels` (with a GPU each test of a backend runs on it),
 compute-sanitizer's four tools over the self-test, bytes and issue slots of the main program by
-ncu once, and the table of `benchmarks/loss/selective_loss.py`. Tools that are not there are named.
+ncu once, and the table of selective_loss.py. Absent tools are named.
 """
 
-import argparse
 import datetime
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from benchmarks.common.harness import ROOT, finish, make_parser, table
+
 REPORT = (sys.executable, "-m", "vlal_dist.kernels")
 METRICS = (
     "dram__bytes_read.sum",
@@ -39,8 +38,8 @@ torch.cuda.synchronize()
 """
 
 
-def told(*command: str) -> tuple[bool, str]:
-    """Whether a command succeeds, and what it says."""
+def run(*command: str) -> tuple[bool, str]:
+    """Whether a command succeeds, and its output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLAL_KERNEL": ""}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -56,7 +55,7 @@ def sanitized() -> list[tuple[str, bool, str]]:
         return [("compute-sanitizer", False, "not in PATH")]
     found = []
     for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        good, text = told(tool, "--tool", name, "--error-exitcode", "9", *REPORT)
+        good, text = run(tool, "--tool", name, "--error-exitcode", "9", *REPORT)
         found.append((f"compute-sanitizer {name}", good, text[-1500:]))
     return found
 
@@ -67,45 +66,38 @@ def counted() -> tuple[str, bool, str]:
     if tool is None:
         return ("ncu", False, "not in PATH")
     command = (tool, "--clock-control", "none", "--metrics", ",".join(METRICS))
-    good, text = told(*command, "--kernel-name", "vlal_rows", sys.executable, "-c", ONCE)
+    good, text = run(*command, "--kernel-name", "vlal_rows", sys.executable, "-c", ONCE)
     return ("ncu", good, text[-6000:])
 
 
 def main() -> int:
     """Run all, write the page; 1 where something failed, 64 without a GPU."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         print("error: torch sees no GPU", file=sys.stderr)
         return 64
     quick = ["--quick"] if arguments.quick else []
     steps = [
-        ("report", *told(*REPORT)),
+        ("report", *run(*REPORT)),
         (
             "tests",
-            *told(sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not soak"),
+            *run(sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not soak"),
         ),
         *sanitized(),
         counted(),
-        ("benchmark", *told(sys.executable, "benchmarks/loss/selective_loss.py", *quick)),
+        ("benchmark", *run(sys.executable, "-m", "benchmarks.loss.selective_loss", *quick)),
     ]
     page = [
         "# The selective loss on a GPU",
         f"{datetime.date.today()}, {torch.cuda.get_device_name()}, torch {torch.__version__}:",
-        "    python benchmarks/loss/gpu.py",
-        "| step | good |\n|---|---|\n"
-        + "\n".join(f"| {name} | {'yes' if good else 'no'} |" for name, good, _ in steps),
+        "    python -m benchmarks.loss.gpu",
+        table(["step", "good"], [(name, "yes" if good else "no") for name, good, _ in steps]),
     ]
     for name, _, text in steps:
         shown = text[-3000:] if name == "tests" else text
         fence = "" if name == "benchmark" else "```\n"
         page.append(f"## {name}\n\n{fence}{shown.strip()}\n{fence.strip()}")
-    text = "\n\n".join(page).rstrip() + "\n"
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+    finish(arguments, "\n\n".join(page).rstrip() + "\n")
     return 0 if all(good for name, good, said in steps if said != "not in PATH") else 1
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from benchmarks.common.harness import Numbers, table
 from benchmarks.loss.ways import RATIOS, Data, Way, make, ours, ways
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,21 +79,20 @@ def compare(rows: int, attributes: int, dtype: torch.dtype, *, rounds: int) -> d
     return result
 
 
-def on_gpu(shapes: list[tuple[int, int]], *, rounds: int) -> tuple[str, dict[str, float]]:
-    """The GPU's rows as Markdown, and its figures."""
-    told: dict[str, float] = {}
+def on_gpu(shapes: list[tuple[int, int]], *, rounds: int) -> tuple[str, Numbers]:
+    """The GPU's table, and its figures."""
+    numbers: Numbers = {}
     columns: list[str] = []
-    lines: list[str] = []
+    lines = []
     for rows, attributes in shapes:
         for kind, dtype in TYPES.items():
             found = compare(rows, attributes, dtype, rounds=rounds)
             columns = columns or list(found)
             suffix = f"{rows}x{attributes}" + ("" if kind == "fp32" else f"_{kind}")
             for name, value in found.items():
-                told[f"{'' if name == 'fraction_of_copy' else 'gpu_'}{name}_{suffix}"] = value
+                numbers[f"{'' if name == 'fraction_of_copy' else 'gpu_'}{name}_{suffix}"] = value
             cells = [f"{found[name]:.3g}" if name in found else "" for name in columns]
-            lines.append(f"| {rows}x{attributes} | {kind} | {' | '.join(cells)} |")
+            lines.append([f"{rows}x{attributes}", kind, *cells])
             torch.cuda.empty_cache()
-    head = f"| shape | type | {' | '.join(columns)} |\n" + "|---" * (len(columns) + 2) + "|"
-    name = torch.cuda.get_device_name()
-    return f"{name}\n\n{head}\n" + "\n".join(lines) + "\n", told
+    text = table(["shape", "type", *columns], lines)
+    return f"{torch.cuda.get_device_name()}\n\n{text}", numbers

@@ -1,24 +1,19 @@
-"""What `benchmarks/loss/selective_loss.py` compares: made-up batches, and the ways to their loss.
+"""Made-up batches and the ways to their loss that selective_loss.py compares.
 
 Legend: B rows, A attributes.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from vlal_dist.config.sections import LossConfig  # noqa: E402
-from vlal_dist.kernels.arguments import Draw, FeasibleTable  # noqa: E402
-from vlal_dist.kernels.operator import selective_loss  # noqa: E402
+from vlal_dist.config.sections import LossConfig
+from vlal_dist.kernels.arguments import Draw, FeasibleTable
+from vlal_dist.kernels.operator import selective_loss
 
 Way = Callable[[], None]
 RATIOS = {

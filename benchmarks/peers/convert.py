@@ -1,7 +1,5 @@
 """Write a packed split in the peers' formats, without touching a JPEG's bytes.
 
-    PYTHONPATH=. .peers/bin/python benchmarks/peers/convert.py DATASET OUT --split train
-
 OUT then holds `webdataset` (a link to our tars, which it reads as they are), and for each of
 `litdata` and `streaming` a dataset `bytes` (JPEG bytes as plain bytes) and a dataset `jpeg` (the
 same bytes in the peer's JPEG type, which it decodes itself). Chunks are 64 MB, both peers' default.
@@ -11,7 +9,6 @@ import argparse
 import os
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -86,20 +83,16 @@ def litdata_samples(shards: list[str], typed: bool, number: int) -> Iterator[dic
         yield {"jpg": jpg, "json": sample["json"]}
 
 
-def check_kept(shards: list[str], chunks: list[Path]) -> int:
-    """The number of samples, after finding the JPEG bytes of each, in order, in the chunks."""
-    if not chunks:
-        raise SystemExit("nothing was written")
-    data, position, count = chunks[0].read_bytes(), 0, 0
-    following = iter(chunks[1:])
+def check_kept(shards: list[str], chunks: list[Path]) -> None:
+    """Find the JPEG bytes of each sample, in order, in the chunks."""
+    data, position, following = b"", 0, iter(chunks)
     for sample in read_samples(shards):
         while (found := data.find(sample["jpg"], position)) < 0:
             try:
                 data, position = next(following).read_bytes(), 0
             except StopIteration:
-                raise SystemExit(f"{chunks[0].parent}: JPEG bytes were altered") from None
-        position, count = found + len(sample["jpg"]), count + 1
-    return count
+                raise SystemExit(f"{chunks}: JPEG bytes are absent or altered") from None
+        position = found + len(sample["jpg"])
 
 
 def convert(peer: str, shards: list[str], out: Path) -> None:
@@ -112,33 +105,24 @@ def convert(peer: str, shards: list[str], out: Path) -> None:
     write, suffix = (to_litdata, "bin") if peer == "litdata" else (to_streaming, "mds")
     for column in ("bytes", "jpeg"):
         target = folder / column
-        if (target / "index.json").exists():
-            print(f"{peer} {column}: already there")
-            continue
-        started = time.monotonic()
-        write(shards, target, column=column)
-        chunks = sorted(target.glob(f"*.{suffix}"))
-        count, size = check_kept(shards, chunks), sum(chunk.stat().st_size for chunk in chunks)
-        seconds = time.monotonic() - started
-        print(f"{peer} {column}: {count} samples, {len(chunks)} chunks, {size} bytes", end=", ")
-        print(f"{seconds:.1f} s")
+        if not (target / "index.json").exists():
+            write(shards, target, column=column)
+            check_kept(shards, sorted(target.glob(f"*.{suffix}")))
 
 
 def main() -> None:
-    """Convert one split for the peers that are asked for."""
+    """Convert the training split for some peers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dataset", type=Path, help="a packed dataset root")
     parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--split", default="train")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
-    arguments = parser.parse_args()
-    folder = (arguments.dataset / arguments.split / "shards").resolve()
-    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    given = parser.parse_args()
+    shards = sorted(map(str, (given.dataset / "train/shards").resolve().glob("*.tar")))
     if not shards:
-        raise SystemExit(f"{folder} holds no tars")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for peer in arguments.peers:
-        convert(peer, shards, arguments.out)
+        raise SystemExit(f"{given.dataset}/train/shards holds no tars")
+    given.out.mkdir(parents=True, exist_ok=True)
+    for peer in given.peers:
+        convert(peer, shards, given.out)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.scoring.cores import Places, choose_cores, pin
+from benchmarks.common.harness import pin
 from benchmarks.scoring.data import CASES, Case, load
+from benchmarks.scoring.workers import Places, choose_cores
 from vlal_dist.data.format.images import decode_rgb
 from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds
 from vlal_dist.scoring.embed import box_crop

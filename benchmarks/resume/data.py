@@ -1,29 +1,25 @@
-"""Made-up datasets for benchmarks/resume/resume.py: any number of index rows over a few real crops.
+"""Made-up datasets for resume.py: any number of index rows over a few real crops.
 
-`clean` and `pack` make a dataset of 72 real crops (2 kB each). Its tar ranges are repeated until a
-shard holds 10,000 samples; every further shard is a hard link of that one, or, for a bucket, every
-row points into the one object. uids are made up and unique; offsets, lengths and crc32 are those of
-the crops, so that every read verifies; labels are the crops', for repeat factors.
+`clean` and `pack` make a dataset of 72 crops of 2 kB. Its tar ranges are repeated until a shard
+holds 10,000 samples; every further shard is a hard link of that one, or, for a bucket, every row
+points into the one object. uids are made up and unique; offsets, lengths and crc32 are those of the
+crops, so that every read verifies; labels are the crops', for repeat factors.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.fixtures.tiny_vaw import run_all, write_small_vaw  # noqa: E402
-from vlal_dist.data.format.dataset import Split, open_dataset, open_split, read_labels  # noqa: E402
-from vlal_dist.data.format.index import (  # noqa: E402
+from benchmarks.common.data import CROPS, make
+from vlal_dist.data.format.dataset import Split, open_dataset, open_split, read_labels
+from vlal_dist.data.format.index import (
     BLOCK_TYPES,
     INDEX_TYPES,
     LABELS_SCHEMA,
@@ -31,18 +27,20 @@ from vlal_dist.data.format.index import (  # noqa: E402
     encode_arrow,
     encode_blocks,
     encode_shards,
+    encode_table,
     form_blocks,
     index_from_columns,
 )
-from vlal_dist.data.format.tar import tar_end  # noqa: E402
-from vlal_dist.data.hashing import mix  # noqa: E402
+from vlal_dist.data.format.tar import tar_end
+from vlal_dist.data.hashing import mix
 
 SHARD_SAMPLES = 10_000
 BLOCK_BYTES = 512 << 10
+SMALL = replace(CROPS, name="small", count=72)
 Columns = dict[str, np.ndarray[Any, Any]]
 
 
-def make(folder: Path, rows: int, *, one_shard: bool = False) -> Path:
+def make_rows(folder: Path, rows: int, *, one_shard: bool = False) -> Path:
     """Write a dataset root of `rows` training samples, unless it is there; returns it.
 
     Args:
@@ -53,10 +51,9 @@ def make(folder: Path, rows: int, *, one_shard: bool = False) -> Path:
     root = folder / f"{'remote' if one_shard else 'local'}-{rows}"
     if (root / "dataset.json").exists():
         return root
-    if root.exists():
-        shutil.rmtree(root)
-    small = _small(folder)
-    shutil.copytree(small, root, ignore=shutil.ignore_patterns("dataset.json", "train", "test"))
+    shutil.rmtree(root, ignore_errors=True)
+    small = make(folder, SMALL)
+    shutil.copytree(small, root, ignore=shutil.ignore_patterns("dataset.json", "train"))
     dataset = open_dataset(str(small), cache=folder / "cache")
     (root / "train/shards").mkdir(parents=True)
     tar, one = _shard(folder, open_split(dataset, "train"))
@@ -64,39 +61,25 @@ def make(folder: Path, rows: int, *, one_shard: bool = False) -> Path:
     shards = 1 if one_shard else times
     for number in range(shards):
         os.link(tar, root / f"train/shards/train-{number:06d}.tar")
-    digest = hashlib.sha256(tar.read_bytes()).hexdigest()
-    listed = [
-        Shard(f"train-{n:06d}.tar", tar.stat().st_size, digest, rows // shards)
-        for n in range(shards)
-    ]
-    labels = read_labels(dataset, "train")
+    digest, size = hashlib.sha256(tar.read_bytes()).hexdigest(), tar.stat().st_size
+    names = [f"train-{number:06d}.tar" for number in range(shards)]
     written = {
-        "shards.parquet": encode_shards(listed),
+        "shards.parquet": encode_shards([Shard(n, size, digest, rows // shards) for n in names]),
         "index.arrow": encode_arrow(_index(one, times, one_shard=one_shard)),
         "blocks.arrow": _blocks(one, times, one_shard=one_shard),
-        "labels.parquet": _labels(labels, rows),
+        "labels.parquet": _labels(read_labels(dataset, "train"), rows),
     }
     for name, data in written.items():
         (root / "train" / name).write_bytes(data)
     manifest = json.loads((small / "dataset.json").read_text())
-    manifest["splits"].pop("test")
     manifest["splits"]["train"].update(
         samples=rows,
         shards=shards,
-        bytes=shards * tar.stat().st_size,
+        bytes=shards * size,
         files={name: hashlib.sha256(data).hexdigest() for name, data in written.items()},
     )
     (root / "dataset.json").write_text(json.dumps(manifest))
     return root
-
-
-def _small(folder: Path) -> Path:
-    """The real dataset: 72 training crops."""
-    made = folder / "small"
-    if not (made / "dataset/dataset.json").exists():
-        shutil.rmtree(made, ignore_errors=True)
-        run_all(write_small_vaw(made), ["clean", "pack"])
-    return made / "dataset"
 
 
 def _shard(folder: Path, split: Split) -> tuple[Path, Columns]:
@@ -141,11 +124,5 @@ def _labels(labels: pa.Table, rows: int) -> bytes:
     number = pa.array(np.arange(rows)).cast(pa.string())
     crop = pa.array(np.arange(rows) % SHARD_SAMPLES % len(labels))
     lists = labels.select(["positive", "negative"]).take(crop)
-    table = pa.table(
-        {"key": number, "instance_id": number, **{n: lists[n] for n in lists.column_names}},
-        schema=LABELS_SCHEMA,
-    )
-    sink = pa.BufferOutputStream()
-    pyarrow.parquet.write_table(table, sink, compression="zstd", row_group_size=65_536)
-    data: bytes = sink.getvalue().to_pybytes()
-    return data
+    columns = {name: lists[name] for name in lists.column_names}
+    return encode_table({"key": number, "instance_id": number, **columns}, LABELS_SCHEMA)

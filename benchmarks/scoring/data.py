@@ -1,4 +1,4 @@
-"""What score.py scores: packed crops, models with random weights, begun score roots.
+"""Data of score.py: packed crops, models with random weights, begun score roots.
 
 Four crops of 250x187 pixels from each made-up photo of 500x375; two objects with 100 feasible
 attributes each, drawn from VAW's 591 with frequencies that fall as 1 / rank. (Over VAW's objects
@@ -9,7 +9,6 @@ a multiple of the batch size: real shards are so large that their last batch har
 A begun score root holds the settings and the text bank, which are made once and never measured.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from benchmarks.loader.data import ATTRIBUTES, Kind, make
+from benchmarks.common.data import ATTRIBUTES, Kind, Records, attribute_shares, make, record
 from shard_tools.pack import BYTES_PER_PIXEL, BYTES_PER_SAMPLE
 from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.data.format.dataset import open_dataset
@@ -94,27 +93,16 @@ def prepare(folder: Path, case: Case) -> None:
     begin(folder, case)
 
 
-def annotate(rng: np.random.Generator, kind: Kind) -> list[dict[str, object]]:
+def annotate(rng: np.random.Generator, kind: Kind) -> Records:
     """Records of four crops for each photo; each object's feasible attributes in turn."""
-    share = 1 / np.arange(1, ATTRIBUTES + 1)
-    share /= share.sum()
+    share, records = attribute_shares(), []
     sets = [rng.choice(ATTRIBUTES, FEASIBLE, replace=False, p=share) for _ in range(OBJECTS)]
-    records: list[dict[str, object]] = []
     for number in range(4 * kind.count):
         turn, at = divmod(number, OBJECTS)
         named = [f"a{n}" for n in np.take(sets[at], range(4 * turn, 4 * turn + 4), mode="wrap")]
         down, right = divmod(number % 4, 2)
-        records.append(
-            {
-                "image_id": str(number // 4),
-                "instance_id": str(number),
-                "instance_bbox": [right * WIDTH, down * HEIGHT, WIDTH, HEIGHT],
-                "instance_polygon": None,
-                "object_name": f"object{at}",
-                "positive_attributes": named[:2],
-                "negative_attributes": named[2:],
-            }
-        )
+        box = [right * WIDTH, down * HEIGHT, WIDTH, HEIGHT]
+        records.append(record(number, number // 4, box, f"object{at}", named[:2], named[2:]))
     return records
 
 
@@ -198,17 +186,3 @@ def begun(folder: Path, case: Case) -> Iterator[ScoringJob]:
         )
     finally:
         shutil.rmtree(fresh)
-
-
-def main() -> None:
-    """Make the data of some cases."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("cases", nargs="+", choices=CASES)
-    arguments = parser.parse_args()
-    for name in arguments.cases:
-        prepare(arguments.folder.resolve(), CASES[name])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,12 @@
-"""One measurement of our own scoring, or of what it is held against; started by score.py.
+"""One measurement of our own scoring, or of a reference for it; started by score.py.
 
-Prints one JSON object: `count` images (or similarities) and the `seconds` that they took.
+Prints one JSON object: `count` images and the `seconds` that they took.
 
     actors      Ray actors of our `ActorPool`, each on a core of its own; the driver and Ray's
                 services on the others, if there are any
     processes   plain processes with `LocalPool`, each on a core of its own
     encoder     `ClipEncoder.encode_batch` alone, on one core, one random batch again and again
     naive       the authors' notebook: for each image all its prompts again, on one core
-    program     `python -m vlal_dist.score_clip` with one actor from start to end, on all cores
-    rescore     `feasible_similarities` at VAW's size, CPU seconds of one core
 
 Of actors and processes the clock runs from the first shard handed out to the last result; models
 are loaded and text banks read before. It includes reading, decoding, encoding, similarities, the
@@ -19,49 +17,39 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from threading import Event
-from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.scoring.cores import Places, choose_cores, pin
+from benchmarks.common.harness import pin
 from benchmarks.scoring.data import CASES, TEMPLATE, Case, begun, load, weights_path
-from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
+from benchmarks.scoring.workers import PinnedActor, Places, choose_cores, settings_of
+from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.images import decode_rgb
 from vlal_dist.data.format.sample_reader import SampleReader
-from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring import ray_cluster
 from vlal_dist.scoring.clip import PhaseSeconds
 from vlal_dist.scoring.driver import LocalPool
 from vlal_dist.scoring.embed import box_crop
-from vlal_dist.scoring.identity import ScoreSettings, ScoringJob, stored_settings
+from vlal_dist.scoring.identity import ScoreSettings, ScoringJob
 from vlal_dist.scoring.ray_cluster import ActorPool, Call, ray_session
-from vlal_dist.scoring.shard_task import feasible_similarities
 from vlal_dist.scoring.worker import ShardScorer
-from vlal_dist.storage.store import open_store
 
 Found = dict[str, float]
-
-VAW_OBJECTS, VAW_FEASIBLE, RESCORED_CROPS, WIDTH = 1763, (20, 181), 5000, 512
-RESCORE_S = 5.0
 
 
 def on_actors(folder: Path, case: Case, number: int) -> Found:
     """Score half of the shards per actor."""
-    from benchmarks.scoring.actor import PinnedActor
-
     cores, others = choose_cores(number)
     pin(others)
     ray_cluster.ScoringActor = PinnedActor  # type: ignore[misc]
     os.environ.pop("RAY_ADDRESS", None)
     with begun(folder, case) as job, ray_session(actors=number, cpus_per_actor=1):
-        Places(Path(job.scores).parent, cores).write()
+        (Path(job.scores).parent / "cores.json").write_text(json.dumps(cores))
         pool = ActorPool(job, size=number, stop=Event())
         settings = settings_of(job)
         # Answered when all have the model and the text bank: see `PinnedActor`.
@@ -102,13 +90,6 @@ def in_one_process(job: ScoringJob, mine: list[Call], places: Places) -> tuple[i
     return images, started, ended
 
 
-def settings_of(job: ScoringJob) -> ScoreSettings:
-    """The settings that stand in the begun score root."""
-    settings = stored_settings(open_store(job.scores), job)
-    assert settings is not None
-    return settings
-
-
 def calls(case: Case, settings: ScoreSettings, number: int) -> list[Call]:
     """What `number` workers are to do: half of the shards each."""
     return [("score", ("train", n, settings)) for n in range(case.shards * number // 2)]
@@ -120,7 +101,7 @@ def bare_encoder(folder: Path, case: Case) -> Found:
     pin(cores)
     torch.set_num_threads(1)
     encoder = load(folder, case)
-    side = encoder.prepare(_grey()).shape[-1]
+    side = encoder.prepare(Image.new("RGB", (500, 375), "grey")).shape[-1]
     batch = list(torch.randn(case.batch, 3, side, side, generator=torch.Generator().manual_seed(0)))
     encoder.encode_batch(batch, seconds=PhaseSeconds())
     number = case.shards // 2 * case.shard_samples // case.batch
@@ -149,7 +130,12 @@ def naively(folder: Path, case: Case, seconds: float) -> Found:
     while row < 2 or time.perf_counter() - started < seconds:
         sample = reader.read(row)
         image = preprocess(box_crop(decode_rgb(sample.jpg), sample.box_in_crop))[None]
-        text = tokenizer(prompts_of(dataset, sample.object_id))
+        words, name = dataset.vocabulary.attributes, dataset.vocabulary.objects[sample.object_id]
+        prompts = [
+            TEMPLATE.format(attribute=words[n], object=name)
+            for n in dataset.feasible.of(sample.object_id)
+        ]
+        text = tokenizer(prompts)
         with torch.no_grad():
             images, texts = model.encode_image(image), model.encode_text(text)
             images /= images.norm(dim=-1, keepdim=True)
@@ -159,77 +145,10 @@ def naively(folder: Path, case: Case, seconds: float) -> Found:
     return {"count": row, "seconds": time.perf_counter() - started}
 
 
-def prompts_of(dataset: Dataset, object_id: int) -> list[str]:
-    """Prompts of the attributes that are feasible for an object."""
-    words = dataset.vocabulary
-    return [
-        TEMPLATE.format(attribute=words.attributes[n], object=words.objects[object_id])
-        for n in dataset.feasible.of(object_id).tolist()
-    ]
-
-
-def whole_program(folder: Path, case: Case) -> Found:
-    """Run `score_clip` on all shards; its text bank is there already."""
-    with begun(folder, case) as job:
-        values: dict[str, Any] = {
-            "paths.dataset": job.dataset,
-            "paths.scores": job.scores,
-            "paths.cache": job.cache,
-            "scoring.model": job.scoring.model,
-            "scoring.weights": job.scoring.weights,
-            "scoring.device": "cpu",
-            "scoring.actors": 1,
-            "scoring.cpus_per_actor": 1,
-            "scoring.batch_size": case.batch,
-            "scoring.decode_threads": 1,
-        }
-        command = [sys.executable, "-m", "vlal_dist.score_clip"]
-        command += [word for key, value in values.items() for word in (f"--{key}", str(value))]
-        started = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - started
-    return {"count": case.shards * case.shard_samples, "seconds": seconds}
-
-
-def rescore() -> Found:
-    """Similarities of 5,000 crops with the prompts of their objects, for some seconds.
-
-    1,763 objects with 100 feasible attributes on average; crops per object fall as 1 / rank.
-    """
-    cores, _ = choose_cores(1)
-    pin(cores)
-    torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    indptr = np.concatenate([[0], np.cumsum(rng.integers(*VAW_FEASIBLE, VAW_OBJECTS))])
-    pairs = int(indptr[-1])
-    indices = np.concatenate([np.arange(size) for size in np.diff(indptr)]).astype(np.int32)
-    zeros = np.zeros(pairs, np.int32)
-    feasible = FeasibleSets(indptr.astype(np.int64), indices, zeros, zeros)
-    share = 1 / np.arange(1, VAW_OBJECTS + 1)
-    object_id = rng.choice(VAW_OBJECTS, RESCORED_CROPS, p=share / share.sum()).astype(np.int64)
-    bank = rng.standard_normal((pairs, WIDTH), dtype=np.float32)
-    embedding = rng.standard_normal((RESCORED_CROPS, WIDTH), dtype=np.float32)
-    feasible_similarities(embedding, object_id, bank=bank, feasible=feasible)
-    count, started, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - started < RESCORE_S:
-        _, found = feasible_similarities(embedding, object_id, bank=bank, feasible=feasible)
-        count += len(found)
-    wall = time.perf_counter() - started
-    return {"count": count, "seconds": time.process_time() - cpu, "wall_seconds": wall}
-
-
-def _grey() -> Any:
-    from PIL import Image
-
-    return Image.new("RGB", (500, 375), "grey")
-
-
 def main() -> None:
     """Measure one thing and print it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "what", choices=("actors", "processes", "encoder", "naive", "program", "rescore")
-    )
+    parser.add_argument("what", choices=("actors", "processes", "encoder", "naive"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--number", type=int, default=1, help="actors or processes")
@@ -241,8 +160,6 @@ def main() -> None:
         "processes": lambda: in_processes(folder, case, arguments.number),
         "encoder": lambda: bare_encoder(folder, case),
         "naive": lambda: naively(folder, case, arguments.seconds),
-        "program": lambda: whole_program(folder, case),
-        "rescore": rescore,
     }
     print(json.dumps(measured[arguments.what]()), flush=True)
 

@@ -1,6 +1,6 @@
-"""How good the stream's shuffle is, beside a full shuffle and beside webdataset's buffer.
+"""Quality of the stream's shuffle, beside a full shuffle and beside webdataset's buffer.
 
-    python benchmarks/shuffle/shuffle.py DATASET [--split train] [--batch 64] [--markdown FILE]
+    python -m benchmarks.shuffle.shuffle DATASET [--split train] [--batch 64] [--markdown FILE]
 
 Reads the index and the tables, no image. For several orders of one epoch:
 
@@ -13,21 +13,16 @@ Reads the index and the tables, no image. For several orders of one epoch:
   that of a full shuffle, averaged over the attributes.
 """
 
-import argparse
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels  # noqa: E402
-from vlal_dist.data.order.concat import ConcatSplits  # noqa: E402
-from vlal_dist.data.order.epoch_plan import EpochPlan  # noqa: E402
-from vlal_dist.data.order.shuffle import Shuffle, choose_lanes  # noqa: E402
+from benchmarks.common.harness import ROOT, finish, make_parser, table
+from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split, read_labels
+from vlal_dist.data.order.concat import ConcatSplits
+from vlal_dist.data.order.epoch_plan import EpochPlan
+from vlal_dist.data.order.shuffle import Shuffle, choose_lanes
 
 Order = npt.NDArray[np.int64]
 EPOCHS, TENTHS, SEED = 5, 10, 3
@@ -61,7 +56,7 @@ def full_orders(count: int) -> list[Order]:
 
 
 def webdataset_orders(dataset: Dataset, split: Split, buffer: int) -> list[Order]:
-    """What webdataset makes of the same tars: shuffled shards, then a shuffle buffer."""
+    """The order in which webdataset reads the same tars: shuffled shards, then a buffer."""
     import webdataset as wds
 
     root = dataset.store.local_path(f"{split.name}/shards")
@@ -110,12 +105,11 @@ def measure(
 
 def main() -> None:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("dataset")
     parser.add_argument("--split", default="train")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--buffer", type=int, default=1000)
-    parser.add_argument("--markdown", type=Path)
     arguments = parser.parse_args()
     dataset = open_dataset(arguments.dataset, cache=ROOT / "runs/cache")
     split = open_split(dataset, arguments.split)
@@ -131,23 +125,17 @@ def main() -> None:
     }
     block = np.repeat(np.arange(len(split.blocks)), split.blocks.samples)
     labels = label_matrix(dataset, arguments.split)
-    lines = [
-        f"{dataset.name}: {split.num_samples} samples in {len(split.blocks)} blocks, "
-        f"batches of {arguments.batch}, {EPOCHS} epochs",
-        "",
-        "| order | neighbours' distance | pairs in one block | by source | by label |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for name, found in orders.items():
         m = measure(found, block=block, labels=labels, batch=arguments.batch)
-        lines.append(
-            f"| {name} | {m.neighbours:.3f} | {100 * m.same_block:.2f} % | {m.by_source:.2f} "
-            f"| {m.by_label:.2f} |"
-        )
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.markdown:
-        arguments.markdown.write_text(text)
+        shares = [f"{m.neighbours:.3f}", f"{100 * m.same_block:.2f} %"]
+        rows.append([name, *shares, f"{m.by_source:.2f}", f"{m.by_label:.2f}"])
+    head = ["order", "neighbours' distance", "pairs in one block", "by source", "by label"]
+    title = (
+        f"{dataset.name}: {split.num_samples} samples in {len(split.blocks)} blocks, "
+        f"batches of {arguments.batch}, {EPOCHS} epochs"
+    )
+    finish(arguments, f"{title}\n\n{table(head, rows)}")
 
 
 if __name__ == "__main__":

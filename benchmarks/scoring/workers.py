@@ -1,15 +1,19 @@
-"""Keeps measured processes on cores of their own, and lets them start together.
+"""Measured workers: each process on a core of its own, all starting together.
 
-They meet in a folder: in it, the first to come takes the first core, and none goes on before all
-have come.
+They meet in a folder: the first to come takes the first core, and none goes on before all have
+come. `PinnedActor` is in this module so that Ray's workers can import it by name.
 """
 
 import json
 import os
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.common.harness import pin
+from vlal_dist.scoring.identity import ScoreSettings, ScoringJob, stored_settings
+from vlal_dist.scoring.ray_cluster import ScoringActor
+from vlal_dist.storage.store import open_store
 
 LONGEST_S = 240.0
 """How long a process waits for the others: they may be loading a model on a busy machine."""
@@ -26,15 +30,6 @@ class Places:
 
     folder: Path
     cores: tuple[int, ...]
-
-    def write(self) -> None:
-        """For `read`, in processes that know the folder alone."""
-        (self.folder / "cores.json").write_text(json.dumps(self.cores))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Places":
-        """What `write` wrote."""
-        return cls(folder, tuple(json.loads((folder / "cores.json").read_text())))
 
     def take(self) -> None:
         """Put this process on a core that no other has taken."""
@@ -58,15 +53,30 @@ class Places:
         return time.perf_counter()
 
 
-def pin(cores: Collection[int]) -> None:
-    """Keep every thread of this process on these cores, and all that it starts from now on."""
-    for thread in Path("/proc/self/task").iterdir():
-        os.sched_setaffinity(int(thread.name), cores)
-
-
 def choose_cores(number: int) -> tuple[tuple[int, ...], list[int]]:
     """The last `number` cores, to measure on, and the others; all, where no other is left."""
     allowed = sorted(os.sched_getaffinity(0))
     if len(allowed) < number:
         raise SystemExit(f"{number} cores are needed, {len(allowed)} may be used")
     return tuple(allowed[-number:]), allowed[:-number] or allowed
+
+
+def settings_of(job: ScoringJob) -> ScoreSettings:
+    """The settings stored in the begun score root."""
+    settings = stored_settings(open_store(job.scores), job)
+    assert settings is not None
+    return settings
+
+
+class PinnedActor(ScoringActor):
+    """Our actor, which takes a core, opens, reads the text bank, and waits for the others."""
+
+    def open(self) -> int:
+        """See `ScoringActor.open`."""
+        folder = Path(self.job.scores).parent
+        places = Places(folder, tuple(json.loads((folder / "cores.json").read_text())))
+        places.take()
+        pid = super().open()
+        self.scorer.prepare_text(settings_of(self.job))
+        places.wait()
+        return pid

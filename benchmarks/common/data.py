@@ -1,10 +1,9 @@
-"""Made-up data for loader.py: small crops and whole photos, packed by our own tools.
+"""Made-up data: small crops and whole photos, cleaned and packed by our own tools.
 
 Labels have VAW's density (1.8 present and 1.2 absent of 591 attributes per crop); pixels are smooth
-noise, which JPEG takes about as many bytes and as much time for as for real crops of the size.
+noise with grain: JPEGs of the bytes and decoding time of real crops of their size.
 """
 
-import argparse
 import io
 import json
 import subprocess
@@ -13,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -29,9 +29,9 @@ class Kind:
         name: folder.
         count: photos, each of them one crop.
         width, height: pixels.
-        noise: strength of the finest grain; decides over the bytes of the JPEG.
+        noise: strength of the grain, which decides the bytes of the JPEG.
         quality: of the JPEG.
-        side: to which a loader squashes it, pixels.
+        side: to which a loader resizes it, pixels.
         shard_bytes: size of its shards.
     """
 
@@ -45,8 +45,9 @@ class Kind:
     shard_bytes: int
 
 
-Annotate = Callable[[np.random.Generator, Kind], list[dict[str, object]]]
-"""From a kind of data to its records, as VAW's files have them."""
+Records = list[dict[str, object]]
+Annotate = Callable[[np.random.Generator, Kind], Records]
+"""Makes the records of a kind of data, as VAW's files have them."""
 
 # Crops enough that an epoch outlasts a measurement, as every real one does.
 CROPS = Kind("crops", 72_000, 60, 80, 6.0, 85, 64, 24_000_000)
@@ -70,7 +71,7 @@ def make(folder: Path, kind: Kind, *, seed: int = 0, annotate: Annotate | None =
     rng = np.random.default_rng(seed)
     with zipfile.ZipFile(source / "images.zip", "w", zipfile.ZIP_STORED) as file:
         for number in range(kind.count):
-            file.writestr(f"{number}.jpg", _photo(rng, kind))
+            file.writestr(f"{number}.jpg", photo(rng, kind))
     (source / "train.json").write_text(json.dumps((annotate or _records)(rng, kind)))
     config = {
         "paths": {"instances": str(folder / kind.name / "instances"), "dataset": str(root)},
@@ -95,7 +96,8 @@ def make(folder: Path, kind: Kind, *, seed: int = 0, annotate: Annotate | None =
     return root
 
 
-def _photo(rng: np.random.Generator, kind: Kind) -> bytes:
+def photo(rng: np.random.Generator, kind: Kind) -> bytes:
+    """A JPEG that is smooth with some grain."""
     coarse = rng.normal(128, 50, (kind.height // 15, kind.width // 15, 3)).clip(0, 255)
     smooth = Image.fromarray(coarse.astype(np.uint8)).resize(
         (kind.width, kind.height), Image.Resampling.BICUBIC
@@ -107,31 +109,36 @@ def _photo(rng: np.random.Generator, kind: Kind) -> bytes:
     return sink.getvalue()
 
 
-def _records(rng: np.random.Generator, kind: Kind) -> list[dict[str, object]]:
-    # Frequencies fall as 1 / rank, as VAW's do; each attribute is met at least once.
+def attribute_shares() -> np.ndarray[Any, np.dtype[np.float64]]:
+    """How often each attribute is met: as 1 / rank, as VAW's are."""
     share = 1 / np.arange(1, ATTRIBUTES + 1)
-    share /= share.sum()
-    records: list[dict[str, object]] = []
+    return share / share.sum()
+
+
+def record(
+    number: int, image: int, box: list[int], name: str, positive: list[str], negative: list[str]
+) -> dict[str, object]:
+    """A record of VAW's format."""
+    return {
+        "image_id": str(image),
+        "instance_id": str(number),
+        "instance_bbox": box,
+        "instance_polygon": None,
+        "object_name": name,
+        "positive_attributes": positive,
+        "negative_attributes": negative,
+    }
+
+
+def _records(rng: np.random.Generator, kind: Kind) -> Records:
+    share, records = attribute_shares(), []
     for number in range(kind.count):
         drawn = rng.choice(ATTRIBUTES, size=8, replace=False, p=share)
         positive = drawn[: 1 + rng.poisson(0.8)].tolist()
         negative = drawn[len(positive) : len(positive) + rng.poisson(1.2)].tolist()
-        records.append(
-            {
-                "image_id": str(number),
-                "instance_id": str(number),
-                "instance_bbox": [0, 0, kind.width, kind.height],
-                "instance_polygon": None,
-                "object_name": f"object{number % OBJECTS}",
-                "positive_attributes": sorted({f"a{n}" for n in [*positive, number % ATTRIBUTES]}),
-                "negative_attributes": [f"a{n}" for n in negative if n != number % ATTRIBUTES],
-            }
-        )
+        # Each attribute is met at least once.
+        present = sorted({f"a{n}" for n in [*positive, number % ATTRIBUTES]})
+        absent = [f"a{n}" for n in negative if n != number % ATTRIBUTES]
+        box, name = [0, 0, kind.width, kind.height], f"object{number % OBJECTS}"
+        records.append(record(number, number, box, name, present, absent))
     return records
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    for one in (CROPS, PHOTOS):
-        print(make(parser.parse_args().folder, one))
