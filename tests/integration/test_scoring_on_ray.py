@@ -114,7 +114,7 @@ def test_actors_share_a_gpu_and_the_one_without_a_place_is_not_waited_for(
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["answers"] == 40
     assert [gpus for _, gpus in told["places"]] == ["0", "0"]
-    assert "3 actors ask for 1.5 GPUs, Ray has 1 at present" in done.stderr
+    assert "3 actors need 1.5 GPUs, Ray has 1 at present" in done.stderr
 
 
 def test_the_jobs_address_is_no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:

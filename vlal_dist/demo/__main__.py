@@ -5,6 +5,7 @@ Repeating the command continues: finished stages find their output.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -13,13 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vlal_dist.demo.local_ray import free_ports, local_ray
 from vlal_dist.errors import UsageError, VlalError
 
 CONFIG = Path("configs/demo.yaml")
@@ -65,37 +64,24 @@ def run_demo(root: str, *, quick: bool) -> None:
     fewer, once = (["--quick"], ["--training.epochs", "1"]) if quick else ([], [])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}  # nothing is downloaded
-    on_cpu = {**environment, "DS_ACCELERATOR": "cpu"}
+    environment.pop("RAY_ADDRESS", None)  # score_clip starts a Ray of its own
     seconds: dict[str, float] = {}
 
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
+    def stage(name: str, *command: str, **extra: str) -> None:
         started = time.monotonic()
-        yield
+        run_stage(name, command, environment={**environment, **extra})
         seconds[name] = time.monotonic() - started
         _say(f"{name}: {seconds[name]:.1f} s")
-
-    def stage(name: str, *command: str, environment: Mapping[str, str] = environment) -> None:
-        with timed(name):
-            run_stage(name, command, environment=environment)
 
     python = ("python", "-m")
     stage("render", *python, "vlal_dist.demo.render", "--root", f"{root}/data", *fewer)
     stage("train_clip", *python, "vlal_dist.demo.train_clip", "--out", f"{root}/clip")
     stage("clean", *python, "shard_tools", "clean", *config)
     stage("pack", *python, "shard_tools", "pack", *config)
-    # Scored on a Ray of the demo's own, submitted as on any cluster.
-    _say("\n=== ray\nstarting a Ray head on this machine's loopback (README: the command to type)")
-    cpus, started = os.cpu_count() or 1, time.monotonic()
-    with local_ray(environment, num_cpus=cpus) as head:
-        seconds["ray start"] = time.monotonic() - started
-        _say(f"ray: {head.address} after {seconds['ray start']:.1f} s")
-        submit = ("ray", "job", "submit", "--address", head.address, "--")
-        score = (*submit, *python, "vlal_dist.score_clip", *config)
-        stage("score", *score, environment=head.environment)
+    stage("score", *python, "vlal_dist.score_clip", *config)
     stage("merge", *python, "shard_tools", "merge", *config)
     train = ("deepspeed", "--num_accelerators", str(RANKS), *_free_rendezvous())
-    stage("train", *train, "vlal_dist/train.py", *config, *once, environment=on_cpu)
+    stage("train", *train, "vlal_dist/train.py", *config, *once, DS_ACCELERATOR="cpu")
     evaluate = (*python, "vlal_dist.evaluate", *config)
     stage("constant", *evaluate, "--evaluation.predictor", "constant")
     stage("evaluate", *evaluate)
@@ -157,11 +143,10 @@ def _end_group(process: "subprocess.Popen[bytes]") -> None:
 
 def _free_rendezvous() -> list[str]:
     """Nothing, or another port where the launcher's usual one is taken."""
-    try:
-        socket.create_server(("127.0.0.1", DEEPSPEED_PORT)).close()
-    except OSError:
-        return ["--master_port", str(free_ports(1)[0])]
-    return []
+    with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", DEEPSPEED_PORT)):
+        return []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return ["--master_port", str(server.getsockname()[1])]
 
 
 def _closing(root: str, seconds: Mapping[str, float]) -> str:
