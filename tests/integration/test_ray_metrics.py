@@ -1,4 +1,4 @@
-"""What a scoring driver says to Ray arrives at a Prometheus that scrapes Ray's node."""
+"""Metrics of a scoring driver reach a Prometheus that scrapes Ray's node."""
 
 import subprocess
 import sys

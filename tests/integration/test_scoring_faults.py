@@ -1,4 +1,4 @@
-"""Faults by seed, for real: whatever is killed, paused or broken, the files of a quiet run."""
+"""Real faults, drawn by seed: after each, the files equal those of an undisturbed run."""
 
 import json
 import os
@@ -79,21 +79,21 @@ class Scene:
     driver: subprocess.Popen[bytes]
     scores: Path | str
     log: Path
-    told: Path
+    json_file: Path
 
     def wait_for_shards(self, count: int) -> None:
         """Wait until so many are committed."""
         wait_until(lambda: shards(self.scores) >= count or self.ended(), self.log)
 
     def wait_for_moment(self, rng: random.Random, total: int) -> None:
-        """Wait until it is time to strike, and both actors work."""
+        """Wait until it is time for the fault, and both actors work."""
         after, pause = moment(rng, total)
         self.wait_for_shards(after)
         wait_until(lambda: len(actor_pids(self.log)) == 2, self.log)
         time.sleep(pause)
 
     def wait_for_log(self, words: str) -> None:
-        """Wait until the driver has said something."""
+        """Wait until the driver has logged some words."""
         wait_until(lambda: words in self.log.read_text() or self.ended(), self.log)
         assert words in self.log.read_text()
 
@@ -101,9 +101,9 @@ class Scene:
         return self.driver.poll() is not None
 
     def counts(self) -> dict[str, Any]:
-        """Wait for the end, which must be a good one; what the run counted."""
+        """Wait for the end, with exit code 0; returns what the run counted."""
         assert self.driver.wait(WAIT_S) == 0, self.log.read_text()
-        return counts(self.told)
+        return counts(self.json_file)
 
 
 @pytest.fixture
@@ -116,13 +116,13 @@ def begin(
     def start(scores: Path | str, *more: str) -> Scene:
         place = tmp_path / f"run{len(scenes)}"
         place.mkdir()
-        told, log = place / "counts.json", place / "log"
-        call = on_ray(many_shards, slow, scores, *SLOWLY, "--json", str(told), *more)
+        json_file, log = place / "counts.json", place / "log"
+        call = on_ray(many_shards, slow, scores, *SLOWLY, "--json", str(json_file), *more)
         with log.open("wb") as sink:
             driver = subprocess.Popen(
                 python(*call), cwd=ROOT, stdout=sink, stderr=subprocess.STDOUT
             )
-        scenes.append(Scene(driver, scores, log, told))
+        scenes.append(Scene(driver, scores, log, json_file))
         return scenes[-1]
 
     yield start
@@ -133,7 +133,7 @@ def begin(
 
 
 def moment(rng: random.Random, total: int) -> tuple[int, float]:
-    """When to strike: after so many committed shards, and a pause."""
+    """When to cause the fault: after so many committed shards, and a pause."""
     return rng.randrange(total - 8), rng.random() / 4
 
 
@@ -213,9 +213,9 @@ def two_nodes(log: Path, patch: pytest.MonkeyPatch) -> Iterator[int]:
     try:
         line = process.stdout.readline()
         assert line, log.read_text()
-        told = json.loads(line)
-        patch.setenv("RAY_ADDRESS", told["address"])
-        yield told["second"]
+        printed = json.loads(line)
+        patch.setenv("RAY_ADDRESS", printed["address"])
+        yield printed["second"]
     finally:
         process.stdin.close()
         process.stdout.close()
@@ -249,7 +249,7 @@ def test_lost_node(
 
 
 def puts(proxy: FaultProxy) -> dict[str, int]:
-    """Score file -> how often somebody tried to commit it."""
+    """Score file -> attempts to commit it."""
     found: dict[str, int] = {}
     for seen in proxy.log:
         if seen.line.startswith("PUT ") and "/train/" in seen.line:
@@ -266,7 +266,7 @@ def test_a_paused_node_comes_back_after_its_replacement(
     monkeypatch: pytest.MonkeyPatch,
     moto_s3: S3Server,
 ) -> None:
-    """Ray takes the node for lost; its actor comes back when all is done and commits in vain."""
+    """Ray counts the node as lost; its actor resumes after the end and its commits do nothing."""
     rng, total, scores = random.Random(seed), len(quiet) - 3, moto_s3.url()
     with (
         FaultProxy(moto_s3.endpoint) as proxy,
@@ -293,14 +293,14 @@ def test_a_paused_node_comes_back_after_its_replacement(
 
 
 @seeds
-def test_a_paused_actor_is_not_waited_for(
+def test_the_shards_of_a_paused_actor_are_handed_out_again(
     seed: int,
     quiet: Files,
     begin: Callable[..., Scene],
     tmp_path: Path,
     moto_s3: S3Server,
 ) -> None:
-    """Its node lives, so Ray sees nothing; its shards are late and are handed out again."""
+    """Its node lives, so Ray does not notice; its shards are late and are handed out again."""
     rng, total, scores = random.Random(seed), len(quiet) - 3, moto_s3.url()
     with (
         FaultProxy(moto_s3.endpoint) as proxy,
@@ -333,8 +333,8 @@ def test_two_drivers(seed: int, quiet: Files, begin: Callable[..., Scene], tmp_p
     time.sleep(rng.choice([0.0, rng.random() * 2]))
     both = [one, begin(scores)]
     found = [scene.counts() for scene in both]
-    for told in found:
-        assert_exact(told, scores, quiet)
+    for counted in found:
+        assert_exact(counted, scores, quiet)
     assert sum(x["shards_scored"] for x in found) == total
     print(f"shards scored by each {[x['shards_scored'] for x in found]} of {total}")
 

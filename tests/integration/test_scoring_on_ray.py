@@ -40,8 +40,10 @@ def test_ray_with_a_killed_actor_equals_no_ray(
     slowly = ["--scoring.batch_size", "1", "--scoring.decode_threads", "2"]
     quiet = tmp_path / "quiet"
     assert run(PROGRAM, many_shards, *flags(tiny, quiet, *slowly)) == 0
-    scores, log, told = tmp_path / "scores", tmp_path / "log", tmp_path / "counts.json"
-    call = on_ray(many_shards, tiny, scores, *slowly, "--scoring.actors", "2", "--json", str(told))
+    scores, log, json_file = tmp_path / "scores", tmp_path / "log", tmp_path / "counts.json"
+    call = on_ray(
+        many_shards, tiny, scores, *slowly, "--scoring.actors", "2", "--json", str(json_file)
+    )
     with started(python(*call), log) as process:
         wait_until(lambda: list(scores.glob("train/*.safetensors")), log)
         pid = actor_pids(log)[0]
@@ -50,7 +52,7 @@ def test_ray_with_a_killed_actor_equals_no_ray(
         assert process.wait(WAIT_S) == 0, log.read_text()
     assert data_files(scores) == data_files(quiet)
     assert (scores / "scores.json").read_bytes() == (quiet / "scores.json").read_bytes()
-    assert counts(told)["shards_retried"] in (1, 2)  # two are under way in each actor
+    assert counts(json_file)["shards_retried"] in (1, 2)  # two are under way in each actor
     assert "an actor was lost at score train" in log.read_text()
     assert json.loads((scores / "scores.json").read_text())["splits"]["train"]["samples"] == 300
 
@@ -71,14 +73,14 @@ def test_a_signal_keeps_what_is_committed(
     result = json.loads((scores / "score_clip.result.json").read_text())
     assert result["code"] == 75
     kept = set(data_files(scores))
-    told = tmp_path / "counts.json"
-    assert run(PROGRAM, many_shards, *flags(tiny, scores, *slowly, "--json", str(told))) == 0
-    assert counts(told)["shards_skipped"] == len(kept) - 1  # without the text bank
+    json_file = tmp_path / "counts.json"
+    assert run(PROGRAM, many_shards, *flags(tiny, scores, *slowly, "--json", str(json_file))) == 0
+    assert counts(json_file)["shards_skipped"] == len(kept) - 1  # without the text bank
     assert kept < set(data_files(scores))
 
 
 @pytest.mark.long
-def test_an_actor_that_cannot_reach_the_store_yet_is_replaced(
+def test_an_actor_that_cannot_reach_the_store_is_replaced(
     dataset: Path, tiny: Model, tmp_path: Path, environment: None, moto_s3: S3Server
 ) -> None:
     """Driver and Ray are up when the store goes away: the actor is the first to ask it again."""
@@ -100,7 +102,7 @@ def test_an_actor_that_cannot_reach_the_store_yet_is_replaced(
 
 
 @pytest.mark.long
-def test_actors_share_a_gpu_and_the_one_without_a_place_is_not_waited_for(
+def test_actors_share_a_gpu_and_one_that_cannot_be_placed_delays_nothing(
     tmp_path: Path, environment: None
 ) -> None:
     done = subprocess.run(
@@ -111,9 +113,9 @@ def test_actors_share_a_gpu_and_the_one_without_a_place_is_not_waited_for(
         timeout=WAIT_S,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["answers"] == 40
-    assert [gpus for _, gpus in told["places"]] == ["0", "0"]
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert printed["answers"] == 40
+    assert [gpus for _, gpus in printed["places"]] == ["0", "0"]
     assert "3 actors need 1.5 GPUs, Ray has 1 at present" in done.stderr
 
 
@@ -212,7 +214,7 @@ def test_submitted_as_a_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     subprocess.run(["bash", "-n", str(HEAD)], check=True)
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as clusters/README.md says
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")  # as in clusters/README.md
     port, dashboard, client, agent = free_ports(4)
     log, address = tmp_path / "head.log", f"http://127.0.0.1:{dashboard}"
     head = [

@@ -120,9 +120,9 @@ def test_refusals_name_the_remedy(tiny: Model, tmp_path: Path) -> None:
     assert "no open_clip model" in refusal("ViT-Z-99", None, None)
     assert "No such file" in refusal("tiny", tmp_path / "absent", None)
     (tmp_path / "tiny.json").write_text("{")
-    assert "is not JSON" in refusal("tiny", tmp_path, None)
+    assert "cannot be read (Expecting" in refusal("tiny", tmp_path, None)
     (tmp_path / "tiny.json").write_text('{"embed_dim": 4}')
-    assert "lacks vision_cfg, text_cfg" in refusal("tiny", tmp_path, None)
+    assert "lacks text_cfg, vision_cfg" in refusal("tiny", tmp_path, None)
 
 
 def test_a_tag_of_the_model_is_accepted() -> None:

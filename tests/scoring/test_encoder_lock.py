@@ -1,4 +1,4 @@
-"""The encoder lock: one shard at a time, the one begun first before all others."""
+"""The encoder lock: one shard at a time, the one started first before all others."""
 
 import threading
 import time

@@ -150,6 +150,8 @@ def test_the_program_reports_beside_the_names(cleaned: Path, tiny: Model, tmp_pa
     assert not (tmp_path / "s").exists()
 
 
-def test_clean_says_how_to_get_them(cleaned: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_names_the_command_that_makes_them(
+    cleaned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert clean(cleaned) == 64
     assert "score_clip --object-vectors" in capsys.readouterr().err

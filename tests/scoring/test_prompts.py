@@ -46,7 +46,7 @@ def test_equal_prompts_are_kept_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("templates", "says"),
+    ("templates", "message"),
     [
         ([], "empty"),
         (["a photo"], "lacks {attribute}"),
@@ -59,10 +59,10 @@ def test_equal_prompts_are_kept_once() -> None:
         (["a {} {attribute}"], "nothing else in braces"),
     ],
 )
-def test_templates_are_checked(templates: list[str], says: str) -> None:
+def test_templates_are_checked(templates: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=r"scoring\.templates") as error:
         check_templates(templates)
-    assert says in str(error.value)
+    assert message in str(error.value)
 
 
 def test_doubled_braces_are_text() -> None:

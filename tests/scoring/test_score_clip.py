@@ -103,7 +103,7 @@ def test_plan_starts_nothing(dataset: Path, tiny: Model, tmp_path: Path) -> None
 def test_absent_weights_stop_before_anything(
     dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # With Ray asked for: were it started, this would take seconds and leave a session.
+    # With Ray enabled: were it started, this would take seconds and leave a session.
     call = [*tiny.flags(), "--paths.scores", str(tmp_path / "s"), "--scoring.use_ray", "true"]
     assert run(PROGRAM, dataset, *call, "--scoring.weights", str(tmp_path / "no.safetensors")) == 64
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -312,7 +312,7 @@ def test_unusable_crops_are_listed_and_can_be_tried_again(
     def cut_but_one(pixels: np.ndarray, box: tuple[float, ...]) -> Image.Image:
         seen.append(box)
         if len(seen) == 5:
-            raise OSError("this decoder knows no such photo")
+            raise OSError("unsupported photo")
         return cut(pixels, box)
 
     monkeypatch.setattr(embed, "box_crop", cut_but_one)
@@ -322,7 +322,7 @@ def test_unusable_crops_are_listed_and_can_be_tried_again(
     shutil.rmtree(root)
     assert run(PROGRAM, dataset, *call) == 0
     ((uid, why),) = counts(json_file)["quarantined"]["train"].items()
-    assert why == "this decoder knows no such photo"
+    assert why == "unsupported photo"
     listed = json.loads((root / "scores.json").read_text())["quarantined"]
     assert listed == {"train": {uid: why}}
     # Said again by a run that finds the files, and scored by one that is asked to.

@@ -204,16 +204,15 @@ def check_model_config(model: str, folder: Path) -> Path:
     path = folder / f"{model}.json"
     try:
         values = json.loads(path.read_bytes())
-    except OSError as error:
+        lacking = {"embed_dim", "vision_cfg", "text_cfg"} - set(values)
+        problem = f"lacks {', '.join(sorted(lacking))}" if lacking else None
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"cannot be read ({error})"
+    if problem:
         raise ConfigError(
-            f"scoring.model_config_dir: {path}: {error.strerror}; give the folder that holds "
-            f"{model}.json, or leave it out for a model that open_clip ships"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"scoring.model_config_dir: {path} is not JSON: {error}") from None
-    lacking = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in values]
-    if lacking:
-        raise ConfigError(f"scoring.model_config_dir: {path} lacks {', '.join(lacking)}")
+            f"scoring.model_config_dir: {path} {problem}; give the folder that holds {model}.json, "
+            "or leave it out for a model that open_clip ships"
+        )
     return path
 
 

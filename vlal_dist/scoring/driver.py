@@ -326,23 +326,20 @@ class ScoringTotals:
         if result.quarantined:
             here = self.quarantined.setdefault(result.split, {})
             here |= {f"{uid:016x}": why for uid, why in result.quarantined.items()}
-            self._check_quarantined()
+            found = sum(map(len, self.quarantined.values()))
+            if found > self.max_quarantined:
+                uid, why = next(one for some in self.quarantined.values() for one in some.items())
+                raise DataError(
+                    f"{found} crops cannot be used, scoring.max_quarantined allows "
+                    f"{self.max_quarantined}; the first is uid {uid}: {why}. Correct the photos "
+                    "and pack again, or raise it"
+                )
         if not result.identical:
             logger.warning(
                 "shard %d of %s was scored twice with different last bits (unequal devices?); the "
                 "first file is kept",
                 result.shard,
                 result.split,
-            )
-
-    def _check_quarantined(self) -> None:
-        found = sum(map(len, self.quarantined.values()))
-        if found > self.max_quarantined:
-            uid, why = next(one for some in self.quarantined.values() for one in some.items())
-            raise DataError(
-                f"{found} crops cannot be used, scoring.max_quarantined allows "
-                f"{self.max_quarantined}; the first is uid {uid}: {why}. Correct the photos and "
-                "pack again, or raise it"
             )
 
 
@@ -364,7 +361,7 @@ def _score(
     with (
         _set_on_signal(stop),
         _open_pool(job, len(plan.pending), stop) as pool,
-        _set_on_signal(stop),  # again: ray.init puts its own handlers in place of ours
+        _set_on_signal(stop),  # again: ray.init replaces the handlers
         Progress("score", total=plan.samples, unit="crops") as progress,
     ):
         settings = known or choose_settings(job, pool, store, plan)

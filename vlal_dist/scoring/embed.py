@@ -71,7 +71,7 @@ class SplitShard:
 
 
 class EncoderLock:
-    """FIFO lock for the encoder: of the shards that wait, the one begun first goes first.
+    """FIFO lock for the encoder: the waiting shard that was started first goes first.
 
     With two shards under way the second is fetched and decoded while the first is encoded, and
     begins to be encoded while the first is written. If they alternated, both would be written at
@@ -206,7 +206,7 @@ def prepare_crop(reader: SampleReader, row: int, encoder: ClipEncoder) -> Prepar
         DataError: the shard was altered.
         StorageError: it cannot be read.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     sample = reader.read(row)
     read = time.perf_counter()
     pixels, problem = None, ""
@@ -214,7 +214,7 @@ def prepare_crop(reader: SampleReader, row: int, encoder: ClipEncoder) -> Prepar
         pixels = encoder.prepare(box_crop(decode_rgb(sample.jpg), sample.box_in_crop))
     except (DataError, OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
-    return PreparedCrop(pixels, problem, read - begun, time.perf_counter() - read)
+    return PreparedCrop(pixels, problem, read - started, time.perf_counter() - read)
 
 
 def box_crop(pixels: npt.NDArray[np.uint8], box: tuple[float, ...]) -> Image.Image:

@@ -169,7 +169,7 @@ class ActorPool:
     """A fixed number of actors that work off calls; use inside `ray_session`.
 
     Args:
-        job: what the actors score; `scoring` says what each needs, and how often a call is retried.
+        job: what the actors score; `scoring` has the resources of each and `max_retries`.
         size: number of actors.
         stop: looked at every `POLL_S`.
 
@@ -324,7 +324,7 @@ class ActorPool:
 
 
 def _cause(error: Any) -> BaseException:
-    """The exception raised inside the actor; of ours, without Ray's copy of the traceback."""
+    """The exception raised inside the actor; a `VlalError` without Ray's copy of the traceback."""
     cause = error.cause
     return cause if isinstance(cause, VlalError) else error
 
