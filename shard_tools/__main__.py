@@ -18,11 +18,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("shard_tools.verify", "check every byte of a dataset against its manifest"),
     "inspect": ("shard_tools.inspect_dataset", "show what a dataset root holds"),
 }
-"""Command -> module with a `PROGRAM`, and what it does. Only the module asked for is imported."""
+"""Command -> module with a `PROGRAM`, and its purpose. Only that module is imported."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one tool and return its exit code (design 9).
+    """Run one tool and return its exit code (docs/command-line.md).
 
     Args:
         argv: command line without the program's name; its first word names the tool.

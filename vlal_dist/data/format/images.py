@@ -1,7 +1,7 @@
-"""Pixels for tools and scoring: decode, crop, encode. Pillow only; no torch.
+"""Decoding, cropping and encoding of images with Pillow, for tools and scoring.
 
-A file is decoded whole or not at all: truncated files raise, and the header is checked against a
-pixel limit before any pixel is decoded.
+Truncated files raise instead of being decoded in part, and the header is checked against a pixel
+limit before any pixel is decoded.
 """
 
 import io
@@ -18,12 +18,11 @@ from vlal_dist.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 
-# The limit below is ours and per call; Pillow's global one would only warn.
+# The limit is set per call; Pillow's global one would only warn.
 Image.MAX_IMAGE_PIXELS = None
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-
 
 # What Pillow raises on damaged files, EXIF blocks included, besides its own type.
 DAMAGE = (
@@ -104,7 +103,7 @@ def crop_bounds(
     """
     x, y, w, h = box
     if not (math.isfinite(x + w) and math.isfinite(y + h)):
-        raise DataError(f"box too large: {list(box)} leaves the numbers")
+        raise DataError(f"box too large: coordinates overflow: {list(box)}")
     left, top, right, bottom = int(x), int(y), int(x + w), int(y + h)
     if right <= left or bottom <= top:
         raise DataError(f"zero size: box {list(box)} covers no whole pixel")

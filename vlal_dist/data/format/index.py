@@ -1,7 +1,7 @@
-"""The files beside the tars: index, blocks, shard list, labels; and how samples form blocks.
+"""Index, blocks and shard list of a split, and the schemas of its tables (docs/formats.md).
 
-`index.arrow` holds everything needed to read a sample without parsing a header, in unsigned
-integers, memory-mapped without a copy. `blocks.arrow` is all that the order of an epoch needs.
+`index.arrow` and `blocks.arrow` are memory-mapped without a copy: a sample is read by the first
+without parsing a tar header, and the order of an epoch needs only the second.
 """
 
 import io
@@ -163,12 +163,12 @@ def encode_arrow(columns: Mapping[str, Array]) -> bytes:
 
 def encode_index(index: Index) -> bytes:
     """`index.arrow`."""
-    return encode_arrow({name: getattr(index, name) for name in INDEX_TYPES})
+    return encode_arrow(vars(index))
 
 
 def encode_blocks(blocks: Blocks) -> bytes:
     """`blocks.arrow`."""
-    return encode_arrow({name: getattr(blocks, name) for name in BLOCK_TYPES})
+    return encode_arrow(vars(blocks))
 
 
 def map_index(path: Path) -> Index:
@@ -207,28 +207,19 @@ REJECTS_SCHEMA = pa.schema(
 
 def encode_shards(shards: Sequence[Shard]) -> bytes:
     """`shards.parquet`."""
-    columns = {
-        "shard": [shard.name for shard in shards],
-        "bytes": [shard.bytes for shard in shards],
-        "sha256": [shard.sha256 for shard in shards],
-        "samples": [shard.samples for shard in shards],
-    }
-    return encode_table(columns, SHARDS_SCHEMA)
+    columns = {name: [getattr(shard, name) for shard in shards] for name in SHARDS_SCHEMA.names[1:]}
+    return encode_table({"shard": [shard.name for shard in shards], **columns}, SHARDS_SCHEMA)
 
 
 def decode_shards(data: bytes) -> list[Shard]:
     """Read `shards.parquet`."""
     rows = pa.parquet.read_table(pa.BufferReader(data)).to_pylist()
-    return [Shard(row["shard"], row["bytes"], row["sha256"], row["samples"]) for row in rows]
+    return [Shard(*row.values()) for row in rows]
 
 
 def _map_columns(path: Path, types: Mapping[str, str]) -> dict[str, Array]:
-    return _columns(pa.ipc.open_file(pa.memory_map(str(path))), types, str(path))
-
-
-def _columns(reader: Any, types: Mapping[str, str], where: str) -> dict[str, Array]:
-    batch = reader.get_batch(0)
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     found = {field.name: str(field.type) for field in batch.schema}
-    if found != dict(types):
-        raise DataError(f"{where}: columns {found}, expected {dict(types)}; rebuild the dataset")
+    if found != types:
+        raise DataError(f"{path}: columns {found}, expected {types}; rebuild the dataset")
     return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in types}

@@ -1,4 +1,4 @@
-"""Which rows of a split show the same photo, read from the samples' `KEY.json` alone."""
+"""Photo of each row of a split, read from the samples' `KEY.json`."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,14 @@ READS = 16
 def image_numbers(split: Split) -> npt.NDArray[np.int64]:
     """The photo of each row, as dense numbers in the order of their first row.
 
-    Reads the json part of every sample and nothing else of it; no crc32 is checked, which covers
-    whole samples, but a part must name the object that the index does.
+    Only the json member of each sample is read. The crc32, which covers whole samples, is not
+    checked, but the member must name the object that the index does.
 
     Returns:
         int64 [N], 0 .. number of photos - 1.
 
     Raises:
-        DataError: a part is no json of ours.
+        DataError: a member is not what pack wrote.
         StorageError: a shard cannot be read.
     """
     index = split.index

@@ -209,7 +209,7 @@ class TrainLoader:
         uid = self._uids(places.row)
         flip = uniform(uid, places.visit, seed=self.training.seed, purpose=FLIP) < self.data.flip
         away = np.isin(uid, np.fromiter(quarantined, np.uint64, len(quarantined)))
-        blocks = self.stream.parts(epoch, every[~away]) if reader.remote else None
+        blocks = self.stream.block_ranges(epoch, every[~away]) if reader.remote else None
         at = reader.locate(places.row[~away], blocks)
         done = high = 0
         for piece in pieces:
@@ -248,7 +248,7 @@ class TrainLoader:
         mine = positions[(positions % self.lanes) % self._world_size == self._rank]
         if len(mine):
             rows = self.stream.at(epoch, mine).row
-            self.builder.reader.prefetch(rows, self.stream.parts(epoch, mine))
+            self.builder.reader.prefetch(rows, self.stream.block_ranges(epoch, mine))
 
     def _uids(self, rows: I64) -> U64:
         return self.builder.reader.corpus.column("uid", rows)

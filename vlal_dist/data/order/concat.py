@@ -1,7 +1,7 @@
-"""Several splits read as one: their rows are counted through, their blocks laid side by side.
+"""Concatenated splits: row r of the corpus is row r - start[s] of its split s.
 
 A run on one dataset is a corpus of one split; a mix (`data.mix`) has more. Columns of the indexes
-stay memory-mapped where they are, nothing is concatenated but the blocks.
+stay memory-mapped; only the blocks are concatenated.
 """
 
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vlal_dist.data.format.dataset import Split
-from vlal_dist.data.hashing import I64, U64
+from vlal_dist.data.hashing import I64
 
 Array = npt.NDArray[Any]
 
 
 class ConcatSplits:
-    """Splits with rows counted through.
+    """Several splits read as one.
 
     Attributes:
         splits: the opened splits, in order.
@@ -63,10 +63,6 @@ class ConcatSplits:
             here = which == number
             found[here] = getattr(split.index, name)[local[here]]
         return found
-
-    def uids(self, start: int, stop: int) -> U64:
-        """uid of rows start..stop-1."""
-        return self.column("uid", np.arange(start, stop, dtype=np.int64))
 
     def locate(self, rows: I64) -> tuple[I64, I64]:
         """The split of each row, and its row there."""

@@ -1,4 +1,4 @@
-"""Which samples an epoch holds, and how often: passes over datasets, a subset, repeat factors.
+"""Content of an epoch: which samples it holds and how often, from a rate for each sample.
 
 A row with rate w is visited w times per epoch on average: after e epochs
 
@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from vlal_dist.data.hashing import I64, PHASE, keyed_hash, mix_visits
+from vlal_dist.data.hashing import I64, PHASE, U64, keyed_hash, mix_visits
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.ledger import Ledger
 from vlal_dist.errors import ConfigError
@@ -35,7 +35,7 @@ class EpochRows:
     """The rows of one epoch, block by block.
 
     Attributes:
-        number: int64 [V], block + copy x number of blocks; what the order hashes.
+        number: int64 [V], block + copy x number of blocks, which the order hashes.
         copy: int64 [V], which of the epoch's visits of its rows this virtual block holds.
         first: int64 [V], its first row; or, with `listed`, where its rows begin in that list.
         samples: int64 [V].
@@ -73,7 +73,7 @@ class EpochPlan:
     """The visits of every epoch.
 
     Args:
-        corpus: what is trained on.
+        corpus: the training samples.
         seed: the run's seed; it decides in which epochs a fraction of a pass falls.
         passes: passes per epoch over each split of the corpus.
         factor: float64 [N], what each row's rate is multiplied by (0: left out); None: 1.
@@ -109,32 +109,26 @@ class EpochPlan:
 
     def ledger(self, epoch: int, start: int = 0, stop: int | None = None) -> Ledger:
         """The ledger of all planned visits of the epoch to rows start..stop-1."""
-        total = Ledger()
         stop = len(self.corpus) if stop is None else stop
-        for first in range(start, stop, _PIECE_ROWS):
-            rows = np.arange(first, min(first + _PIECE_ROWS, stop), dtype=np.int64)
-            uid = self.corpus.column("uid", rows)
-            for here, visit in self._visits(epoch, rows):
-                total += Ledger.of(uid[here], visit)
-        return total
+        ledgers = (Ledger.of(uid, visit) for uid, visit in self._visits(epoch, start, stop))
+        return sum(ledgers, Ledger())
 
     def find(self, epoch: int, one: Ledger) -> int | None:
         """The uid whose visit in the epoch is the one of a ledger of a single visit."""
-        for first in range(0, len(self.corpus), _PIECE_ROWS):
-            rows = np.arange(first, min(first + _PIECE_ROWS, len(self.corpus)), dtype=np.int64)
-            uid = self.corpus.column("uid", rows)
-            for here, visit in self._visits(epoch, rows):
-                found = uid[here][mix_visits(uid[here], visit) == np.uint64(one.sum)]
-                if len(found):
-                    return int(found[0])
+        for uid, visit in self._visits(epoch, 0, len(self.corpus)):
+            found = uid[mix_visits(uid, visit) == np.uint64(one.sum)]
+            if len(found):
+                return int(found[0])
         return None
 
-    def _visits(self, epoch: int, rows: I64) -> Iterator[tuple[npt.NDArray[np.bool_], I64]]:
-        """For each copy: which of the rows have it, and the number of that visit."""
-        begin, end = self._before(epoch, rows), self._before(epoch + 1, rows)
-        for copy in range(int((end - begin).max(initial=0))):
-            here = end - begin > copy
-            yield here, begin[here] + copy
+    def _visits(self, epoch: int, start: int, stop: int) -> Iterator[tuple[U64, I64]]:
+        """uid and visit number of the planned visits to rows start..stop-1, in pieces."""
+        for rows in _pieces(start, stop):
+            uid = self.corpus.column("uid", rows)
+            begin, end = self._before(epoch, rows), self._before(epoch + 1, rows)
+            for copy in range(int((end - begin).max(initial=0))):
+                here = end - begin > copy
+                yield uid[here], begin[here] + copy
 
     def _before(self, epoch: int, rows: I64) -> I64:
         """Visits of each row before the epoch."""
@@ -150,29 +144,27 @@ class EpochPlan:
         if self._rate is None:
             return self._whole_blocks()
         count = np.empty(len(self.corpus), dtype=np.int64)
-        for first in range(0, len(count), _PIECE_ROWS):
-            rows = np.arange(first, min(first + _PIECE_ROWS, len(count)), dtype=np.int64)
+        for rows in _pieces(0, len(count)):
             count[rows] = self._before(epoch + 1, rows) - self._before(epoch, rows)
         blocks, copies, sizes, listed = [], [], [], []
         for copy in range(int(count.max(initial=0))):
             rows = np.flatnonzero(count > copy)
             ends = self.corpus.first_row + self.corpus.samples
-            held = np.searchsorted(rows, ends) - np.searchsorted(rows, self.corpus.first_row)
-            used = np.flatnonzero(held)
+            samples = np.searchsorted(rows, ends) - np.searchsorted(rows, self.corpus.first_row)
+            used = np.flatnonzero(samples)
             blocks.append(used)
             copies.append(np.full(len(used), copy, dtype=np.int64))
-            sizes.append(held[used])
+            sizes.append(samples[used])
             listed.append(rows)
         if not blocks:  # a few samples at a small fraction of a pass
             none = np.zeros(0, dtype=np.int64)
             return EpochRows(none, none, none, none, none)
-        block, copy_of, samples = (np.concatenate(one) for one in (blocks, copies, sizes))
+        block, copy_of, size = (np.concatenate(one) for one in (blocks, copies, sizes))
         number = block + copy_of * len(self.corpus.first_row)
-        first_place = np.cumsum(samples) - samples
-        return EpochRows(number, copy_of, first_place, samples, np.concatenate(listed))
+        return EpochRows(number, copy_of, np.cumsum(size) - size, size, np.concatenate(listed))
 
     def _whole_blocks(self) -> EpochRows:
-        """Every split a whole number of times: nothing of the size of the index is touched."""
+        """Every split a whole number of times: no array of the size of the index is made."""
         corpus = self.corpus
         which, _ = corpus.locate(corpus.first_row)
         times = self._by_split[which] // ONE
@@ -193,3 +185,9 @@ class EpochPlan:
         if len(rate) and float(rate.max()) > MOST_PASSES * ONE:
             fixed_rate(float(rate.max()) / ONE)
         return rate.astype(np.uint32)
+
+
+def _pieces(start: int, stop: int) -> Iterator[I64]:
+    """Rows start..stop-1, at most _PIECE_ROWS at a time."""
+    for first in range(start, stop, _PIECE_ROWS):
+        yield np.arange(first, min(first + _PIECE_ROWS, stop), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The ledger: proof that an epoch held every planned visit once.
+"""Ledger of visits: verifies that an epoch held every planned visit exactly once.
 
 A ledger is (count, sum mod 2^64 of a mix of uid and visit). Ledgers of ranks, steps and restarts
 add up in any order; the sum of an epoch must equal that of its plan, so that one visit too many or
@@ -32,7 +32,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, values: Mapping[str, int]) -> "Ledger":
-        """What `to_json` made."""
+        """Undo `to_json`."""
         return cls(int(values["count"]), int(values["sum"]))
 
     def to_json(self) -> dict[str, int]:

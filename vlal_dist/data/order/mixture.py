@@ -1,7 +1,4 @@
-"""What is trained on: one dataset or a mix of several, some keys of it, tail samples repeated.
-
-Training and `shard_tools inspect --order` open it here, so that both speak of the same epochs.
-"""
+"""Training samples: one dataset or a mix of several, a subset by keys, tail samples repeated."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,15 +19,15 @@ from vlal_dist.storage.store import read_url
 
 @dataclass(frozen=True)
 class Mixture:
-    """The opened training samples, and how often each is wanted.
+    """The opened training samples, and how often each is visited.
 
     Attributes:
         dataset: vocabulary, feasible sets, digests; its validation split selects the model.
         trained: the datasets whose training splits the corpus holds, in order.
-        corpus: what is trained on.
+        corpus: the training samples.
         passes: passes per epoch over each split of the corpus.
         factor: float64 [N], what each row's passes are multiplied by; None: 1.
-        mix, subset: what a run's binding says of them.
+        mix, subset: their entries in a run's binding.
     """
 
     dataset: Dataset
@@ -81,7 +78,7 @@ def open_mixture(url: str, data: DataConfig, *, cache: Path) -> Mixture:
 
 
 def check_mix(dataset: Dataset, trained: Sequence[Dataset]) -> None:
-    """Refuse datasets that cannot be trained on together.
+    """Refuse datasets that cannot be mixed.
 
     Raises:
         DataError: another vocabulary or other feasible sets, or two datasets of one name (their

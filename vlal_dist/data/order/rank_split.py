@@ -1,4 +1,4 @@
-"""Steps: which visits of an epoch a step takes, and how ranks and micro-batches share them."""
+"""The visits of a step, and how ranks and micro-batches share them (docs/stream.md)."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from vlal_dist.data.hashing import I64
 
 
 def choose_micro_batches(*, lanes: int, world_size: int, accumulation: int) -> int:
-    """M: the largest divisor of `lanes` not above world size x accumulation (design 4)."""
+    """M: the largest divisor of `lanes` not above world size x accumulation."""
     most = world_size * accumulation
     return max(m for m in range(1, min(lanes, most) + 1) if lanes % m == 0)
 
@@ -20,7 +20,7 @@ def micro_batches_per_rank(*, micro_batches: int, world_size: int) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one rank does in one step.
+    """One rank's share of one step.
 
     Attributes:
         start: first position of the step in the epoch.
@@ -36,7 +36,7 @@ class StepPlan:
 def plan_step(
     *, start: int, samples: int, lanes: int, micro_batches: int, rank: int, world_size: int
 ) -> StepPlan:
-    """Cut the step [start, start + samples) into this rank's micro-batches (design 4).
+    """Cut the step [start, start + samples) into this rank's micro-batches.
 
     Position i belongs to micro-batch i mod M. When W divides M, rank r runs the micro-batches
     m = r mod W; otherwise it cuts its rows, those of the lanes l = r mod W, into ceil(M / W)

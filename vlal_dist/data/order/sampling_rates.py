@@ -1,4 +1,4 @@
-"""How often each sample is wanted, from its labels alone: a subset by keys, tail repeat factors."""
+"""Sampling rates from keys and labels: a subset by keys, repeat factors for tail attributes."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ def subset_factors(keys: Sequence[pa.ChunkedArray], wanted: Sequence[str]) -> np
         ConfigError: a key on the list that no split holds, or an empty list.
     """
     listed = pa.array(sorted(set(wanted)), pa.string())
-    # The list is looked for in the keys and not the other way round: it is short, they are many.
-    held = [pc.is_in(one, value_set=listed) for one in keys]
+    # The list is short and the keys are many: test each key against the list.
+    listed_here = [pc.is_in(one, value_set=listed) for one in keys]
     found = pa.chunked_array(
-        [c for one, here in zip(keys, held, strict=True) for c in one.filter(here).chunks],
+        [c for one, here in zip(keys, listed_here, strict=True) for c in one.filter(here).chunks],
         pa.string(),
     )
     unknown = listed.filter(pc.invert(pc.is_in(listed, value_set=found.combine_chunks())))
@@ -36,7 +36,7 @@ def subset_factors(keys: Sequence[pa.ChunkedArray], wanted: Sequence[str]) -> np
             f"data.subset: {len(unknown)} of {len(listed)} keys are of no sample of the training "
             f"split ({named or 'the list is empty'}); list keys as labels.parquet has them"
         )
-    return np.concatenate([here.to_numpy() for here in held]).astype(np.bool_)
+    return np.concatenate([here.to_numpy() for here in listed_here]).astype(np.bool_)
 
 
 def repeat_factors(
