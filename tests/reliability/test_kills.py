@@ -1,4 +1,4 @@
-"""T1: a rank is killed at any point; the supervisor starts again; the end is bit-identical."""
+"""T1: a rank killed at any point: the supervisor restarts the job, the result is bit-identical."""
 
 import time
 from pathlib import Path
@@ -32,7 +32,7 @@ def check_supervised(job: Job, undisturbed: Job, faults: list[Fault]) -> None:
     record("kill", lost=lost, seconds_to_first_step=job.seconds_to_first_step())
 
 
-def test_in_the_gradient_in_a_save_and_at_an_epochs_end(
+def test_killed_in_the_gradient_in_a_save_and_at_an_epochs_end(
     config: Path, tmp_path: Path, undisturbed: Job
 ) -> None:
     faults = [kill(1, "gradient", 1), kill(0, "save", 4, 2), kill(1, "epoch", 8)]
@@ -43,7 +43,7 @@ GRID = [
     [kill(r, "start", 0), kill(r, "step", 0), kill(r, "gradient", 3), kill(r, "applied", 6)]
     for r in (0, 1)
 ] + [
-    [kill(0, "save", 2 + 2 * nth, nth) for nth in range(4)],  # each file, the mark too
+    [kill(0, "save", 2 + 2 * nth, nth) for nth in range(4)],  # each file, COMPLETE too
     [kill(0, "save", 4 + 2 * nth, 3 - nth) for nth in range(4)],
     [kill(0, "best", 4), kill(0, "validate", 8), kill(0, "epoch", 12)],
     [kill(1, "validate", 4), kill(1, "epoch", 8), kill(1, "validate", 12)],
@@ -57,14 +57,14 @@ GRID = [
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", range(len(GRID)))
-def test_anywhere(config: Path, tmp_path: Path, undisturbed: Job, number: int) -> None:
+def test_killed_at_any_point(config: Path, tmp_path: Path, undisturbed: Job, number: int) -> None:
     check_supervised(Job(config, tmp_path, supervised=True), undisturbed, GRID[number])
 
 
 @pytest.mark.parametrize(
     "rank", [1, *(pytest.param(r, marks=pytest.mark.soak) for r in (0, 1, 0, 1, 0))]
 )
-def test_without_the_supervisor_all_are_gone_at_once(
+def test_without_the_supervisor_a_kill_ends_all_ranks(
     config: Path, tmp_path: Path, undisturbed: Job, rank: int
 ) -> None:
     job = Job(config, tmp_path)

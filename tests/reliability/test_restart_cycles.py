@@ -1,4 +1,4 @@
-"""T11: what earlier starts left behind is never in the way: ports, files, shared memory."""
+"""T11: ports, files and shared memory of earlier starts never prevent the next one."""
 
 import json
 import random
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 CYCLES = 100
 
 
-def test_a_rendezvous_port_that_is_taken_is_named(config: Path, tmp_path: Path) -> None:
+def test_a_taken_rendezvous_port_is_a_clear_error(config: Path, tmp_path: Path) -> None:
     job = Job(config, tmp_path, more=["--training.peer_timeout_s", "5"])  # of the other rank
     with socket.socket() as other:
         other.bind(("", int(job.port)))
@@ -38,7 +38,7 @@ def left_in(folder: Path) -> set[str]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_killed_at_random_and_started_again_at_once(
+def test_kills_at_random_times_with_immediate_restarts(
     config: Path, tmp_path: Path, undisturbed: Job
 ) -> None:
     targets = tmp_path / "targets"

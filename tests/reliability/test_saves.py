@@ -73,7 +73,7 @@ def test_a_full_disk_does_not_stop_training(
 
 
 @pytest.mark.timeout(400)
-def test_killed_on_a_full_disk_it_resumes_from_what_was_there_before(
+def test_killed_on_a_full_disk_it_resumes_from_the_last_checkpoint(
     config: Path, tmp_path: Path, undisturbed: Job, small_disk: Path
 ) -> None:
     job = Job(config, tmp_path, run=str(small_disk / "run"))
@@ -89,7 +89,7 @@ def test_killed_on_a_full_disk_it_resumes_from_what_was_there_before(
 
 
 @pytest.mark.soak
-def test_a_disk_that_stays_full_ends_the_run_with_its_code(
+def test_a_disk_that_stays_full_ends_the_run_with_exit_code_74(
     config: Path, tmp_path: Path, small_disk: Path
 ) -> None:
     job = Job(config, tmp_path, run=str(small_disk / "run"))
@@ -116,7 +116,7 @@ class S3Run:
 
 
 @pytest.mark.timeout(400)
-def test_a_store_that_is_away_does_not_stop_training(
+def test_an_unreachable_store_does_not_stop_training(
     moto_s3: S3Server, config: Path, tmp_path: Path, undisturbed: Job
 ) -> None:
     with FaultProxy(moto_s3.endpoint) as proxy:
@@ -134,7 +134,7 @@ def test_a_store_that_is_away_does_not_stop_training(
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_an_outage_longer_than_its_patience(
+def test_an_outage_longer_than_the_retries(
     ceph_s3: S3Server, config: Path, tmp_path: Path, undisturbed: Job
 ) -> None:
     """The real patience of a minute, against a real store."""
@@ -180,7 +180,7 @@ KINDS = ("truncated", "missing", "empty mark", "no mark", "wrong version")
 @pytest.mark.parametrize(
     "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS[1:])]
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     config: Path, tmp_path: Path, undisturbed: Job, kind: str
 ) -> None:
     job = Job(config, tmp_path)
@@ -197,7 +197,9 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 @pytest.mark.soak
-def test_damaged_ones_alone_are_refused(config: Path, tmp_path: Path, undisturbed: Job) -> None:
+def test_only_damaged_checkpoints_are_refused(
+    config: Path, tmp_path: Path, undisturbed: Job
+) -> None:
     shutil.copytree(undisturbed.run, tmp_path / "run")
     job = Job(config, tmp_path)
     for folder in job.run.glob("checkpoints/*"):

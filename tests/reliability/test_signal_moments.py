@@ -1,4 +1,4 @@
-"""T3, T4: a signal at any moment of a run, and a second one while the first is being obeyed."""
+"""T3, T4: a signal at any moment of a run, and a second one while the first is handled."""
 
 import os
 import signal
@@ -36,7 +36,9 @@ MOMENTS = {
     # CI has the one that sends a second signal too.
     [pytest.param(m, marks=[pytest.mark.soak] * (m != "its own save, again")) for m in MOMENTS],
 )
-def test_at_any_moment(config: Path, tmp_path: Path, undisturbed: Job, moment: str) -> None:
+def test_a_signal_at_any_moment(
+    config: Path, tmp_path: Path, undisturbed: Job, moment: str
+) -> None:
     job = Job(config, tmp_path)
     start = job.start(*MOMENTS[moment])
     code = start.wait()
@@ -56,10 +58,10 @@ def test_at_any_moment(config: Path, tmp_path: Path, undisturbed: Job, moment: s
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("after_s", [0.3, 1.5, 2.5, 3.5, 5.0, 7.0])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_before_there_is_anything_to_save(
+def test_a_signal_before_the_first_step(
     config: Path, tmp_path: Path, after_s: float, number: signal.Signals
 ) -> None:
-    """The front process goes while launcher and ranks are still being started."""
+    """The front process ends while launcher and ranks are still starting."""
     job = Job(config, tmp_path, more=["--training.epochs", "500"])
     start = job.start()
     time.sleep(after_s)

@@ -1,4 +1,4 @@
-"""T2: a signal, whoever gets it: one save by all ranks together, no orphan, nothing lost."""
+"""T2: a signal to any process of the job: one save by all ranks, no orphan, nothing lost."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.reliability.harness import Job, Start, record
 pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
 
 SLOW = {"kind": "sleep", "at": "step", "seconds": 0.25, "often": True}
-"""Of every rank and step, so that a signal meets a run that is under way."""
+"""Slows every step of every rank, so that a signal arrives during training."""
 BARE = ("rank", "launch", "group", "front")
 
 
@@ -67,7 +67,7 @@ def check(job: Job, undisturbed: Job, target: str, number: signal.Signals) -> No
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(("target", "supervised"), [("front", False), ("supervisor", True)])
-def test_terminated(
+def test_sigterm_to_the_launcher_or_the_supervisor(
     config: Path, tmp_path: Path, undisturbed: Job, target: str, supervised: bool
 ) -> None:
     job = Job(config, tmp_path, supervised=supervised)
@@ -81,7 +81,7 @@ def test_terminated(
     ("target", "supervised"),
     [*((one, False) for one in BARE), *((one, True) for one in (*BARE, "supervisor"))],
 )
-def test_any_signal_to_anybody(
+def test_any_signal_to_any_process(
     config: Path,
     tmp_path: Path,
     undisturbed: Job,
