@@ -15,7 +15,7 @@ from tests.storage.conftest import DATA, MIB, name_of
 from vlal_dist.errors import ConflictError, DataError, StorageError
 from vlal_dist.storage import s3, s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import TRIES, Counts, process_counts
+from vlal_dist.storage.s3_client import TRIES, S3Counts, process_counts
 
 
 class TestRetries:
@@ -95,17 +95,17 @@ class TestCommits:
 
     def test_counts(self, moto_s3: S3Server) -> None:
         store, before = S3Store(moto_s3.url()), process_counts()
-        assert store.counts == Counts()
+        assert store.counts == S3Counts()
         store.create("k", b"12345")
         store.create("k", b"12345")  # PUT refused, HEAD compared
         assert store.read("k", offset=1) == b"2345"
-        assert store.counts == Counts(requests=4, bytes_in=4, bytes_out=5)
+        assert store.counts == S3Counts(requests=4, bytes_in=4, bytes_out=5)
         other = S3Store(moto_s3.url())
         other.create("k", b"1")
         assert process_counts() == before + store.counts + other.counts
         child = os.fork()
         if child == 0:
-            os._exit(0 if store.counts == process_counts() == Counts() else 1)
+            os._exit(0 if store.counts == process_counts() == S3Counts() else 1)
         assert os.waitpid(child, 0)[1] == 0
 
 

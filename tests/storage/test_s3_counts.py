@@ -10,7 +10,7 @@ from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.storage.conftest import DATA, MIB
 from vlal_dist.observability.metric_definitions import S3_REASONS
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import REASONS, Counts, Tally, process_counts
+from vlal_dist.storage.s3_client import REASONS, S3Counts, S3Tally, process_counts
 
 LATE_S = 3.0
 """Beyond the read timeout of the tests' store, 1 s."""
@@ -99,15 +99,15 @@ def test_the_cases_cover_all_reasons_and_the_metric_has_their_names() -> None:
 
 
 def test_threads_lose_no_count() -> None:
-    tally = Tally()
+    tally = S3Tally()
 
     def work() -> None:
         for _ in range(2000):
-            tally.add(Counts(requests=1, repeated={"error": 1}))
+            tally.add(S3Counts(requests=1, repeated={"error": 1}))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert tally.counts == Counts(requests=16_000, repeated={"error": 16_000})
+    assert tally.counts == S3Counts(requests=16_000, repeated={"error": 16_000})

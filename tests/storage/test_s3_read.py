@@ -29,7 +29,7 @@ from vlal_dist.errors import (
 )
 from vlal_dist.storage import s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import TRIES, Counts
+from vlal_dist.storage.s3_client import TRIES, S3Counts
 from vlal_dist.storage.store import fetch
 
 
@@ -174,7 +174,7 @@ class TestOutages:
                 assert reading.result() == DATA[5 : 5 + MIB]
         assert 3.0 <= time.monotonic() - started < 6.0
         assert len(proxy.log) == 1
-        assert shard.counts == Counts(
+        assert shard.counts == S3Counts(
             requests=shard.counts.requests,
             repeated={"unreachable": shard.counts.requests - 1},
             bytes_in=MIB,
@@ -246,7 +246,7 @@ class TestOutages:
                 lambda at: shard.read("shard.tar", offset=at, length=1000), range(0, 100_000, 1000)
             )
             assert b"".join(parts) == DATA[:100_000]
-        assert shard.counts == Counts(
+        assert shard.counts == S3Counts(
             requests=len(proxy.log),
             repeated={"throttled": len(proxy.log) - 100},
             bytes_in=100_000,
@@ -368,7 +368,7 @@ class TestShortObjects:
             store = S3Store("s3://bucket")
             assert store.read("k", offset=10, length=200) == body[10:210]
             assert server.ranges[-4:] == [(10, 209), (70, 209), (130, 209), (190, 209)]
-            assert store.counts == Counts(requests=4, repeated={"truncated": 3}, bytes_in=200)
+            assert store.counts == S3Counts(requests=4, repeated={"truncated": 3}, bytes_in=200)
 
     def test_replies_that_are_always_cut_are_a_storage_error(
         self, scripted: Callable[..., Scripted]

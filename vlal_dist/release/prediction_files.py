@@ -5,7 +5,6 @@ A file appears under its name when it is finished, and not before.
 
 import csv
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,7 +17,7 @@ import pyarrow.parquet
 from vlal_dist.errors import ConfigError
 from vlal_dist.release.predict import Answer
 from vlal_dist.release.requests import Reject
-from vlal_dist.storage.checks import TEMPORARY_PREFIX
+from vlal_dist.storage.local import replacing
 
 _GROUP_ROWS = 8192
 """Rows of a Parquet row group, about, which are held until it is written."""
@@ -40,14 +39,14 @@ def open_output(path: Path, *, thresholds: bool) -> Iterator[Write]:
     writers = {".jsonl": _jsonl, ".parquet": _parquet, ".csv": _csv}
     if path.suffix not in writers:
         raise ConfigError(f"predict.output {path}: {', '.join(writers)} are written; rename it")
-    with _finished_file(path) as temporary, writers[path.suffix](temporary, thresholds) as write:
+    with replacing(path) as temporary, writers[path.suffix](temporary, thresholds) as write:
         yield write
 
 
 @contextmanager
 def open_rejects(path: Path) -> Iterator[Callable[[Reject], None]]:
     """A file of rejects as JSON lines; without any there is no file, an earlier one is removed."""
-    with _finished_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
 
         def write(reject: Reject) -> None:
             file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
@@ -55,18 +54,6 @@ def open_rejects(path: Path) -> Iterator[Callable[[Reject], None]]:
         yield write
     if not path.stat().st_size:
         path.unlink()
-
-
-@contextmanager
-def _finished_file(path: Path) -> Iterator[Path]:
-    """A temporary name in the same folder, which takes the real one at the end of the block."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

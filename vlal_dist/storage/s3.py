@@ -22,7 +22,7 @@ from vlal_dist.storage.checks import (
     digests_of,
     translated_errors,
 )
-from vlal_dist.storage.s3_client import TRIES, Counts, S3Client
+from vlal_dist.storage.s3_client import TRIES, S3Client, S3Counts
 from vlal_dist.storage.s3_read import read_object
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class S3Store:
         return {**self.__dict__, "_versions": {}}  # a forked child keeps what it inherits
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> S3Counts:
         """Requests, retries and bytes of this store in this process."""
         return self._client.counts
 

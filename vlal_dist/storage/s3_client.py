@@ -51,7 +51,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 @dataclass(frozen=True)
-class Counts:
+class S3Counts:
     """Requests of one store, or of all stores, in this process.
 
     Attributes:
@@ -71,11 +71,11 @@ class Counts:
         """Requests repeated for any reason."""
         return sum(self.repeated.values())
 
-    def __add__(self, more: "Counts") -> "Counts":
+    def __add__(self, more: "S3Counts") -> "S3Counts":
         repeated = dict(self.repeated)
         for reason, count in more.repeated.items():
             repeated[reason] = repeated.get(reason, 0) + count
-        return Counts(
+        return S3Counts(
             self.requests + more.requests,
             repeated,
             self.bytes_in + more.bytes_in,
@@ -83,28 +83,28 @@ class Counts:
         )
 
 
-class Tally:
-    """Thread-safe `Counts` of the process that made it."""
+class S3Tally:
+    """Thread-safe `S3Counts` of the process that made it."""
 
     def __init__(self) -> None:
-        self.counts = Counts()
+        self.counts = S3Counts()
         self._lock = threading.Lock()
         _tallies.append((os.getpid(), self))
 
-    def add(self, more: Counts) -> None:
+    def add(self, more: S3Counts) -> None:
         """Add to the counts."""
         with self._lock:
             self.counts += more
 
 
-_tallies: list[tuple[int, Tally]] = []
+_tallies: list[tuple[int, S3Tally]] = []
 """With the process of each: a forked child inherits the list, but not the work."""
 
 
-def process_counts() -> Counts:
-    """Counts of all stores of this process, closed ones included."""
+def process_counts() -> S3Counts:
+    """S3Counts of all stores of this process, closed ones included."""
     own = os.getpid()
-    return sum((tally.counts for pid, tally in list(_tallies) if pid == own), Counts())
+    return sum((tally.counts for pid, tally in list(_tallies) if pid == own), S3Counts())
 
 
 class OutageError(StorageError):
@@ -151,7 +151,7 @@ class _Process:
     signed: dict[str, tuple[str | None, float]] = field(default_factory=dict)
     pool: Any = None
     endpoint: str = ""
-    tally: Tally = field(default_factory=Tally)
+    tally: S3Tally = field(default_factory=S3Tally)
     lock: threading.Lock = field(default_factory=threading.Lock)
     sent: threading.local = field(default_factory=threading.local)
 
@@ -175,13 +175,13 @@ class S3Client:
         return {**self.__dict__, "_state": None}
 
     @property
-    def counts(self) -> Counts:
-        """Counts of this client in this process."""
+    def counts(self) -> S3Counts:
+        """S3Counts of this client in this process."""
         return self._process().tally.counts
 
     def add(self, **more: Any) -> None:
-        """Add to the counts; see `Counts`."""
-        self._process().tally.add(Counts(**more))
+        """Add to the counts; see `S3Counts`."""
+        self._process().tally.add(S3Counts(**more))
 
     def retry(self, attempt: Callable[[], T], *, always: bool = False) -> T:
         """Repeat an attempt while it raises OutageError, with growing pauses.

@@ -9,20 +9,16 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from vlal_dist.data.format.images import crop_bounds
+from vlal_dist.data.format.images import Pixels, crop_bounds
 from vlal_dist.errors import DataError
 
 _resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bilinear2d_aa
-
-
-Pixels = npt.NDArray[np.uint8]
 
 
 def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
