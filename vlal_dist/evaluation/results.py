@@ -132,18 +132,13 @@ def read_attributes(store: Store, folder: str) -> list[dict[str, Any]]:
         any), and `lift`, AP / baseline (None where the AP is undefined).
 
     Raises:
-        NotFoundError, DataError: absent; damaged, or other columns.
+        NotFoundError, DataError: absent; damaged.
     """
     key = f"{folder}/attributes.parquet"
     try:
         table = pa.parquet.read_table(pa.BufferReader(store.read(key)))
     except pa.ArrowInvalid as error:
         raise DataError(f"{store.url}: {key} is damaged ({error}); evaluate again") from None
-    if table.schema.names != ATTRIBUTES_SCHEMA.names:
-        raise DataError(
-            f"{store.url}: {key} has columns {table.schema.names}, needed are "
-            f"{ATTRIBUTES_SCHEMA.names}; evaluate again"
-        )
     lines: list[dict[str, Any]] = table.to_pylist()
     for line in lines:
         labelled = line["num_positive"] + line["num_negative"]
