@@ -121,26 +121,21 @@ class Measured:
         samples: delivered in it.
         seconds: wall time.
         cpu_seconds: of this process and all its descendants.
-        server_cpu_seconds: of the processes of a server that it read from.
     """
 
     samples: int
     seconds: float
     cpu_seconds: float
-    server_cpu_seconds: float = 0.0
 
 
-def measure(
-    loader: Iterable[Any], *, warmup_s: float, seconds: float, server_pids: Sequence[int] = ()
-) -> Measured:
+def measure(loader: Iterable[Any], *, warmup_s: float, seconds: float) -> Measured:
     """Take batches, epoch after epoch, and count those that arrive after the warm-up.
 
     The warm-up begins at the first batch, so that starting workers is never counted. Batches are
     tuples whose first member has the length of the batch.
     """
     first = mark = None
-    cpu = server = 0.0
-    samples = 0
+    cpu, samples = 0.0, 0
     while True:
         delivered = False
         for batch in loader:
@@ -149,39 +144,28 @@ def measure(
             if mark is None:
                 # The batch that ends the warm-up was made in it.
                 if now - first >= warmup_s:
-                    mark, cpu, server = now, cpu_seconds(), cpu_of(server_pids)
+                    mark, cpu = now, cpu_seconds()
                 continue
             samples += len(batch[0])
             if now - mark >= seconds:
-                used, served = cpu_seconds() - cpu, cpu_of(server_pids) - server
-                return Measured(samples, now - mark, used, served)
+                return Measured(samples, now - mark, cpu_seconds() - cpu)
         if not delivered:
             raise SystemExit("the loader delivers nothing")
 
 
 def cpu_seconds() -> float:
     """User and system time of this process and its descendants, living and reaped; 10 ms steps."""
-    stats = _proc_stats()
-    mine = {os.getpid()}
-    while found := {pid for pid, (parent, _) in stats.items() if parent in mine} - mine:
-        mine |= found
-    return sum(sum(stats[pid][1]) for pid in mine) / os.sysconf("SC_CLK_TCK")
-
-
-def cpu_of(pids: Sequence[int]) -> float:
-    """User and system time of some processes so far; 10 ms steps."""
-    stats = _proc_stats() if pids else {}
-    return sum(sum(stats[pid][1][:2]) for pid in pids) / os.sysconf("SC_CLK_TCK")
-
-
-def _proc_stats() -> dict[int, tuple[int, list[int]]]:
-    """Parent and ticks (user, system, and both of reaped children) of all processes."""
-    found = {}
+    parent: dict[int, int] = {}
+    ticks: dict[int, int] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             # The second field is a name in brackets that may hold anything.
             fields = path.read_text().rpartition(")")[2].split()
         except OSError:
             continue  # it has just ended
-        found[int(path.parent.name)] = int(fields[1]), [int(field) for field in fields[11:15]]
-    return found
+        parent[int(path.parent.name)] = int(fields[1])
+        ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))
+    mine = {os.getpid()}
+    while found := {pid for pid, above in parent.items() if above in mine} - mine:
+        mine |= found
+    return sum(ticks[pid] for pid in mine) / os.sysconf("SC_CLK_TCK")

@@ -1,7 +1,7 @@
 """Our training stream beside webdataset, litdata and mosaicml-streaming, and beside its ceiling.
 
     make peers                                    # once: the other loaders, in .peers
-    python -m benchmarks.loader.loader [--quick] [--s3 s3://BUCKET [--server-pids PID ...]]
+    python -m benchmarks.loader.loader [--quick] [--s3 s3://BUCKET]
 
 Crops of 60x80 pixels (about 2 kB) to 64x64 and photos of 500x375 (about 90 kB) to 224x224; batches
 of 64 images and labels; warm page cache; each loader in processes of its own, one after the other,
@@ -9,8 +9,7 @@ their order reversed from round to round; medians over rounds. Every peer decode
 function, and as shipped. Our checksums are on. The ceiling is our decode function in a bare loop.
 
 With two processes we run two ranks with one decoding thread each; the peers two workers, and a main
-process that only collects. One process means one core. The datasets are copied to the bucket; CPU
-seconds of its server's processes, on the same two cores, are taken out of the ratio, and printed.
+process that only collects. One process means one core. The datasets are copied to the bucket.
 """
 
 import argparse
@@ -89,11 +88,10 @@ def entries(absent: dict[str, str | None], *, quick: bool, s3: bool) -> list[Ent
 
 @dataclass(frozen=True)
 class Figures:
-    """Samples per second and per CPU second; cores that the S3 server used."""
+    """Samples per second and per CPU second."""
 
     per_s: float
     per_cpu_s: float
-    server_cores: float = 0.0
 
 
 def measure(given: argparse.Namespace, entry: Entry) -> Figures:
@@ -112,14 +110,10 @@ def measure(given: argparse.Namespace, entry: Entry) -> Figures:
         common |= {"cache": given.data / "cache", "ranks": entry.processes}
         common |= {"cores": 1} if one else {}
         command += options(common)
-        if entry.s3 and given.server_pids:
-            command += ["--server-pids", *map(str, given.server_pids)]
         commands = [[*command, "--rank", str(rank)] for rank in range(entry.processes)]
     found = run_together(commands)
     samples, cpu = (sum(run[name] for run in found) for name in ("samples", "cpu_seconds"))
-    # Each rank saw the whole server, while it measured itself.
-    server = statistics.mean(run["server_cpu_seconds"] / run["seconds"] for run in found)
-    return Figures(sum(run["samples"] / run["seconds"] for run in found), samples / cpu, server)
+    return Figures(sum(run["samples"] / run["seconds"] for run in found), samples / cpu)
 
 
 def prepare(given: argparse.Namespace) -> dict[str, str | None]:
@@ -153,24 +147,17 @@ def summarise(results: dict[str, list[Figures]]) -> tuple[str, Numbers]:
                 numbers[f"ratio_to_{name}{suffix}"] = _median_ratio(
                     rates[f"ours{suffix}"], rates.get(f"{other}{suffix}")
                 )
-        if f"ours_s3{suffix}" in results:
-            # Samples per second if the two cores had been the loader's alone.
-            alone = [run.per_s * 2 / (2 - run.server_cores) for run in results[f"ours_s3{suffix}"]]
-            local = rates[f"ours{suffix}"]
-            numbers[f"ratio_s3_to_local{suffix}"] = _median_ratio(alone, local)
-            numbers[f"ratio_s3_to_local_raw{suffix}"] = _median_ratio(
-                rates[f"ours_s3{suffix}"], local
+        if f"ours_s3{suffix}" in rates:
+            numbers[f"ratio_s3_to_local{suffix}"] = _median_ratio(
+                rates[f"ours_s3{suffix}"], rates[f"ours{suffix}"]
             )
     rows = []
     for label, runs in results.items():
         cpu = statistics.median(run.per_cpu_s for run in runs)
-        server = statistics.median(run.server_cores for run in runs)
         numbers[f"samples_per_s_{label}"] = statistics.median(rates[label])
         numbers[f"samples_per_cpu_s_{label}"] = cpu
-        rows.append(
-            (label, spread(rates[label], ",.0f"), f"{cpu:,.0f}", f"{server:.2f}" if server else "")
-        )
-    text = table(["what", "samples/s, median", "per CPU second", "server's cores"], rows)
+        rows.append((label, spread(rates[label], ",.0f"), f"{cpu:,.0f}"))
+    text = table(["what", "samples/s, median", "per CPU second"], rows)
     shown = [
         (name, "null" if value is None else f"{value:.2f}")
         for name, value in numbers.items()
@@ -188,7 +175,6 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, default=ROOT / "runs/bench-loader")
     parser.add_argument("--s3", help="s3://BUCKET to copy the datasets to; AWS_* as always")
-    parser.add_argument("--server-pids", type=int, nargs="*", default=())
     given = parser.parse_args()
     absent = prepare(given)
     for peer, reason in absent.items():

@@ -80,18 +80,12 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--cores", type=int)
-    parser.add_argument("--server-pids", type=int, nargs="*", default=())
     arguments = parser.parse_args()
     if arguments.cores:
         pin(sorted(os.sched_getaffinity(0))[: arguments.cores])
     torch.set_num_threads(1)
     loader = ours(arguments) if arguments.what == "ours" else ceiling(arguments)
-    found = measure(
-        loader,
-        warmup_s=arguments.warmup,
-        seconds=arguments.seconds,
-        server_pids=arguments.server_pids,
-    )
+    found = measure(loader, warmup_s=arguments.warmup, seconds=arguments.seconds)
     print(json.dumps(asdict(found)), flush=True)
     # Threads still make batches ahead; nothing of them is wanted.
     os._exit(0)

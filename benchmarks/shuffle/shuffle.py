@@ -13,8 +13,6 @@ Reads the index and the tables, no image. For several orders of one epoch:
   that of a full shuffle, averaged over the attributes.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
@@ -26,16 +24,6 @@ from vlal_dist.data.order.shuffle import Shuffle, choose_lanes
 
 Order = npt.NDArray[np.int64]
 EPOCHS, TENTHS, SEED = 5, 10, 3
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Quality of one order; the mean over epochs."""
-
-    neighbours: float
-    same_block: float
-    by_source: float
-    by_label: float
 
 
 def stream_orders(split: Split, *, lanes: int, window_blocks: int) -> list[Order]:
@@ -82,8 +70,8 @@ def label_matrix(dataset: Dataset, split: str) -> npt.NDArray[np.float64]:
 
 def measure(
     orders: list[Order], *, block: Order, labels: npt.NDArray[np.float64], batch: int
-) -> Measures:
-    """All measures, averaged over the epochs."""
+) -> tuple[float, float, float, float]:
+    """The four measures of the table, averaged over the epochs."""
     found = []
     for order in orders:
         count = len(order)
@@ -100,7 +88,7 @@ def measure(
         by_label = (per_batch.var(0) / variance).mean()
         same = (block[order[1:]] == block[order[:-1]]).mean()
         found.append((steps.mean() / (count / 3), same, chi, by_label))
-    return Measures(*np.mean(found, axis=0))
+    return tuple(np.mean(found, axis=0).tolist())
 
 
 def main() -> None:
@@ -127,9 +115,11 @@ def main() -> None:
     labels = label_matrix(dataset, arguments.split)
     rows = []
     for name, found in orders.items():
-        m = measure(found, block=block, labels=labels, batch=arguments.batch)
-        shares = [f"{m.neighbours:.3f}", f"{100 * m.same_block:.2f} %"]
-        rows.append([name, *shares, f"{m.by_source:.2f}", f"{m.by_label:.2f}"])
+        distance, same, source, label = measure(
+            found, block=block, labels=labels, batch=arguments.batch
+        )
+        shares = [f"{distance:.3f}", f"{100 * same:.2f} %", f"{source:.2f}", f"{label:.2f}"]
+        rows.append([name, *shares])
     head = ["order", "neighbours' distance", "pairs in one block", "by source", "by label"]
     title = (
         f"{dataset.name}: {split.num_samples} samples in {len(split.blocks)} blocks, "
