@@ -10,7 +10,6 @@ Files go through `Store`, so a run root may be a folder or a bucket. The files a
 ZeRO 0, 1 and 2 (docs/training.md).
 """
 
-import hashlib
 import itertools
 import json
 import logging
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from vlal_dist.data.order.ledger import Ledger
 from vlal_dist.errors import DataError, NotFoundError, StorageError
+from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store, open_store
 
 logger = logging.getLogger(__name__)
@@ -200,7 +200,7 @@ def save_checkpoint(
         OPTIMIZER: safetensors.torch.save(dict(optimizer)),
         STATE: (json.dumps({"format": FORMAT, **asdict(state)}, indent=2) + "\n").encode(),
     }
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    digests = {name: sha256_of(data) for name, data in files.items()}
     files[COMPLETE] = (json.dumps(digests, indent=2) + "\n").encode()
     for name, data in files.items():
         store.create(f"{newest}/{name}", data)
@@ -272,7 +272,7 @@ def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
         digests = json.loads(store.read(f"{folder}{COMPLETE}"))
         files = {name: store.read(f"{folder}{name}") for name in (MODEL, OPTIMIZER, STATE)}
         for name, data in files.items():
-            if (found := hashlib.sha256(data).hexdigest()) != digests[name]:
+            if (found := sha256_of(data)) != digests[name]:
                 raise DataError(
                     f"{where}/{name} has sha256 {found}, COMPLETE says {digests[name]}: it was "
                     "cut short or changed; resume an older checkpoint"

@@ -3,7 +3,6 @@
 The best model is written to `best/` of the run root, which evaluate, export and predict read.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from vlal_dist.evaluation.predictions import Predictions, merge_predictions
 from vlal_dist.evaluation.predictors import predict
 from vlal_dist.method.metrics import Evaluation, evaluate_scores
 from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, write_model
+from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store
 from vlal_dist.training.checkpoint import TrainState
 from vlal_dist.training.ranks import Ranks
@@ -154,5 +154,5 @@ def holds_best(store: Store, state: TrainState) -> bool:
     return (info.get("step"), info.get("validation_map"), info.get("sha256")) == (
         state.best_step,
         state.best_map,
-        hashlib.sha256(weights).hexdigest(),
+        sha256_of(weights),
     )
