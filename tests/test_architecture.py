@@ -1,4 +1,4 @@
-"""The layers: who may import whom, who owns which library, sizes, and a README that is true.
+"""Architecture: imports between packages, owners of libraries, sizes, words, the README's table.
 
 Imports are read from the source, lazy and type-checking ones included.
 """
@@ -199,6 +199,57 @@ def test_sizes() -> None:
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
                 if length > FUNCTION_LINES:
                     bad.append(f"{name}.{node.name}: {length} lines, at most {FUNCTION_LINES}")
+    assert bad == []
+
+
+PARAMETERS = 8
+MANY_PARAMETERS: dict[str, str] = {}
+"""Functions with more parameters, and why: `module.function` -> reason."""
+
+
+def test_no_function_takes_many_parameters() -> None:
+    bad = []
+    for name, path in modules(ROOT):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+                count = len([one for one in given if one.arg not in ("self", "cls")])
+                if count > PARAMETERS and f"{name}.{node.name}" not in MANY_PARAMETERS:
+                    bad.append(f"{name}.{node.name}: {count} parameters, at most {PARAMETERS}")
+    assert bad == []
+
+
+SHORT_MODULES = {
+    "vlal_dist": "the version; no code",
+    "vlal_dist.data.format.photo_groups": "needed by torch-free tools and by evaluation",
+    "vlal_dist.data.order.ledger": "one class, used by plan, epoch check and checkpoint",
+    "vlal_dist.data.order.rank_split": "the split over ranks, a section of docs/stream.md",
+    "vlal_dist.method.baselines": "PSL, a row of the README's equation table",
+    "vlal_dist.report": "a program",
+    "vlal_dist.score_clip": "a program",
+    "shard_tools.__main__": "the entry point of shard_tools",
+}
+"""Modules below `SHORT` lines, and why they stand alone; empty ones mark packages."""
+SHORT = 60
+
+
+def test_short_modules_have_a_reason() -> None:
+    lines = {name: len(path.read_text("utf-8").splitlines()) for name, path in modules(ROOT)}
+    short = {name for name, count in lines.items() if 0 < count < SHORT}
+    assert short <= set(SHORT_MODULES), "join them to the module that they belong to"
+
+
+UNCLEAR = re.compile(r"\b(told|nobody|poison|anew)\b|\bdesign (section )?\d", re.IGNORECASE)
+
+
+def test_no_unclear_words_or_missing_documents() -> None:
+    bad = []
+    sources = [path for suffix in ("py", "h", "cpp", "cu", "html") for name in PACKAGES
+               for path in (ROOT / name).rglob(f"*.{suffix}")]  # fmt: skip
+    for path in sources:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if found := UNCLEAR.search(line):
+                bad.append(f"{path.relative_to(ROOT)}:{number}: {found[0]!r}")
     assert bad == []
 
 
