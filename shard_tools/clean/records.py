@@ -1,4 +1,4 @@
-"""From the records of annotation files to instances: what a record must hold, and duplicates.
+"""Annotation records parsed and checked into instances; duplicates dropped.
 
 Pure functions from lists to lists, no I/O. Records are VAW's: image_id, instance_id, instance_bbox
 (x, y, width, height in pixels), object_name, positive_attributes, negative_attributes; further
@@ -7,7 +7,9 @@ fields are ignored.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 from vlal_dist.errors import DataError
 
@@ -48,7 +50,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A record that cannot be used: where it was, the reason in one word, and what was found."""
+    """A record that cannot be used: its place, the reason in one word, and the value found."""
 
     split: str
     instance_id: str
@@ -142,31 +144,29 @@ def _id(record: Mapping[str, object], field: str) -> str:
     value = record[field]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    if isinstance(value, str) and _is_name(value):
+    if _is_name(value):
         return value
     raise _Unusable("bad_id", f"{field} is {_short(value)}, not a text or an integer")
 
 
 def _object(value: object) -> str:
-    if isinstance(value, str) and _is_name(value):
+    if _is_name(value):
         return value
     raise _Unusable("bad_object", f"object_name is {_short(value)}, not a name")
 
 
 def _names(value: object, field: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(n, str) and _is_name(n) for n in value):
+    if not isinstance(value, list) or not all(map(_is_name, value)):
         raise _Unusable("bad_attributes", f"{field} is {_short(value)}, not a list of names")
     return tuple(value)
 
 
 def _box(value: object) -> Box:
-    if isinstance(value, list) and len(value) == 4:
-        try:
-            x, y, width, height = (_finite(side) for side in value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        else:
-            if width > 0 and height > 0:
+    sides = value if isinstance(value, list) else []
+    if len(sides) == 4 and all(type(side) in (int, float) for side in sides):
+        with suppress(OverflowError):
+            x, y, width, height = map(float, sides)
+            if all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0:
                 return x, y, width, height
     raise _Unusable(
         "bad_box",
@@ -174,22 +174,12 @@ def _box(value: object) -> Box:
     )
 
 
-def _finite(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError
-    return number
-
-
-def _is_name(text: str) -> bool:
-    """Not blank, and valid Unicode: JSON can hold lone surrogates, which no file of ours can."""
+def _is_name(value: object) -> TypeGuard[str]:
+    """A text that is not blank and valid Unicode: JSON can hold lone surrogates, Parquet cannot."""
     try:
-        text.encode()
+        return isinstance(value, str) and bool(value.encode() and value.strip())
     except UnicodeEncodeError:
         return False
-    return bool(text.strip())
 
 
 def _known_id(record: object) -> str:

@@ -161,7 +161,7 @@ def _replace_suffixes(forms: Sequence[str], pos: str) -> list[str]:
 
 
 class Lexicon(Protocol):
-    """What the merge asks of a dictionary (`wordnet.WordNet`)."""
+    """Dictionary that decides which names are similar (`WordNet`)."""
 
     def first_synset(self, word: str) -> str | None:
         """Name of the first synset, None without one."""

@@ -167,7 +167,7 @@ def test_the_printed_order_is_what_loaders_give(
         assert identities(own) == [line for line in expected if line[1] == rank]
 
 
-def test_a_line_says_where_its_sample_is(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_locates_its_sample(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mix = json.dumps({str(folder / name): 1 for name in ("merged", "other")})
     first, lines = printed(folder, {"steps": 99}, capsys, "--data.mix", mix, "--data.lanes", "4")
     assert first == "# epoch 0, visits 144, lanes 4, micro_batches 1, steps 9"

@@ -143,8 +143,8 @@ def test_bytes_are_those_of_webdatasets_own_writer(packed: Path) -> None:
     sink = io.BytesIO()
     writer = TarWriter(sink, encoder=False, mtime=0, user="", group="", mode=0o444)
     for row in range(split.shards[0].samples):
-        key, parts = SampleReader(split).read_members(row)
-        writer.write({"__key__": key, **parts})
+        key, members = SampleReader(split).read_members(row)
+        writer.write({"__key__": key, **members})
     writer.close()
     path = packed / "dataset/val/shards" / split.shards[0].name
     assert path.read_bytes() == sink.getvalue()
@@ -200,7 +200,7 @@ def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
         (jpeg(80, 80)[:-30], "truncated or damaged"),
     ],
 )
-def test_damaged_photos_are_told_and_never_half_decoded(data: bytes, reason: str) -> None:
+def test_damaged_photos_are_refused_and_never_half_decoded(data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         decode_photo(data, SETTINGS)
 

@@ -31,9 +31,9 @@ def photo(side: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cleaned dataset with every kind of bad input; its config, and what becomes of the rows."""
-    folder = tmp_path_factory.mktemp("spoilt")
+    folder = tmp_path_factory.mktemp("damaged")
     config = write_small_vaw(folder)
     photos = folder / "photos"
     (photos / "train0.jpg").unlink()
@@ -55,32 +55,32 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
-def test_the_instances_add_up_to_the_rows_of_the_input(spoilt: Path, tmp_path: Path) -> None:
+def test_the_instances_add_up_to_the_rows_of_the_input(damaged: Path, tmp_path: Path) -> None:
     arguments = ["--paths.dataset", str(tmp_path / "d"), "--pack.max_pixels", "49999"]
     arguments += ["--observability.textfiles", str(tmp_path / "text")]
-    arguments += ["--pack.images", f"[{spoilt.parent}/images.zip, {spoilt.parent}/photos]"]
-    assert run("pack", spoilt, *arguments) == 65  # complete, with more rejects than allowed
+    arguments += ["--pack.images", f"[{damaged.parent}/images.zip, {damaged.parent}/photos]"]
+    assert run("pack", damaged, *arguments) == 65  # complete, with more rejects than allowed
     expected = {
         "written": ROWS - 18, "missing": 3, "bad_image": 12, "bad_box": 3, "other": 0,
     }  # fmt: skip
     found = counted(tmp_path / "text", "vlal_pack_instances_total")
     assert found == expected and sum(found.values()) == ROWS
-    parts = len(list((tmp_path / "d").glob("*/parts/*")))
+    reports = len(list((tmp_path / "d").glob("*/parts/*")))
     shards = counted(tmp_path / "text", "vlal_pack_shards_total")
-    assert shards == {"written": parts, "skipped": 0} and parts > 3
+    assert shards == {"written": reports, "skipped": 0} and reports > 3
     tars = sum(tar.stat().st_size for tar in (tmp_path / "d").glob("*/shards/*.tar"))
     assert counted(tmp_path / "text", "vlal_pack_bytes_total") == {"": tars}
     # Once more, from where another run left it.
     gone = sorted((tmp_path / "d/train/parts").iterdir())[0]
     gone.unlink()
-    assert run("pack", spoilt, *arguments) == 65
+    assert run("pack", damaged, *arguments) == 65
     assert counted(tmp_path / "text", "vlal_pack_instances_total") == expected
     shards = counted(tmp_path / "text", "vlal_pack_shards_total")
-    assert shards == {"written": 1, "skipped": parts - 1}
+    assert shards == {"written": 1, "skipped": reports - 1}
     assert counted(tmp_path / "text", "vlal_pack_bytes_total") == {"": tars}
 
 
-def test_each_finished_shard_is_told_at_once(tmp_path: Path) -> None:
+def test_each_finished_shard_updates_the_file(tmp_path: Path) -> None:
     counts = PackCounts(str(tmp_path), root="/d")
     assert sum(counted(tmp_path, "vlal_pack_instances_total").values()) == 0
     for number in range(1, 4):
@@ -93,12 +93,12 @@ def test_each_finished_shard_is_told_at_once(tmp_path: Path) -> None:
     assert counted(tmp_path, "vlal_pack_shards_total") == {"written": 2, "skipped": 1}
 
 
-def test_a_folder_that_cannot_be_written_stops_nothing(
-    spoilt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_unwritable_folder_does_not_stop_pack(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     arguments = ["--paths.dataset", str(tmp_path / "d"), "--pack.max_rejected", "1"]
     arguments += ["--observability.textfiles", str(tmp_path / "file")]
-    assert run("pack", spoilt, *arguments) == 0
+    assert run("pack", damaged, *arguments) == 0
     assert capsys.readouterr().err.count("vlal-packing-") == 1  # not once per shard
     assert (tmp_path / "d/dataset.json").exists()

@@ -228,12 +228,12 @@ def test_a_damaged_source_is_refused_by_name(
     if damage == "missing":
         path.unlink()
     assert reshard(merged, tmp_path / "out", 20_000, f"--paths.merged={root}") == 65
-    said = capsys.readouterr().err
-    assert expected in said and (damage != "flip" or f"sample {expected} (row {row})" in said)
+    output = capsys.readouterr().err
+    assert expected in output and (damage != "flip" or f"sample {expected} (row {row})" in output)
     assert not (tmp_path / "out/dataset.json").exists()
 
 
-def test_without_any_dataset_it_says_so(merged: Path, tmp_path: Path) -> None:
+def test_without_any_dataset_it_is_an_error(merged: Path, tmp_path: Path) -> None:
     roots = [f"--paths.{name}={tmp_path / name}" for name in ("dataset", "merged")]
     assert reshard(merged, tmp_path / "out", 20_000, *roots) == 65
 
@@ -317,10 +317,10 @@ def test_samples_are_read_many_at_a_time(merged: Path, monkeypatch: pytest.Monke
         list(read_samples(dataset, replace(split, index=broken), 5, 70))
 
 
-def test_it_is_a_tool(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reshard_is_listed_among_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reshard", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert "--pack.shard_bytes" in said and "--paths.resharded" in said and "score" in said
+    output = capsys.readouterr().out
+    assert "--pack.shard_bytes" in output and "--paths.resharded" in output and "score" in output
     assert main(["--help"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert any(row.startswith("  reshard  ") for row in rows)

@@ -1,4 +1,4 @@
-"""Opening a split: hashed once, found out when it changes, never a second time when it does not."""
+"""Opening a split: each file is hashed once, and again only after a change."""
 
 import hashlib
 import os
@@ -86,7 +86,7 @@ def test_a_file_changed_after_it_was_verified_is_found(
         open_train(root, tmp_path / "cache")
 
 
-def test_a_note_speaks_of_one_file_only(root: Path, tmp_path: Path, hashed: list[str]) -> None:
+def test_a_note_is_valid_for_one_file_only(root: Path, tmp_path: Path, hashed: list[str]) -> None:
     open_train(root, tmp_path / "cache")
     other = tmp_path / "other"
     shutil.copytree(root, other)
@@ -97,7 +97,7 @@ def test_a_note_speaks_of_one_file_only(root: Path, tmp_path: Path, hashed: list
 
 
 @pytest.mark.parametrize("note", [b"", b"{}", b"[]", b"\xff", b"null"])
-def test_a_note_that_cannot_be_read_is_none(
+def test_an_unreadable_note_is_ignored(
     root: Path, tmp_path: Path, hashed: list[str], note: bytes
 ) -> None:
     open_train(root, tmp_path / "cache")
@@ -109,7 +109,7 @@ def test_a_note_that_cannot_be_read_is_none(
     assert len(hashed) == 2 * OPENED
 
 
-def test_a_cache_that_cannot_be_written_costs_the_hashing(
+def test_without_a_writable_cache_files_are_hashed_each_time(
     root: Path, tmp_path: Path, hashed: list[str]
 ) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
@@ -118,7 +118,7 @@ def test_a_cache_that_cannot_be_written_costs_the_hashing(
         assert len(hashed) == times * OPENED
 
 
-def test_remote_files_are_hashed_on_their_way_and_when_the_copy_changed(
+def test_remote_files_are_hashed_on_download_and_when_the_copy_changed(
     moto_s3: S3Server, packed: Path, tmp_path: Path, hashed: list[str]
 ) -> None:
     url, cache = moto_s3.url(), tmp_path / "cache"
@@ -140,7 +140,7 @@ def test_remote_files_are_hashed_on_their_way_and_when_the_copy_changed(
     assert open_train(url, cache) == 72
 
 
-def test_verify_hashes_what_a_note_vouches_for(
+def test_verify_hashes_files_that_have_a_note(
     root: Path, tmp_path: Path, packed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"--paths.{name}={tmp_path / name}" for name in ("dataset", "merged", "cache")]
@@ -152,8 +152,8 @@ def test_verify_hashes_what_a_note_vouches_for(
     ]
     altered(index)
     stat = index.stat()
-    vouching = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-    note.write_text(f'["{index}", {", ".join(map(str, vouching))}]')
+    state = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    note.write_text(f'["{index}", {", ".join(map(str, state))}]')
     assert run("verify", config, *arguments) == 65
     assert "train/index.arrow: sha256" in capsys.readouterr().err
 

@@ -39,7 +39,7 @@ def test_rows_of_a_photo_share_a_number(merged: Dataset, moto_s3: S3Server, tmp_
     assert np.array_equal(image_numbers(open_split(open_remote(root, tmp_path), SPLIT)), found)
 
 
-def test_another_json_is_told(merged: Dataset) -> None:
+def test_a_damaged_json_member_is_refused(merged: Dataset) -> None:
     split = open_split(merged, SPLIT)
     path = split.store.local_path(split.shard_key(0))
     assert path is not None

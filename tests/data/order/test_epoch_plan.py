@@ -172,7 +172,7 @@ def test_a_subset_holds_the_keys_on_the_list_and_no_other(tmp_path: Path) -> Non
     assert plan.ledger(3).to_json() == epoch_oracle.ledger(expected)
 
 
-def test_keys_of_no_sample_are_refused(mix: Mix, tmp_path: Path) -> None:
+def test_unknown_keys_are_refused(mix: Mix, tmp_path: Path) -> None:
     keys = [pa.parquet.read_table(tmp_path / "set0" / "labels.parquet")["key"]]
     with pytest.raises(ConfigError, match=r"1 of 2 keys .*nobody"):
         subset_factors(keys, ["000001", "nobody"])
@@ -218,7 +218,7 @@ def test_copies_of_a_row_are_far_apart(tmp_path: Path) -> None:
     assert (apart < 0.01).mean() < 0.04
 
 
-def test_whole_passes_touch_nothing_of_the_size_of_the_index() -> None:
+def test_whole_passes_allocate_no_array_of_the_size_of_the_index() -> None:
     """Four million rows whose columns take no memory: what is allocated is the plan's own."""
     rows, blocks = 4_000_000, 1000
     samples = np.full(blocks, rows // blocks, dtype=np.uint32)

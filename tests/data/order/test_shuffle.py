@@ -70,7 +70,7 @@ def test_any_position_is_reached_directly(sizes: list[int], seed: int, data: st.
     assert rows_of(stream, 2, start, stop) == whole[start:stop]
 
 
-def test_the_order_is_the_design_written_out_slowly() -> None:
+def test_the_order_equals_that_of_an_independent_oracle() -> None:
     """Lines, lanes and windows rebuilt with plain lists, from the design's sentences."""
     sizes, lanes, seed, epoch, window_blocks = [3, 1, 4, 2, 5, 3, 2], 4, 11, 3, 1
     stream = make_stream(sizes, lanes=lanes, seed=seed, window=window_blocks)
@@ -205,7 +205,7 @@ def test_an_empty_split_is_refused() -> None:
         make_stream([], lanes=1, seed=0)
 
 
-def test_no_sample_asked_gives_no_row() -> None:
+def test_no_position_gives_no_row() -> None:
     stream = make_stream([3, 3], lanes=2, seed=0)
     assert rows_of(stream, 0, 2, 2) == []
 

@@ -61,7 +61,7 @@ def fits(found: Iterable[object], law: Mapping[object, float]) -> bool:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
-def test_numbers_kept_have_the_law_of_vaw_and_no_other(seed: int) -> None:
+def test_numbers_kept_have_the_distribution_of_vaw(seed: int) -> None:
     kept = many(seed)
     positives, negatives = ([len(getattr(i, p)) for i in kept] for p in ("positive", "negative"))
     assert fits(positives, poisson(0.8, least=1))
@@ -99,7 +99,7 @@ def test_the_limits_are_those_of_poisson_in_exact_bits() -> None:
     assert poisson_limits(Decimal("0.8"))[0] * 2**53 == math.floor(series * 2**53)
 
 
-def test_what_is_kept_is_pinned() -> None:
+def test_golden_choice_of_kept_labels() -> None:
     kept, _ = hide([instance(name) for name in ("0", "1", "2498", "ä")])
     assert [(" ".join(i.positive), " ".join(i.negative)) for i in kept] == [
         ("p01 p19", ""),
@@ -141,7 +141,7 @@ def test_a_short_list_caps_the_number_and_nothing_else() -> None:
         assert one.negative == other.negative
 
 
-def test_an_instance_is_treated_alike_in_any_company() -> None:
+def test_an_instance_keeps_the_same_labels_among_any_others() -> None:
     given = [instance(str(n)) for n in range(50)]
     kept, hidden = hide(given)
     backward = hide(given[::-1])

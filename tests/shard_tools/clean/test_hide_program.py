@@ -75,8 +75,8 @@ def test_everything_is_derived_from_what_is_kept(place: Workplace) -> None:
     assert counts["train_negative_annotations"] == counts["kept_negatives"] == num_negative
     assert counts["hidden_positives"] == sum(len(r["positive"]) for r in whole) - num_positive
     assert list(after["counts"]) == [*list(before["counts"])[:-1], "hide", "feasible"]
-    told = json.loads((place.folder / "c.json").read_text())
-    assert {name: told[name] for name in counts if "kept" in name or "hidden" in name} == {
+    counted = json.loads((place.folder / "c.json").read_text())
+    assert {name: counted[name] for name in counts if "kept" in name or "hidden" in name} == {
         name: value for name, value in counts.items() if "kept" in name or "hidden" in name
     }
 
@@ -132,7 +132,7 @@ def test_another_seed_does_not_fit_into_a_finished_root(
     assert tree(place.folder / "out") == before
 
 
-def test_without_the_option_the_bytes_are_those_of_before_it(tmp_path: Path) -> None:
+def test_without_hiding_the_bytes_are_unchanged(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     assert place.run() == 0
     # Of the tree before this option existed; tables by content, for pyarrow's bytes may change.

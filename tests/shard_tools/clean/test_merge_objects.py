@@ -44,7 +44,7 @@ class TinyLexicon:
 
 
 def groups_by_scan(names: list[str], lexicon: Lexicon) -> list[list[str]]:
-    """The rule as it is said: scan all groups and all members."""
+    """The rule without look-up tables: scan all groups and all members."""
     groups: list[list[str]] = []
     for name in names:
         for group in groups:

@@ -109,7 +109,7 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", ["list"]])
-def test_what_is_no_record_is_rejected(value: object) -> None:
+def test_other_json_values_are_rejected(value: object) -> None:
     assert [reject.reason for reject in parse(value)[1]] == ["not_a_record"]
 
 

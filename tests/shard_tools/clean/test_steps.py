@@ -156,7 +156,7 @@ def test_steps_in_order_with_counts() -> None:
     assert "val_instances" not in last
 
 
-def test_vocabulary_keeps_names_of_instances_dropped_for_want_of_positives() -> None:
+def test_vocabulary_keeps_names_of_instances_dropped_without_positives() -> None:
     cleaned = run([instance("a"), instance("b", object_name="bus", positive=(), negative=("odd",))])
     assert (cleaned.objects, cleaned.attributes) == (("bus", "car"), ("blue", "odd", "red"))
     assert [i.instance_id for i in cleaned.instances] == ["a"]
