@@ -18,7 +18,6 @@ deviations over visits.
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -64,89 +63,48 @@ TABLES: tuple[tuple[str, Callable[[HiddenCount], float]], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """What is drawn from and counted against.
-
-    Attributes:
-        crops: all of the training split.
-        weights: name -> float32 [N, A], max weight / weight; infinite where infeasible.
-        truth: int8 [N, A], +1, -1, or 0 where not known.
-    """
-
-    crops: TrainingCrops
-    weights: dict[str, Weights]
-    truth: npt.NDArray[np.int8]
-
-
-def read_inputs(config: Config, truth: str) -> Inputs:
-    """Read the merged dataset and the truth.
-
-    Raises:
-        DataError: no likelihoods in the dataset, or a truth that does not fit it.
-    """
-    dataset = open_dataset(config.paths.merged, cache=Path(config.paths.cache))
+def read_crops(dataset: Dataset, config: Config) -> TrainingCrops:
+    """All crops of the training split; DataError: the dataset has no likelihoods of it."""
     split, likelihood = config.data.train_split, dataset.manifest["likelihood"]
     if likelihood is None or split not in likelihood["splits"]:
         raise DataError(
             f"{dataset.url} has no likelihoods of split {split}; run score_clip and shard_tools "
             "merge, and give the root that merge wrote as --paths.merged"
         )
-    crops = read_training_crops(dataset, split, temperature=config.scoring.temperature, most=None)
-    weights = {
-        "likelihood": crops.inverse_weight,
-        "uniform": object_weights(dataset, crops, cooccurrence=False),
-        "cooccurrence": object_weights(dataset, crops, cooccurrence=True),
-    }
-    return Inputs(crops, weights, read_hidden_truth(truth, dataset, split))
+    return read_training_crops(dataset, split, temperature=config.scoring.temperature, most=None)
 
 
-def object_weights(dataset: Dataset, crops: TrainingCrops, *, cooccurrence: bool) -> Weights:
-    """Inverse weights of a draw without CLIP, as training makes them: float32 [N, A]."""
+def read_weights(dataset: Dataset, crops: TrainingCrops) -> dict[str, Weights]:
+    """Name -> float32 [N, A], max weight / weight as training makes it; infinite: infeasible."""
+    found = {"likelihood": crops.inverse_weight}
     corpus = ConcatSplits([open_split(dataset, crops.split)])
-    read = ObjectLikelihoods(corpus, dataset.feasible, cooccurrence=cooccurrence)
-    values, indptr = read(np.arange(len(corpus), dtype=np.int64), ())
-    dense = np.full(crops.feasible.shape, np.inf, np.float32)
-    # The ragged rows have each row's feasible attributes in ascending order, as the mask has.
-    dense[crops.feasible] = inverse_weights(values, indptr)
-    return dense
+    for name in ("uniform", "cooccurrence"):
+        read = ObjectLikelihoods(corpus, dataset.feasible, cooccurrence=name == "cooccurrence")
+        values, indptr = read(np.arange(len(corpus), dtype=np.int64), ())
+        found[name] = np.full(crops.feasible.shape, np.inf, np.float32)
+        # The ragged rows have each row's feasible attributes in ascending order, as the mask has.
+        found[name][crops.feasible] = inverse_weights(values, indptr)
+    return found
 
 
-def count_all(
-    inputs: Inputs, *, num_ignores: Sequence[int], visits: int, draw_over: str, seed: int
-) -> tuple[HiddenCount, Counts]:
-    """Chance, and every way at every NUM_IGNORE."""
-    crops = inputs.crops
-
-    def count(drawn: npt.NDArray[np.bool_]) -> HiddenCount:
-        return count_hidden_truth(
-            drawn, feasible=crops.feasible, label=crops.label, truth=inputs.truth
-        )
-
-    drawable = crops.feasible & (crops.label == 0) if draw_over == "unannotated" else crops.feasible
-    uid = torch.from_numpy(crops.uid.view(np.int64))
-    found: Counts = {}
-    for name, weights, draw in WAYS:
-        given = {
-            "inverse_weight": torch.from_numpy(inputs.weights[weights]),
-            "drawable": torch.from_numpy(drawable),
-        }
-        for number in num_ignores:
-            if draw == "top":
-                drawn = [top_ignore_set(**given, num_ignore=number)]
-            else:
-                drawn = [
-                    sample_ignore_set(
-                        **given,
-                        num_ignore=number,
-                        uid=uid,
-                        visit=torch.full_like(uid, visit),
-                        seed=seed,
-                    )
-                    for visit in range(visits)
-                ]
-            found[name, number] = [count(one.numpy()) for one in drawn]
-    return count(crops.feasible), found
+def draw_masks(
+    crops: TrainingCrops, weights: Weights, draw: str, number: int, config: Config, visits: int
+) -> list[npt.NDArray[np.bool_]]:
+    """Omega_Ignore of all crops, bool [N, A], at each visit; one of `top`, the same at all."""
+    drawable = crops.feasible
+    if config.method.draw_over == "unannotated":
+        drawable = drawable & (crops.label == 0)
+    weight, uid = torch.from_numpy(weights), torch.from_numpy(crops.uid.view(np.int64))
+    given = {"drawable": torch.from_numpy(drawable), "num_ignore": number}
+    if draw == "top":
+        return [top_ignore_set(inverse_weight=weight, **given).numpy()]
+    seed = config.training.seed
+    return [
+        sample_ignore_set(
+            inverse_weight=weight, **given, uid=uid, visit=torch.full_like(uid, visit), seed=seed
+        ).numpy()
+        for visit in range(visits)
+    ]
 
 
 def cell(counts: Sequence[HiddenCount], measure: Callable[[HiddenCount], float]) -> str:
@@ -181,19 +139,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_command_line(
             rest, flags=(), sections=("paths", "data", "method", "training")
         ).config
-        inputs = read_inputs(config, given.truth)
+        dataset = open_dataset(config.paths.merged, cache=Path(config.paths.cache))
+        crops = read_crops(dataset, config)
+        weights = read_weights(dataset, crops)
+        truth = read_hidden_truth(given.truth, dataset, crops.split)
     except VlalError as error:
         sys.stderr.write(f"hidden_truth: error: {error}\n")
         sys.exit(error.exit_code)
-    draw_over, seed, crops = config.method.draw_over, config.training.seed, inputs.crops
-    chance, found = count_all(
-        inputs, num_ignores=given.num_ignore, visits=given.visits, draw_over=draw_over, seed=seed
-    )
+
+    def count(drawn: npt.NDArray[np.bool_]) -> HiddenCount:
+        return count_hidden_truth(drawn, feasible=crops.feasible, label=crops.label, truth=truth)
+
+    chance = count(crops.feasible)
+    found = {
+        (name, number): [
+            count(drawn)
+            for drawn in draw_masks(crops, weights[by], draw, number, config, given.visits)
+        ]
+        for name, by, draw in WAYS
+        for number in given.num_ignore
+    }
     text = (
         f"{crops.dataset}, {crops.split}: {chance.crops:,} crops, {chance.ignored:,} unannotated "
         f"feasible pairs, the truth of {chance.known:,} known, {chance.hidden:,} really present; "
-        f"visits {given.visits}, method.draw_over {draw_over}, seed {seed}.\n\n"
-        + markdown(chance, found, given.num_ignore)
+        f"visits {given.visits}, method.draw_over {config.method.draw_over}, seed "
+        f"{config.training.seed}.\n\n" + markdown(chance, found, given.num_ignore)
     )
     finish(given, text)
 

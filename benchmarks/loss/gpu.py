@@ -25,6 +25,8 @@ METRICS = (
     "sm__inst_issued.avg.pct_of_peak_sustained_active",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
 )
+COUNTERS = ("--clock-control", "none", "--metrics", ",".join(METRICS))
+SANITIZER, FAIL_WITH_9 = "compute-sanitizer", ("--error-exitcode", "9")
 # One batch of 16,384 rows, drawn before and drawn inside: what ncu looks at.
 ONCE = """
 import torch
@@ -48,26 +50,10 @@ def run(*command: str) -> tuple[bool, str]:
     return done.returncode == 0, done.stdout + ("" if done.returncode == 0 else done.stderr)
 
 
-def sanitized() -> list[tuple[str, bool, str]]:
-    """compute-sanitizer over the self-test; nothing where it is not there."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return [("compute-sanitizer", False, "not in PATH")]
-    found = []
-    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        good, text = run(tool, "--tool", name, "--error-exitcode", "9", *REPORT)
-        found.append((f"compute-sanitizer {name}", good, text[-1500:]))
-    return found
-
-
-def counted() -> tuple[str, bool, str]:
-    """ncu's counters of the main program."""
-    tool = shutil.which("ncu")
-    if tool is None:
-        return ("ncu", False, "not in PATH")
-    command = (tool, "--clock-control", "none", "--metrics", ",".join(METRICS))
-    good, text = run(*command, "--kernel-name", "vlal_rows", sys.executable, "-c", ONCE)
-    return ("ncu", good, text[-6000:])
+def with_tool(name: str, tool: str, *command: str) -> tuple[str, bool, str]:
+    """A step that needs a tool of NVIDIA's; it is skipped where the tool is absent."""
+    path = shutil.which(tool)
+    return (name, False, "not in PATH") if path is None else (name, *run(path, *command))
 
 
 def main() -> int:
@@ -83,8 +69,13 @@ def main() -> int:
             "tests",
             *run(sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not soak"),
         ),
-        *sanitized(),
-        counted(),
+        *(
+            with_tool(f"{SANITIZER} {name}", SANITIZER, "--tool", name, *FAIL_WITH_9, *REPORT)
+            for name in ("memcheck", "racecheck", "initcheck", "synccheck")
+        ),
+        with_tool(
+            "ncu", "ncu", *COUNTERS, "--kernel-name", "vlal_rows", sys.executable, "-c", ONCE
+        ),
         ("benchmark", *run(sys.executable, "-m", "benchmarks.loss.selective_loss", *quick)),
     ]
     page = [
@@ -94,7 +85,7 @@ def main() -> int:
         table(["step", "good"], [(name, "yes" if good else "no") for name, good, _ in steps]),
     ]
     for name, _, text in steps:
-        shown = text[-3000:] if name == "tests" else text
+        shown = text if name == "benchmark" else text[-6000:]
         fence = "" if name == "benchmark" else "```\n"
         page.append(f"## {name}\n\n{fence}{shown.strip()}\n{fence.strip()}")
     finish(arguments, "\n\n".join(page).rstrip() + "\n")

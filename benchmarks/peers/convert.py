@@ -1,4 +1,4 @@
-"""Write a packed split in the peers' formats, without touching a JPEG's bytes.
+"""Write a packed split below OUT in the formats of the peers, without touching a JPEG's bytes.
 
 OUT then holds `webdataset` (a link to our tars, which it reads as they are), and for each of
 `litdata` and `streaming` a dataset `bytes` (JPEG bytes as plain bytes) and a dataset `jpeg` (the
