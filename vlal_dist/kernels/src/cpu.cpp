@@ -108,15 +108,19 @@ void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
   count_terms(code, size, result.counts);
 }
 
-using RowLoss = void (*)(const float*, float*, int64_t, const Loss&, const Exponents&, float,
-                         Scratch&, RowResult&);
+using RowLoss = void (*)(const float*, float*, int64_t, const Loss&, float, Scratch&, RowResult&);
 
-RowLoss choose(bool margin, bool detach, bool integer) {
+RowLoss choose(const Loss& loss) {
+  bool integer = true;
+  for (const float g : {loss.gamma_positive, loss.gamma_negative, loss.gamma_feasible,
+                        loss.gamma_infeasible}) {
+    integer = integer && g < 8 && g == (float)(int)g;
+  }
   static const RowLoss all[8] = {
       row_loss<false, false, false>, row_loss<false, false, true>, row_loss<false, true, false>,
       row_loss<false, true, true>,   row_loss<true, false, false>, row_loss<true, false, true>,
       row_loss<true, true, false>,   row_loss<true, true, true>};
-  return all[4 * margin + 2 * detach + integer];
+  return all[4 * (loss.margin > 0) + 2 * (loss.detach_focal != 0) + integer];
 }
 
 float from_bfloat16(uint16_t value) { return vlal_as_float((int)((uint32_t)value << 16)); }
@@ -127,8 +131,8 @@ uint16_t to_bfloat16(float value) {
   return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-void one_row(const Arguments& a, int64_t row, const Loss& loss, const Exponents& x,
-             RowLoss row_loss, Scratch& s, RowResult& result) {
+void one_row(const Arguments& a, int64_t row, const Loss& loss, RowLoss row_loss, Scratch& s,
+             RowResult& result) {
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
   const int64_t from = row * a.stride, to = row * a.attributes, size = a.attributes;
   if (weight == 0) {
@@ -138,8 +142,7 @@ void one_row(const Arguments& a, int64_t row, const Loss& loss, const Exponents&
   }
   lay_out(a, row, s, result);
   if (a.kind == kFloat32) {
-    row_loss((const float*)a.logits + from, (float*)a.gradient + to, size, loss, x, weight, s,
-             result);
+    row_loss((const float*)a.logits + from, (float*)a.gradient + to, size, loss, weight, s, result);
   } else {
     float *z = s.logits.data(), *gradient = s.gradient.data();
     if (a.kind == kBfloat16) {
@@ -149,7 +152,7 @@ void one_row(const Arguments& a, int64_t row, const Loss& loss, const Exponents&
       const _Float16* in = (const _Float16*)a.logits + from;
       for (int64_t i = 0; i < size; ++i) z[i] = (float)in[i];
     }
-    row_loss(z, gradient, size, loss, x, weight, s, result);
+    row_loss(z, gradient, size, loss, weight, s, result);
     if (a.kind == kBfloat16) {
       uint16_t* out = (uint16_t*)a.gradient + to;
       for (int64_t i = 0; i < size; ++i) out[i] = to_bfloat16(gradient[i]);
@@ -168,15 +171,14 @@ void one_row(const Arguments& a, int64_t row, const Loss& loss, const Exponents&
 
 extern "C" void vlal_selective_loss(const Arguments* arguments, const Loss* loss) {
   const Arguments& a = *arguments;
-  const Exponents x(*loss);
-  const RowLoss row_loss = choose(loss->margin > 0, loss->detach_focal != 0, x.whole);
+  const RowLoss row_loss = choose(*loss);
   std::vector<RowResult> results(a.rows);
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
     Scratch scratch(a);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) {
-      one_row(a, row, *loss, x, row_loss, scratch, results[row]);
+      one_row(a, row, *loss, row_loss, scratch, results[row]);
     }
   }
   for (int t = 0; t < kTerms; ++t) a.sums[t] = a.counts[t] = 0;

@@ -62,37 +62,6 @@ VLAL_INLINE Floats fused(Floats a, Floats b, Floats c) {
 #endif
 }
 
-// Eight numbers by place.
-struct Table {
-  Ints value;
-
-  explicit Table(const int32_t (&eight)[8]) {
-    int32_t repeated[16];
-    for (int n = 0; n < 16; ++n) repeated[n] = eight[n % 8];
-    std::memcpy(&value, repeated, sizeof value);
-#if !defined(__AVX2__)
-    std::memcpy(&upper, eight + 4, sizeof upper);
-#endif
-  }
-
-  VLAL_INLINE Ints at(Ints place) const {
-#if defined(__AVX512F__)
-    return (Ints)_mm512_permutexvar_epi32((__m512i)place, (__m512i)value);
-#elif defined(__AVX2__)
-    return (Ints)_mm256_permutevar8x32_epi32((__m256i)value, (__m256i)place);
-#else
-    const Ints at = place & 3;
-    const Ints low = {value[at[0]], value[at[1]], value[at[2]], value[at[3]]};
-    const Ints high = {upper[at[0]], upper[at[1]], upper[at[2]], upper[at[3]]};
-    return place > 3 ? high : low;
-#endif
-  }
-
-#if !defined(__AVX2__)
-  Ints upper;
-#endif
-};
-
 VLAL_INLINE Floats broadcast(float value) { return value - Floats{}; }
 VLAL_INLINE Floats fused(Floats a, Floats b, float c) { return fused(a, b, broadcast(c)); }
 VLAL_INLINE Floats fused(Floats a, float b, Floats c) { return fused(a, broadcast(b), c); }

@@ -18,31 +18,16 @@ struct RowResult {
   int64_t counts[kTerms] = {};
 };
 
-// Exponents of the terms: as numbers, and where all are whole and below 8 as bits.
-struct Exponents {
-  float gamma[4];
-  int32_t bits[4];
-  bool whole = true;
-
-  explicit Exponents(const Loss& l)
-      : gamma{l.gamma_positive, l.gamma_negative, l.gamma_feasible, l.gamma_infeasible} {
-    for (int t = 0; t < 4; ++t) {
-      bits[t] = (int32_t)gamma[t];
-      whole = whole && gamma[t] == bits[t] && gamma[t] < 8;
-    }
-  }
-};
-
-// base^g by squaring where all are whole, else by exp(-g * -log(base)).
+// base^g by squaring where all are whole and below 8, else by exp(-g * -log(base)).
 template <bool INTEGER>
 struct Power {
   Floats gamma;
-  Ints bits;
 
   template <class MinusLog>
   VLAL_INLINE Floats operator()(Floats base, MinusLog minus_log) const {
     if constexpr (INTEGER) {
       const Floats square = base * base, fourth = square * square;
+      const Ints bits = __builtin_convertvector(gamma, Ints);
       Floats w = select_bit<1>(bits, base, broadcast(1.0f));
       w = select_bit<2>(bits, w * square, w);
       return select_bit<4>(bits, w * fourth, w);
@@ -52,13 +37,6 @@ struct Power {
   }
 };
 
-// The exponents of a chunk by code; 0 where it has none.
-Table table_of(const void* four) {
-  int32_t eight[8] = {};
-  std::memcpy(eight, four, 4 * sizeof(int32_t));
-  return Table(eight);
-}
-
 constexpr int kBlock = 256;
 
 // Losses and gradients of up to kBlock attributes, a multiple of kLanes; `code` kPositive and
@@ -66,17 +44,17 @@ constexpr int kBlock = 256;
 // processor waits for it.
 template <bool MARGIN, bool DETACH, bool INTEGER>
 VLAL_INLINE void block(int64_t size, const float* z, float* gradient, const uint8_t* code,
-                       const Loss& loss, const Table& gammas, const Table& exponents, float weight,
+                       const Loss& loss, float weight,
                        Floats (&lanes)[3][kVectors]) {
   alignas(64) float e[kBlock], p[kBlock], q[kBlock], pull[kBlock], log_of[kBlock];
   for (int64_t i = 0; i < size; i += kWidth) store(e + i, exp_minus_abs(load(z + i)));
   for (int64_t i = 0; i < size; i += kWidth) {
-    const Sigmoid<Floats> x = MARGIN ? sigmoid_of(load(z + i), load(e + i), loss.margin)
+    const Sigmoid<Floats> s = MARGIN ? sigmoid_of(load(z + i), load(e + i), loss.margin)
                                    : sigmoid_of(load(z + i), load(e + i));
-    store(p + i, x.p);
-    store(q + i, x.q);
-    if (MARGIN) store(pull + i, x.pull);
-    if (!MARGIN || !DETACH) store(log_of + i, x.log_of);
+    store(p + i, s.p);
+    store(q + i, s.q);
+    if (MARGIN) store(pull + i, s.pull);
+    if (!MARGIN || !DETACH) store(log_of + i, s.log_of);
   }
   for (int64_t i = 0; i < size; i += kLanes) {
     for (int part = 0; part < kVectors; ++part) {
@@ -84,11 +62,12 @@ VLAL_INLINE void block(int64_t size, const float* z, float* gradient, const uint
       const Ints term = widen(code + at);
       const Ints negative = term == (int)kNegative, feasible = term == (int)kFeasible;
       const Ints infeasible = term == (int)kInfeasible;
-      const Floats gamma = float_of(gammas.at(term));
-      const Sigmoid<Floats> x = {load(p + at), load(q + at), MARGIN ? load(pull + at) : load(p + at),
+      const Floats unannotated = select(feasible, broadcast(loss.gamma_feasible),
+                                        broadcast(loss.gamma_infeasible));
+      const Floats gamma = select(negative, broadcast(loss.gamma_negative), unannotated);
+      const Sigmoid<Floats> s = {load(p + at), load(q + at), MARGIN ? load(pull + at) : load(p + at),
                                !MARGIN || !DETACH ? load(log_of + at) : Floats{}};
-      const Power<INTEGER> power = {gamma, exponents.at(term)};
-      const Focal<Floats> f = focal<MARGIN, DETACH>(loss, load(z + at), x, gamma, power);
+      const Focal<Floats> f = focal<MARGIN, DETACH>(loss, load(z + at), s, gamma, Power<INTEGER>{gamma});
       lanes[0][part] = select(negative, lanes[0][part] + f.loss, lanes[0][part]);
       lanes[1][part] = select(feasible, lanes[1][part] + f.loss, lanes[1][part]);
       lanes[2][part] = select(infeasible, lanes[2][part] + f.loss, lanes[2][part]);
@@ -108,11 +87,9 @@ double sum_of(const Floats (&lanes)[kVectors]) {
 
 // The annotated positives, which know no margin; put back over the zeros.
 template <bool DETACH, bool INTEGER>
-double positive_loss(float* gradient, const Loss& loss, const Exponents& x, float weight,
-                     const Scratch& s) {
+double positive_loss(float* gradient, const Loss& loss, float weight, const Scratch& s) {
   const int64_t count = (int64_t)s.positives.size();
-  const Floats gamma = broadcast(x.gamma[kPositive]);
-  const Power<INTEGER> power = {gamma, Ints{} + x.bits[kPositive]};
+  const Floats gamma = broadcast(loss.gamma_positive);
   Floats lanes[kVectors] = {};
   for (int64_t n = 0; n < count; n += kLanes) {
     const int64_t here = count - n < kLanes ? count - n : kLanes;
@@ -121,7 +98,7 @@ double positive_loss(float* gradient, const Loss& loss, const Exponents& x, floa
     for (int part = 0; part < kVectors; ++part) {
       const Floats here_u = load(u + part * kWidth);
       const Sigmoid<Floats> sigmoid = sigmoid_of(here_u, exp_minus_abs(here_u));
-      const Focal<Floats> f = focal<false, DETACH>(loss, here_u, sigmoid, gamma, power);
+      const Focal<Floats> f = focal<false, DETACH>(loss, here_u, sigmoid, gamma, Power<INTEGER>{gamma});
       store(losses + part * kWidth, f.loss);
       store(slope + part * kWidth, -f.slope * weight);
     }
@@ -133,10 +110,9 @@ double positive_loss(float* gradient, const Loss& loss, const Exponents& x, floa
 }
 
 template <bool MARGIN, bool DETACH, bool INTEGER>
-void row_loss(const float* z, float* gradient, int64_t size, const Loss& loss, const Exponents& x,
-              float weight, Scratch& s, RowResult& result) {
+void row_loss(const float* z, float* gradient, int64_t size, const Loss& loss, float weight,
+              Scratch& s, RowResult& result) {
   Floats lanes[3][kVectors] = {};
-  const Table gammas = table_of(x.gamma), exponents = table_of(x.bits);
   const uint8_t* code = s.code.data();
   s.gathered.clear();
   for (const int32_t attribute : s.positives) s.gathered.push_back(z[attribute]);
@@ -144,8 +120,7 @@ void row_loss(const float* z, float* gradient, int64_t size, const Loss& loss, c
   int64_t i = 0;
   for (int64_t here; i < whole; i += here) {
     here = whole - i < kBlock ? whole - i : kBlock;
-    block<MARGIN, DETACH, INTEGER>(here, z + i, gradient + i, code + i, loss, gammas, exponents,
-                                   weight, lanes);
+    block<MARGIN, DETACH, INTEGER>(here, z + i, gradient + i, code + i, loss, weight, lanes);
   }
   if (i < size) {
     float rest[kLanes] = {}, rest_gradient[kLanes];
@@ -153,12 +128,11 @@ void row_loss(const float* z, float* gradient, int64_t size, const Loss& loss, c
     std::memset(rest_code, kIgnored, kLanes);
     std::memcpy(rest, z + i, (size - i) * sizeof(float));
     std::memcpy(rest_code, code + i, size - i);
-    block<MARGIN, DETACH, INTEGER>(kLanes, rest, rest_gradient, rest_code, loss, gammas, exponents,
-                                   weight, lanes);
+    block<MARGIN, DETACH, INTEGER>(kLanes, rest, rest_gradient, rest_code, loss, weight, lanes);
     std::memcpy(gradient + i, rest_gradient, (size - i) * sizeof(float));
   }
   for (int t = 0; t < 3; ++t) result.sums[kNegative + t] = sum_of(lanes[t]);
-  result.sums[kPositive] = positive_loss<DETACH, INTEGER>(gradient, loss, x, weight, s);
+  result.sums[kPositive] = positive_loss<DETACH, INTEGER>(gradient, loss, weight, s);
 }
 
 }  // namespace
