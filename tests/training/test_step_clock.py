@@ -6,7 +6,7 @@ import torch
 from vlal_dist.training.step import StepClock
 
 
-def test_the_parts_of_each_step_are_told_apart() -> None:
+def test_passes_and_sum_of_each_step_are_timed_apart() -> None:
     clock = StepClock(torch.device("cpu"))
     for passes_s, sum_s in ((0.05, 0.0), (0.0, 0.1)):
         clock.begin(sampled=False)
@@ -32,7 +32,7 @@ def test_a_step_that_did_not_end_is_not_counted() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu_its_own_time_is_told_and_only_of_sampled_steps() -> None:
+def test_a_gpu_is_timed_by_events_in_sampled_steps_only() -> None:
     clock, long = StepClock(torch.device("cuda")), 1 << 30  # cycles: most of a second
 
     def step(*, sampled: bool) -> float:
@@ -43,7 +43,7 @@ def test_on_a_gpu_its_own_time_is_told_and_only_of_sampled_steps() -> None:
         clock.mark()
         return time.monotonic() - started
 
-    assert step(sampled=True) < 0.1  # nobody waited
+    assert step(sampled=True) < 0.1  # the host did not wait
     assert clock.take() == []
     torch.cuda.synchronize()
     ((passes_s, sum_s),) = clock.take()

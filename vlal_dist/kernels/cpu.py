@@ -40,12 +40,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "baseline": (),
 }
 """Instruction set -> its compiler flags, the widest first."""
-_NAMES = {"AVX512": "avx512", "AVX2": "avx2"}
 
 
 def instruction_set() -> str:
     """The widest variant that this processor runs."""
-    return _NAMES.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    name = torch.backends.cpu.get_cpu_capability().lower()
+    return name if name in VARIANTS else "baseline"
 
 
 def compiler() -> list[str]:
