@@ -71,7 +71,7 @@ def cache_folder() -> Path:
 
 
 def build(variant: str) -> Path:
-    """The library of a variant, compiled unless it is there.
+    """The library of a variant, compiled unless it is in the cache.
 
     Args:
         variant: a name of `VARIANTS`.
@@ -79,8 +79,20 @@ def build(variant: str) -> Path:
     Raises:
         ConfigError: no compiler, or it failed, or the cache cannot be written.
     """
-    name = f"cpu-{variant}-{digest_of(FLAGS, VARIANTS[variant])}.so"
-    return kept(name, lambda target: _compile(compiler(), variant, target))
+
+    def make(target: Path) -> None:
+        program, *rest = compiler()
+        command = [program, *rest, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
+        command += ["-o", str(target)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ConfigError(f"{program} cannot be started: {error.strerror}") from None
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            raise ConfigError(f"{program} failed: {(lines or ['no message'])[0][:300]}")
+
+    return kept(f"cpu-{variant}-{digest_of(FLAGS, VARIANTS[variant])}.so", make)
 
 
 def digest_of(*settings: object) -> str:
@@ -119,20 +131,6 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME") from None
     return target
-
-
-def _compile(command: list[str], variant: str, target: Path) -> None:
-    program = command[0]
-    command = [*command, *FLAGS, *VARIANTS[variant], str(SOURCES / "cpu.cpp")]
-    try:
-        done = subprocess.run(
-            [*command, "-o", str(target)], capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise ConfigError(f"{program} cannot be started: {error.strerror}") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        raise ConfigError(f"{program} failed: {(lines or ['no message'])[0][:300]}")
 
 
 WORTH_A_THREAD = 16_384

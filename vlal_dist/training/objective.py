@@ -1,5 +1,6 @@
-"""Inputs of the loss within training: Omega_o on the device, the draw's seed and weights, and the
-ignored pairs of PSL and of the top-k ablation, which are chosen outside of the operator.
+"""Inputs of the loss in training: Omega_o on the device, the draw's seed and weights.
+
+Also the ignored pairs of PSL and of the top-k ablation, which the operator does not choose itself.
 
 Shapes: B rows of a micro-batch, N rows of the global batch, A attributes, O objects.
 """

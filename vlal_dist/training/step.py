@@ -1,5 +1,4 @@
-"""One training step, in the order of the paper's Section 2: logits, ignore set, loss, gradient, sum
-over ranks, update.
+"""One training step: logits, ignore set, loss, gradient, sum over ranks, update (Section 2).
 
 The objective is (reference_batch / B) x the sum over the global batch of the sum over attributes,
 B the configured batch also where the last one is shorter: at B = 64 the authors' plain sum
@@ -312,8 +311,9 @@ class StepClock:
         if len(self._marks) < 3:
             return
         begin, passed, summed = self._marks
-        self._times.append((self._seconds(begin, passed), self._seconds(passed, summed)))
+        if self._on_gpu:
+            seconds = (begin.elapsed_time(passed) / 1000, passed.elapsed_time(summed) / 1000)
+        else:
+            seconds = (passed - begin, summed - passed)
+        self._times.append(seconds)
         self._marks = []
-
-    def _seconds(self, begin: Any, end: Any) -> float:
-        return float(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin)
