@@ -47,7 +47,7 @@ test: setup
 	$(RUN) python -m pytest $(PYTEST)
 
 test-all: setup
-	$(RUN) python -m pytest -m "not soak" $(PYTEST)
+	$(RUN) python -m pytest -m "not nightly" $(PYTEST)
 
 format: setup
 	$(RUN) ruff check --fix .

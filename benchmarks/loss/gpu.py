@@ -67,7 +67,7 @@ def main() -> int:
         ("report", *run(*REPORT)),
         (
             "tests",
-            *run(sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not soak"),
+            *run(sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not nightly"),
         ),
         *(
             with_tool(f"{SANITIZER} {name}", SANITIZER, "--tool", name, *FAIL_WITH_9, *REPORT)

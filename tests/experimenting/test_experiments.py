@@ -109,7 +109,7 @@ def to_all(groups: dict[str, int], number: signal.Signals) -> None:
             os.killpg(group, number)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.deepspeed
 def test_killed_in_the_middle_and_repeated_the_table_is_the_same(

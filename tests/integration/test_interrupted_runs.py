@@ -86,7 +86,7 @@ def check(
     return record
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_two_ranks_killed_in_a_save_then_stopped_then_one_rank(
     small: Path, tmp_path: Path, undisturbed: Callable[[str], Ledgers]
 ) -> None:
@@ -95,7 +95,7 @@ def test_two_ranks_killed_in_a_save_then_stopped_then_one_rank(
     assert 2 <= record.resumed_at[0] < record.resumed_at[1]
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(10))
 def test_random_schedules(
     small: Path, tmp_path: Path, undisturbed: Callable[[str], Ledgers], seed: int

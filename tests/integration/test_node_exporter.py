@@ -30,7 +30,7 @@ ROWS = 3 * (24 + 6 + 8)
 
 pytestmark = [
     needs_prometheus,
-    pytest.mark.long,
+    pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which(EXPORTER) is None, reason=f"no node_exporter (Debian: {EXPORTER})"
     ),

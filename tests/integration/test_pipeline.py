@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.ceph, pytest.mark.ray_cluster, pytest.mark.deepspeed]
 ROOTS = ("instances", "dataset", "scores", "merged", "run")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_root_on_s3(
     ceph_s3: S3Server, tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch

@@ -97,7 +97,7 @@ def test_every_recording_rule_has_data(watched: Watched) -> None:
         wait_until(lambda name=name: watched.server.query(name), what=name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_rank_alarms_within_seconds_and_one_that_ends_in_order_does_not(
     watched: Watched,
 ) -> None:

@@ -17,7 +17,7 @@ from tests.fixtures.prometheus_server import (
 )
 from vlal_dist.observability.metric_definitions import SCORE
 
-pytestmark = [needs_prometheus, pytest.mark.ray_cluster, pytest.mark.long]
+pytestmark = [needs_prometheus, pytest.mark.ray_cluster, pytest.mark.slow]
 
 
 def test_every_panel_of_scoring_has_data(tmp_path: Path, environment: None) -> None:

@@ -33,10 +33,10 @@ from tests.scoring.test_score_clip import PROGRAM, counts, flags
 from vlal_dist.scoring.ray_cluster import LOCAL_ENVIRONMENT
 from vlal_dist.storage.store import open_store
 
-pytestmark = [pytest.mark.ray_cluster, pytest.mark.long]
+pytestmark = [pytest.mark.ray_cluster, pytest.mark.slow]
 # CI has seed 1: where a paused actor comes back, the odd ones are the harder case.
 seeds = pytest.mark.parametrize(
-    "seed", [pytest.param(seed, marks=[pytest.mark.soak] * (seed != 1)) for seed in range(20)]
+    "seed", [pytest.param(seed, marks=[pytest.mark.nightly] * (seed != 1)) for seed in range(20)]
 )
 SAMPLES = 300
 EXIT_STORAGE = 74

@@ -33,7 +33,7 @@ HEAD = ROOT / "clusters" / "ray" / "start-local-head.sh"
 pytestmark = pytest.mark.ray_cluster
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ray_with_a_killed_actor_equals_no_ray(
     many_shards: Path, tiny: Model, tmp_path: Path, environment: None
 ) -> None:
@@ -57,7 +57,7 @@ def test_ray_with_a_killed_actor_equals_no_ray(
     assert json.loads((scores / "scores.json").read_text())["splits"]["train"]["samples"] == 300
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_signal_keeps_what_is_committed(
     many_shards: Path, tiny: Model, tmp_path: Path, environment: None
 ) -> None:
@@ -79,7 +79,7 @@ def test_a_signal_keeps_what_is_committed(
     assert kept < set(data_files(scores))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_an_actor_that_cannot_reach_the_store_is_replaced(
     dataset: Path, tiny: Model, tmp_path: Path, environment: None, moto_s3: S3Server
 ) -> None:
@@ -101,7 +101,7 @@ def test_an_actor_that_cannot_reach_the_store_is_replaced(
     assert data_files(tmp_path / "scores") == data_files(tmp_path / "plain")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_actors_share_a_gpu_and_one_that_cannot_be_placed_delays_nothing(
     tmp_path: Path, environment: None
 ) -> None:
@@ -205,7 +205,7 @@ def submitted(command: list[str], log: Path) -> subprocess.CompletedProcess[str]
     return done[-1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_submitted_as_a_job(
     dataset: Path,
     tiny: Model,

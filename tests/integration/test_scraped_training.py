@@ -13,7 +13,7 @@ import torch
 from tests.fixtures.scrapers import hanging, scrape, tight_loop
 from tests.integration.test_training_runs import arguments, finish, start, weights
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 HUNG = 5  # of each kind
 EPOCHS, STEPS = 4, 16

@@ -123,7 +123,7 @@ def test_a_run_writes_best_model_metrics_and_result(undisturbed: Path, small: Pa
     assert begun["step"] == 0 and begun["ranks"] == 2 and begun["device"] and begun["cores"] >= 1
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     small: Path, tmp_path: Path
 ) -> None:
@@ -171,7 +171,7 @@ def two_ranks(small: Path, run: Path, *more: str) -> list[str]:
     return [finish(rank, code=65) for rank in ranks]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_damaged_sample_of_one_rank_ends_all_with_its_exit_code(
     small: Path, tmp_path: Path
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_damaged_sample_of_one_rank_ends_all_with_its_exit_code(
     assert {one["labels"]["run"] for one in left} == {str(run)}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_failed_validation_saves_the_epoch(small: Path, tmp_path: Path) -> None:
     merged, run = damaged_copy(small, tmp_path / "merged", "val"), tmp_path / "run"
     two_ranks(small, run, "--paths.merged", str(merged))

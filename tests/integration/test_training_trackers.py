@@ -61,7 +61,7 @@ def wait_for_step(run: Path, process: subprocess.Popen[str], *, after: int) -> N
         time.sleep(0.1)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_run_continues_its_curves(small: Path, tmp_path: Path) -> None:
     run, env = tmp_path / "run", {"WANDB_MODE": "offline", MARK: str(tmp_path)}
     endless = command(small, run, "[tensorboard, wandb]", "--training.epochs", "1000")
@@ -85,7 +85,7 @@ def test_a_killed_run_continues_its_curves(small: Path, tmp_path: Path) -> None:
     assert left_behind(str(tmp_path)) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_unreachable_trackers_delay_only_the_end_by_seconds(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with black_hole() as hole:

@@ -22,7 +22,7 @@ from tests.fixtures.prometheus_server import (
 from tests.fixtures.rank_processes import free_port
 from tests.integration.test_training_runs import arguments, end, finish, lines, start
 
-pytestmark = [needs_prometheus, pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [needs_prometheus, pytest.mark.deepspeed, pytest.mark.slow]
 
 EPOCHS = 1000  # until it is stopped: when Prometheus sees a target is not known
 ROWS = 16 // 2  # of a rank in each step

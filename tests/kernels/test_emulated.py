@@ -1,4 +1,4 @@
-"""The CUDA programs, block by block on a processor; `long` ones join every test of a backend.
+"""The CUDA programs, block by block on a processor; `slow` ones join every test of a backend.
 
 What is here is their own: teams of a warp and of a block, where keys lie, how a batch is launched.
 """
@@ -133,7 +133,7 @@ print("clean")
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_nothing_is_read_or_written_out_of_bounds(pytestconfig):
     """As compute-sanitizer looks; shared memory is as large as a launch asks for."""
     found = [

@@ -69,7 +69,7 @@ def test_more_attributes_in_the_vocabulary_draw_the_same(backend, attributes):
     assert torch.equal(found[3][[0, 1, 2, 4]], narrow[3][[0, 1, 2, 4]])
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 def test_more_elements_than_32_bits_count():
     """12 GiB of memory, half a minute: 2^31 elements and some, rows across that border."""

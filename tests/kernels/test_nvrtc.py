@@ -25,7 +25,7 @@ REGISTERS = 64
 
 def each(architectures: tuple[str, ...]) -> list[object]:
     """Those to compile for; in the default run sm_90 alone, as all take half a minute."""
-    marks = [[] if name == "sm_90" else [pytest.mark.long] for name in architectures]
+    marks = [[] if name == "sm_90" else [pytest.mark.slow] for name in architectures]
     return [pytest.param(n, marks=m) for n, m in zip(architectures, marks, strict=True)]
 
 
@@ -66,7 +66,7 @@ def test_registers_and_spills(team, architecture):
         assert_within_budget(program(kind=kind, team=team), architecture)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_90"])
 @pytest.mark.parametrize("kind", [0, 2])
 @pytest.mark.parametrize(

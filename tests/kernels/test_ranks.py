@@ -23,7 +23,7 @@ from vlal_dist.kernels.arguments import MODES
 pytestmark = pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def by_rank(request, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     out: Path = tmp_path_factory.mktemp("ranks")
     run_ranks("tests.kernels.rank_worker", str(out), world_size=request.param)

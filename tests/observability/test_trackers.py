@@ -252,7 +252,7 @@ def histories(folder: Path) -> list[dict[str, float]]:
     return found
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient", "mark")
 def test_wandb_offline_holds_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -283,7 +283,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("mark")
 def test_wandb_has_all_of_a_trainer_that_was_killed_with_whoever_read_it(tmp_path: Path) -> None:
     trainer = subprocess.Popen(
@@ -309,7 +309,7 @@ def asked(address: str, path: str, **query: str) -> Any:
         return json.load(response)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient", "mark")
 def test_mlflow_holds_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "ours")
@@ -347,7 +347,7 @@ def test_mlflow_holds_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert history("validation/groups/wood _ co") == [(4, 0.5)]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 @pytest.mark.usefixtures("mark")
 def test_a_black_hole_gets_its_seconds_and_no_more(
@@ -380,7 +380,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_killed_trainer_leaves_no_process(tmp_path: Path) -> None:
     with black_hole() as hole:
         more = {"MLFLOW_TRACKING_URI": hole.address, MARK: str(tmp_path)}

@@ -1,6 +1,6 @@
 """`python -m tests.reliability.figures FILE`: what was recorded, for docs/reliability.md.
 
-FIGURES=FILE python -m pytest tests/reliability -m "long or soak"
+FIGURES=FILE python -m pytest tests/reliability -m "slow or nightly"
 """
 
 import json

@@ -8,7 +8,7 @@ import pytest
 
 from tests.reliability.harness import Job, each_once_an_epoch, record
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 Fault = dict[str, Any]
 INTERVAL = 2  # steps between checkpoints
@@ -54,7 +54,7 @@ GRID = [
 ]
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", range(len(GRID)))
 def test_killed_at_any_point(config: Path, tmp_path: Path, undisturbed: Job, number: int) -> None:
@@ -62,7 +62,7 @@ def test_killed_at_any_point(config: Path, tmp_path: Path, undisturbed: Job, num
 
 
 @pytest.mark.parametrize(
-    "rank", [1, *(pytest.param(r, marks=pytest.mark.soak) for r in (0, 1, 0, 1, 0))]
+    "rank", [1, *(pytest.param(r, marks=pytest.mark.nightly) for r in (0, 1, 0, 1, 0))]
 )
 def test_without_the_supervisor_a_kill_ends_all_ranks(
     config: Path, tmp_path: Path, undisturbed: Job, rank: int

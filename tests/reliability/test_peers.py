@@ -12,7 +12,7 @@ import pytest
 from tests.reliability.harness import Job, Start, each_once_an_epoch, record
 from tests.reliability.test_signals import SLOW
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
 
@@ -26,7 +26,7 @@ def resume_and_compare(job: Job, undisturbed: Job, *, lost: int) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "stage", [0, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (1, 2))]
+    "stage", [0, *(pytest.param(stage, marks=pytest.mark.nightly) for stage in (1, 2))]
 )
 def test_a_run_continues_on_one_two_three_and_one_ranks(
     config: Path, tmp_path: Path, undisturbed: Job, stage: int
@@ -59,7 +59,7 @@ def test_a_run_continues_on_one_two_three_and_one_ranks(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["nan", pytest.param("nan_gradient", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kind", ["nan", pytest.param("nan_gradient", marks=pytest.mark.nightly)])
 def test_a_value_that_is_not_finite_stops_all_ranks(
     config: Path, tmp_path: Path, undisturbed: Job, kind: str
 ) -> None:
@@ -83,7 +83,7 @@ def test_a_value_that_is_not_finite_stops_all_ranks(
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    ("at", "step"), [("step", 5), pytest.param("build", 0, marks=pytest.mark.soak)]
+    ("at", "step"), [("step", 5), pytest.param("build", 0, marks=pytest.mark.nightly)]
 )
 def test_a_hanging_rank_ends_the_job_in_bounded_time(
     config: Path, tmp_path: Path, undisturbed: Job, at: str, step: int
@@ -103,7 +103,7 @@ def test_a_hanging_rank_ends_the_job_in_bounded_time(
         resume_and_compare(job, undisturbed, lost=1)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_a_slow_rank_and_a_pause_change_nothing(
     config: Path, tmp_path: Path, undisturbed: Job
@@ -120,7 +120,7 @@ def test_a_slow_rank_and_a_pause_change_nothing(
     assert job.bits() == undisturbed.bits()
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 def test_a_wrong_clock_changes_nothing(config: Path, tmp_path: Path, undisturbed: Job) -> None:
     if FAKETIME is None:

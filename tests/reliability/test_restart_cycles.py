@@ -12,7 +12,7 @@ import pytest
 
 from tests.reliability.harness import Job, each_once_an_epoch, record
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 CYCLES = 100
 
@@ -36,7 +36,7 @@ def left_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_kills_at_random_times_with_immediate_restarts(
     config: Path, tmp_path: Path, undisturbed: Job

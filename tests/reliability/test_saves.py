@@ -19,7 +19,7 @@ from tests.reliability.harness import Job, record, sha256
 from tests.reliability.test_signals import SLOW
 from vlal_dist.storage.store import open_store
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_killed_on_a_full_disk_it_resumes_from_the_last_checkpoint(
     assert weights(job) == weights(undisturbed) and job.lost_steps() == [5]
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_a_disk_that_stays_full_ends_the_run_with_exit_code_74(
     config: Path, tmp_path: Path, small_disk: Path
 ) -> None:
@@ -132,7 +132,7 @@ def test_an_unreachable_store_does_not_stop_training(
         record("store away", stopped=False, requests_unanswered=len(failed))
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_an_outage_longer_than_the_retries(
     ceph_s3: S3Server, config: Path, tmp_path: Path, undisturbed: Job
@@ -178,7 +178,7 @@ KINDS = ("truncated", "missing", "empty mark", "no mark", "wrong version")
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
-    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.soak) for kind in KINDS[1:])]
+    "kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS[1:])]
 )
 def test_a_damaged_checkpoint_is_skipped(
     config: Path, tmp_path: Path, undisturbed: Job, kind: str
@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_is_skipped(
     record("damaged checkpoint", kind=kind, resumed_from=4)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_only_damaged_checkpoints_are_refused(
     config: Path, tmp_path: Path, undisturbed: Job
 ) -> None:

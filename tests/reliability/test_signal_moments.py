@@ -10,7 +10,7 @@ import pytest
 
 from tests.reliability.harness import Job, record
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 
 def term(rank: int, at: str, step: int, nth: int = 0, times: int = 1) -> dict[str, Any]:
@@ -34,7 +34,7 @@ MOMENTS = {
 @pytest.mark.parametrize(
     "moment",
     # CI has the one that sends a second signal too.
-    [pytest.param(m, marks=[pytest.mark.soak] * (m != "its own save, again")) for m in MOMENTS],
+    [pytest.param(m, marks=[pytest.mark.nightly] * (m != "its own save, again")) for m in MOMENTS],
 )
 def test_a_signal_at_any_moment(
     config: Path, tmp_path: Path, undisturbed: Job, moment: str
@@ -54,7 +54,7 @@ def test_a_signal_at_any_moment(
     assert job.lost_steps() == [0] and job.bits() == undisturbed.bits()
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("after_s", [0.3, 1.5, 2.5, 3.5, 5.0, 7.0])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -9,7 +9,7 @@ import pytest
 
 from tests.reliability.harness import Job, Start, record
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.long]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 SLOW = {"kind": "sleep", "at": "step", "seconds": 0.25, "often": True}
 """Slows every step of every rank, so that a signal arrives during training."""
@@ -74,7 +74,7 @@ def test_sigterm_to_the_launcher_or_the_supervisor(
     check(job, undisturbed, target, signal.SIGTERM)
 
 
-@pytest.mark.soak
+@pytest.mark.nightly
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.reliability.harness import Job, Start, each_once_an_epoch, record
 from vlal_dist.processes import look_at
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.soak]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.nightly]
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "20"))
 MTBF_S = 25.0

@@ -58,7 +58,7 @@ def test_lower_precision_stays_near(tiny: Model, precision: str) -> None:
     assert rough.weights_digest == exact.weights_digest
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # torch's own use
 def test_compiled_stays_near(tiny: Model) -> None:
     exact = tiny.load()

@@ -249,7 +249,7 @@ def test_a_packed_dataset_is_scored_again_after_it(merged: Path, tmp_path: Path)
         assert tree(tmp_path / "dataset" / name) == tree(tmp_path / "merged" / name)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_from_s3_to_s3(
     merged: Path, tmp_path: Path, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

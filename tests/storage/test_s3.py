@@ -50,7 +50,7 @@ class TestRetries:
         assert [seen.headers["if-none-match"] for seen in puts] == ["*"] * 3
         assert all("content-md5" in seen.headers for seen in puts)
 
-    @pytest.mark.long
+    @pytest.mark.slow
     def test_writes_and_listings_outlast_an_outage(self, root: S3Store, proxy: FaultProxy) -> None:
         """boto3's five tries would end within about two seconds."""
         for use, kept in (

@@ -134,7 +134,7 @@ def test_a_run_without_clip(small: Path, tmp_path: Path) -> None:
     trained(small, tmp_path, "top", "cooccurrence", "auto")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.parametrize(
     ("draw", "weights"),
@@ -142,9 +142,9 @@ def test_a_run_without_clip(small: Path, tmp_path: Path) -> None:
         ("random", "uniform"),
         ("random", "cooccurrence"),
         ("top", "likelihood"),
-        pytest.param("random", "likelihood", marks=pytest.mark.soak),
-        pytest.param("top", "uniform", marks=pytest.mark.soak),
-        pytest.param("top", "cooccurrence", marks=pytest.mark.soak),
+        pytest.param("random", "likelihood", marks=pytest.mark.nightly),
+        pytest.param("top", "uniform", marks=pytest.mark.nightly),
+        pytest.param("top", "cooccurrence", marks=pytest.mark.nightly),
     ],
 )
 def test_runs_of_each_way_by_both_kernels(

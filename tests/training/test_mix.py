@@ -43,7 +43,7 @@ def ledgers(out: Path) -> dict[int, dict[str, int]]:
     return {line["epoch"]: line["ledger"] for line in lines(out) if line["kind"] == "train"}
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_mixture_is_trained_as_planned_and_cannot_change(
     small: Path, second: Path, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ assert names["PROGRAM"].name == "train"
 """
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_started_by_path_no_package_is_shadowed() -> None:
     folder = str(ROOT / "vlal_dist")

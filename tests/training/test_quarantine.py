@@ -40,7 +40,7 @@ def train_lines(run: Path) -> list[dict[str, Any]]:
     return [line for line in lines(run) if line["kind"] == "train"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_one_and_two_ranks_quarantine_the_same_and_a_resume_keeps_it(
     small: Path, merged: Dataset, tmp_path: Path
 ) -> None:
@@ -74,7 +74,7 @@ def check_list(found: dict[str, str], damaged: Damaged) -> None:
     assert all(damaged.key in why and "crc32" in why for why in found.values())
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_more_than_max_quarantined_stops_all_ranks(
     small: Path, merged: Dataset, tmp_path: Path
 ) -> None:

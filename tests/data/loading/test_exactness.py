@@ -235,7 +235,7 @@ def test_every_visit_once_whatever_stops_and_ranks(
     check_any(shards, seed, data)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(shard_sizes, st.integers(0, 2**40), st.data())
 def test_every_visit_once_in_many_examples(
@@ -407,7 +407,7 @@ def test_the_loaders_read_every_image_once(packed: Dataset, data: st.DataObject)
     check_any_loaders(packed, data)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(st.data())
 def test_the_loaders_in_many_examples(packed: Dataset, data: st.DataObject) -> None:
