@@ -1,4 +1,4 @@
-"""Labels and likelihoods of a whole batch equal those of single samples."""
+"""Labels and likelihoods of a whole batch equal those of single samples; buffers are reused."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlal_dist.data.loading.batch_builder import label_rows
+from vlal_dist.data.loading.batch_builder import ImageBuffers, label_rows
 from vlal_dist.data.loading.likelihoods import (
     join_likelihoods,
     rescaled_tar_likelihoods,
@@ -78,3 +78,14 @@ def test_another_temperature_keeps_the_rows_normalised() -> None:
     assert np.exp(values[:3]).sum() == pytest.approx(1) and values[3] == pytest.approx(0)
     assert np.exp(values[0] - values[1]) == pytest.approx((0.5 / 0.3) ** 0.5, rel=1e-5)
     assert indptr.tolist() == [0, 3, 4]
+
+
+def test_a_buffer_returns_when_its_last_tensor_is_gone() -> None:
+    buffers = ImageBuffers(side=4, pinned=False)
+    first, tensor = buffers.take(3)
+    address = first.ctypes.data
+    view = tensor[1:].permute(0, 3, 1, 2)
+    del first, tensor
+    assert buffers.take(3)[0].ctypes.data != address, "a view of it is still in use"
+    del view
+    assert any(buffers.take(2)[0].ctypes.data == address for _ in range(2))
