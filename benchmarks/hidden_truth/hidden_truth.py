@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,7 +96,7 @@ def draw_masks(
     if config.method.draw_over == "unannotated":
         drawable = drawable & (crops.label == 0)
     weight, uid = torch.from_numpy(weights), torch.from_numpy(crops.uid.view(np.int64))
-    given = {"drawable": torch.from_numpy(drawable), "num_ignore": number}
+    given: dict[str, Any] = {"drawable": torch.from_numpy(drawable), "num_ignore": number}
     if draw == "top":
         return [top_ignore_set(inverse_weight=weight, **given).numpy()]
     seed = config.training.seed

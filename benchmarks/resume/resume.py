@@ -121,9 +121,9 @@ def main() -> None:
     sizes, rounds = (SIZES[:1], 1) if given.quick else (SIZES, given.rounds)
     roots = {f"{rows:,}": str(make_rows(given.folder, rows)) for rows in sizes}
     if given.s3:
-        root, target = make_rows(given.folder, sizes[-1], one_shard=True), open_store(given.s3)
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
-            target.create(path.relative_to(root).as_posix(), path)
+        made, target = make_rows(given.folder, sizes[-1], one_shard=True), open_store(given.s3)
+        for path in sorted(p for p in made.rglob("*") if p.is_file()):
+            target.create(path.relative_to(made).as_posix(), path)
         roots[f"{sizes[-1]:,}, in a bucket"] = given.s3
     calls, first_open = {}, {}
     for name, root in roots.items():

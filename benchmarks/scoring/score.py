@@ -70,8 +70,8 @@ def commands(folder: Path, *, quick: bool, with_peer: bool) -> dict[str, list[st
         found[f"ray_data_{shape}"] = [*peer, "--case", vit, "--shape", shape]
     if with_peer:
         peer = [str(PEER_PYTHON), "-m", "benchmarks.peers.score_clip_retrieval"]
-        case = CASES[vit]
-        given = {"model": case.model, "weights": weights_path(folder, case), "batch": case.batch}
+        one = CASES[vit]
+        given = {"model": one.model, "weights": weights_path(folder, one), "batch": one.batch}
         found["clip_retrieval"] = [
             *peer, str(folder / vit / "dataset/train/shards"), *options(given)
         ]  # fmt: skip
