@@ -7,6 +7,7 @@ in the main process mixes the workers' samples; it is left out, to webdataset's 
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import webdataset as wds
@@ -28,7 +29,7 @@ def make_loader(settings: Settings) -> Iterable[Batch]:
         dataset = (
             dataset.decode("pil")
             .to_tuple("jpg", "json")
-            .map_tuple(Squash(settings.side), Label(settings.attributes))
+            .map_tuple(Squash(settings.side), partial(label_of, attributes=settings.attributes))
             .batched(settings.batch_size)
         )
     loader: Iterable[Batch] = wds.WebLoader(dataset, batch_size=None, **settings.worker_options)
@@ -51,14 +52,3 @@ class Squash:
         """The resized image."""
         pixels: Tensor = self.transform(image)
         return pixels.permute(1, 2, 0)
-
-
-class Label:
-    """Decoded json to int8 [A]."""
-
-    def __init__(self, attributes: int) -> None:
-        self.attributes = attributes
-
-    def __call__(self, meta: dict[str, Any]) -> Tensor:
-        """The label row."""
-        return label_of(meta, self.attributes)

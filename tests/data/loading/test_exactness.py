@@ -283,7 +283,7 @@ def check_written(
     opened = open_written(split)
     reference = fresh_stream(opened, order)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "_PIECE", piece)
+        patch.setattr(stream_module, "_TABLE_VISITS", piece)
         patch.setattr(plan_module, "_PIECE_ROWS", piece)
         return check_schedule(
             starts,
