@@ -4,10 +4,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from vlal_dist.errors import UsageError
-from vlal_dist.program import Program, run_program
+from vlal_dist.program import run_one_of
 
-COMMANDS: dict[str, tuple[str, str]] = {
+TOOLS: dict[str, tuple[str, str]] = {
     "clean": (
         "shard_tools.clean.program",
         "annotation files -> instances, vocabulary, feasible sets",
@@ -18,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("shard_tools.verify", "check every byte of a dataset against its manifest"),
     "inspect": ("shard_tools.inspect_dataset", "show what a dataset root holds"),
 }
-"""Command -> module with a `PROGRAM`, and its purpose. Only that module is imported."""
+"""Tool -> module with a `PROGRAM`, and its purpose. Only that module is imported."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,24 +26,13 @@ def main(argv: Sequence[str]) -> int:
     Args:
         argv: command line without the program's name; its first word names the tool.
     """
-    if argv and argv[0] in ("--help", "-h"):
-        sys.stdout.write(usage_text())
-        return 0
-    if not argv or argv[0] not in COMMANDS:
-        given = f"unknown tool {argv[0]!r}" if argv else "no tool given"
-        sys.stderr.write(f"shard_tools: error: {given}\n{usage_text()}")
-        return UsageError.exit_code
-    program = importlib.import_module(COMMANDS[argv[0]][0]).PROGRAM
-    assert isinstance(program, Program)
-    return run_program(program, argv[1:])
-
-
-def usage_text() -> str:
-    """The tools and how to get help on each."""
-    lines = ["usage: python -m shard_tools TOOL [--config FILE] [--section.key value ...]", ""]
-    lines += [f"  {name:<8} {purpose}" for name, (_, purpose) in COMMANDS.items()]
-    lines += ["", "python -m shard_tools TOOL --help lists the settings of a tool"]
-    return "\n".join(lines) + "\n"
+    return run_one_of(
+        {tool: purpose for tool, (_, purpose) in TOOLS.items()},
+        lambda tool: importlib.import_module(TOOLS[tool][0]).PROGRAM,  # type: ignore[no-any-return]
+        argv,
+        module="shard_tools",
+        kind="tool",
+    )
 
 
 if __name__ == "__main__":

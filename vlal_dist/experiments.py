@@ -13,7 +13,7 @@ from pathlib import Path
 from vlal_dist.config.load import config_yaml, load_config
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import open_dataset
-from vlal_dist.errors import ConfigError, UsageError, VlalError
+from vlal_dist.errors import ConfigError, VlalError
 from vlal_dist.experimenting.grid import Variant, ablation_rows, table1_rows, table2_rows
 from vlal_dist.experimenting.jobs import (
     TRAIN,
@@ -28,7 +28,7 @@ from vlal_dist.experimenting.jobs import (
 from vlal_dist.experimenting.queue import run_queue, say
 from vlal_dist.experimenting.results import ResultReader, summarise
 from vlal_dist.experimenting.tables import Table, write_table
-from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.program import Counts, Program, run_one_of
 from vlal_dist.storage.store import open_store
 
 TABLES = {
@@ -175,29 +175,13 @@ PROGRAMS = {
     for table, purpose in TABLES.items()
 }
 
-_LISTED = "\n".join(f"  {table:<10} {purpose}" for table, purpose in TABLES.items())
-USAGE = f"""\
-usage: python -m vlal_dist.experiments TABLE [--config FILE] [--section.key value ...]
 
-{_LISTED}
-
-python -m vlal_dist.experiments TABLE --help lists the settings
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run one table's program and return its exit code."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    if given and given[0] in ("--help", "-h"):
-        sys.stdout.write(USAGE)
-        return 0
-    if not given or given[0] not in PROGRAMS:
-        problem = f"unknown table {given[0]!r}" if given else "no table given"
-        known = ", ".join(PROGRAMS)
-        sys.stderr.write(f"experiments: error: {problem}; known: {known}\n{USAGE}")
-        return UsageError.exit_code
-    return run_program(PROGRAMS[given[0]], given[1:])
+    return run_one_of(
+        TABLES, PROGRAMS.__getitem__, argv, module="vlal_dist.experiments", kind="table"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

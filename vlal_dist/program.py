@@ -18,7 +18,7 @@ from typing import Any
 
 from vlal_dist.config.load import CommandLine, config_yaml, help_text, parse_command_line
 from vlal_dist.config.sections import Config
-from vlal_dist.errors import Stopped, StorageError, VlalError
+from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.storage.store import open_store
@@ -72,6 +72,41 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         with contextlib.suppress(OSError):
             Path(exit_file).write_text(str(code), encoding="ascii")
     return code
+
+
+def run_one_of(
+    purposes: Mapping[str, str],
+    find: Callable[[str], Program],
+    argv: Sequence[str],
+    *,
+    module: str,
+    kind: str,
+) -> int:
+    """Run the program that the first word names, and return its exit code.
+
+    Args:
+        purposes: word -> what its program does, for `--help`.
+        find: makes or imports the program of a word.
+        argv: command line without the module's name.
+        module: what users run, such as `shard_tools`.
+        kind: what the words name, such as `tool`.
+    """
+    command, width = f"python -m {module} {kind.upper()}", 2 + max(map(len, purposes))
+    listed = "\n".join(f"  {word:<{width}}{purpose}" for word, purpose in purposes.items())
+    usage = (
+        f"usage: {command} [--config FILE] [--section.key value ...]\n\n{listed}\n\n"
+        f"{command} --help lists the settings of a {kind}\n"
+    )
+    word = argv[0] if argv else ""
+    if word in ("--help", "-h"):
+        sys.stdout.write(usage)
+        return 0
+    if word not in purposes:
+        problem = f"unknown {kind} {word!r}" if argv else f"no {kind} given"
+        name, known = module.rpartition(".")[2], ", ".join(purposes)
+        sys.stderr.write(f"{name}: error: {problem}; known: {known}\n{usage}")
+        return UsageError.exit_code
+    return run_program(find(word), argv[1:])
 
 
 def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:

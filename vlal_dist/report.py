@@ -48,10 +48,5 @@ PROGRAM = Program(
 )
 
 
-def main() -> int:
-    """Run the program on the command line's arguments."""
-    return run_program(PROGRAM, sys.argv[1:])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(PROGRAM, sys.argv[1:]))

@@ -45,10 +45,5 @@ PROGRAM = Program(
 )
 
 
-def main() -> int:
-    """Run the program on the process's arguments; returns the exit code."""
-    return run_program(PROGRAM, sys.argv[1:])
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(run_program(PROGRAM, sys.argv[1:]))

@@ -8,7 +8,7 @@ import torch
 from tests.kernels.test_cpu_build import script
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.kernels import __main__ as program
-from vlal_dist.kernels import cpu, cuda, self_test
+from vlal_dist.kernels import cpu, cuda
 from vlal_dist.kernels.backend import choose
 from vlal_dist.kernels.cpu import VARIANTS
 
@@ -76,7 +76,7 @@ def test_a_wrong_backend_is_found(wrong, monkeypatch, capsys):
 
 
 def test_the_self_test_passes():
-    assert self_test.self_test(torch.device("cpu")).good
+    assert program.self_test(torch.device("cpu")).good
 
 
 def test_build_fills_the_cache(monkeypatch, capsys, tmp_path):

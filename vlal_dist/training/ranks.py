@@ -6,7 +6,7 @@ of their own, so that they need no accelerator. No object is pickled.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -198,9 +198,3 @@ def _device(local_rank: int) -> torch.device:
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
-
-
-def name_uids(ranks: Ranks, uid: Sequence[int], *, most: int = 8) -> list[int]:
-    """The first uids (signed bits) that any rank names, in rank order, on every rank."""
-    own = torch.tensor(list(uid)[:most], dtype=torch.int64, device=ranks.device)
-    return [int(value) for value in torch.cat(ranks.gather(own)).tolist()]

@@ -32,7 +32,7 @@ from vlal_dist.training.objective import (
     top_pairs,
     undrawable,
 )
-from vlal_dist.training.ranks import Ranks, name_uids
+from vlal_dist.training.ranks import Ranks
 
 
 class TrainStep:
@@ -152,8 +152,8 @@ class TrainStep:
         Raises:
             DataError: naming the uids of the rows with a loss that is not finite.
         """
-        bad = [int(u) for uid, per_row in self._rows for u in uid[~per_row.isfinite()].tolist()]
-        named = [uid % 2**64 for uid in name_uids(self.ranks, bad)]
+        bad = torch.cat([uid[~per_row.isfinite()] for uid, per_row in self._rows])
+        named = [uid % 2**64 for uid in torch.cat(self.ranks.gather(bad[:8])).tolist()]
         what = f"the loss is not finite in rows with uid {named}"
         raise DataError(
             f"step {step + 1}: {what if named else 'loss is finite but the gradient is not'}; "
