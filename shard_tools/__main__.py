@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
     """
     return run_one_of(
         {tool: purpose for tool, (_, purpose) in TOOLS.items()},
-        lambda tool: importlib.import_module(TOOLS[tool][0]).PROGRAM,  # type: ignore[no-any-return]
+        lambda tool: importlib.import_module(TOOLS[tool][0]).PROGRAM,
         argv,
         module="shard_tools",
         kind="tool",

@@ -179,7 +179,6 @@ PROGRAM = Program(
     "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
     "interruption: finished shards are kept.",
     sections=("paths", "pack", "scoring", "observability"),
-    flags=("json",),
     output=lambda config, flags: config.paths.merged,
     work=merge,
 )

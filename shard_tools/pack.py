@@ -366,7 +366,6 @@ PROGRAM = Program(
     "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
     "command after an interruption: finished shards are kept.",
     sections=("paths", "pack", "observability"),
-    flags=("json",),
     output=lambda config, flags: config.paths.dataset,
     work=pack,
 )

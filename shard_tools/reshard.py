@@ -220,7 +220,6 @@ Score files belong to shards by digest: reshard a merged dataset, whose tars hol
 or reshard a packed one and score it again (as --paths.dataset). To verify, inspect or train on the
 result, give its root as --paths.merged.""",
     sections=("paths", "pack", "observability"),
-    flags=("json",),
     output=lambda config, flags: config.paths.resharded,
     work=reshard,
 )

@@ -118,7 +118,6 @@ PROGRAM = Program(
     "likelihood. Reads paths.merged if it is finished, else paths.dataset; writes nothing but its "
     "result beside the run.",
     sections=("paths", "observability"),
-    flags=("json",),
     output=lambda config, flags: config.paths.run,
     work=verify,
 )

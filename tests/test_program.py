@@ -20,7 +20,7 @@ def outcome(folder: Path, work: object, *more: str) -> tuple[int, dict[str, obje
             raise work
         return {"samples": 170407, "share": 0.123456789, "splits": {"train": 1234.5678}}
 
-    program = Program("try", "try", "try", ("paths",), ("json", "plan"), _output, call)
+    program = Program("try", "try", "try", ("paths",), _output, call, ("json", "plan"))
     arguments = ["--config", str(folder / "c.yaml"), "--paths.run", str(folder), *more]
     code = run_program(program, arguments)
     path = folder / "try.result.json"

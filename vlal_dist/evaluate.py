@@ -113,7 +113,6 @@ PROGRAM = Program(
     usage="python -m vlal_dist.evaluate",
     purpose=PURPOSE,
     sections=("paths", "evaluation", "data", "observability"),
-    flags=("json",),
     output=lambda config, flags: config.paths.run,
     work=work,
 )

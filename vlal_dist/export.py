@@ -100,7 +100,6 @@ PROGRAM = Program(
     usage="python -m vlal_dist.export",
     purpose=PURPOSE,
     sections=("paths", "export", "data", "evaluation", "observability"),
-    flags=("json",),
     # Not the export itself: it is handed on, and a configuration names folders of this machine.
     output=lambda config, flags: config.paths.run,
     work=work,

@@ -73,7 +73,6 @@ PROGRAM = Program(
     usage="python -m vlal_dist.predict",
     purpose=PURPOSE,
     sections=("predict", "paths", "observability"),
-    flags=("json",),
     output=lambda config, flags: str(Path(config.predict.output).parent),
     work=work,
     needs_config=False,

@@ -41,9 +41,9 @@ class Program:
         usage: the command as users type it.
         purpose: one paragraph for `--help`.
         sections: config sections it reads.
-        flags: flags without a dot that it accepts.
         output: the root it writes, where `result.json` and the config go.
         work: the work itself; returns the closing counts.
+        flags: flags without a dot that it accepts.
         needs_config: False: without a configuration file it runs on the defaults.
     """
 
@@ -51,9 +51,9 @@ class Program:
     usage: str
     purpose: str
     sections: tuple[str, ...]
-    flags: tuple[str, ...]
     output: Callable[[Config, Mapping[str, str]], str]
     work: Work
+    flags: tuple[str, ...] = ("json",)
     needs_config: bool = True
 
 

@@ -42,7 +42,6 @@ PROGRAM = Program(
     usage="python -m vlal_dist.report",
     purpose=PURPOSE,
     sections=("paths", "evaluation", "training", "observability"),
-    flags=("json",),
     output=lambda config, flags: config.paths.run,
     work=work,
 )

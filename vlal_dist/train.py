@@ -29,9 +29,9 @@ ranks.
 
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Train; returns the closing counts."""
-    from vlal_dist.training.stop import Launcher
+    from vlal_dist.training.stop import launcher_processes
 
-    launcher = Launcher.of_this_process()  # before the slow imports: it may die early
+    launcher = launcher_processes()  # before the slow imports: it may die early
     from vlal_dist.training.trainer import RunConfig, Trainer
 
     run = RunConfig(

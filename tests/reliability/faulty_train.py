@@ -46,7 +46,8 @@ if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(ROOT)
 
 import vlal_dist.train  # noqa: E402
-from vlal_dist.training.stop import Launcher  # noqa: E402
+from vlal_dist.processes import Process  # noqa: E402
+from vlal_dist.training import stop  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
 EVENTS = Path(os.environ["EVENTS"])
@@ -209,14 +210,14 @@ def set_clock() -> None:
 def main() -> int:
     set_clock()
     note("begin", pid=os.getpid(), parent=os.getppid())
-    look = Launcher.of_this_process
+    look = stop.launcher_processes
 
-    def look_and_install() -> Launcher:
+    def look_and_install() -> list[Process]:
         launcher = look()  # as early as in the real program
         install()
         return launcher
 
-    Launcher.of_this_process = look_and_install  # type: ignore[method-assign]
+    stop.launcher_processes = look_and_install
     code = vlal_dist.train.main()
     note("end", code=code)
     return code

@@ -13,10 +13,10 @@ from tests.fixtures.rank_processes import ROOT
 
 RANK = """
 import sys, time
-from vlal_dist.training.stop import Launcher
-launcher = Launcher.of_this_process()
-print(len(launcher.watched), flush=True)
-while not launcher.is_gone():
+from vlal_dist.training.stop import StopRequest, launcher_processes
+launcher = launcher_processes()
+print(len(launcher), flush=True)
+while not StopRequest(launcher).requested:
     time.sleep(0.02)
 print("gone", flush=True)
 """

@@ -3,13 +3,13 @@ import signal
 
 import pytest
 
-from vlal_dist.training.stop import SIGNALS, Launcher, StopRequest
+from vlal_dist.training.stop import SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_only_sets_a_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopRequest(Launcher(())) as stop:
+    with StopRequest(()) as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # a second one does no harm

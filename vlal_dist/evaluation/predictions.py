@@ -71,7 +71,8 @@ def merge_predictions(parts: Sequence[Predictions], *, num_samples: int) -> Pred
     Raises:
         DataError: a row occurs twice or is missing; the first such rows are named.
     """
-    row = np.concatenate([part.row for part in parts])
+    whole = concatenate(parts)
+    row = whole.row
     in_range = row[(row >= 0) & (row < num_samples)]
     times = np.bincount(in_range, minlength=num_samples)
     doubled, missed = np.flatnonzero(times > 1), np.flatnonzero(times == 0)
@@ -83,7 +84,6 @@ def merge_predictions(parts: Sequence[Predictions], *, num_samples: int) -> Pred
             "lie outside the split; every row must come once: evaluate again, and report this"
         )
     order = np.argsort(row, kind="stable")
-    whole = concatenate(parts)
     return Predictions(row[order], whole.uid[order], whole.score[order], whole.label[order])
 
 

@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 
@@ -71,37 +71,21 @@ def _report() -> int:
     _say("cache", str(cache_folder()), "")
     good = True
     for device in devices:
-        found = self_test(torch.device(device))
-        good = good and found.good
-        draw = "same draw" if found.same_draw else "ANOTHER DRAW"
-        text = f"{draw}, loss within {found.loss:.1e}, gradient within {found.gradient:.1e}"
-        _say(f"self-test {device}", "right" if found.good else "WRONG", text)
+        right, text = self_test(torch.device(device))
+        good = good and right
+        _say(f"self-test {device}", "right" if right else "WRONG", text)
     if not good:
         sys.stderr.write(f"error: a backend is wrong; set {VARIABLE}=reference and report it\n")
     return 0 if good else 1
 
 
-class Difference(NamedTuple):
-    """How far a backend is from the reference.
+def self_test(device: torch.device) -> tuple[bool, str]:
+    """Compare the backend that `choose` takes with the reference, on a made-up batch.
 
-    Attributes:
-        same_draw: whether the same attributes are ignored.
-        loss, gradient: greatest relative difference of a row's loss; norm of the gradients'
-            difference relative to that of the gradient.
-    """
-
-    same_draw: bool
-    loss: float
-    gradient: float
-
-    @property
-    def good(self) -> bool:
-        """Whether the backend may be used."""
-        return self.same_draw and self.loss <= LIMIT and self.gradient <= LIMIT
-
-
-def self_test(device: torch.device) -> Difference:
-    """Compare the backend that `choose` takes with the reference, on the device.
+    Returns:
+        Whether it draws the same and errs by at most `LIMIT`; how far it is from the reference: the
+        greatest relative difference of a row's loss, and of the gradient the norm of the difference
+        relative to its own.
 
     Raises:
         ConfigError: the forced backend does not work here.
@@ -141,11 +125,12 @@ def self_test(device: torch.device) -> Difference:
         (gradient,) = torch.autograd.grad(terms.per_row.sum(), leaf)
         found.append((terms.per_row.detach(), gradient))
     (loss, gradient), (exact_loss, exact) = found
-    return Difference(
-        torch.equal(gradient == 0, exact == 0),
-        float(((loss - exact_loss) / exact_loss).abs().max()),
-        float((gradient - exact).norm() / exact.norm()),
-    )
+    same_draw = torch.equal(gradient == 0, exact == 0)
+    loss_error = float(((loss - exact_loss) / exact_loss).abs().max())
+    error = float((gradient - exact).norm() / exact.norm())
+    drawn = "same draw" if same_draw else "ANOTHER DRAW"
+    text = f"{drawn}, loss within {loss_error:.1e}, gradient within {error:.1e}"
+    return same_draw and loss_error <= LIMIT and error <= LIMIT, text
 
 
 def _compiler() -> str:

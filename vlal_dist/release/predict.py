@@ -26,12 +26,8 @@ _LARGEST_GROUP = 32
 _BATCHES_AHEAD = 2
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A request and its attributes, likeliest first."""
-
-    request: Request
-    attributes: list[FoundAttribute]
+Answer = tuple[Request, list[FoundAttribute]]
+"""A request and its attributes, likeliest first."""
 
 
 def predict_requests(
@@ -126,4 +122,4 @@ def _answer(model: ExportedModel, crops: list[Crop], config: PredictConfig) -> l
     pixels = torch.from_numpy(np.stack([crop.pixels for crop in crops]))
     object_id = torch.tensor([crop.request.object_id for crop in crops])
     found = model.top(model.probabilities(pixels, object_id), k=config.top_k)
-    return [Answer(crop.request, row) for crop, row in zip(crops, found, strict=True)]
+    return [(crop.request, row) for crop, row in zip(crops, found, strict=True)]

@@ -121,14 +121,14 @@ def _rows(answers: Sequence[Answer], thresholds: bool) -> list[dict[str, Any]]:
     keys = ("name", "probability", "present") if thresholds else ("name", "probability")
     return [
         {
-            "row": one.request.row,
-            "id": one.request.id,
-            "image": one.request.image,
-            "object": one.request.object_name,
-            "box": one.request.box,
-            "attributes": [{key: getattr(found, key) for key in keys} for found in one.attributes],
+            "row": request.row,
+            "id": request.id,
+            "image": request.image,
+            "object": request.object_name,
+            "box": request.box,
+            "attributes": [{key: getattr(one, key) for key in keys} for one in attributes],
         }
-        for one in answers
+        for request, attributes in answers
     ]
 
 

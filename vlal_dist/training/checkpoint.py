@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vlal_dist.data.order.ledger import Ledger
 from vlal_dist.errors import DataError, NotFoundError, StorageError
+from vlal_dist.release.saved_model import read_verified
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store, open_store
 
@@ -267,16 +268,13 @@ def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
         DataError: a file is damaged, or of another format.
     """
     folder = f"{prefix}/" if prefix else ""
-    where = f"{store.url}/{prefix}".rstrip("/")
+    where, remedy = f"{store.url}/{prefix}".rstrip("/"), "resume an older checkpoint"
     try:
         digests = json.loads(store.read(f"{folder}{COMPLETE}"))
-        files = {name: store.read(f"{folder}{name}") for name in (MODEL, OPTIMIZER, STATE)}
-        for name, data in files.items():
-            if (found := sha256_of(data)) != digests[name]:
-                raise DataError(
-                    f"{where}/{name} has sha256 {found}, COMPLETE says {digests[name]}: it was "
-                    "cut short or changed; resume an older checkpoint"
-                )
+        files = {
+            name: read_verified(store, f"{folder}{name}", sha256=digests[name], remedy=remedy)
+            for name in (MODEL, OPTIMIZER, STATE)
+        }
         values = json.loads(files[STATE])
         if values["format"] != FORMAT:
             raise DataError(f"{where} has format {values['format']}; this version reads {FORMAT}")
@@ -288,7 +286,7 @@ def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{where} is damaged ({error}); resume an older checkpoint") from None
+        raise DataError(f"{where} is damaged ({error}); {remedy}") from None
     return Checkpoint(where, state, model, optimizer)
 
 

@@ -9,7 +9,7 @@ No rank acts on its own request: `Ranks.agree` makes all of them save and leave 
 
 import os
 import signal
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import FrameType
 
 from vlal_dist.processes import Process, command_line, look_at
@@ -20,41 +20,26 @@ INIT = 1
 ENDED = Process(pid=-1, parent=-1, started=-1)
 
 
-@dataclass(frozen=True)
-class Launcher:
-    """The processes that started this rank; the run stops when one of them has ended.
+def launcher_processes() -> list[Process]:
+    """Two processes of DeepSpeed, or torchrun's one; none if a shell started this process.
 
-    Attributes:
-        watched: empty: the run never stops because of them.
+    What started the launcher itself (a shell, ssh, a scheduler) may end before it.
     """
-
-    watched: tuple[Process, ...]
-
-    @classmethod
-    def of_this_process(cls) -> "Launcher":
-        """Two processes of DeepSpeed, or torchrun's one; none if a shell started this process.
-
-        What started the launcher itself (a shell, ssh, a scheduler) may end before it.
-        """
-        parent = look_at(os.getppid())
-        if parent is None:
-            return cls(())
-        words = command_line(parent.pid)[:PROGRAM_WORDS]
-        if _runs(parent, "torchrun") or "torch.distributed.run" in words:
-            return cls((parent,))
-        if "deepspeed.launcher.launch" not in words:
-            return cls(())
-        front = look_at(parent.parent)
-        if front is not None and _runs(front, "deepspeed"):
-            return cls((parent, front))
-        if parent.parent == INIT and os.environ.get("CROSS_SIZE") == "1":
-            # On a single machine the front process starts the other: it has ended already.
-            return cls((parent, ENDED))
-        return cls((parent,))
-
-    def is_gone(self) -> bool:
-        """Whether one of them has ended."""
-        return not all(process.is_alive() for process in self.watched)
+    parent = look_at(os.getppid())
+    if parent is None:
+        return []
+    words = command_line(parent.pid)[:PROGRAM_WORDS]
+    if _runs(parent, "torchrun") or "torch.distributed.run" in words:
+        return [parent]
+    if "deepspeed.launcher.launch" not in words:
+        return []
+    front = look_at(parent.parent)
+    if front is not None and _runs(front, "deepspeed"):
+        return [parent, front]
+    if parent.parent == INIT and os.environ.get("CROSS_SIZE") == "1":
+        # On a single machine the front process starts the other: it has ended already.
+        return [parent, ENDED]
+    return [parent]
 
 
 def _runs(process: Process, program: str) -> bool:
@@ -73,13 +58,13 @@ class StopRequest:
     Must be entered in the main thread, as Python demands of signal handlers.
 
     Args:
-        launcher: its end is a request, too.
+        launcher: processes that started this rank; the end of one is a request, too.
 
     Attributes:
         received: name of the first signal, or LAUNCHER_GONE, or None.
     """
 
-    def __init__(self, launcher: Launcher) -> None:
+    def __init__(self, launcher: Sequence[Process]) -> None:
         self.received: str | None = None
         self._launcher = launcher
         self._before: dict[signal.Signals, object] = {}
@@ -87,7 +72,7 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        if self.received is None and self._launcher.is_gone():
+        if self.received is None and not all(one.is_alive() for one in self._launcher):
             self.received = LAUNCHER_GONE
         return self.received is not None
 

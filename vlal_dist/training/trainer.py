@@ -6,7 +6,7 @@ read, a loss that is not finite, a save that failed) is agreed upon before any o
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import ConflictError, DataError, Stopped, StorageError, VlalError
 from vlal_dist.kernels.backend import Chosen, choose
 from vlal_dist.method.model import build_model, parameter_groups
+from vlal_dist.processes import Process
 from vlal_dist.release.saved_model import SavedModelInfo
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.checkpoint import (
@@ -54,7 +55,7 @@ from vlal_dist.training.run_log import (
 )
 from vlal_dist.training.schedule import Schedule
 from vlal_dist.training.step import TrainStep
-from vlal_dist.training.stop import Launcher, StopRequest
+from vlal_dist.training.stop import StopRequest
 from vlal_dist.training.validation import BEST, BestModel, Validator, holds_best
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class Trainer:
         ConfigError, DataError, StorageError: see errors.py; on every rank.
     """
 
-    def __init__(self, config: RunConfig, *, resume: str, launcher: Launcher) -> None:
+    def __init__(self, config: RunConfig, *, resume: str, launcher: Sequence[Process]) -> None:
         self.config = config
         self._rates: dict[str, float] = {}
         self.data = open_data(config.paths, config.data, config.loss, config.scoring)
@@ -440,10 +441,9 @@ class Trainer:
         """Write on rank 0 what training can go on without; every rank gets whether that worked."""
 
         def fails() -> bool:
-            if self.ranks.rank != 0:
-                return False
             try:
-                write()
+                if self.ranks.rank == 0:
+                    write()
             except (StorageError, ConflictError) as error:
                 self.metrics.save_failed(failure_reason(error))
                 logger.error("step %d: %s was not written: %s", self.state.step, what, error)
@@ -493,7 +493,6 @@ def remove_run(store: Store) -> None:
         logger.warning("--resume none: removing %d checkpoints of an earlier run", len(old))
     # The description goes first: evaluate ignores weights without it.
     for key in (f"{BEST}/model.json", f"{BEST}/model.safetensors"):
-        if store.exists(key):
-            store.delete(key)
+        store.delete(key)
     for prefix in old:
         discard(store, prefix)

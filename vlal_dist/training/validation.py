@@ -94,13 +94,9 @@ class Validator:
 
     def _gather(self, own: Predictions) -> list[Predictions]:
         """The predictions of all ranks, on every rank."""
-        gathered = (
-            [
-                p.cpu().numpy()
-                for p in self._ranks.gather(torch.from_numpy(a).to(self._ranks.device))
-            ]
-            for a in (own.row, signed_uids(own.uid), own.score, own.label)
-        )
+        arrays = (own.row, signed_uids(own.uid), own.score, own.label)
+        sent = (torch.from_numpy(array).to(self._ranks.device) for array in arrays)
+        gathered = ([part.cpu().numpy() for part in self._ranks.gather(one)] for one in sent)
         return [
             Predictions(row=row, uid=unsigned_uids(uid), score=score, label=label)
             for row, uid, score, label in zip(*gathered, strict=True)
