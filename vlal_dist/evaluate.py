@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -94,17 +95,15 @@ def _predict_split(
         ShardReader(ConcatSplits([split])), dataset, config.data.model_copy(update=own)
     )
     rows = np.arange(split.num_samples, dtype=np.int64)
-    try:
-        with Progress(f"evaluate {split.name}", total=len(rows), unit="samples") as progress:
-            found = predict(
-                model.to(device),
-                evaluation_batches(builder, rows, batch_size=config.evaluation.batch_size),
-                num_attributes=info.num_attributes,
-                device=device,
-                advance=progress.advance,
-            )
-    finally:
-        builder.close()
+    shown = Progress(f"evaluate {split.name}", total=len(rows), unit="samples")
+    with closing(builder), shown as progress:
+        found = predict(
+            model.to(device),
+            evaluation_batches(builder, rows, batch_size=config.evaluation.batch_size),
+            num_attributes=info.num_attributes,
+            device=device,
+            advance=progress.advance,
+        )
     return merge_predictions([found], num_samples=len(rows))
 
 

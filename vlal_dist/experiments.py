@@ -50,7 +50,12 @@ SECTIONS = (
 
 def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
     """Train what is missing, write the table; returns the closing counts."""
-    root = _root(config)
+    if open_store(config.paths.experiments).local_path("lock") is None:
+        raise ConfigError(
+            f"paths.experiments is {config.paths.experiments}; it must be a local path, where the "
+            "queue keeps its lock and logs"
+        )
+    root = Path(config.paths.experiments).expanduser()
     rows = _rows(table, config)
     seeds = list(dict.fromkeys(config.experiments.seeds))
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as base:
@@ -91,15 +96,6 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
         error.exit_code = next(iter(failures.values()))
         raise error
     return {"runs": len(jobs), "trained": len(missing), "page": str(page)}
-
-
-def _root(config: Config) -> Path:
-    if open_store(config.paths.experiments).local_path("lock") is None:
-        raise ConfigError(
-            f"paths.experiments is {config.paths.experiments}; it must be a local path, where the "
-            "queue keeps its lock and logs"
-        )
-    return Path(config.paths.experiments).expanduser()
 
 
 def _rows(table: str, config: Config) -> list[Variant]:

@@ -101,6 +101,8 @@ class Trainer:
         self.config = config
         self._rates: dict[str, float] = {}
         self.data = open_data(config.paths, config.data, config.loss, config.scoring)
+        names = self.data.dataset.vocabulary
+        self._sizes = {"num_objects": len(names.objects), "num_attributes": len(names.attributes)}
         self.store = open_store(config.paths.run)
         found = find_checkpoint(self.store, resume)
         if found is not None:
@@ -180,13 +182,7 @@ class Trainer:
     def _build_model(self) -> None:
         """Make the model, its learning-rate schedule and the engine."""
         model_config, training = self.config.model, self.config.training
-        vocabulary = self.data.dataset.vocabulary
-        model = build_model(
-            model_config,
-            num_objects=len(vocabulary.objects),
-            num_attributes=len(vocabulary.attributes),
-            seed=training.seed,
-        )
+        model = build_model(model_config, **self._sizes, seed=training.seed)
         groups = parameter_groups(model, training, pretrained=model_config.weights is not None)
         self.schedule = Schedule(training, {group["name"]: group["lr"] for group in groups})
         self.engine = Engine(
@@ -200,21 +196,15 @@ class Trainer:
     def _make_train_step(self) -> TrainStep:
         """The step of Sec. 2.3, or of a row of Table 1."""
         loss, training, dataset = self.config.loss, self.config.training, self.data.dataset
-        attributes = dataset.vocabulary.attributes
         prior = None
         if loss.unannotated == "psl" and loss.psl_prior is not None:
-            prior = read_prior(loss.psl_prior, attributes)
+            prior = read_prior(loss.psl_prior, dataset.vocabulary.attributes)
         return TrainStep(
             self.engine,
             self.ranks,
             loss=loss,
             training=training,
-            feasible=feasible_table(
-                dataset.feasible,
-                num_objects=len(dataset.vocabulary.objects),
-                num_attributes=len(attributes),
-                device=self.ranks.device,
-            ),
+            feasible=feasible_table(dataset.feasible, **self._sizes, device=self.ranks.device),
             micro_batches=self.loader.micro_batches_per_step,
             psl_prior=prior,
         )
@@ -267,8 +257,7 @@ class Trainer:
             depth=config.model.depth,
             width=config.model.width,
             object_gate=config.model.object_gate,
-            num_objects=len(dataset.vocabulary.objects),
-            num_attributes=len(dataset.vocabulary.attributes),
+            **self._sizes,
             image_size=config.data.image_size,
             normalize=config.data.normalize,
             vocabulary_digest=dataset.vocabulary.digest,
