@@ -29,7 +29,6 @@ def run_case(case: dict[str, Any], ranks: Ranks, out: Path) -> None:
         engine,
         ranks,
         tiny_model.loss_config(case["loss"]),
-        micro_batches=count,
         kernel=case["kernel"],
     )
     engine.module.train(case["batch_norm"] == "train")

@@ -73,7 +73,6 @@ def train(
         cast(Engine, PlainEngine()),
         ALONE,
         tiny_model.loss_config(loss, **changes),
-        micro_batches=micro_batches,
         kernel=kernel,
         seed=seed,
     )

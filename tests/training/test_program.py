@@ -5,14 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.fixtures.rank_processes import ROOT, environment
 from tests.fixtures.tiny_vaw import run
 from tests.training.test_checkpoint import save
 from vlal_dist.errors import ConfigError
 from vlal_dist.storage.store import open_store
-from vlal_dist.training.objective import check_psl
+from vlal_dist.training.data import read_prior
 
 STARTED_BY_PATH = """
 import importlib.util, runpy, sys
@@ -80,9 +79,9 @@ def test_unknown_flags_keys_and_splits_have_their_exit_codes(small: Path) -> Non
 
 
 def test_psl_needs_a_prior_and_one_micro_batch() -> None:
-    prior = torch.full((3,), 0.5)
-    check_psl(prior, 1)
     with pytest.raises(ConfigError, match="2 micro-batches per step"):
-        check_psl(prior, 2)
+        read_prior("absent.parquet", [], micro_batches=2)
     with pytest.raises(ConfigError, match=r"needs method\.psl_prior"):
-        check_psl(None, 1)
+        read_prior(None, [], micro_batches=1)
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_prior("absent.parquet", [], micro_batches=1)

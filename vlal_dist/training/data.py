@@ -191,20 +191,32 @@ def _score_likelihoods(mixture: Mixture, url: str, temperature: float | None) ->
     )
 
 
-def read_prior(url: str, attributes: Sequence[str]) -> Tensor:
+def read_prior(url: str | None, attributes: Sequence[str], *, micro_batches: int) -> Tensor:
     """PSL's prior: column `mean_score` of an `attributes.parquet` that evaluate wrote.
 
     Args:
-        url: path or URL of the file.
+        url: path or URL of the file: `method.psl_prior`.
         attributes: names that the file must list, in order.
+        micro_batches: of each rank in a step.
 
     Returns:
         float32 [A], mean probability of each attribute over the training split.
 
     Raises:
-        ConfigError: no such file.
+        ConfigError: no such file, or more than one micro-batch, which PSL cannot do.
         DataError: other attributes, or no such column.
     """
+    if url is None:
+        raise ConfigError(
+            "method.loss psl needs method.psl_prior: the attributes.parquet that "
+            "`evaluate --evaluation.split train` writes for the CE-ignoring model of this seed"
+        )
+    if micro_batches > 1:
+        raise ConfigError(
+            f"method.loss psl chooses over the whole batch, but each rank runs {micro_batches} "
+            "micro-batches per step; set training.accumulation 1, and resume with as many ranks "
+            "as at the first start"
+        )
     try:
         table = pyarrow.parquet.read_table(pa.BufferReader(read_url(url)))
         listed, mean_score = (table[column] for column in ("attribute", "mean_score"))

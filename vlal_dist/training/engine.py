@@ -28,7 +28,6 @@ from vlal_dist.training.optimizer_state import (
     adam_tensors,
     check_adam,
     gather_adam,
-    own_gradients,
     restore_adam,
     scatter_adam,
 )
@@ -109,7 +108,8 @@ class Engine:
     def gradients(self) -> list[Tensor]:
         """Summed gradients after the last backward pass; with ZeRO 1 and 2 this rank's pieces."""
         if self.zero_stage:
-            return own_gradients(self._engine.optimizer)
+            groups = self._engine.optimizer.averaged_gradients.values()
+            return [piece for group in groups if group is not None for piece in group]
         found = [parameter.grad for parameter in self.module.parameters()]
         return [gradient for gradient in found if gradient is not None]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.data.loading.batch import Batch
-from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.errors import DataError
 from vlal_dist.kernels.arguments import FeasibleTable
 from vlal_dist.kernels.reference import dense_rows, feasible_rows
 from vlal_dist.method.baselines import psl_ignored
@@ -90,25 +90,6 @@ def top_pairs(loss: LossConfig, batch: Batch, feasible: FeasibleTable) -> Tensor
         drawable=drawable,
         num_ignore=loss.num_ignore,
     )
-
-
-def check_psl(prior: Tensor | None, micro_batches: int) -> None:
-    """Refuse what PSL cannot do.
-
-    Raises:
-        ConfigError: no prior, or more than one micro-batch per rank and step.
-    """
-    if prior is None:
-        raise ConfigError(
-            "method.loss psl needs method.psl_prior: the attributes.parquet that "
-            "`evaluate --evaluation.split train` writes for the CE-ignoring model of this seed"
-        )
-    if micro_batches > 1:
-        raise ConfigError(
-            f"method.loss psl chooses over the whole batch, but each rank runs {micro_batches} "
-            "micro-batches per step; set training.accumulation 1, and resume with as many ranks "
-            "as at the first start"
-        )
 
 
 def psl_pairs(

@@ -101,12 +101,6 @@ def scatter_adam(model: nn.Module, zero: Any, tensors: Mapping[str, Tensor]) -> 
         zero.optimizer.state[flat]["step"] = tensors[f"{name}.step"].clone()
 
 
-def own_gradients(zero: Any) -> list[Tensor]:
-    """This rank's pieces of the summed gradient, after the last backward pass of a step."""
-    groups = zero.averaged_gradients.values()
-    return [piece for group in groups if group is not None for piece in group]
-
-
 def _parameters(model: nn.Module, zero: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, parameter, this rank's flat piece of its group; in an order that all ranks share."""
     names = {parameter: name for name, parameter in model.named_parameters()}

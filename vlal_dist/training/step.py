@@ -25,7 +25,6 @@ from vlal_dist.kernels.operator import selective_loss
 from vlal_dist.method.selective_loss import LossTerms, Term
 from vlal_dist.training.engine import Engine
 from vlal_dist.training.objective import (
-    check_psl,
     dummy_batch,
     psl_pairs,
     seed_bits,
@@ -44,11 +43,7 @@ class TrainStep:
         loss: what is minimised.
         training: its `seed`, `kernel`, `batch_size` and `reference_batch` are used.
         feasible: Omega_o of all objects, on the ranks' device.
-        micro_batches: forward passes of this rank in a step.
         psl_prior: floating [A], mean probability of each attribute over training, for PSL.
-
-    Raises:
-        ConfigError: PSL with more than one micro-batch per step, or without a prior.
     """
 
     def __init__(
@@ -59,11 +54,8 @@ class TrainStep:
         loss: LossConfig,
         training: TrainingConfig,
         feasible: FeasibleTable,
-        micro_batches: int,
         psl_prior: Tensor | None = None,
     ) -> None:
-        if loss.unannotated == "psl":
-            check_psl(psl_prior, micro_batches)
         self.engine, self.ranks, self.loss, self.training = engine, ranks, loss, training
         self.feasible, self.psl_prior = feasible, psl_prior
         self.scale = training.reference_batch / training.batch_size

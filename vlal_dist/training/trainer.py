@@ -197,15 +197,15 @@ class Trainer:
         """The step of Sec. 2.3, or of a row of Table 1."""
         loss, training, dataset = self.config.loss, self.config.training, self.data.dataset
         prior = None
-        if loss.unannotated == "psl" and loss.psl_prior is not None:
-            prior = read_prior(loss.psl_prior, dataset.vocabulary.attributes)
+        if loss.unannotated == "psl":
+            names, micro_batches = dataset.vocabulary.attributes, self.loader.micro_batches_per_step
+            prior = read_prior(loss.psl_prior, names, micro_batches=micro_batches)
         return TrainStep(
             self.engine,
             self.ranks,
             loss=loss,
             training=training,
             feasible=feasible_table(dataset.feasible, **self._sizes, device=self.ranks.device),
-            micro_batches=self.loader.micro_batches_per_step,
             psl_prior=prior,
         )
 
