@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +62,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         top_k=settings.top_k,
         threshold=settings.threshold,
     )
-    described = None if info is None else asdict(info)
+    described = None if info is None else info.to_json()
     result = build_result(settings, dataset, predictions, evaluation, model=described, dense=dense)
     folder = result_folder(settings.split, settings.predictor)
     save_predictions(store, f"{folder}/predictions.safetensors", predictions)

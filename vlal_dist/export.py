@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def _result(
     remedy = f"run python -m vlal_dist.evaluate --evaluation.split {split}, and export again"
     try:
         result: dict[str, Any] = json.loads(run.read(f"{folder}/result.json"))
-        same = (result["model"], result["dataset"]["digest"]) == (asdict(model), dataset_digest)
+        same = (result["model"], result["dataset"]["digest"]) == (model.to_json(), dataset_digest)
     except NotFoundError:
         return f"the model was not evaluated on {split}; {remedy}"
     except (ValueError, KeyError, TypeError) as error:

@@ -50,15 +50,15 @@ def make_model(side: int, *, depth: int) -> ExportedModel:
         attribute_type=("other",) * ATTRIBUTES,
         prevalence=("head",) * ATTRIBUTES,
     )
-    shape = {"depth": depth, "width": 64, "object_gate": True}
+    layers = ModelConfig.model_validate({"depth": depth})
     sizes = {"num_objects": OBJECTS, "num_attributes": ATTRIBUTES}
     info = SavedModelInfo(
-        **shape, **sizes, image_size=side, normalize=False, vocabulary_digest=vocabulary.digest,
+        layers, **sizes, image_size=side, normalize=False, vocabulary_digest=vocabulary.digest,
         feasible_digest="", profile="paper", loss="selective", seed=0, step=0, epoch=0,
         validation_map=0.0,
     )  # fmt: skip
     return ExportedModel(
-        ExportInfo(info, vocabulary, "none", 0.0), build_model(ModelConfig(**shape), **sizes), None
+        ExportInfo(info, vocabulary, "none", 0.0), build_model(layers, **sizes), None
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ def build(
 ) -> dict[str, Any]:
     evaluation = evaluate_scores(predictions.score, predictions.label, VOCABULARY.groups(), top_k=3)
     config = EvaluationConfig(top_k=3)
-    return build_result(config, dataset, predictions, evaluation, model=asdict(INFO), dense=dense)
+    return build_result(config, dataset, predictions, evaluation, model=INFO.to_json(), dense=dense)
 
 
 def test_groups_and_counts(dataset: Dataset, predictions: Predictions) -> None:

@@ -111,10 +111,9 @@ def test_bad_arguments_are_refused_with_the_reason(store: Store, tmp_path: Path)
 
 def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "export"))
-    network = build_model(
-        ModelConfig(depth=18, width=8, object_gate=False), num_objects=3, num_attributes=A
-    )
-    info = replace(EXPORT, model=replace(INFO, object_gate=False))
+    layers = ModelConfig(depth=18, width=8, object_gate=False)
+    network = build_model(layers, num_objects=3, num_attributes=A)
+    info = replace(EXPORT, model=replace(INFO, layers=layers))
     write_export(store, info, {WEIGHTS: encode_weights(network)}, card="", remarks={})
     model = load_exported(store.url)
     answer = model(photo())

@@ -15,9 +15,7 @@ from vlal_dist.storage.store import Store, open_store
 from vlal_dist.vocabulary import Vocabulary
 
 INFO = SavedModelInfo(
-    depth=18,
-    width=8,
-    object_gate=True,
+    layers=ModelConfig(depth=18, width=8),
     num_objects=len(VOCABULARY.objects),
     num_attributes=len(VOCABULARY.attributes),
     image_size=64,
@@ -35,7 +33,7 @@ INFO = SavedModelInfo(
 
 def tiny_model(seed: int = 0) -> AttributeClassifier:
     return build_model(
-        ModelConfig(depth=18, width=INFO.width),
+        INFO.layers,
         num_objects=INFO.num_objects,
         num_attributes=INFO.num_attributes,
         seed=seed,
@@ -86,7 +84,7 @@ def test_absent_damaged_or_newer_description(store: Store) -> None:
     with pytest.raises(DataError, match="format 2"):
         load_model(store, "best", vocabulary=VOCABULARY)
     store.replace("best/model.json", json.dumps({**values, "depth": 34}).encode())
-    with pytest.raises(DataError, match="does not fit a depth-34"):
+    with pytest.raises(DataError, match="does not fit a ResNet-34"):
         load_model(store, "best", vocabulary=VOCABULARY)
     del values["depth"]
     store.replace("best/model.json", json.dumps(values).encode())

@@ -294,6 +294,11 @@ class ModelConfig(Section):
     object_gate: bool = True
     """Gate channels by the object (authors' code)."""
 
+    @property
+    def backbone(self) -> str:
+        """Name of the architecture, for people."""
+        return f"ResNet-{self.depth}" + ("" if self.width == 64 else f" of width {self.width}")
+
 
 class TrainingConfig(Section):
     """Optimiser, schedule, batch, checkpoints."""

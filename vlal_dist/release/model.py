@@ -12,7 +12,7 @@ No pickle. Three lines use it:
 import difflib
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ class ExportedModel:
         Raises:
             DataError: no such object; the message names the nearest ones.
         """
-        if not self.info.model.object_gate:
+        if not self.info.model.layers.object_gate:
             return 0
         if name is None:
             raise DataError("no object: this model needs the object's name beside the image")
@@ -190,7 +190,7 @@ def write_export(
     values = {
         "format": FORMAT,
         "files": {name: sha256_of(data) for name, data in files.items()},
-        "model": asdict(info.model),
+        "model": info.model.to_json(),
         "dataset": info.dataset,
         "box_expansion": info.box_expansion,
         **remarks,
@@ -231,7 +231,7 @@ def _read_config(store: Store) -> tuple[ExportInfo, dict[str, str]]:
         version = values.get("format")
         if version == FORMAT:
             info = ExportInfo(
-                model=SavedModelInfo(**values["model"]),
+                model=SavedModelInfo.from_json(values["model"]),
                 vocabulary=Vocabulary.from_json(values["vocabulary"]),
                 dataset=str(values["dataset"]),
                 box_expansion=float(values["box_expansion"]),

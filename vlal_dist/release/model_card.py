@@ -23,7 +23,7 @@ def model_card(
         thresholds: as learned, or the reason why there are none.
         onnx_difference: between `model.onnx` and torch; None: there is no such file.
     """
-    model, vocabulary, gated = info.model, info.vocabulary, info.model.object_gate
+    model, vocabulary, gated = info.model, info.vocabulary, info.model.layers.object_gate
     dataset = _plain(info.dataset)
     onnx = ""
     if onnx_difference is not None:
@@ -41,7 +41,7 @@ pipeline_tag: image-classification
 
 # Visual attributes of {dataset}
 
-A ResNet-{model.depth}{"" if model.width == 64 else f" of width {model.width}"}, \
+A {model.layers.backbone}, \
 {"gated by" if gated else "without"} the object's name: the probabilities of \
 {len(vocabulary.attributes):,} attributes of one object in a photo\
 {f", for {len(vocabulary.objects):,} kinds of objects" if gated else ""}.

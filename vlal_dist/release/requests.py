@@ -88,7 +88,7 @@ def open_requests(
         records, total = _read_table(table)
         photos = Photos(config.images or str(table.parent), setting="predict.images")
     elif config.images is not None:
-        if config.object is None and model.info.model.object_gate:
+        if config.object is None and model.info.model.layers.object_gate:
             raise ConfigError(
                 "predict.object is absent: this model needs the name of the object that the "
                 "photos show; give it, or a predict.table with the columns image and object"

@@ -5,7 +5,9 @@ former, so that an interrupted save is noticed and never loaded. No pickle.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -26,7 +28,8 @@ class SavedModelInfo:
     """The content of `model.json`.
 
     Attributes:
-        depth, width, object_gate, num_objects, num_attributes: as `build_model` takes them.
+        layers: the network; in the file its fields but `weights` stand beside the others.
+        num_objects, num_attributes: as `build_model` takes them.
         image_size: input side in pixels.
         normalize: whether inputs had ImageNet's mean subtracted and were divided by its std.
         vocabulary_digest: names and order of objects and attributes.
@@ -36,9 +39,7 @@ class SavedModelInfo:
         validation_map: `mAP` on the validation split, a share of 1.
     """
 
-    depth: int
-    width: int
-    object_gate: bool
+    layers: ModelConfig
     num_objects: int
     num_attributes: int
     image_size: int
@@ -52,6 +53,18 @@ class SavedModelInfo:
     epoch: int
     validation_map: float
 
+    def to_json(self) -> dict[str, Any]:
+        """The values of `model.json`."""
+        values = dict(vars(self))
+        return {**values.pop("layers").model_dump(exclude={"weights"}), **values}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "SavedModelInfo":
+        """The reverse; KeyError or ValueError where a value is missing or out of range."""
+        layers = {name: values[name] for name in ModelConfig.model_fields if name in values}
+        others = {field.name: values[field.name] for field in fields(cls)[1:]}
+        return cls(ModelConfig.model_validate(layers), **others)
+
 
 def encode_weights(model: nn.Module) -> bytes:
     """Parameters and buffers as a safetensors file, from any device; equal weights, equal bytes."""
@@ -61,16 +74,13 @@ def encode_weights(model: nn.Module) -> bytes:
 
 def decode_weights(data: bytes, info: SavedModelInfo, *, where: str) -> AttributeClassifier:
     """The model, on the CPU and in eval mode; DataError, naming `where`, if the two do not fit."""
-    layers = {"depth": info.depth, "width": info.width, "object_gate": info.object_gate}
+    model = build_model(
+        info.layers, num_objects=info.num_objects, num_attributes=info.num_attributes
+    )
     try:
-        model = build_model(
-            ModelConfig.model_validate(layers),
-            num_objects=info.num_objects,
-            num_attributes=info.num_attributes,
-        )
         model.load_state_dict(safetensors.torch.load(data))
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise DataError(f"{where} does not fit a depth-{info.depth} model: {error}") from None
+    except (SafetensorError, RuntimeError) as error:
+        raise DataError(f"{where} does not fit a {info.layers.backbone}: {error}") from None
     return model.eval()
 
 
@@ -81,7 +91,7 @@ def write_model(store: Store, prefix: str, weights: bytes, info: SavedModelInfo)
         StorageError: a file cannot be written.
     """
     store.replace(f"{prefix}/model.safetensors", weights)
-    text = {"format": FORMAT, "sha256": sha256_of(weights), **asdict(info)}
+    text = {"format": FORMAT, "sha256": sha256_of(weights), **info.to_json()}
     store.replace(f"{prefix}/model.json", (json.dumps(text, indent=2) + "\n").encode())
 
 
@@ -103,9 +113,7 @@ def load_model(
     try:
         values = json.loads(store.read(f"{prefix}/model.json"))
         version, sha256 = values["format"], str(values["sha256"])
-        info = SavedModelInfo(
-            **{field.name: values[field.name] for field in fields(SavedModelInfo)}
-        )
+        info = SavedModelInfo.from_json(values)
     except NotFoundError:
         raise NotFoundError(
             f"{where} does not exist: no model was saved there yet; train until its first "

@@ -254,9 +254,7 @@ class Trainer:
         """Description of the best model; step, epoch and score are those of no model yet."""
         config, dataset = self.config, self.data.dataset
         return SavedModelInfo(
-            depth=config.model.depth,
-            width=config.model.width,
-            object_gate=config.model.object_gate,
+            config.model.model_copy(update={"weights": None}),
             **self._sizes,
             image_size=config.data.image_size,
             normalize=config.data.normalize,
