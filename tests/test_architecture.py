@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": _BASE | {"method", "data"},
     "release": _BASE | {"method", "data", "evaluation"},
     "reporting": _BASE | {"method", "data", "evaluation", "release"},
-    "scoring": _BASE | {"method", "data", "observability"},
+    "scoring": _BASE | {"method", "data", "observability", "processes"},
     "training": _BASE
     | {"method", "kernels", "data", "evaluation", "release", "observability", "processes"},
     "experimenting": _BASE | {"method", "data", "evaluation", "release", "reporting", "processes"},

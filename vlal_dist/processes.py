@@ -1,11 +1,18 @@
-"""Other processes of this machine, read from /proc; elsewhere than on Linux none is found.
+"""Other processes of this machine, and stop signals to this one.
+
+Processes are read from /proc; elsewhere than on Linux none is found.
 
 A process is identified by its id and start time, so that a new process under an old id is not taken
 for it. A zombie (ended, but its parent has not waited for it) counts as ended.
 """
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
+from types import FrameType
 from typing import NamedTuple
 
 PROC = Path("/proc")
@@ -73,3 +80,19 @@ def _strings(pid: int, file: str) -> list[str]:
     except OSError:
         return []
     return [part.decode(errors="replace") for part in data.split(b"\0") if part]
+
+
+@contextmanager
+def set_on_stop_signal(stop: Event) -> Iterator[None]:
+    """Context in which SIGTERM and SIGINT only set `stop`; the old handlers return at its end."""
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: set by C code, which Python cannot put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

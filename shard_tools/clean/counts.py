@@ -25,16 +25,26 @@ STEPS = (
 )
 """Steps in order; `known_names` occurs with `--like` only, `hide` with `clean.hide` only."""
 
-QUANTITIES = (
-    "instances",
-    "objects",
-    "attributes",
-    "positive_attributes",
-    "positive_pairs",
-    "annotated_pairs",
-    "positive_annotations",
-    "negative_annotations",
-)
+
+def _count(instances: Sequence[Instance]) -> dict[str, int]:
+    positive: dict[str, set[str]] = defaultdict(set)
+    annotated: dict[str, set[str]] = defaultdict(set)
+    for instance in instances:
+        positive[instance.object_name].update(instance.positive)
+        annotated[instance.object_name].update(instance.positive, instance.negative)
+    return {
+        "instances": len(instances),
+        "objects": len(positive),
+        "attributes": len(set().union(*annotated.values())),
+        "positive_attributes": len(set().union(*positive.values())),
+        "positive_pairs": sum(map(len, positive.values())),
+        "annotated_pairs": sum(map(len, annotated.values())),
+        "positive_annotations": sum(len(instance.positive) for instance in instances),
+        "negative_annotations": sum(len(instance.negative) for instance in instances),
+    }
+
+
+QUANTITIES = tuple(_count([]))
 """Counted over all splits, and per split as `train_instances` and so on. `attributes` and
 `annotated_pairs` take both lists, `positive_...` the positive list alone."""
 
@@ -87,34 +97,12 @@ def first_departure(
         `merge: objects 1764 instead of 1765`, or None when all agree. A step that did not run is
         not compared; a count of a split without instances is 0.
     """
-    for step in counts:
+    for step, found in counts.items():
         wrong = [
-            f"{name} {counts[step].get(name, 0)} instead of {value}"
+            f"{name} {found.get(name, 0)} instead of {value}"
             for name, value in expected.get(step, {}).items()
-            if counts[step].get(name, 0) != value
+            if found.get(name, 0) != value
         ]
         if wrong:
             return f"{step}: {', '.join(wrong)}"
     return None
-
-
-def _count(instances: Sequence[Instance]) -> dict[str, int]:
-    positive: dict[str, set[str]] = defaultdict(set)
-    annotated: dict[str, set[str]] = defaultdict(set)
-    num_positive = num_negative = 0
-    for instance in instances:
-        positive[instance.object_name].update(instance.positive)
-        annotated[instance.object_name].update(instance.positive, instance.negative)
-        num_positive += len(instance.positive)
-        num_negative += len(instance.negative)
-    values = (
-        len(instances),
-        len(positive),
-        len(set().union(*annotated.values())),
-        len(set().union(*positive.values())),
-        sum(map(len, positive.values())),
-        sum(map(len, annotated.values())),
-        num_positive,
-        num_negative,
-    )
-    return dict(zip(QUANTITIES, values, strict=True))

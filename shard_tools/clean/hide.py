@@ -10,7 +10,7 @@ evaluates may open it (tests remove it and get the same bytes).
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from decimal import Context, Decimal, localcontext
 from itertools import chain, compress, pairwise
 from operator import not_
@@ -34,39 +34,24 @@ from vlal_dist.data.hashing import (
 from vlal_dist.vocabulary import Vocabulary
 
 HIDDEN = "hidden.parquet"
-HIDDEN_COLUMNS = ("instance_id", "positive", "negative")
 SPLIT = "train"
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Density:
-    """How many labels an instance keeps, at most those that it has.
-
-    Attributes:
-        least_positives: positives kept at least.
-        more_positives: mean of the Poisson number of further positives.
-        negatives: mean of the Poisson number of negatives.
-    """
-
-    least_positives: int
-    more_positives: Decimal
-    negatives: Decimal
-
-
-DENSITIES = {"vaw_density": Density(1, Decimal("0.8"), Decimal("1.2"))}
-"""Named densities. VAW: 3.0 annotations per training instance, 1.8 of them positive."""
+KEPT_POSITIVES, KEPT_NEGATIVES = (1, Decimal("0.8")), (0, Decimal("1.2"))
+"""`vaw_density`: labels that an instance keeps at least, and mean of the Poisson number of further
+ones, at most those that it has. VAW: 3.0 annotations per training instance, 1.8 of them positive.
+"""
 
 
 def hide_labels(
-    instances: Sequence[Instance], hide: str, *, seed: int
+    instances: Sequence[Instance], *, seed: int
 ) -> tuple[list[Instance], list[Instance]]:
-    """Hide labels of training instances.
+    """Hide labels of training instances, as `clean.hide` vaw_density.
 
     Args:
         instances: of all splits; lists sorted and disjoint (`resolve_clashes`).
-        hide: a key of `DENSITIES`.
         seed: of the numbers and the choice.
 
     Returns:
@@ -75,16 +60,10 @@ def hide_labels(
     """
     train = [instance for instance in instances if instance.split == SPLIT]
     uid = _hashes([instance.instance_id for instance in train])
-    density = DENSITIES[hide]
     divided = []
-    for lists, least, mean, purpose in (
-        (
-            [i.positive for i in train],
-            density.least_positives,
-            density.more_positives,
-            HIDE_POSITIVES,
-        ),
-        ([i.negative for i in train], 0, density.negatives, HIDE_NEGATIVES),
+    for lists, (least, mean), purpose in (
+        ([i.positive for i in train], KEPT_POSITIVES, HIDE_POSITIVES),
+        ([i.negative for i in train], KEPT_NEGATIVES, HIDE_NEGATIVES),
     ):
         wanted = least + _poisson(uid, mean, seed=seed, purpose=purpose)
         divided.append(_divide(lists, uid, wanted, seed=seed, purpose=purpose))
@@ -125,7 +104,9 @@ def hidden_files(hidden: Sequence[Instance] | None, vocabulary: Vocabulary) -> d
     """
     if hidden is None:
         return {}
-    table: pa.Table = instances_table(hidden, vocabulary).select(list(HIDDEN_COLUMNS))
+    table: pa.Table = instances_table(hidden, vocabulary).select(
+        ["instance_id", "positive", "negative"]
+    )
     return {HIDDEN: parquet_bytes(table)}
 
 

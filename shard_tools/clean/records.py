@@ -76,14 +76,9 @@ def parse_records(
         try:
             instances.append(_parse_record(record, split=split))
         except _Unusable as error:
-            rejects.append(
-                Reject(
-                    split=split,
-                    instance_id=_known_id(record),
-                    reason=error.reason,
-                    detail=f"{source}[{position}]: {error.detail}",
-                )
-            )
+            reason, detail = error.args
+            place = f"{source}[{position}]"
+            rejects.append(Reject(split, _known_id(record), reason, f"{place}: {detail}"))
     return instances, rejects
 
 
@@ -116,11 +111,7 @@ def drop_duplicates(instances: Sequence[Instance]) -> tuple[list[Instance], list
 
 
 class _Unusable(Exception):
-    """A record must be rejected."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
+    """A record must be rejected; arguments: reason and detail of the `Reject`."""
 
 
 def _parse_record(record: object, *, split: str) -> Instance:

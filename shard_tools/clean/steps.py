@@ -12,16 +12,11 @@ from dataclasses import dataclass, replace
 from shard_tools.clean.counts import StepCounts, count_instances
 from shard_tools.clean.hide import count_hidden, hide_labels
 from shard_tools.clean.records import Instance, Reject
-from shard_tools.clean.wordnet import Lexicon, merge_table
+from shard_tools.clean.wordnet import WordNet, merge_table
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-
-def keep_large(instances: Sequence[Instance], *, min_side: float) -> list[Instance]:
-    """Instances whose box is at least `min_side` pixels wide and high (Sec. 3.1: 50)."""
-    return [i for i in instances if i.box[2] >= min_side and i.box[3] >= min_side]
 
 
 def rename_objects(instances: Sequence[Instance], table: Mapping[str, str]) -> list[Instance]:
@@ -73,15 +68,10 @@ def reject_unknown(
     return kept, rejects
 
 
-def keep_positive(instances: Sequence[Instance]) -> list[Instance]:
-    """Instances with at least one attribute in the positive list."""
-    return [instance for instance in instances if instance.positive]
-
-
 def resolve_clashes(instances: Sequence[Instance]) -> tuple[list[Instance], int]:
     """Make the two lists sorted, free of repeats and disjoint: negative wins a clash.
 
-    Comes after `keep_positive`, as in the authors' code, where the reader of the cleaned files
+    Comes after `require_positive`, as in the authors' code, where the reader of the cleaned files
     resolves clashes: an instance whose only positives clash stays, without positives.
 
     Returns:
@@ -127,7 +117,7 @@ def clean_instances(
     instances: Sequence[Instance],
     settings: CleanConfig,
     *,
-    merge: Mapping[str, str] | Lexicon,
+    merge: Mapping[str, str] | WordNet,
     known: Vocabulary | None = None,
 ) -> Cleaned:
     """Run the steps.
@@ -147,7 +137,7 @@ def clean_instances(
         return left
 
     left = counted("read", list(instances))
-    left = counted("min_side", keep_large(left, min_side=settings.min_side))
+    left = counted("min_side", [i for i in left if min(i.box[2:]) >= settings.min_side])
     num_instances = Counter(instance.object_name for instance in left)  # first appearance first
     table = merge if isinstance(merge, Mapping) else merge_table(num_instances, merge)
     merges = {name: table[name] for name in sorted(num_instances) if table.get(name, name) != name}
@@ -163,11 +153,11 @@ def clean_instances(
     objects = tuple(sorted({instance.object_name for instance in left}))
     attributes = tuple(sorted({n for i in left for n in (*i.positive, *i.negative)}))
     if settings.require_positive:
-        left = counted("require_positive", keep_positive(left))
+        left = counted("require_positive", [i for i in left if i.positive])
     left, clashes = resolve_clashes(left)
     hidden: list[Instance] | None = None
     # The last step, so that what an instance keeps is drawn and counted in the final labels.
     if settings.hide != "none":
-        left, hidden = hide_labels(left, settings.hide, seed=settings.hide_seed)
+        left, hidden = hide_labels(left, seed=settings.hide_seed)
         counts["hide"] = {**count_instances(left), **count_hidden(left, hidden)}
     return Cleaned(left, objects, attributes, merges, rejects, counts, clashes, hidden)

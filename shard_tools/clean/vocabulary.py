@@ -115,14 +115,11 @@ def attribute_types(
         types: type -> attribute names, in file order (VAW: sub-types).
         parent_types: parent type -> types, in file order; None: the types themselves.
     """
-    parent_of: dict[str, str] = {}
-    for parent, members in (parent_types or {name: [name] for name in types}).items():
-        for member in members:
-            parent_of.setdefault(member, parent)
-    type_of: dict[str, str] = {}
-    for kind, members in types.items():
-        for member in members:
-            type_of.setdefault(member, kind)
+    type_of, parent_of = (
+        # Backwards, so that the first group with a name wins.
+        {name: group for group, names in reversed(groups.items()) for name in names}
+        for groups in (types, parent_types or {name: [name] for name in types})
+    )
     return tuple(parent_of.get(type_of.get(name, OTHER), OTHER) for name in attributes)
 
 

@@ -12,7 +12,7 @@ joined later, so the result depends on the order; this is the rule, not an accid
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from vlal_dist.errors import ConfigError
 
@@ -160,17 +160,7 @@ def _replace_suffixes(forms: Sequence[str], pos: str) -> list[str]:
     ]
 
 
-class Lexicon(Protocol):
-    """Dictionary that decides which names are similar (`WordNet`)."""
-
-    def first_synset(self, word: str) -> str | None:
-        """Name of the first synset, None without one."""
-
-    def shortest_noun_lemma(self, word: str) -> str:
-        """Shortest noun lemma, or the word itself."""
-
-
-def group_names(num_instances: Mapping[str, int], lexicon: Lexicon) -> list[list[str]]:
+def group_names(num_instances: Mapping[str, int], lexicon: WordNet) -> list[list[str]]:
     """Group similar names.
 
     Args:
@@ -197,7 +187,7 @@ def group_names(num_instances: Mapping[str, int], lexicon: Lexicon) -> list[list
     return groups
 
 
-def merge_table(num_instances: Mapping[str, int], lexicon: Lexicon) -> dict[str, str]:
+def merge_table(num_instances: Mapping[str, int], lexicon: WordNet) -> dict[str, str]:
     """Object name -> representative, for the names that change.
 
     The representative is the member with most instances, the earliest of equals.

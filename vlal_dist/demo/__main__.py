@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from vlal_dist.errors import UsageError, VlalError
@@ -45,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer photos, one epoch")
     given = parser.parse_args(argv)
     # Ctrl-C and a supervisor's SIGTERM end the stages in the same order.
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run_demo(given.root or (f"{ROOT}-quick" if given.quick else ROOT), quick=given.quick)
     except VlalError as error:
@@ -174,10 +173,6 @@ def _closing(root: str, seconds: Mapping[str, float]) -> str:
 def _read(root: str, *parts: str) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(Path(root, *parts).read_text(encoding="utf-8"))
     return values
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:

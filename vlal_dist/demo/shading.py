@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from vlal_dist.demo.canvas import BODY, EMPTY, GLOW, HOLE, PAPER, TRIM, WINDOW, Canvas, Field
-from vlal_dist.demo.shapes import draw_object
+from vlal_dist.demo.shapes import DRAW
 from vlal_dist.demo.world import COLORS, Traits
 
 SUPERSAMPLING = 2
@@ -64,9 +64,13 @@ def draw_sprite(rng: np.random.Generator, traits: Traits, light: Light, side: fl
     if traits.kind == "leaf":
         angle = float(rng.uniform(-0.5, 0.5))
     canvas = _canvas(traits.aspect, height, angle, flip=-1.0 if rng.random() < 0.5 else 1.0)
-    draw_object(canvas, traits)
-    color, alpha = _shade(rng, canvas, traits, light)
+    DRAW[traits.kind](canvas, traits)
     solid = (canvas.role != EMPTY).astype(np.float32)
+    color, nz = _shade(rng, canvas, traits, light)
+    alpha = solid.copy()
+    if traits.transparent:
+        clear = (canvas.role == BODY) | (canvas.role == HOLE)
+        alpha[clear] = 0.38 + 0.55 * np.clip(1.15 - nz[clear], 0, 1)
     return _shrink(np.dstack([color * alpha[..., None], alpha, solid]))
 
 
@@ -90,7 +94,7 @@ def _canvas(aspect: float, height: float, angle: float, *, flip: float) -> Canva
 def _shade(
     rng: np.random.Generator, canvas: Canvas, traits: Traits, light: Light
 ) -> tuple[Field, Field]:
-    """Colour (0 to 255, not multiplied) and opacity of every pixel."""
+    """Colour (0 to 255, not multiplied) and z of the normal of every pixel."""
     shape = (canvas.x.shape[0], canvas.x.shape[1])
     first, second = _paint_color(rng, traits.color), _paint_color(rng, traits.second_color)
     print_ = pattern_weight(rng, traits.pattern, canvas.u, canvas.v)[..., None]
@@ -117,7 +121,7 @@ def _shade(
     color = albedo * diffuse[..., None]
     color += _gloss(canvas, traits, light, (nx, ny, nz))[..., None]
     color *= np.array(light.tint, dtype=np.float32)
-    return color, _opacity(canvas, traits, nz)
+    return color, nz
 
 
 def _paint_color(rng: np.random.Generator, name: str) -> Field:
@@ -157,16 +161,6 @@ def _gloss(
     gloss[(canvas.role != BODY) & (canvas.role != TRIM)] = 0.0
     gloss[canvas.role == WINDOW] = 60.0 * np.maximum(sway[canvas.role == WINDOW], 0)
     return gloss
-
-
-def _opacity(canvas: Canvas, traits: Traits, nz: Field) -> Field:
-    """How much of the background each pixel hides."""
-    alpha: Field = (canvas.role != EMPTY).astype(np.float32)
-    if traits.transparent:
-        clear = (canvas.role == BODY) | (canvas.role == HOLE)
-        rim = np.clip(1.15 - nz, 0, 1)
-        alpha[clear] = (0.38 + 0.55 * rim)[clear]
-    return alpha
 
 
 def _shrink(layers: Field) -> Sprite:

@@ -12,11 +12,6 @@ from vlal_dist.demo.canvas import BODY, GLOW, HOLE, PAPER, TRIM, WINDOW, Canvas,
 from vlal_dist.demo.world import Traits
 
 
-def draw_object(canvas: Canvas, traits: Traits) -> None:
-    """Draw one object upright, filling the canvas from -1 to 1."""
-    _DRAW[traits.kind](canvas, traits)
-
-
 def ball(c: Canvas, t: Traits) -> None:
     """A sphere."""
     inside = c.ellipse((0, 0), (c.aspect, 1.0))
@@ -255,7 +250,8 @@ def leaf(c: Canvas, t: Traits) -> None:
     c.paint(inside & (rib | (np.abs(c.x) < 0.025)), normal=(0.0, -0.2), shade=1.3)
 
 
-_DRAW = {
+DRAW = {
     draw.__name__: draw
     for draw in (ball, mug, vase, plate, bottle, box, chair, lamp, car, hat, book, leaf)
 }
+"""Kind -> function that draws it."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from threading import Event
 
 from vlal_dist.errors import Stopped, VlalError
 from vlal_dist.experimenting.jobs import (
@@ -27,6 +27,7 @@ from vlal_dist.experimenting.jobs import (
     commands_of,
     read_json,
 )
+from vlal_dist.processes import set_on_stop_signal
 from vlal_dist.storage.store import open_store
 
 LOCK, RUNNING = "lock", "running.json"
@@ -73,7 +74,8 @@ def run_queue(
             say(f"  | {line}")
         say(f"FAILED   {job.title}: code {code}, {job.root / LOG}")
 
-    with _locked(root) as lock, _stop_signals() as received:
+    stop = Event()
+    with _locked(root) as lock, set_on_stop_signal(stop):
         try:
             while waiting or active:
                 for job in list(waiting):
@@ -101,7 +103,7 @@ def run_queue(
                         say(f"finished {one.summary()}; {len(waiting) + len(active)} left")
                     ended()
                 _write_running(root, active)
-                if received:
+                if stop.is_set():
                     raise KeyboardInterrupt
                 time.sleep(POLL_S if active else 0)
         finally:
@@ -246,19 +248,3 @@ def _locked(root: Path) -> Iterator[int]:
         yield lock
     finally:
         os.close(lock)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that fills with the stop signals received; read between two polls."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

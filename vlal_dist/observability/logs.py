@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import time
-from types import TracebackType
 from typing import TextIO
 
 QUIET = ("botocore", "boto3", "urllib3", "s3transfer", "PIL", "DeepSpeed", "matplotlib")
@@ -48,12 +47,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._show(last=True)
 
     def advance(self, count: int = 1) -> None:

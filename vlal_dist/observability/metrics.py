@@ -59,7 +59,7 @@ class TrainMetrics(Collector):
         ProcessCollector(registry=self.registry)
         self._saved_at, self._longest_s = time.time(), 0.0
         self._server: WSGIServer | None = None
-        self._metrics["vlal_build_info"].labels(**build).set(1)
+        self._of("vlal_build_info").labels(**build).set(1)
         self.state("init")
 
     def serve(self, *, host: str, port: int) -> int | None:
@@ -114,38 +114,38 @@ class TrainMetrics(Collector):
     def state(self, name: str) -> None:
         """Set what the run is doing, one of `RUN_STATES`."""
         for known in RUN_STATES:
-            self._set("vlal_run_state", known == name, known)
+            self._of("vlal_run_state", known).set(known == name)
         if name == "training":
             # A first step after the start or a long validation is not late yet.
-            self._set("vlal_train_last_step_timestamp_seconds", time.time())
+            self._of("vlal_train_last_step_timestamp_seconds").set(time.time())
 
     def resumed(self, kind: str) -> None:
         """Count how this start began, one of `RESUME_KINDS`."""
-        self._count("vlal_resume_total", 1, kind)
+        self._of("vlal_resume_total", kind).inc()
 
     def stopped_by(self, signal: str) -> None:
         """Count a signal, by its name."""
-        self._count("vlal_signal_received_total", 1, signal)
+        self._of("vlal_signal_received_total", signal).inc()
 
     def step(self, *, epoch: int, step: int, rows: int, wait_s: float, duration_s: float) -> None:
         """Count a finished optimizer step of this rank."""
-        self._count("vlal_train_steps_total", 1)
-        self._count("vlal_train_samples_total", rows)
-        self._set("vlal_train_epoch", epoch)
-        self._set("vlal_train_global_step", step)
-        self._observe("vlal_loader_wait_seconds", wait_s)
-        self._observe("vlal_train_step_duration_seconds", duration_s)
-        self._set("vlal_train_last_step_timestamp_seconds", time.time())
+        self._of("vlal_train_steps_total").inc()
+        self._of("vlal_train_samples_total").inc(rows)
+        self._of("vlal_train_epoch").set(epoch)
+        self._of("vlal_train_global_step").set(step)
+        self._of("vlal_loader_wait_seconds").observe(wait_s)
+        self._of("vlal_train_step_duration_seconds").observe(duration_s)
+        self._of("vlal_train_last_step_timestamp_seconds").set(time.time())
 
     def times(self, steps: Iterable[tuple[float, float]]) -> None:
         """Publish (seconds of this rank's passes, seconds of the sum over ranks) of steps."""
         for compute_s, allreduce_s in steps:
-            self._observe("vlal_train_compute_seconds", compute_s)
-            self._observe("vlal_train_allreduce_seconds", allreduce_s)
+            self._of("vlal_train_compute_seconds").observe(compute_s)
+            self._of("vlal_train_allreduce_seconds").observe(allreduce_s)
 
     def refused(self) -> None:
         """Count a step that was not finite."""
-        self._count("vlal_train_nonfinite_steps_total", 1)
+        self._of("vlal_train_nonfinite_steps_total").inc()
 
     def interval(
         self,
@@ -170,17 +170,17 @@ class TrainMetrics(Collector):
             quarantined: samples on the list.
         """
         for term, value in loss.items():
-            self._set("vlal_train_loss", value, term)
+            self._of("vlal_train_loss", term).set(value)
         for group, value in rates.items():
-            self._set("vlal_train_learning_rate", value, group)
+            self._of("vlal_train_learning_rate", group).set(value)
         for kind, count in term_counts.items():
-            self._count("vlal_train_label_terms_total", count, kind)
+            self._of("vlal_train_label_terms_total", kind).inc(count)
         for kind, count in visits.items():
-            self._set("vlal_train_ledger_visits", count, kind)
-        self._set("vlal_train_ignored_attributes", ignored)
+            self._of("vlal_train_ledger_visits", kind).set(count)
+        self._of("vlal_train_ignored_attributes").set(ignored)
         if grad_norm is not None:
-            self._set("vlal_train_grad_norm", grad_norm)
-        self._set("vlal_train_quarantined_samples", quarantined)
+            self._of("vlal_train_grad_norm").set(grad_norm)
+        self._of("vlal_train_quarantined_samples").set(quarantined)
 
     def loader(self, numbers: Mapping[str, float]) -> None:
         """Publish what the loader of this rank did so far: `TrainLoader.numbers`."""
@@ -191,27 +191,27 @@ class TrainMetrics(Collector):
     ) -> None:
         """Publish the mAP of each group, shares of 1, and the number of attributes by status."""
         for group, value in mean_ap.items():
-            self._set("vlal_eval_map_ratio", value, split, group)
+            self._of("vlal_eval_map_ratio", split, group).set(value)
         for status, count in attributes.items():
-            self._set("vlal_eval_attributes", count, status)
+            self._of("vlal_eval_attributes", status).set(count)
 
     def saved(self, *, seconds: float, size_bytes: int) -> None:
         """Count a checkpoint that was written."""
         now = time.time()
         self._longest_s = max(self._longest_s, now - self._saved_at)
         self._saved_at = now
-        self._set("vlal_checkpoint_interval_seconds", self._longest_s)
-        self._set("vlal_checkpoint_last_success_timestamp_seconds", now)
-        self._set("vlal_checkpoint_size_bytes", size_bytes)
-        self._observe("vlal_checkpoint_duration_seconds", seconds)
+        self._of("vlal_checkpoint_interval_seconds").set(self._longest_s)
+        self._of("vlal_checkpoint_last_success_timestamp_seconds").set(now)
+        self._of("vlal_checkpoint_size_bytes").set(size_bytes)
+        self._of("vlal_checkpoint_duration_seconds").observe(seconds)
 
     def save_failed(self, reason: str) -> None:
         """Count a checkpoint that was not written, for one of `SAVE_FAILURES`."""
-        self._count("vlal_checkpoint_failures_total", 1, reason)
+        self._of("vlal_checkpoint_failures_total", reason).inc()
 
     def tracker_dropped(self, name: str, count: int) -> None:
         """Count records that one of `TRACKERS` did not take."""
-        self._count("vlal_tracker_dropped_total", count, name)
+        self._of("vlal_tracker_dropped_total", name).inc(count)
 
     def _register(self, name: str, metric: Metric) -> Any:
         if metric.kind == "histogram":
@@ -227,13 +227,7 @@ class TrainMetrics(Collector):
                 counter.labels(*values)
         return counter
 
-    def _set(self, name: str, value: float, *labels: str) -> None:
+    def _of(self, name: str, *labels: str) -> Any:
+        """A metric, or the series of it that has these values of its labels."""
         metric = self._metrics[name]
-        (metric.labels(*labels) if labels else metric).set(value)
-
-    def _count(self, name: str, amount: float, *labels: str) -> None:
-        metric = self._metrics[name]
-        (metric.labels(*labels) if labels else metric).inc(amount)
-
-    def _observe(self, name: str, value: float) -> None:
-        self._metrics[name].observe(value)
+        return metric.labels(*labels) if labels else metric

@@ -124,13 +124,14 @@ def main() -> int:
     threading.Thread(target=_end_with_input, args=(begin["seconds"],), daemon=True).start()
     threading.Thread(target=_redirect_output_when_stderr_closes, daemon=True).start()
     settings, name, done = begin["settings"], begin["settings"]["name"], False
-    tracker = persist(partial(_open, **settings), name=name, wait=_pause)
+    pause = threading.Event().wait  # never set: retries go on until the input ends
+    tracker = persist(partial(_open, **settings), name=name, wait=pause)
     for line in sys.stdin:
         message = json.loads(line)
         if "done" in message:
             done = message["done"]
         else:
-            persist(partial(tracker.log, Record(**message)), name=name, wait=_pause)
+            persist(partial(tracker.log, Record(**message)), name=name, wait=pause)
     try:
         tracker.close(done=done)
     except Exception as error:
@@ -145,11 +146,6 @@ def _open(*, name: str, identity: str, folder: str | None) -> Tracker:
     if name == "mlflow":
         return MlflowRun(identity)
     return WandbRun(identity, folder=None if "WANDB_DIR" in os.environ else folder)
-
-
-def _pause(seconds: float) -> bool:
-    time.sleep(seconds)
-    return False
 
 
 def _end_with_input(seconds: float) -> None:

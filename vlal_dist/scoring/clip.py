@@ -5,13 +5,12 @@ tag that open_clip itself finds in its cache or downloads. Every call has one fi
 last batch padded, so that a row's bits do not depend on how many rows came with it.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,18 +171,22 @@ def load_clip(scoring: ScoringConfig, *, device: str, batch_size: int = 1) -> Cl
             "open_clip.list_models(), or scoring.model_config_dir with MODEL.json"
         )
     check_weights(model, weights, tags=open_clip.list_pretrained_tags_by_model(model))
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(max(level, logging.WARNING))  # open_clip reports each step of loading there
     try:
-        with _quiet_root_logger():
-            net, _, preprocess = open_clip.create_model_and_transforms(
-                model, pretrained=weights, precision="fp32", device="cpu"
-            )
-            tokenizer = open_clip.get_tokenizer(model)
+        net, _, preprocess = open_clip.create_model_and_transforms(
+            model, pretrained=weights, precision="fp32", device="cpu"
+        )
+        tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # open_clip and its hubs raise errors of many kinds
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"scoring.weights {weights} cannot be loaded into {model}: {reason}; give the "
             ".safetensors file of this very model (and scoring.model_config_dir if it is your own)"
         ) from None
+    finally:
+        root.setLevel(level)
     return ClipEncoder(
         net,
         tokenizer,
@@ -246,15 +249,3 @@ def state_digest(state: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet_root_logger() -> Iterator[None]:
-    """open_clip reports each step of loading on the root logger; keep its warnings only."""
-    root = logging.getLogger()
-    level = root.level
-    root.setLevel(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        root.setLevel(level)

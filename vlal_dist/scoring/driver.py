@@ -3,14 +3,12 @@
 import contextlib
 import json
 import logging
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Event
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.format.scores import finished_manifest, quarantined_of, write_scores_manifest
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
+from vlal_dist.processes import set_on_stop_signal
 from vlal_dist.scoring.clip import PhaseSeconds, load_clip
 from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.scoring.identity import (
@@ -127,7 +126,14 @@ def make_job(
         )
     auto = "cuda" if running_ray or here else "cpu"
     stored = None if scoring.embeddings is None else open_store(scoring.embeddings)
-    known = {} if stored is None else _embeddings_manifest(stored, identity.embedder_digest)
+    known = {} if stored is None else finished_manifest(stored)
+    theirs, ours = known.get("embedder_digest"), identity.embedder_digest
+    if stored is not None and theirs != ours:
+        raise ConfigError(
+            f"scoring.embeddings {stored.url} has embedder_digest {theirs}, this run has {ours}: "
+            "another model, weights, preprocessing or precision; give those it was scored with, "
+            "or score the images again"
+        )
     # Workers start in other folders.
     absolute = {
         "weights": _absolute(scoring.weights),
@@ -144,19 +150,6 @@ def make_job(
         temperature=scoring.temperature or encoder.temperature,
         embeddings_manifest=known,
     )
-
-
-def _embeddings_manifest(store: Store, embedder_digest: str) -> dict[str, Any]:
-    """`scores.json` of the root whose embeddings are used, which must be of the same embedder."""
-    manifest = finished_manifest(store)
-    found = manifest.get("embedder_digest")
-    if found != embedder_digest:
-        raise ConfigError(
-            f"scoring.embeddings {store.url} has embedder_digest {found}, this run has "
-            f"{embedder_digest}: another model, weights, preprocessing or precision; give those it "
-            "was scored with, or score the images again"
-        )
-    return manifest
 
 
 def _absolute(path: str | None) -> str | None:
@@ -357,11 +350,11 @@ def _score(
     """
     if job.device == "cpu" and plan.pending and job.scoring.embeddings is None:
         logger.warning("SCORING ON THE CPU: fine for small models and data, slow for others")
-    stop = Event()
+    stop = Event()  # looked at between batches or twice a second
     with (
-        _set_on_signal(stop),
+        set_on_stop_signal(stop),
         _open_pool(job, len(plan.pending), stop) as pool,
-        _set_on_signal(stop),  # again: ray.init replaces the handlers
+        set_on_stop_signal(stop),  # again: ray.init replaces the handlers
         Progress("score", total=plan.samples, unit="crops") as progress,
     ):
         settings = known or choose_settings(job, pool, store, plan)
@@ -382,22 +375,6 @@ def _open_pool(job: ScoringJob, num_pending: int, stop: Event) -> Iterator[Actor
     actors = min(job.scoring.actors, num_pending)
     with ray_session(actors=actors, cpus_per_actor=job.scoring.cpus_per_actor):
         yield ActorPool(job, size=actors, stop=stop)
-
-
-@contextlib.contextmanager
-def _set_on_signal(stop: Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stop`, which is looked at between batches or twice a second."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    before = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            # None: set by C code, which Python cannot put back
-            signal.signal(name, signal.SIG_DFL if handler is None else handler)
 
 
 def choose_settings(

@@ -229,7 +229,8 @@ class ActorPool:
                 try:
                     result = self._ray.get(reference)
                 except self._ray.exceptions.RayTaskError as error:
-                    cause = _cause(error)
+                    # An error of this project goes on without Ray's copy of the traceback.
+                    cause = error.cause if isinstance(error.cause, VlalError) else error
                     if given.call != OPEN or not isinstance(cause, StorageError):
                         raise cause from None
                     # A node that has just come up may not reach the store yet.
@@ -321,12 +322,6 @@ class ActorPool:
             self.retried += call != OPEN
             logger.warning("an actor was lost at %s, a new one takes over: %s", _name(call), reason)
         return again
-
-
-def _cause(error: Any) -> BaseException:
-    """The exception raised inside the actor; a `VlalError` without Ray's copy of the traceback."""
-    cause = error.cause
-    return cause if isinstance(cause, VlalError) else error
 
 
 def _name(call: Call) -> str:

@@ -6,20 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
-from typing import get_args
 
 import numpy as np
 import pytest
 
 from shard_tools.clean.counts import HIDE_QUANTITIES
 from shard_tools.clean.hide import (
-    DENSITIES,
     count_hidden,
     hide_labels,
     poisson_limits,
 )
 from shard_tools.clean.records import Instance
-from vlal_dist.config.sections import CleanConfig
 
 POSITIVE = tuple(f"p{number:02d}" for number in range(20))
 NEGATIVE = tuple(f"n{number:02d}" for number in range(25))
@@ -28,7 +25,7 @@ MANY = 4000
 
 
 def hide(instances: list[Instance]) -> tuple[list[Instance], list[Instance]]:
-    return hide_labels(instances, "vaw_density", seed=0)
+    return hide_labels(instances, seed=0)
 
 
 def instance(name: str, **changes: object) -> Instance:
@@ -36,7 +33,7 @@ def instance(name: str, **changes: object) -> Instance:
 
 
 def many(seed: int = 0, number: int = MANY) -> list[Instance]:
-    return hide_labels([instance(str(n)) for n in range(number)], "vaw_density", seed=seed)[0]
+    return hide_labels([instance(str(n)) for n in range(number)], seed=seed)[0]
 
 
 def poisson(mean: float, *, least: int, up_to: int = 12) -> dict[int, float]:
@@ -167,8 +164,3 @@ def test_validation_and_test_stay_whole() -> None:
     assert [i.instance_id for i in hidden] == ["b"]
     assert hide([]) == ([], [])
     assert hide(given[:1]) == (given[:1], [])
-
-
-def test_the_config_names_the_densities() -> None:
-    names = get_args(CleanConfig.model_fields["hide"].annotation)
-    assert names == ("none", *DENSITIES)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_tools.clean.wordnet import Lexicon, WordNet, group_names, merge_table
+from shard_tools.clean.wordnet import WordNet, group_names, merge_table
 
 FOLDER = Path("/usr/share/wordnet")
 SAMPLE = Path(__file__).parents[4] / "shared" / "data" / "visual_genome_sample" / "vg100.json"
@@ -32,7 +32,7 @@ PRINTED = {
 
 
 @dataclass(frozen=True)
-class TinyLexicon:
+class TinyLexicon(WordNet):
     synsets: Mapping[str, str]
     lemmas: Mapping[str, str]
 
@@ -43,7 +43,7 @@ class TinyLexicon:
         return self.lemmas.get(word, word)
 
 
-def groups_by_scan(names: list[str], lexicon: Lexicon) -> list[list[str]]:
+def groups_by_scan(names: list[str], lexicon: WordNet) -> list[list[str]]:
     """The rule without look-up tables: scan all groups and all members."""
     groups: list[list[str]] = []
     for name in names:
@@ -56,7 +56,7 @@ def groups_by_scan(names: list[str], lexicon: Lexicon) -> list[list[str]]:
     return groups
 
 
-def similar(one: str, other: str, lexicon: Lexicon) -> bool:
+def similar(one: str, other: str, lexicon: WordNet) -> bool:
     synsets = [lexicon.first_synset(name) or name for name in (one, other)]
     lemmas = [lexicon.shortest_noun_lemma(name) for name in (one, other)]
     return synsets[0] == synsets[1] or lemmas[0] == lemmas[1]

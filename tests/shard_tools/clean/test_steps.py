@@ -12,13 +12,11 @@ from shard_tools.clean.steps import (
     Cleaned,
     clean_instances,
     delete_attributes,
-    keep_large,
-    keep_positive,
     reject_unknown,
     rename_objects,
     resolve_clashes,
 )
-from shard_tools.clean.wordnet import Lexicon
+from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.vocabulary import Vocabulary
@@ -33,7 +31,7 @@ def instance(name: str, **changes: object) -> Instance:
 def run(
     instances: list[Instance],
     *,
-    merge: Mapping[str, str] | Lexicon = MappingProxyType({}),
+    merge: Mapping[str, str] | WordNet = MappingProxyType({}),
     known: Vocabulary | None = None,
     **settings: object,
 ) -> Cleaned:
@@ -46,7 +44,8 @@ def run(
     [(50, 50, True), (49.99, 500, False), (500, 49.99, False), (50.01, 50, True)],
 )
 def test_either_side_below_the_limit_drops(width: float, height: float, kept: bool) -> None:
-    assert bool(keep_large([instance("a", box=(0.0, 0.0, width, height))], min_side=50)) is kept
+    given = instance("a", box=(0.0, 0.0, width, height))
+    assert bool(run([given], min_side=50).instances) is kept
 
 
 def test_rename_leaves_other_names() -> None:
@@ -76,7 +75,7 @@ def test_unknown_names_are_rejected_with_the_name() -> None:
 
 
 def test_only_negatives_are_not_enough() -> None:
-    assert keep_positive([instance("a", positive=())]) == []
+    assert run([instance("a", positive=())], require_positive=True).instances == []
 
 
 def test_negative_wins_a_clash_and_is_counted() -> None:
