@@ -12,6 +12,8 @@ from functools import cached_property
 from vlal_dist.errors import DataError
 
 PREVALENCES = ("head", "medium", "tail")
+OBJECT_VECTORS = "object_vectors"
+"""Tensor in the file of object vectors: float32 [O, D], CLIP text vectors, rows in id order."""
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,6 @@ QUANTITIES = tuple(_count([]))
 HIDE_QUANTITIES = ("kept_positives", "hidden_positives", "kept_negatives", "hidden_negatives")
 """Of the step `hide`, besides the others: labels of the training split."""
 
-FEASIBLE_QUANTITIES = ("pairs",)
-
 StepCounts = dict[str, dict[str, int]]
 
 
@@ -80,7 +78,7 @@ def check_expected(expected: Mapping[str, Mapping[str, int]]) -> None:
         if step not in STEPS:
             raise ConfigError(f"clean.expected has the step {step!r}; known are {', '.join(STEPS)}")
         more = HIDE_QUANTITIES if step == "hide" else ()
-        known = FEASIBLE_QUANTITIES if step == "feasible" else (*names, *more)
+        known = ("pairs",) if step == "feasible" else (*names, *more)
         for name in values:
             if name not in known:
                 raise ConfigError(

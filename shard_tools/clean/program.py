@@ -29,7 +29,7 @@ from shard_tools.clean.files import (
 )
 from shard_tools.clean.hide import hidden_files
 from shard_tools.clean.records import Instance, Reject, drop_duplicates, parse_records
-from shard_tools.clean.steps import Cleaned, clean_instances
+from shard_tools.clean.steps import clean_instances
 from shard_tools.clean.vocabulary import make_feasible, make_vocabulary
 from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig, Config
@@ -70,7 +70,12 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     num_records = len(instances) + len(rejects)
     cleaned = clean_instances(instances, settings, merge=merge, known=known)
     rejects += cleaned.rejects
-    _check_left(cleaned, num_rejected=len(rejects))
+    if not cleaned.instances:
+        steps = ", ".join(f"{name} {found['instances']}" for name, found in cleaned.counts.items())
+        raise DataError(
+            f"no instance is left (after each step: {steps}; rejected {len(rejects)}); check "
+            "clean.annotations, clean.min_side and clean.require_positive"
+        )
     vocabulary = known or make_vocabulary(cleaned, settings)
     tables = {
         split: instances_table([i for i in cleaned.instances if i.split == split], vocabulary)
@@ -213,17 +218,6 @@ def _read_annotations(settings: CleanConfig) -> tuple[list[Instance], list[Rejec
             rejects += bad
     instances, duplicates = drop_duplicates(instances)
     return instances, rejects + duplicates
-
-
-def _check_left(cleaned: Cleaned, *, num_rejected: int) -> None:
-    if not cleaned.instances:
-        steps = ", ".join(
-            f"{step} {values['instances']}" for step, values in cleaned.counts.items()
-        )
-        raise DataError(
-            f"no instance is left (after each step: {steps}; rejected {num_rejected}); check "
-            "clean.annotations, clean.min_side and clean.require_positive"
-        )
 
 
 def _compare(counts: StepCounts, settings: CleanConfig) -> Counts:

@@ -21,21 +21,14 @@ logger = logging.getLogger(__name__)
 
 def rename_objects(instances: Sequence[Instance], table: Mapping[str, str]) -> list[Instance]:
     """Replace object names that stand in `table`; the others stay."""
-    return [
-        replace(instance, object_name=table[instance.object_name])
-        if instance.object_name in table
-        else instance
-        for instance in instances
-    ]
+    return [replace(i, object_name=table.get(i.object_name, i.object_name)) for i in instances]
 
 
 def delete_attributes(instances: Sequence[Instance], names: Collection[str]) -> list[Instance]:
     """Remove attributes from both lists of every instance; no instance is dropped."""
     deleted = frozenset(names)
     return [
-        instance
-        if deleted.isdisjoint(instance.positive) and deleted.isdisjoint(instance.negative)
-        else replace(
+        replace(
             instance,
             positive=tuple(name for name in instance.positive if name not in deleted),
             negative=tuple(name for name in instance.negative if name not in deleted),

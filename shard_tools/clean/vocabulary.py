@@ -15,16 +15,13 @@ from shard_tools.clean.steps import Cleaned
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.errors import DataError
 from vlal_dist.method.feasible import FeasibleSets, enlarge_feasible_sets, feasible_sets
-from vlal_dist.vocabulary import PREVALENCES, Vocabulary
+from vlal_dist.vocabulary import OBJECT_VECTORS, PREVALENCES, Vocabulary
 
 OTHER = "other"
 """Type of an attribute that no type holds, and of a type that no parent type holds."""
 
 HEAD_SHARE, TAIL_SHARE = 0.47, 0.13
 """Shares of VAW's 591 attributes: 278 head, 235 medium, 78 tail."""
-
-VECTORS = "object_vectors"
-"""Tensor in the file: float32 [O, D], CLIP text vectors, rows in object id order."""
 
 
 def make_vocabulary(cleaned: Cleaned, settings: CleanConfig) -> Vocabulary:
@@ -86,7 +83,7 @@ def make_feasible(
     try:
         with safe_open(path, framework="numpy") as file:
             digest = (file.metadata() or {}).get("vocabulary_digest")
-            vectors = file.get_tensor(VECTORS)
+            vectors = file.get_tensor(OBJECT_VECTORS)
     except (OSError, SafetensorError) as error:
         raise DataError(f"clean.object_vectors: {path}: {error}; {remedy}") from None
     if digest != vocabulary.digest:
@@ -117,7 +114,7 @@ def attribute_types(
     """
     type_of, parent_of = (
         # Backwards, so that the first group with a name wins.
-        {name: group for group, names in reversed(groups.items()) for name in names}
+        {name: group for group, names in reversed(list(groups.items())) for name in names}
         for groups in (types, parent_types or {name: [name] for name in types})
     )
     return tuple(parent_of.get(type_of.get(name, OTHER), OTHER) for name in attributes)

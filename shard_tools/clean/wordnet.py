@@ -182,8 +182,7 @@ def group_names(num_instances: Mapping[str, int], lexicon: WordNet) -> list[list
         if group == new:
             groups.append([])
         groups[group].append(name)
-        first_by_synset[synset] = min(first_by_synset.get(synset, group), group)
-        first_by_lemma[lemma] = min(first_by_lemma.get(lemma, group), group)
+        first_by_synset[synset] = first_by_lemma[lemma] = group
     return groups
 
 

@@ -8,19 +8,17 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load, save_file
 
-from shard_tools.clean.vocabulary import VECTORS as READ_NAME
 from tests.fixtures.tiny_vaw import OBJECTS, run, write_small_vaw
 from tests.scoring.conftest import Model, make_tiny_model
 from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.errors import ConfigError, ConflictError, DataError
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.scoring.object_vectors import (
-    VECTORS,
     encode_object_vectors,
     make_object_vectors,
     read_vocabulary,
 )
-from vlal_dist.vocabulary import Vocabulary
+from vlal_dist.vocabulary import OBJECT_VECTORS, Vocabulary
 
 
 def vocabulary_of(objects: tuple[str, ...]) -> Vocabulary:
@@ -53,8 +51,8 @@ def test_the_file_is_what_clean_reads(tiny: Model, tmp_path: Path) -> None:
     path.write_bytes(data)
     with safe_open(path, framework="numpy") as file:
         assert file.metadata() == {"vocabulary_digest": vocabulary.digest}
-        assert list(file.keys()) == [VECTORS] == [READ_NAME]
-        vectors = file.get_tensor(VECTORS)
+        assert list(file.keys()) == [OBJECT_VECTORS]
+        vectors = file.get_tensor(OBJECT_VECTORS)
     assert vectors.dtype == np.float32 and vectors.shape == (3, 16)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     # One bare name per row, in id order.

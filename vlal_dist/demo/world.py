@@ -46,8 +46,6 @@ STATE_PAIRS = {"open": "closed", "lit": "unlit", "tilted": "upright", "dirty": "
 """A state and its opposite, the usual case, which annotators seldom mention."""
 STATE_SHARE = {"open": 0.45, "lit": 0.5, "tilted": 0.3, "dirty": 0.3}
 
-Aspects = Mapping[str, tuple[float, float, float]]
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -66,7 +64,7 @@ class Kind:
     names: Mapping[str, float]
     materials: Mapping[str, float]
     forms: Mapping[str, float]
-    aspects: Aspects
+    aspects: Mapping[str, tuple[float, float, float]]
     states: tuple[str, ...] = ()
     colors: Mapping[str, float] = field(default_factory=dict)
     patterns: Mapping[str, float] = field(default_factory=dict)

@@ -87,7 +87,6 @@ def ablation_rows(method: LossConfig, temperature: float) -> list[Variant]:
     gradient = (
         "gradient through the focal weight" if method.detach_focal else "focal weight detached"
     )
-    taus = {name: temperature * factor for name, factor in TEMPERATURES.items()}
     counts = {"0": "nothing ignored", ALL: "all feasible ignored"}
     changes = [
         (f"margin-{margin}", f"margin {margin}", "method.margin", margin),
@@ -95,11 +94,11 @@ def ablation_rows(method: LossConfig, temperature: float) -> list[Variant]:
         *(
             (
                 f"temperature-{name}",
-                f"temperature {tau:.4g} ({name})",
+                f"temperature {temperature * factor:.4g} ({name})",
                 "scoring.temperature",
-                repr(tau),
+                repr(temperature * factor),
             )
-            for name, tau in taus.items()
+            for name, factor in TEMPERATURES.items()
         ),
         (f"draw-{draw}", f"draw {draw}", "method.draw", draw),
         *(

@@ -127,9 +127,9 @@ class _Attempt:
     def __init__(self, job: Job, place: Place, commands: Sequence[Command], lock: int) -> None:
         self.job, self.place = job, place
         self.process: subprocess.Popen[bytes] | None = None
-        store = open_store(str(job.root))
-        store.replace(QUEUED, job.config_text.encode())
-        store.delete(FAILED)
+        self._store = open_store(str(job.root))
+        self._store.replace(QUEUED, job.config_text.encode())
+        self._store.delete(FAILED)
         self._began = time.monotonic()
         self.progress = self._run(commands, lock)
 
@@ -170,8 +170,7 @@ class _Attempt:
                 self.process = None
                 spent = read_json(self.job.root / SECONDS).get("seconds", 0.0)
                 record = {"seconds": round(spent + time.monotonic() - began, 1)}
-                store = open_store(str(self.job.root))
-                store.replace(SECONDS, (json.dumps(record) + "\n").encode())
+                self._store.replace(SECONDS, (json.dumps(record) + "\n").encode())
             if code:
                 return code if code > 0 else 128 - code  # as shells report a signal
         return 0

@@ -4,10 +4,9 @@ A row has means and spreads over seeds, and paired differences from the referenc
 of 1. R bootstrap replicates.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,7 +78,7 @@ class ResultReader:
         if not is_done(job):
             return None
         folder = job.root / TEST
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        result = read_json(folder / "result.json")
         if result["dataset"]["digest"] != self.dataset.digest:
             raise DataError(
                 f"{folder} was evaluated on a dataset with digest {result['dataset']['digest']}, "
@@ -191,20 +190,19 @@ def summarise(
     for variant in variants:
         have = [seed for seed in seeds if (variant.name, seed) in runs]
         own = [runs[variant.name, seed] for seed in have]
-        pairs = [
-            (runs[variant.name, seed], runs[REFERENCE, seed])
+        changes = [
+            _difference(runs[variant.name, seed], runs[REFERENCE, seed])
             for seed in have
             if (REFERENCE, seed) in runs and variant.name != REFERENCE
         ]
         seconds = [run.seconds for run in own if run.seconds is not None]
-        groups = list(own[0].maps) if own else []
         rows.append(
             SummaryRow(
                 variant=variant,
                 seeds=have,
                 failed=[seed for seed in seeds if (variant.name, seed) in failed],
-                maps=_estimates(groups, [(run, None) for run in own]),
-                differences=_estimates(groups, pairs),
+                maps=_estimates(own),
+                differences=_estimates(changes),
                 validation_map=statistics.fmean(run.validation_map for run in own) if own else None,
                 seconds=statistics.fmean(seconds) if seconds else None,
             )
@@ -212,31 +210,28 @@ def summarise(
     return rows
 
 
-def _estimates(
-    groups: Sequence[str], pairs: Sequence[tuple[RunResult, RunResult | None]]
-) -> dict[str, Estimate]:
-    """Group -> estimate of first - second (None: 0), over the pairs; undefined groups left out.
+def _difference(one: RunResult, other: RunResult) -> RunResult:
+    """`one` minus `other`, replicate by replicate: a pair of them weighs the photos alike."""
+    maps: dict[str, float | None] = {}
+    for group, value in one.maps.items():
+        base = other.maps.get(group)
+        maps[group] = None if value is None or base is None else value - base
+    both = one.replicates.keys() & other.replicates.keys()
+    replicates = {group: one.replicates[group] - other.replicates[group] for group in both}
+    return replace(one, maps=maps, replicates=replicates)
 
-    Replicates are subtracted pair by pair: both of a pair see the same photos.
-    """
+
+def _estimates(runs: Sequence[RunResult]) -> dict[str, Estimate]:
+    """Group -> estimate of its mean over runs; without the groups undefined in one of them."""
     found = {}
-    for group in groups:
-        values, replicates = [], []
-        for first, second in pairs:
-            value = first.maps[group]
-            other = 0.0 if second is None else second.maps.get(group)
-            if value is not None and other is not None:
-                values.append(value - other)
-            runs = [first] if second is None else [first, second]
-            if all(group in run.replicates for run in runs):
-                base = 0.0 if second is None else second.replicates[group]
-                replicates.append(first.replicates[group] - base)
-        if not values or len(values) < len(pairs):
+    for group in runs[0].maps if runs else ():
+        values = [value for run in runs if (value := run.maps[group]) is not None]
+        if len(values) < len(runs):
             continue
         mean = statistics.fmean(values)
         low, high = None, None
-        if len(replicates) == len(pairs):
-            low, high = interval(mean, np.mean(replicates, axis=0))
+        if all(group in run.replicates for run in runs):
+            low, high = interval(mean, np.mean([run.replicates[group] for run in runs], axis=0))
         sd = statistics.stdev(values) if len(values) > 1 else None
         found[group] = Estimate(mean, sd, low, high, len(values))
     return found

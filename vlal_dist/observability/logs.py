@@ -4,7 +4,6 @@ import logging
 import os
 import sys
 import time
-from typing import TextIO
 
 QUIET = ("botocore", "boto3", "urllib3", "s3transfer", "PIL", "DeepSpeed", "matplotlib")
 
@@ -40,7 +39,7 @@ class Progress:
     def __init__(self, label: str, *, total: int, unit: str, every_s: float = 5.0) -> None:
         self.label, self.total, self.unit, self.every_s = label, total, unit, every_s
         self.done = 0
-        self.stream: TextIO = sys.stderr
+        self.stream = sys.stderr
         self.terminal = self.stream.isatty()
         self.started = self.shown = time.monotonic()
 

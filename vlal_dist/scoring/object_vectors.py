@@ -17,10 +17,7 @@ from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundErro
 from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
 from vlal_dist.storage.store import open_store
-from vlal_dist.vocabulary import Vocabulary
-
-VECTORS = "object_vectors"
-"""Name of the tensor, as `shard_tools.clean.vocabulary` reads it."""
+from vlal_dist.vocabulary import OBJECT_VECTORS, Vocabulary
 
 BATCH_SIZE = 64
 """Names per encoder call: fixed, because the shape of a batch decides the last bits of its rows."""
@@ -72,7 +69,7 @@ def make_object_vectors(path: str, *, instances: str, scoring: ScoringConfig) ->
         logger.info("%s already holds exactly these vectors", path)
     return {
         "objects": len(vocabulary.objects),
-        "dimensions": safetensors.numpy.load(data)[VECTORS].shape[1],
+        "dimensions": safetensors.numpy.load(data)[OBJECT_VECTORS].shape[1],
         "created": created,
         "file": path,
         "vocabulary_digest": vocabulary.digest,
@@ -129,5 +126,5 @@ def encode_object_vectors(encoder: ClipEncoder, vocabulary: Vocabulary) -> bytes
             batches.append(encoder.encode_texts(some))
             progress.advance(len(some))
     return safetensors.numpy.save(
-        {VECTORS: np.concatenate(batches)}, metadata={"vocabulary_digest": vocabulary.digest}
+        {OBJECT_VECTORS: np.concatenate(batches)}, metadata={"vocabulary_digest": vocabulary.digest}
     )

@@ -36,7 +36,6 @@ BINS = 1 << 16
 """Equal bins of cosine in [-1, 1]; one is 3.1e-5 wide."""
 
 Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
@@ -54,7 +53,7 @@ class ShardQuality:
         pairs: S.
     """
 
-    similarity: Floats
+    similarity: npt.NDArray[np.float32]
     positive: Bools
     kind: npt.NDArray[np.uint8]
     entropy: float
