@@ -203,7 +203,9 @@ def test_sizes() -> None:
 
 
 PARAMETERS = 8
-MANY_PARAMETERS: dict[str, str] = {}
+MANY_PARAMETERS = {
+    "vlal_dist.kernels.operator.selective_loss": "an operator: a batch's tensors, and two options"
+}
 """Functions with more parameters, and why: `module.function` -> reason."""
 
 

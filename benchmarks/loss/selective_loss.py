@@ -13,6 +13,7 @@ annotated attributes a row. The ways:
     compile_loss   the lean loss alone through torch.compile, the mask given
     ours           the fused operator, draw included
     ours_loss      the fused operator, the drawn attributes given
+    in_place       as `ours`, the gradient in the logits' memory, with a copy of the logits first
     copy           logits copied into memory that is there: what must be read and written at least
 
 On the CPU all ways in turn within a round, the least time of each round, medians over rounds;
@@ -30,14 +31,14 @@ import torch
 
 from benchmarks.common.harness import Numbers, finish, in_rounds, make_parser, spread, table
 from benchmarks.loss.selective_loss_gpu import on_gpu
-from benchmarks.loss.ways import RATIOS, Way, make, ways
+from benchmarks.loss.ways import RATIOS, Way, make, ours, ways
 from vlal_dist.kernels.backend import choose
 
 LARGE = 20_000_000
 SHAPES = ((64, 591), (1024, 591), (16384, 591), (65536, 620), (4096, 50000))
 NAMES = (
     *("paper", "psl", "eager", "compile_draw", "compile_loss"),
-    *("ours", "ours_loss", "copy"),
+    *("ours", "ours_loss", "in_place", "copy"),
 )
 
 
@@ -58,6 +59,7 @@ def compare(rows: int, attributes: int, threads: int, *, rounds: int) -> tuple[N
     clock = time.process_time if threads == 1 else time.perf_counter
     found = ways(data, paper=rows * attributes < 5e7)
     source, there = data.logits.detach(), torch.empty_like(data.logits)
+    found["in_place"] = lambda: ours(data, data.draw, there.copy_(source), in_place=True)
     found["copy"] = lambda: there.copy_(source)
     for way in found.values():
         way()

@@ -147,7 +147,9 @@ def lean_loss(z: Tensor, label: Tensor, feasible: Tensor, ignored: Tensor) -> Te
     return torch.where(ignored & (label == 0), 0.0, weight * entropy).sum()
 
 
-def ours(data: Data, ignored: Draw | Tensor, logits: Tensor | None = None) -> Tensor:
+def ours(
+    data: Data, ignored: Draw | Tensor, logits: Tensor | None = None, *, in_place: bool = False
+) -> Tensor:
     """The fused operator's loss of the batch."""
     return selective_loss(
         data.logits if logits is None else logits,
@@ -156,6 +158,7 @@ def ours(data: Data, ignored: Draw | Tensor, logits: Tensor | None = None) -> Te
         feasible=data.table,
         ignored=ignored,
         loss=LOSS,
+        in_place=in_place,
     ).per_row.sum()
 
 

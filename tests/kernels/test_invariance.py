@@ -69,6 +69,19 @@ def test_more_attributes_in_the_vocabulary_draw_the_same(backend, attributes):
     assert torch.equal(found[3][[0, 1, 2, 4]], narrow[3][[0, 1, 2, 4]])
 
 
+@on_fused
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_in_the_memory_of_strided_logits_is_the_same(backend, dtype):
+    case = make(annotated=0.3).to(dtype)
+    case = case._replace(row_weight=torch.linspace(0, 3, 9))
+    wide = torch.full((9, 200), 7.0, dtype=dtype, device=backend.device)
+    logits = wide[:, 20:151].copy_(case.logits)
+    wanted = run(backend, case)
+    assert same_bits(run(backend, case, extra={"logits": logits, "gradient": logits}), wanted)
+    assert torch.equal(logits.cpu(), wanted[1])
+    assert (wide[:, :20] == 7).all() and (wide[:, 151:] == 7).all()
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(not FUSED, reason="no C++ compiler")
 def test_more_elements_than_32_bits_count():

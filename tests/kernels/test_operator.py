@@ -35,7 +35,7 @@ def forced(request, monkeypatch):
     choose.cache_clear()
 
 
-def call(case, logits, form="draw", *, sparse=False, loss=None, **settings):
+def call(case, logits, form="draw", *, sparse=False, loss=None, in_place=False, **settings):
     forms = {"draw": draw_of, "list": drawn, "mask": lambda one: one.ignored}
     if loss is None:
         loss = loss_config(ROWS.get(form, "selective"), **settings)
@@ -47,6 +47,7 @@ def call(case, logits, form="draw", *, sparse=False, loss=None, **settings):
         ignored=forms[form](case) if form in forms else None,
         row_weight=case.row_weight,
         loss=loss,
+        in_place=in_place,
     )
 
 
@@ -298,3 +299,63 @@ def test_no_attributes(forced):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_in_place_gives_the_same_in_the_logits_memory(scale, dtype):
+    case = make(annotated=0.3).to(dtype)
+    weight = torch.eye(131, dtype=dtype).requires_grad_()
+    expected = call(case, case.logits @ weight)
+    (wanted,) = torch.autograd.grad(expected.per_row.sum() * scale, weight)
+    logits = case.logits @ weight
+    found = call(case, logits, in_place=True)
+    assert torch.equal(found.per_row, expected.per_row)
+    slope = slope_of(case, torch.ones(9))
+    assert torch.equal(logits.detach(), slope), "the gradient is where the logits were"
+    (gradient,) = torch.autograd.grad(found.per_row.sum() * scale, weight)
+    assert torch.equal(gradient, wanted)
+
+
+def test_in_place_of_strided_logits():
+    case = make(annotated=0.3)
+    expected, slope = call(case, case.logits).per_row, slope_of(case, torch.ones(9))
+    wide = torch.full((9, 200), 7.0)
+    wide[:, 20:151] = case.logits
+    columns = case.logits.t().contiguous().t()  # no stride of 1 along the rows: copied there, back
+    for logits in (wide[:, 20:151], columns):
+        assert torch.equal(call(case, logits, in_place=True).per_row, expected)
+        assert torch.equal(logits, slope)
+    assert (wide[:, :20] == 7).all() and (wide[:, 151:] == 7).all()
+
+
+def test_in_place_is_refused_where_the_logits_are_needed():
+    case = make()
+    with pytest.raises(ValueError, match="leaf"):
+        call(case, case.logits.clone().requires_grad_(), in_place=True)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        call(case, case.logits[:1].expand(9, -1), in_place=True)
+    logits = torch.sigmoid(case.logits.clone().requires_grad_())  # its backward needs its result
+    loss = call(case, logits, in_place=True).per_row.sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_scales_once():
+    case = make()
+    weight = torch.eye(131).requires_grad_()
+    loss = call(case, case.logits @ weight, in_place=True).per_row.sum() * 0.5
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_does_nothing_under_compile():
+    torch._dynamo.reset()
+    case = make()
+    logits = case.logits.clone()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    found = compiled(case, logits, loss=loss_config("selective"), in_place=True)
+    assert torch.equal(found.per_row, call(case, case.logits).per_row)
+    assert torch.equal(logits, case.logits)
+    torch._dynamo.reset()

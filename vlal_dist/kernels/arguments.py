@@ -71,7 +71,7 @@ _POINTERS = (
     *("seed", "drawn", "ignored", "row_weight", "per_row", "sums", "counts", "drawn_out"),
     *("keys", "partial"),
 )
-LAYOUT = struct.Struct(f"@{len(_POINTERS)}P6q4i")
+LAYOUT = struct.Struct(f"@{len(_POINTERS)}P7q4i")
 """`struct Arguments` of arguments.h; packed, as a ctypes structure takes three times as long."""
 
 
@@ -81,8 +81,8 @@ def pack(
     """The bytes of `struct Arguments`.
 
     Args:
-        tensors: inputs and outputs, contiguous, `logits` along its rows. They must outlive the
-            call.
+        tensors: inputs and outputs, contiguous, `logits` and `gradient` along their rows. They
+            must outlive the call.
         mode: a name of `MODES`.
         loss: its `num_ignore` and `draw_over` are used; `LossConfig.options` are passed apart
             from this structure.
@@ -92,14 +92,14 @@ def pack(
     logits = tensors["logits"]
     assert logits is not None
     rows, attributes = logits.shape
-    drawn = tensors.get("drawn")
+    gradient, drawn = tensors.get("gradient"), tensors.get("drawn")
     drawn = tensors.get("drawn_out") if drawn is None else drawn
     found = map(tensors.get, _POINTERS)
     return LAYOUT.pack(
         *[0 if tensor is None else tensor.data_ptr() for tensor in found],
         rows,
         attributes,
-        attributes if rows < 2 else logits.stride(0),
+        *(t.stride(0) if t is not None and rows > 1 else attributes for t in (logits, gradient)),
         0 if drawn is None else drawn.shape[1],
         -1 if loss.num_ignore == "all" else loss.num_ignore,
         largest,

@@ -157,7 +157,7 @@ def run(
 
     Args:
         tensors: by their names in the C structure; contiguous, `logits` along its rows and no
-            float64.
+            float64. `gradient`, which may be the logits, is written and returned if given.
         mode: a name of `MODES`.
         loss: exponents, margin, and how the draw is made.
         threads: most threads used; None: torch's number.
@@ -165,7 +165,9 @@ def run(
     """
     logits = tensors["logits"]
     assert logits is not None
-    gradient = torch.empty(logits.shape, dtype=logits.dtype)
+    gradient = tensors.get("gradient")
+    if gradient is None:
+        gradient = torch.empty(logits.shape, dtype=logits.dtype)
     per_row, sums = torch.empty(len(logits)), torch.empty(5, dtype=torch.float64)
     counts = torch.empty(5, dtype=torch.int64)
     if logits.numel() == 0:  # an empty tensor has no address

@@ -227,7 +227,7 @@ def prepare(
     launch = plan_launch(
         rows=rows, attributes=attributes, drawable=drawable, most_shared=most_shared
     )
-    outputs = outputs_for(logits)
+    outputs = outputs_for(logits, tensors.get("gradient"))
     made = dict(zip(("per_row", "gradient", "sums", "counts"), outputs, strict=True))
     made["partial"] = logits.new_empty(launch.blocks, 9, dtype=torch.float32)
     if not launch.keys_shared:
@@ -237,11 +237,11 @@ def prepare(
     return Prepared(defines, launch, arguments, outputs, list(made.values()))
 
 
-def outputs_for(logits: Tensor) -> Outputs:
-    """Losses, gradient, sums and counts, to be written."""
+def outputs_for(logits: Tensor, gradient: Tensor | None = None) -> Outputs:
+    """Losses, gradient (the tensor given, if any), sums and counts, to be written."""
     return (
         logits.new_empty(len(logits), dtype=torch.float32),
-        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape) if gradient is None else gradient,
         logits.new_empty(5, dtype=torch.float64),
         logits.new_empty(5, dtype=torch.int64),
     )

@@ -41,6 +41,7 @@ def selective_loss(
     loss: LossConfig,
     row_weight: Tensor | None = None,
     kernel: Kernel = "auto",
+    in_place: bool = False,
 ) -> LossTerms:
     """Losses of all rows; their gradient is computed in the same pass.
 
@@ -56,13 +57,15 @@ def selective_loss(
         loss: exponents, margin, and how the draw is made.
         row_weight: float32 [B], or None for 1; a row of weight 0 has no loss, whatever its logits.
         kernel: `auto` takes the fastest backend (`backend.choose`), `reference` the readable one.
+        in_place: the gradient takes the logits' memory; torch refuses a backward pass that needs
+            them. No effect under torch.compile.
 
     Returns:
         Losses [B] (float32, float64 of float64 logits), sums and counts of the terms.
 
     Raises:
         ConfigError: `ignored` is None, but `loss.unannotated` is neither `ignore` nor `negatify`.
-        ValueError: tensors whose shapes or types do not fit.
+        ValueError: tensors whose shapes or types do not fit; `in_place` of a leaf.
     """
     tensors: Tensors = {
         "object_id": object_id,
@@ -89,18 +92,28 @@ def selective_loss(
         options, sizes = _numbers(loss, feasible.largest)
         per_row, _, sums, counts = compiled_loss(logits, listed, options, sizes, mode, kernel)
     else:
+        if in_place and logits.requires_grad and logits.is_leaf:
+            raise ValueError("in_place: the logits are a leaf, which keeps its values; give a copy")
         given = (tensors, mode, loss, feasible.largest, kernel)
-        per_row, sums, counts = EagerLoss.apply(logits, *given)  # type: ignore[no-untyped-call]
+        per_row, sums, counts = EagerLoss.apply(logits, in_place, *given)  # type: ignore[no-untyped-call]
     return LossTerms(per_row, sums, counts)
 
 
 def _run(
-    logits: Tensor, tensors: Tensors, mode: str, loss: LossConfig, largest: int, kernel: str
+    logits: Tensor,
+    in_place: bool,
+    tensors: Tensors,
+    mode: str,
+    loss: LossConfig,
+    largest: int,
+    kernel: str,
 ) -> Outputs:
     """Compute losses and gradient on the backend of the logits' device."""
     laid = {n: None if t is None else t.contiguous() for n, t in tensors.items()}
     # Rows may be strided, elements of a row may not.
     laid["logits"] = logits if logits.stride(1) == 1 else logits.contiguous()
+    if in_place and logits.stride(0) >= logits.shape[1]:  # rows do not overlap
+        laid["gradient"] = laid["logits"]
     backend = choose(logits.device.type).name if kernel == "auto" else kernel
     if backend == "reference" or logits.dtype == torch.float64:
         return reference.run(laid, mode, loss)
@@ -111,9 +124,14 @@ class EagerLoss(torch.autograd.Function):
     """The operator outside of torch.compile: a third of the registered operator's overhead."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, logits: Tensor, in_place: bool, *given: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, sums, counts; keeps the gradient."""
-        per_row, gradient, sums, counts = _run(logits, *given)
+        per_row, gradient, sums, counts = _run(logits, in_place, *given)
+        if in_place:  # no copy of what lies there already, but a new version of the logits
+            gradient = logits.detach().copy_(gradient)
+        ctx.in_place = in_place
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(sums, counts)
         return per_row, sums, counts
@@ -121,10 +139,10 @@ class EagerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_per_row: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient, scaled by row."""
-        return _scaled(ctx, grad_per_row), *[None] * 5
+        return _scaled(ctx, grad_per_row, in_place=ctx.in_place), *[None] * 6
 
 
-def _scaled(ctx: Any, by_row: Tensor) -> Tensor:
+def _scaled(ctx: Any, by_row: Tensor, *, in_place: bool = False) -> Tensor:
     """The kept gradient times that of each row's loss.
 
     Raises:
@@ -136,6 +154,8 @@ def _scaled(ctx: Any, by_row: Tensor) -> Tensor:
     (gradient,) = ctx.saved_tensors
     if by_row.stride() == (0,) and by_row.is_cpu and len(by_row) and by_row[0].item() == 1.0:
         return gradient  # of a plain sum: another pass would only multiply by 1
+    if in_place and gradient.dtype == by_row.dtype:
+        return gradient.mul_(by_row[:, None])
     # In float32 also for 16 bits, which do not hold a loss scale of 65536.
     return (gradient * by_row[:, None]).to(gradient.dtype)
 
@@ -160,7 +180,7 @@ def compiled_loss(
     """
     named = dict(zip(TYPES, tensors, strict=True))
     loss = _loss_of(tuple(options), *sizes[:2])
-    return _run(logits, named, mode, loss, sizes[2], kernel)
+    return _run(logits, False, named, mode, loss, sizes[2], kernel)
 
 
 def _numbers(loss: LossConfig, largest: int) -> tuple[list[float], list[int]]:

@@ -14,7 +14,7 @@ enum Kind : int { kFloat32, kBfloat16, kFloat16 };
 // labels does not need them.
 struct Arguments {
   const void* logits;               // [rows, attributes], rows `stride` apart
-  void* gradient;                   // [rows, attributes], contiguous, of the same type
+  void* gradient;                   // as logits, rows `gradient_stride` apart; may be the logits
   const signed char* label;         // dense [rows, attributes], contiguous
   const vlal_i64* label_indptr;     // or CSR: [rows + 1], and
   const int* label_code;            // attribute * 2 + (1: present)
@@ -35,7 +35,7 @@ struct Arguments {
   int* drawn_out;                   // as drawn, -1 before; null: not wanted; rows of weight 0 keep -1
   vlal_u32* keys;                   // CUDA: [rows, largest], null where they fit shared memory
   float* partial;                   // CUDA: [blocks, 9], sums of four terms and five counts
-  vlal_i64 rows, attributes, stride, drawn_per_row;
+  vlal_i64 rows, attributes, stride, gradient_stride, drawn_per_row;
   vlal_i64 num_ignore;              // -1: all
   vlal_i64 largest;                 // CUDA: no feasible set has more attributes
   int mode, kind, over_unannotated, threads;

@@ -134,7 +134,7 @@ uint16_t to_bfloat16(float value) {
 void one_row(const Arguments& a, int64_t row, const Loss& loss, RowLoss row_loss, Scratch& s,
              RowResult& result) {
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
-  const int64_t from = row * a.stride, to = row * a.attributes, size = a.attributes;
+  const int64_t from = row * a.stride, to = row * a.gradient_stride, size = a.attributes;
   if (weight == 0) {
     const size_t width = a.kind == kFloat32 ? 4 : 2;
     std::memset((char*)a.gradient + to * width, 0, size * width);

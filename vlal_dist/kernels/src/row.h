@@ -114,7 +114,7 @@ void row_loss(const float* z, float* gradient, int64_t size, const Loss& loss, f
               Scratch& s, RowResult& result) {
   Floats lanes[3][kVectors] = {};
   const uint8_t* code = s.code.data();
-  s.gathered.clear();
+  s.gathered.clear();  // before the gradient is written, which may lie where the logits do
   for (const int32_t attribute : s.positives) s.gathered.push_back(z[attribute]);
   const int64_t whole = size / kLanes * kLanes;
   int64_t i = 0;

@@ -179,7 +179,7 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   RowSums result = {};
   const int size = (int)a.attributes;
   const Element* logits = (const Element*)a.logits + row * a.stride;
-  Element* gradient = (Element*)a.gradient + row * a.attributes;
+  Element* gradient = (Element*)a.gradient + row * a.gradient_stride;
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
   if (weight == 0) {
     EACH_LANE(lane)
