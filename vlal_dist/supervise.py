@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+import psutil
+from psutil import Process
+
 from vlal_dist.config.load import help_text, parse_command_line
 from vlal_dist.config.sections import SuperviseConfig
 from vlal_dist.errors import ConfigError, DataError, Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
-from vlal_dist.processes import Process, descendants, has_variable
+from vlal_dist.processes import descendants, variables
 from vlal_dist.program import EXIT_FILE
 
 logger = logging.getLogger("vlal_dist.supervise")
@@ -123,7 +126,7 @@ class Supervisor:
                 if pid == child.pid:
                     code = child.returncode = os.waitstatus_to_exitcode(status)
             if code is not None or self._stopped_by is not None:
-                left = descendants(os.getpid())
+                left = descendants(Process())
                 if code is not None and not left:
                     return self._exit_code(code)
                 deadline = deadline or time.monotonic() + self._config.grace_s
@@ -167,8 +170,8 @@ def _terminate_ranks(left: Sequence[Process], signalled: set[Process]) -> None:
 
     Not to launchers: DeepSpeed's ends its ranks one after another.
     """
-    ranks = {one.pid: one for one in left if has_variable(one.pid, "RANK")}
-    topmost = [one for one in ranks.values() if one.parent not in ranks]
+    ranks = [one for one in left if "RANK" in variables(one)]
+    topmost = [one for one in ranks if not set(one.parents()) & set(ranks)]
     for process in topmost or left[:1]:
         if process not in signalled:
             signalled.add(process)
@@ -176,8 +179,8 @@ def _terminate_ranks(left: Sequence[Process], signalled: set[Process]) -> None:
 
 
 def _send(process: Process, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, number)
+    with contextlib.suppress(psutil.Error):
+        process.send_signal(number)
 
 
 def _ended_children() -> list[tuple[int, int]]:

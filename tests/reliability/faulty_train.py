@@ -45,8 +45,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(ROOT)
 
+from psutil import Process  # noqa: E402
+
 import vlal_dist.train  # noqa: E402
-from vlal_dist.processes import Process  # noqa: E402
 from vlal_dist.training import stop  # noqa: E402
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -212,7 +213,7 @@ def main() -> int:
     note("begin", pid=os.getpid(), parent=os.getppid())
     look = stop.launcher_processes
 
-    def look_and_install() -> list[Process]:
+    def look_and_install() -> list[Process | None]:
         launcher = look()  # as early as in the real program
         install()
         return launcher

@@ -3,13 +3,15 @@ import signal
 
 import pytest
 
+from vlal_dist.processes import handled
 from vlal_dist.training.stop import SIGNALS, StopRequest
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_only_sets_a_flag(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopRequest(()) as stop:
+    stop = StopRequest([])
+    with handled(SIGNALS, stop.receive):
         assert not stop.requested
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)  # a second one does no harm

@@ -9,42 +9,49 @@ No rank acts on its own request: `Ranks.agree` makes all of them save and leave 
 
 import os
 import signal
-from collections.abc import Sequence
 from types import FrameType
 
-from vlal_dist.processes import Process, command_line, look_at
+import psutil
+from psutil import Process
+
+from vlal_dist.processes import is_alive
 
 PROGRAM_WORDS = 4
 """`python -u -m MODULE`: where a command line names its program; later words are arguments."""
 INIT = 1
-ENDED = Process(pid=-1, parent=-1, started=-1)
 
 
-def launcher_processes() -> list[Process]:
+Launcher = list[Process | None]
+
+
+def launcher_processes() -> Launcher:
     """Two processes of DeepSpeed, or torchrun's one; none if a shell started this process.
 
-    What started the launcher itself (a shell, ssh, a scheduler) may end before it.
+    None stands for one that has ended. What started the launcher itself (a shell, ssh, a
+    scheduler) may end before it.
     """
-    parent = look_at(os.getppid())
-    if parent is None:
-        return []
-    words = command_line(parent.pid)[:PROGRAM_WORDS]
-    if _runs(parent, "torchrun") or "torch.distributed.run" in words:
+    parent = Process().parent()
+    words = _program(parent)
+    if "torchrun" in words or "torch.distributed.run" in words:
         return [parent]
-    if "deepspeed.launcher.launch" not in words:
+    if parent is None or "deepspeed.launcher.launch" not in words:
         return []
-    front = look_at(parent.parent)
-    if front is not None and _runs(front, "deepspeed"):
+    front = parent.parent()
+    if "deepspeed" in _program(front):
         return [parent, front]
-    if parent.parent == INIT and os.environ.get("CROSS_SIZE") == "1":
+    if (front is None or front.pid == INIT) and os.environ.get("CROSS_SIZE") == "1":
         # On a single machine the front process starts the other: it has ended already.
-        return [parent, ENDED]
+        return [parent, None]
     return [parent]
 
 
-def _runs(process: Process, program: str) -> bool:
-    words = command_line(process.pid)[:PROGRAM_WORDS]
-    return program in {word.rpartition("/")[2] for word in words}
+def _program(process: Process | None) -> set[str]:
+    """The first words of a process's command, without folders; empty if they cannot be read."""
+    try:
+        words = process.cmdline()[:PROGRAM_WORDS] if process is not None else []
+    except psutil.Error:
+        return set()
+    return {word.rpartition("/")[2] for word in words}
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -53,37 +60,27 @@ LAUNCHER_GONE = "launcher_gone"
 
 
 class StopRequest:
-    """Context in which SIGNALS only set a flag; the old handlers return at its end.
-
-    Must be entered in the main thread, as Python demands of signal handlers.
+    """A request to stop this run: one of SIGNALS, or the end of the launcher.
 
     Args:
-        launcher: processes that started this rank; the end of one is a request, too.
+        launcher: processes that started this rank.
 
     Attributes:
         received: name of the first signal, or LAUNCHER_GONE, or None.
     """
 
-    def __init__(self, launcher: Sequence[Process]) -> None:
+    def __init__(self, launcher: Launcher) -> None:
         self.received: str | None = None
         self._launcher = launcher
-        self._before: dict[signal.Signals, object] = {}
 
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
-        if self.received is None and not all(one.is_alive() for one in self._launcher):
+        gone = any(one is None or not is_alive(one) for one in self._launcher)
+        if self.received is None and gone:
             self.received = LAUNCHER_GONE
         return self.received is not None
 
-    def __enter__(self) -> "StopRequest":
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Handler of SIGNALS."""
         self.received = self.received or signal.Signals(number).name

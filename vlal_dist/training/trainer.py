@@ -6,7 +6,7 @@ read, a loss that is not finite, a save that failed) is agreed upon before any o
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import ConflictError, DataError, Stopped, StorageError, VlalError
 from vlal_dist.kernels.backend import Chosen, choose
 from vlal_dist.method.model import build_model, parameter_groups
-from vlal_dist.processes import Process
+from vlal_dist.processes import handled
 from vlal_dist.release.saved_model import SavedModelInfo
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.checkpoint import (
@@ -55,7 +55,7 @@ from vlal_dist.training.run_log import (
 )
 from vlal_dist.training.schedule import Schedule
 from vlal_dist.training.step import TrainStep
-from vlal_dist.training.stop import StopRequest
+from vlal_dist.training.stop import SIGNALS, Launcher, StopRequest
 from vlal_dist.training.validation import BEST, BestModel, Validator, holds_best
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Trainer:
         ConfigError, DataError, StorageError: see errors.py; on every rank.
     """
 
-    def __init__(self, config: RunConfig, *, resume: str, launcher: Sequence[Process]) -> None:
+    def __init__(self, config: RunConfig, *, resume: str, launcher: Launcher) -> None:
         self.config = config
         self._rates: dict[str, float] = {}
         self.data = open_data(config.paths, config.data, config.loss, config.scoring)
@@ -108,7 +108,8 @@ class Trainer:
         if found is not None:
             found.check_resume(self._binding())
         with ExitStack() as stack:
-            self.stop = stack.enter_context(StopRequest(launcher))
+            self.stop = StopRequest(launcher)
+            stack.enter_context(handled(SIGNALS, self.stop.receive))
             training = config.training
             self.ranks = join_ranks(threads=training.threads, timeout_s=training.peer_timeout_s)
             stack.enter_context(peers_needed())
