@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.fixtures.rank_processes import ROOT, environment, free_port
-from vlal_dist.processes import PROC
 
 FAULTY = "tests/reliability/faulty_train.py"
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
@@ -47,7 +46,7 @@ class Start:
         """Id and command of all that are left of it."""
         found = {}
         wanted = f"{MARK}={self.mark}".encode()
-        for folder in PROC.iterdir():
+        for folder in Path("/proc").iterdir():
             if not folder.name.isdecimal():
                 continue
             try:
@@ -65,7 +64,7 @@ class Start:
         found = set()
         for pid in self.processes():
             with suppress(OSError):
-                lines = (PROC / str(pid) / "maps").read_text().splitlines()
+                lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
                 found |= {Path(x[x.index("/dev/shm/") :]) for x in lines if "/dev/shm/" in x}
         return found
 
