@@ -66,11 +66,6 @@ class S3Counts:
     bytes_in: int = 0
     bytes_out: int = 0
 
-    @property
-    def retries(self) -> int:
-        """Requests repeated for any reason."""
-        return sum(self.repeated.values())
-
     def __add__(self, more: "S3Counts") -> "S3Counts":
         repeated = dict(self.repeated)
         for reason, count in more.repeated.items():

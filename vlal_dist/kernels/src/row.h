@@ -22,12 +22,12 @@ struct RowResult {
 template <bool INTEGER>
 struct Power {
   Floats gamma;
+  Ints bits;  // of whole exponents, the lower three
 
   template <class MinusLog>
   VLAL_INLINE Floats operator()(Floats base, MinusLog minus_log) const {
     if constexpr (INTEGER) {
       const Floats square = base * base, fourth = square * square;
-      const Ints bits = __builtin_convertvector(gamma, Ints);
       Floats w = select_bit<1>(bits, base, broadcast(1.0f));
       w = select_bit<2>(bits, w * square, w);
       return select_bit<4>(bits, w * fourth, w);
@@ -37,6 +37,12 @@ struct Power {
   }
 };
 
+// Whole exponents below 8, four bits each; that of a term is got by a shift of 4 x its code.
+int packed(const Loss& l) {
+  return (int)l.gamma_positive | (int)l.gamma_negative << 4 * kNegative |
+         (int)l.gamma_feasible << 4 * kFeasible | (int)l.gamma_infeasible << 4 * kInfeasible;
+}
+
 constexpr int kBlock = 256;
 
 // Losses and gradients of up to kBlock attributes, a multiple of kLanes; `code` kPositive and
@@ -44,8 +50,8 @@ constexpr int kBlock = 256;
 // processor waits for it.
 template <bool MARGIN, bool DETACH, bool INTEGER>
 VLAL_INLINE void block(int64_t size, const float* z, float* gradient, const uint8_t* code,
-                       const Loss& loss, float weight,
-                       Floats (&lanes)[3][kVectors]) {
+                       const Loss& loss, float weight, Floats (&lanes)[3][kVectors]) {
+  const Ints exponents = (INTEGER ? packed(loss) : 0) - Ints{};
   alignas(64) float e[kBlock], p[kBlock], q[kBlock], pull[kBlock], log_of[kBlock];
   for (int64_t i = 0; i < size; i += kWidth) store(e + i, exp_minus_abs(load(z + i)));
   for (int64_t i = 0; i < size; i += kWidth) {
@@ -67,7 +73,8 @@ VLAL_INLINE void block(int64_t size, const float* z, float* gradient, const uint
       const Floats gamma = select(negative, broadcast(loss.gamma_negative), unannotated);
       const Sigmoid<Floats> s = {load(p + at), load(q + at), MARGIN ? load(pull + at) : load(p + at),
                                !MARGIN || !DETACH ? load(log_of + at) : Floats{}};
-      const Focal<Floats> f = focal<MARGIN, DETACH>(loss, load(z + at), s, gamma, Power<INTEGER>{gamma});
+      const Power<INTEGER> power = {gamma, exponents >> term * 4};
+      const Focal<Floats> f = focal<MARGIN, DETACH>(loss, load(z + at), s, gamma, power);
       lanes[0][part] = select(negative, lanes[0][part] + f.loss, lanes[0][part]);
       lanes[1][part] = select(feasible, lanes[1][part] + f.loss, lanes[1][part]);
       lanes[2][part] = select(infeasible, lanes[2][part] + f.loss, lanes[2][part]);
@@ -90,6 +97,7 @@ template <bool DETACH, bool INTEGER>
 double positive_loss(float* gradient, const Loss& loss, float weight, const Scratch& s) {
   const int64_t count = (int64_t)s.positives.size();
   const Floats gamma = broadcast(loss.gamma_positive);
+  const Power<INTEGER> power = {gamma, (INTEGER ? packed(loss) : 0) - Ints{}};
   Floats lanes[kVectors] = {};
   for (int64_t n = 0; n < count; n += kLanes) {
     const int64_t here = count - n < kLanes ? count - n : kLanes;
@@ -98,7 +106,7 @@ double positive_loss(float* gradient, const Loss& loss, float weight, const Scra
     for (int part = 0; part < kVectors; ++part) {
       const Floats here_u = load(u + part * kWidth);
       const Sigmoid<Floats> sigmoid = sigmoid_of(here_u, exp_minus_abs(here_u));
-      const Focal<Floats> f = focal<false, DETACH>(loss, here_u, sigmoid, gamma, Power<INTEGER>{gamma});
+      const Focal<Floats> f = focal<false, DETACH>(loss, here_u, sigmoid, gamma, power);
       store(losses + part * kWidth, f.loss);
       store(slope + part * kWidth, -f.slope * weight);
     }
