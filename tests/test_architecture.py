@@ -70,6 +70,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "tensorboard": "vlal_dist/observability/event_files.py",
     "wandb": "vlal_dist/observability/tracker_clients.py",
     "mlflow": "vlal_dist/observability/tracker_clients.py",
+    "psutil": ("vlal_dist/processes.py", "vlal_dist/training/stop.py", "vlal_dist/supervise.py"),
     "pydantic": "vlal_dist/config/",
 }
 
