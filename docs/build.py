@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +29,8 @@ def modules_page() -> str:
         if path.parent != folder:
             folder = path.parent
             place = folder.relative_to(ROOT).as_posix()
-            lines += ["", f"## {place}/", "", "| module | content |", "|---|---|"]
-        lines.append(f"| `{path.name}` | {line.replace('|', chr(92) + '|')} |")
+            lines += ["", f"## {place}/", ""]
+        lines += textwrap.wrap(f"- `{path.name}`: {line}", 100, subsequent_indent="  ")
     return "\n".join(lines) + "\n"
 
 

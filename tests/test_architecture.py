@@ -227,7 +227,6 @@ SHORT_MODULES = {
     "vlal_dist.data.format.photo_groups": "needed by torch-free tools and by evaluation",
     "vlal_dist.data.order.ledger": "one class, used by plan, epoch check and checkpoint",
     "vlal_dist.data.order.rank_split": "the split over ranks, a section of docs/stream.md",
-    "vlal_dist.method.baselines": "PSL, a row of the README's equation table",
     "vlal_dist.processes": "used by training, scoring, experiments and the supervisor",
     "vlal_dist.report": "a program",
     "vlal_dist.score_clip": "a program",

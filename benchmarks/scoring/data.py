@@ -1,4 +1,4 @@
-"""Data of score.py: packed crops, models with random weights, begun score roots.
+"""Data of score.py: packed crops, models with random weights, prepared score roots.
 
 Four crops of 250x187 pixels from each made-up photo of 500x375; two objects with 100 feasible
 attributes each, drawn from VAW's 591 with frequencies that fall as 1 / rank. (Over VAW's objects
@@ -6,7 +6,7 @@ the mean is 16; over its instances, which are mostly of frequent objects, about 
 crop is annotated with two of them present and two absent. All shards hold the same number of crops,
 a multiple of the batch size: real shards are so large that their last batch hardly counts.
 
-A begun score root holds the settings and the text bank, which are made once and never measured.
+A prepared score root holds the settings and the text bank, which are made once and never measured.
 """
 
 import json
@@ -86,7 +86,7 @@ CASES = {case.name: case for case in (VIT, SMALL, QUICK_VIT, QUICK_SMALL)}
 
 def prepare(folder: Path, case: Case) -> None:
     """Make what a case needs, unless it is there."""
-    if (folder / case.name / "begun.json").exists():
+    if (folder / case.name / "prepared.json").exists():
         return
     make(folder, case.kind, annotate=annotate)
     make_weights(folder, case)
@@ -153,7 +153,7 @@ def begin(folder: Path, case: Case) -> None:
     job = ScoringJob(
         scoring=scoring,
         dataset=str(here / "dataset"),
-        scores=str(here / "begun"),
+        scores=str(here / "prepared"),
         cache=str(here / "cache"),
         identity=identify(encoder, dataset, scoring),
         device="cpu",
@@ -163,18 +163,18 @@ def begin(folder: Path, case: Case) -> None:
     store_settings(store, job, job.settings(case.batch, 1))
     digest = job.identity.digest
     ensure_bank(store, encoder, dataset, templates=[TEMPLATE], scorer_digest=digest, stop=Event())
-    (here / "begun.json").write_text(json.dumps(asdict(job.identity)) + "\n")
+    (here / "prepared.json").write_text(json.dumps(asdict(job.identity)) + "\n")
 
 
 @contextmanager
-def begun(folder: Path, case: Case) -> Iterator[ScoringJob]:
-    """A job with a fresh copy of the begun score root, gone afterwards."""
+def prepared(folder: Path, case: Case) -> Iterator[ScoringJob]:
+    """A job with a fresh copy of the prepared score root, gone afterwards."""
     here = folder / case.name
-    known = json.loads((here / "begun.json").read_text())
+    known = json.loads((here / "prepared.json").read_text())
     fresh = Path(mkdtemp(prefix="scores-", dir=folder))
     try:
-        shutil.copytree(here / "begun", fresh / "scores")
-        settings = json.loads(next((here / "begun").glob("settings-*.json")).read_text())
+        shutil.copytree(here / "prepared", fresh / "scores")
+        settings = json.loads(next((here / "prepared").glob("settings-*.json")).read_text())
         yield ScoringJob(
             scoring=section(folder, case),
             dataset=str(here / "dataset"),

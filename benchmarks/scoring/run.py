@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common.harness import pin
-from benchmarks.scoring.data import CASES, TEMPLATE, Case, begun, load, weights_path
+from benchmarks.scoring.data import CASES, TEMPLATE, Case, load, prepared, weights_path
 from benchmarks.scoring.workers import PinnedActor, Places, choose_cores, settings_of
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.images import decode_rgb
@@ -48,7 +48,7 @@ def on_actors(folder: Path, case: Case, number: int) -> Found:
     pin(others)
     ray_cluster.ScoringActor = PinnedActor  # type: ignore[misc]
     os.environ.pop("RAY_ADDRESS", None)
-    with begun(folder, case) as job, ray_session(actors=number, cpus_per_actor=1):
+    with prepared(folder, case) as job, ray_session(actors=number, cpus_per_actor=1):
         (Path(job.scores).parent / "cores.json").write_text(json.dumps(cores))
         pool = ActorPool(job, size=number, stop=Event())
         settings = settings_of(job)
@@ -64,7 +64,7 @@ def in_processes(folder: Path, case: Case, number: int) -> Found:
     """Score half of the shards per process, without Ray."""
     cores, _ = choose_cores(number)
     with (
-        begun(folder, case) as job,
+        prepared(folder, case) as job,
         ProcessPoolExecutor(number, mp_context=multiprocessing.get_context("spawn")) as pool,
     ):
         places = Places(Path(job.scores).parent, cores)

@@ -62,7 +62,7 @@ def choose_cores(number: int) -> tuple[tuple[int, ...], list[int]]:
 
 
 def settings_of(job: ScoringJob) -> ScoreSettings:
-    """The settings stored in the begun score root."""
+    """The settings stored in the prepared score root."""
     settings = stored_settings(open_store(job.scores), job)
     assert settings is not None
     return settings

@@ -138,7 +138,7 @@ def test_killed_in_the_middle_and_repeated_the_table_is_the_same(
     finally:
         to_all(groups, signal.SIGKILL)
     time.sleep(1)
-    assert "begun" in finish([*again, "--plan"])
+    assert "started" in finish([*again, "--plan"])
     assert "3 of 3 runs done" in finish(again)
     assert predictions(killed) == predictions(calm)
     tables = [

@@ -26,7 +26,7 @@ def test_finished_commands_are_not_repeated(tmp_path: Path) -> None:
     write(prior / "evaluation/train-model/result.json", {})
     write(job.root / "train.result.json", {"code": 65})
     (job.root / "log.txt").touch()
-    assert state_of(job) == "begun" and names(job) == ["train", "evaluate"]
+    assert state_of(job) == "started" and names(job) == ["train", "evaluate"]
     write(job.root / "train.result.json", {"code": 0})
     assert names(job) == ["evaluate"]
     write(job.root / "failed.json", {})

@@ -49,7 +49,7 @@ def test_a_failure_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
     command, *lines = record["lines"]
     assert record["code"] == 65
     assert command.startswith("$ ") and lines == ["why"]  # without the launcher's own lines
-    assert state_of(jobs[0]) == "failed" and state_of(jobs[2]) == "begun"
+    assert state_of(jobs[0]) == "failed" and state_of(jobs[2]) == "started"
     assert "fine" in (tmp_path / "good" / "log.txt").read_text()
     run(tmp_path, [job(tmp_path, "bad", "pass")])  # a repeat forgets the failure
     assert not (tmp_path / "bad" / "failed.json").exists()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlal_dist.config.sections import LossConfig
-from vlal_dist.method.baselines import psl_ignored
+from vlal_dist.method.ignore_set import psl_ignored
 from vlal_dist.method.selective_loss import assign_terms, selective_loss
 
 

@@ -90,12 +90,12 @@ class Command:
 
 
 def state_of(job: Job) -> str:
-    """`done`, `failed`, `begun` or `to do`, by the files in the run's folder."""
+    """`done`, `failed`, `started` or `to do`, by the files in the run's folder."""
     if is_done(job):
         return "done"
     if (job.root / FAILED).is_file():
         return "failed"
-    return "begun" if (job.root / LOG).is_file() else "to do"
+    return "started" if (job.root / LOG).is_file() else "to do"
 
 
 def is_done(job: Job) -> bool:

@@ -218,12 +218,12 @@ def _ends(value: Estimate, style: str) -> str:
 
 
 def _state(row: SummaryRow, seeds: Sequence[int]) -> str:
-    """Done, failed, begun (some seeds) or to do."""
+    """Done, failed, started (some seeds) or to do."""
     if row.failed:
         return "failed"
     if len(row.seeds) == len(seeds):
         return "done"
-    return "begun" if row.seeds else "to do"
+    return "started" if row.seeds else "to do"
 
 
 def _notes(table: Table) -> list[str]:

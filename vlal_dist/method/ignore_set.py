@@ -4,7 +4,7 @@ Fig. 3 draws NUM_IGNORE attributes one after another with probabilities G. That 
 exponential clocks: attribute a finishes at E_a / g_a, and the first k to finish are the sample.
 With inverse weights max(g) / g_a the race needs no normalisation and no division.
 
-Shapes: B batch, A attributes. Nothing here touches a generator's state.
+Shapes: B batch, N rows of the global batch, A attributes. No generator's state is touched.
 """
 
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.method.philox import philox4x32, unit_exponential
 
@@ -120,3 +121,33 @@ def _smallest(key: Tensor, candidate: Tensor, count: int) -> Tensor:
     smallest = code.topk(min(count, num_attributes), dim=1, largest=False).values
     drawn = (smallest >> 32) != _NOT_DRAWN
     return torch.zeros_like(candidate).scatter_(1, smallest & _WORD, drawn)
+
+
+def psl_ignored(
+    *, probability: Tensor, unannotated: Tensor, prior: Tensor, loss: LossConfig
+) -> Tensor:
+    """Pairs that partially selective learning (PSL) ignores.
+
+    The other baselines of Table 1 ignore all unannotated pairs or none. PSL ignores
+    unannotated pairs of attributes with a prior above `psl_threshold`, and the `psl_topk` * N
+    unannotated pairs of highest probability over the whole batch; pairs that the prior already
+    ignores use places of that quota. Probabilities at or below the margin tie, as in the
+    authors' code, and ties go to the earlier row, then the lower attribute: rows gathered in
+    global order give the same choice for any sharding.
+
+    Args:
+        probability: floating [N, A], of all rows of the global batch (no gradient).
+        unannotated: bool [N, A].
+        prior: floating [A], mean probability of each attribute over training.
+        loss: its `psl_threshold`, `psl_topk` and `margin` are used.
+
+    Returns:
+        bool [N, A].
+    """
+    by_prior = unannotated & (prior > loss.psl_threshold)
+    clipped = probability.detach().clamp(min=loss.margin)
+    ranked = clipped.masked_fill(~unannotated, -1.0).flatten()
+    order = ranked.sort(descending=True, stable=True).indices[: loss.psl_topk * len(probability)]
+    chosen = torch.zeros_like(unannotated).flatten()
+    chosen[order] = True
+    return by_prior | (chosen.view_as(unannotated) & unannotated)

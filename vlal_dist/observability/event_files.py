@@ -37,8 +37,8 @@ class EventFiles(Tracker):
         self._path, self._bytes = folder / name, 0
         version = Event(wall_time=time.time(), file_version="brain.Event:2")
         # TensorBoard discards at the second START of a folder, so the first one must exist too.
-        begun = SessionLog(status=SessionLog.START)
-        self._append(version, Event(wall_time=time.time(), step=step + 1, session_log=begun))
+        start = SessionLog(status=SessionLog.START)
+        self._append(version, Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def log(self, record: Record) -> None:
         """Append a record.

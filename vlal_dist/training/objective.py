@@ -17,9 +17,8 @@ from vlal_dist.data.loading.batch import Batch
 from vlal_dist.errors import DataError
 from vlal_dist.kernels.arguments import FeasibleTable
 from vlal_dist.kernels.reference import dense_rows, feasible_rows
-from vlal_dist.method.baselines import psl_ignored
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.method.ignore_set import top_ignore_set
+from vlal_dist.method.ignore_set import psl_ignored, top_ignore_set
 from vlal_dist.training.ranks import Ranks
 
 
