@@ -1,3 +1,34 @@
-"""Vision-language assisted attribute learning at any scale."""
+"""Vision-language assisted attribute learning on partially labelled data, at any scale.
 
-__version__ = "0.1.0"
+    import vlal_dist as vlal
+
+The public names below are imported on first use, so that importing the package itself is quick and
+needs no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlal_dist.method.feasible import FeasibleSets as FeasibleSets
+
+__version__ = "0.2.0"
+
+_NAMES = {
+    "FeasibleSets": "vlal_dist.method.feasible",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["FeasibleSets", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_NAMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
