@@ -22,6 +22,8 @@ PROGRAMS = (
     "export",
     "experiments",
     "supervise",
+    "run",
+    "__main__",
 )
 
 TORCH_FREE = ("vlal_dist.data.hashing", "vlal_dist.data.format", "vlal_dist.data.order")
@@ -30,6 +32,9 @@ NUMPY_METHOD = {"vlal_dist.method.feasible", "vlal_dist.method.likelihood"}
 
 _BASE = {"errors", "config", "vocabulary", "storage"}
 ALLOWED: dict[str, set[str]] = {
+    "vlal_dist": {"losses", "datasets", "method", "release"},
+    "losses": {"errors", "config", "method", "kernels"},
+    "datasets": _BASE | {"method", "data"},
     "errors": set(),
     "vocabulary": {"errors"},
     "processes": set(),
