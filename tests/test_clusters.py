@@ -3,6 +3,8 @@
 import copy
 import re
 import shlex
+import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,4 +220,23 @@ def test_rayjob_cluster() -> None:
 def test_the_image_holds_what_the_job_names() -> None:
     text = (CLUSTERS / "kuberay" / "Dockerfile").read_text()
     assert f"COPY . {IN_IMAGE}\n" in text
-    assert f"-c {IN_IMAGE}/constraints.txt {IN_IMAGE}\n" in text
+    assert f"-c {IN_IMAGE}/constraints.txt '{IN_IMAGE}[score,s3]'\n" in text
+
+
+def test_what_is_installed_can_score_on_s3(tmp_path: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {"score", "s3"} <= set(extras)
+    (install,) = [line for line in read(AUTOSCALER)["setup_commands"] if "pip install" in line]
+    # What the shell makes of it: the one wheel of the mounted folder, with both extras.
+    folder = tmp_path / "vlal-dist" / "wheel"
+    folder.mkdir(parents=True)
+    (folder / "vlal_dist-1.0-py3-none-any.whl").touch()
+    command = install.replace("~/venv/bin/python", "printf '%s\\n'")
+    shown = subprocess.run(
+        ["bash", "-c", command], env={"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert shown.stdout.splitlines()[-1] == f"{folder}/vlal_dist-1.0-py3-none-any.whl[score,s3]"
+    prose = " ".join((CLUSTERS / "README.md").read_text().split())
+    assert "pip install 'vlal-dist[score,s3]'" in prose

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlal_dist.method.feasible import FeasibleSets as FeasibleSets
+    from vlal_dist.release.model import load_model as load_model
 
 __version__ = "0.2.0"
 
 _NAMES = {
     "FeasibleSets": "vlal_dist.method.feasible",
+    "load_model": "vlal_dist.release.model",
 }
 """Public name -> the module that defines it."""
 
-__all__ = ["FeasibleSets", "__version__"]
+__all__ = ["FeasibleSets", "__version__", "load_model"]
 
 
 def __getattr__(name: str) -> Any:

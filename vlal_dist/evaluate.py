@@ -28,7 +28,7 @@ from vlal_dist.method.metrics import evaluate_scores
 from vlal_dist.method.model import AttributeClassifier
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
-from vlal_dist.release.saved_model import SavedModelInfo, load_model
+from vlal_dist.release.saved_model import SavedModelInfo, load_saved_model
 from vlal_dist.storage.store import open_store
 
 PURPOSE = """
@@ -51,7 +51,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         scores = open_store(config.paths.scores)
         predictions = predict_clip(dataset, settings.split, scores=scores)
     else:
-        model, info = load_model(store, "best", vocabulary=dataset.vocabulary)
+        model, info = load_saved_model(store, "best", vocabulary=dataset.vocabulary)
         predictions = _predict_split(model, info, dataset, config)
     if settings.truth is not None:
         dense = read_dense_labels(settings.truth, dataset, settings.split)

@@ -15,7 +15,7 @@ from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.model import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
 from vlal_dist.release.model_card import model_card
 from vlal_dist.release.onnx_export import export_onnx, require_onnx
-from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_model
+from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_saved_model
 from vlal_dist.release.thresholds import Thresholds, encode_thresholds, learn_thresholds
 from vlal_dist.storage.store import Store, open_store
 
@@ -34,7 +34,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         require_onnx()
     dataset = open_dataset(config.paths.dataset, cache=Path(config.paths.cache))
     run = open_store(config.paths.run)
-    network, model = load_model(run, "best", vocabulary=dataset.vocabulary)
+    network, model = load_saved_model(run, "best", vocabulary=dataset.vocabulary)
     files, remarks, difference = {WEIGHTS: encode_weights(network)}, {}, None
 
     split = config.data.validation_split

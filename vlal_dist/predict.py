@@ -11,7 +11,7 @@ from vlal_dist.config.sections import Config
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
-from vlal_dist.release.model import load_exported
+from vlal_dist.release.model import load_model
 from vlal_dist.release.predict import predict_requests
 from vlal_dist.release.prediction_files import open_output, open_rejects
 from vlal_dist.release.requests import Reject, open_requests
@@ -30,7 +30,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Open everything, predict, write; returns the closing counts."""
     settings = config.predict
     folder = settings.model or config.paths.export
-    model = load_exported(folder)
+    model = load_model(folder)
     if settings.thresholds and model.thresholds is None:
         raise ConfigError(
             f"predict.thresholds: {folder} holds none; run evaluate on the validation split and "

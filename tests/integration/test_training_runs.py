@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.fixtures.rank_processes import ROOT, environment, free_port
 from vlal_dist.config.sections import DataConfig, LossConfig, PathsConfig, ScoringConfig
 from vlal_dist.data.loading.shard_reader import ShardReader
-from vlal_dist.release.saved_model import load_model
+from vlal_dist.release.saved_model import load_saved_model
 from vlal_dist.storage.store import open_store
 from vlal_dist.training.data import open_data
 from vlal_dist.training.trainer import remove_run
@@ -106,7 +106,7 @@ def undisturbed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_writes_best_model_metrics_and_result(undisturbed: Path, small: Path) -> None:
     vocabulary = Vocabulary.from_json(json.loads((small / "merged/vocabulary.json").read_text()))
-    _, info = load_model(open_store(str(undisturbed)), "best", vocabulary=vocabulary)
+    _, info = load_saved_model(open_store(str(undisturbed)), "best", vocabulary=vocabulary)
     written = lines(undisturbed)
     found = [line for line in written if line["kind"] == "validation"]
     assert [line["step"] for line in found] == [4, 8]

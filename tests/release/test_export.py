@@ -14,7 +14,7 @@ from tests.release.conftest import Trained
 from tests.release.test_saved_model import INFO, tiny_model
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.release import onnx_export
-from vlal_dist.release.model import load_exported
+from vlal_dist.release.model import load_model
 from vlal_dist.release.saved_model import encode_weights, write_model
 from vlal_dist.release.thresholds import Thresholds, learn_thresholds
 from vlal_dist.storage.store import open_store
@@ -28,7 +28,7 @@ def test_the_folder_holds_the_runs_model_and_its_thresholds(trained: Trained) ->
     assert sorted(path.name for path in trained.export.iterdir()) == files
     weights = (trained.run / "best/model.safetensors").read_bytes()
     assert (trained.export / "model.safetensors").read_bytes() == weights
-    model = load_exported(trained.export)
+    model = load_model(trained.export)
     assert model.info.vocabulary == VOCABULARY and model.info.model == INFO
     key = "evaluation/test-model/predictions.safetensors"
     found = load_predictions(open_store(str(trained.run)), key)
@@ -42,7 +42,7 @@ def test_the_card_has_results_and_its_three_lines_work(trained: Trained) -> None
     result = json.loads((trained.run / "evaluation/test-model/result.json").read_text())
     assert f"| overall | 8 of 8 | {100 * result['groups'][0]['mAP']:.2f} |" in card
     assert "own, " in card and "Loss `selective`, profile `paper`, seed 99" in card
-    start = card.index("    from vlal_dist.release")
+    start = card.index("    import vlal_dist as vlal")
     lines = [line.strip() for line in card[start:].splitlines()[:3]]
     assert len(lines) == 3 and lines[2].startswith("model('photo.jpg', 'ball'")
     assert lines[0] in (ROOT / "README.md").read_text()
@@ -61,7 +61,7 @@ def test_what_was_not_evaluated_is_left_out_with_the_reason(
     assert run(EXPORT, trained.config, *flags, "--data.validation_split", "val") == 0
     remedy = "run python -m vlal_dist.evaluate --evaluation.split val, and export again"
     assert f"not evaluated on val; {remedy}" in capsys.readouterr().out
-    assert load_exported(tmp_path / "export").thresholds is None
+    assert load_model(tmp_path / "export").thresholds is None
     card = (tmp_path / "export/README.md").read_text()
     assert remedy in card and "| overall |" in card
 
@@ -70,11 +70,11 @@ def test_what_was_not_evaluated_is_left_out_with_the_reason(
     for path in (trained.run / "evaluation/test-model").iterdir():
         store.replace(f"evaluation/test-model/{path.name}", path.read_bytes())
     assert run(EXPORT, trained.config, *flags, "--paths.run", store.url) == 0
-    assert load_exported(tmp_path / "export").thresholds is not None
+    assert load_model(tmp_path / "export").thresholds is not None
     values = json.loads(store.read("best/model.json"))
     store.replace("best/model.json", json.dumps({**values, "step": 999}).encode())
     assert run(EXPORT, trained.config, *flags, "--paths.run", store.url) == 0
-    assert load_exported(tmp_path / "export").thresholds is None
+    assert load_model(tmp_path / "export").thresholds is None
     card = (tmp_path / "export/README.md").read_text()
     assert card.count("is of another model or dataset") == 2 and "| overall |" not in card
 
@@ -100,4 +100,4 @@ def test_to_a_bucket_with_onnx_and_back(trained: Trained, moto_s3: S3Server) -> 
     assert config["onnx"]["largest_difference"] < 1e-5 and "model.onnx" in config["files"]
     assert "`model.onnx`" in store.read("README.md").decode()
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 255, (3, 70, 70), np.uint8))
-    assert load_exported(url)(image, "box") == load_exported(trained.export)(image, "box")
+    assert load_model(url)(image, "box") == load_model(trained.export)(image, "box")

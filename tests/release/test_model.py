@@ -24,7 +24,7 @@ from vlal_dist.release.model import (
     THRESHOLDS,
     WEIGHTS,
     ExportInfo,
-    load_exported,
+    load_model,
     write_export,
 )
 from vlal_dist.release.saved_model import encode_weights
@@ -52,7 +52,7 @@ def photo() -> Image.Image:
 
 
 def test_it_answers_like_the_network_for_every_kind_of_image(store: Store, tmp_path: Path) -> None:
-    model = load_exported(store.url)
+    model = load_model(store.url)
     assert model.info == EXPORT and model.thresholds == LEARNED
     image = photo()
     image.save(tmp_path / "photo.png")
@@ -73,7 +73,7 @@ def test_it_answers_like_the_network_for_every_kind_of_image(store: Store, tmp_p
 
 
 def test_a_box_is_a_part_of_the_upright_photo(store: Store) -> None:
-    model = load_exported(store.url)
+    model = load_model(store.url)
     part = model(photo().crop((10, 20, 70, 80)), "ball")
     assert model(photo(), "ball", box=(10, 20, 60, 60)) == part
     sink = io.BytesIO()
@@ -84,9 +84,7 @@ def test_a_box_is_a_part_of_the_upright_photo(store: Store) -> None:
 
 
 def test_ties_go_to_the_lower_id(store: Store) -> None:
-    (found,) = load_exported(store.url).top(
-        torch.tensor([[0.5, 0.75, 0.5, *[0.25] * (A - 3)]]), k=4
-    )
+    (found,) = load_model(store.url).top(torch.tensor([[0.5, 0.75, 0.5, *[0.25] * (A - 3)]]), k=4)
     names = VOCABULARY.attributes
     assert [one.name for one in found] == [names[1], names[0], names[2], names[3]]
     assert [(one.probability, one.present) for one in found] == [
@@ -95,7 +93,7 @@ def test_ties_go_to_the_lower_id(store: Store) -> None:
 
 
 def test_bad_arguments_are_refused_with_the_reason(store: Store, tmp_path: Path) -> None:
-    model = load_exported(store.url)
+    model = load_model(store.url)
     with pytest.raises(DataError, match=r"unknown object: 'bal'; .* 'ball'"):
         model(photo(), "bal")
     with pytest.raises(DataError, match="needs the object's name"):
@@ -115,7 +113,7 @@ def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:
     network = build_model(layers, num_objects=3, num_attributes=A)
     info = replace(EXPORT, model=replace(INFO, layers=layers))
     write_export(store, info, {WEIGHTS: encode_weights(network)}, card="", remarks={})
-    model = load_exported(store.url)
+    model = load_model(store.url)
     answer = model(photo())
     assert answer == model(photo(), "anything") and answer[0].present is None
 
@@ -132,13 +130,13 @@ def test_an_interrupted_export_does_not_load(store: Store) -> None:
     with pytest.raises(Cut):
         write_export(interrupted, EXPORT, {WEIGHTS: b"new"}, card="", remarks={})
     with pytest.raises(NotFoundError, match="was interrupted"):
-        load_exported(store.url)
+        load_model(store.url)
 
 
 def test_a_repeated_export_leaves_nothing_of_the_earlier_one(store: Store) -> None:
     write_export(store, EXPORT, {WEIGHTS: encode_weights(tiny_model())}, card="", remarks={})
     assert store.list_keys() == ["README.md", CONFIG, WEIGHTS]
-    assert load_exported(store.url).thresholds is None
+    assert load_model(store.url).thresholds is None
 
 
 def test_altered_files_are_refused(store: Store) -> None:
@@ -148,19 +146,19 @@ def test_altered_files_are_refused(store: Store) -> None:
         data = store.read(name)
         store.replace(name, data[:-1] + b"?")
         with pytest.raises(DataError, match=f"{name} has sha256"):
-            load_exported(store.url)
+            load_model(store.url)
         store.replace(name, data)
     for change in ({"format": 2}, {"model": {}}, {"vocabulary": {}}, {"box_expansion": "wide"}):
         store.replace(CONFIG, json.dumps({**values, **change}).encode())
         with pytest.raises(DataError, match="config"):
-            load_exported(store.url)
+            load_model(store.url)
     values["model"]["depth"] = 34
     store.replace(CONFIG, json.dumps(values).encode())
     with pytest.raises(DataError, match="does not fit"):
-        load_exported(store.url)
+        load_model(store.url)
     store.replace(CONFIG, text[:50])
     with pytest.raises(DataError, match="damaged"):
-        load_exported(store.url)
+        load_model(store.url)
 
 
 class Malicious:
@@ -180,5 +178,5 @@ def test_a_pickle_is_never_run(store: Store, tmp_path: Path) -> None:
     values["files"][WEIGHTS] = hashlib.sha256(data).hexdigest()
     store.replace(CONFIG, json.dumps(values).encode())
     with pytest.raises(DataError, match="does not fit"):
-        load_exported(store.url)
+        load_model(store.url)
     assert not (tmp_path / "executed").exists()

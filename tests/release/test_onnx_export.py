@@ -63,5 +63,5 @@ def test_without_the_extra_the_error_names_the_remedy(monkeypatch: pytest.Monkey
         return None if name == "onnxscript" else real(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
-    with pytest.raises(ConfigError, match=r"needs onnxscript, .* pip install '\.\[onnx\]'"):
+    with pytest.raises(ConfigError, match=r"needs onnxscript, .* pip install 'vlal-dist\[onnx\]'"):
         require_onnx()

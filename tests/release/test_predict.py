@@ -23,7 +23,7 @@ from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.program import run_program
-from vlal_dist.release.model import load_exported
+from vlal_dist.release.model import load_model
 from vlal_dist.storage.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +103,7 @@ def test_every_kind_of_table_and_file_says_the_same(
     assert found[0] == found[1] == found[2] == found[3]
     first = found[0][1]
     assert first["box"] == [8.0, 9.5, 70.0, 60.0] and first["row"] == 1
-    model = load_exported(trained.export)
+    model = load_model(trained.export)
     for row in found[0]:
         box = None if row["box"] is None else tuple(row["box"])
         answer = model(row["image"], row["object"], box=box, top_k=3)

@@ -10,7 +10,12 @@ from tests.fixtures.tiny_dataset import VOCABULARY
 from vlal_dist.config.sections import ModelConfig
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.method.model import AttributeClassifier, build_model
-from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_model, write_model
+from vlal_dist.release.saved_model import (
+    SavedModelInfo,
+    encode_weights,
+    load_saved_model,
+    write_model,
+)
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -50,7 +55,7 @@ def test_round_trip_and_replacement(store: Store) -> None:
     model = tiny_model(2)
     model(torch.rand(2, 3, 64, 64), torch.tensor([0, 1]))  # moves the BatchNorm buffers
     write_model(store, "best", encode_weights(model), INFO)
-    loaded, info = load_model(store, "best", vocabulary=VOCABULARY)
+    loaded, info = load_saved_model(store, "best", vocabulary=VOCABULARY)
     assert info == INFO
     assert not loaded.training
     for name, tensor in model.state_dict().items():
@@ -63,7 +68,7 @@ def test_another_vocabulary_is_refused_with_both_digests(store: Store) -> None:
     other = Vocabulary(("ball",), VOCABULARY.attributes, VOCABULARY.attribute_type,
                        VOCABULARY.prevalence)  # fmt: skip
     with pytest.raises(DataError, match=f"{VOCABULARY.digest}.*{other.digest}"):
-        load_model(store, "best", vocabulary=other)
+        load_saved_model(store, "best", vocabulary=other)
 
 
 def test_an_interrupted_save_is_noticed(store: Store) -> None:
@@ -72,21 +77,21 @@ def test_an_interrupted_save_is_noticed(store: Store) -> None:
     write_model(store, "best", encode_weights(tiny_model(2)), INFO)
     store.replace("best/model.json", first)
     with pytest.raises(DataError, match="was interrupted"):
-        load_model(store, "best", vocabulary=VOCABULARY)
+        load_saved_model(store, "best", vocabulary=VOCABULARY)
 
 
 def test_absent_damaged_or_newer_description(store: Store) -> None:
     with pytest.raises(NotFoundError):
-        load_model(store, "best", vocabulary=VOCABULARY)
+        load_saved_model(store, "best", vocabulary=VOCABULARY)
     write_model(store, "best", encode_weights(tiny_model()), INFO)
     values = json.loads(store.read("best/model.json"))
     store.replace("best/model.json", json.dumps({**values, "format": 2}).encode())
     with pytest.raises(DataError, match="format 2"):
-        load_model(store, "best", vocabulary=VOCABULARY)
+        load_saved_model(store, "best", vocabulary=VOCABULARY)
     store.replace("best/model.json", json.dumps({**values, "depth": 34}).encode())
     with pytest.raises(DataError, match="does not fit a ResNet-34"):
-        load_model(store, "best", vocabulary=VOCABULARY)
+        load_saved_model(store, "best", vocabulary=VOCABULARY)
     del values["depth"]
     store.replace("best/model.json", json.dumps(values).encode())
     with pytest.raises(DataError, match="damaged"):
-        load_model(store, "best", vocabulary=VOCABULARY)
+        load_saved_model(store, "best", vocabulary=VOCABULARY)

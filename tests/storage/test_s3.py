@@ -15,7 +15,8 @@ from tests.storage.conftest import DATA, MIB, name_of
 from vlal_dist.errors import ConflictError, DataError, StorageError
 from vlal_dist.storage import s3, s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import TRIES, S3Counts, process_counts
+from vlal_dist.storage.s3_client import TRIES
+from vlal_dist.storage.s3_counts import S3Counts, process_counts
 
 
 class TestRetries:

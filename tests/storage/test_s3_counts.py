@@ -10,7 +10,7 @@ from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.storage.conftest import DATA, MIB
 from vlal_dist.observability.metric_definitions import S3_REASONS
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import REASONS, S3Counts, S3Tally, process_counts
+from vlal_dist.storage.s3_counts import REASONS, S3Counts, S3Tally, process_counts
 
 LATE_S = 3.0
 """Beyond the read timeout of the tests' store, 1 s."""

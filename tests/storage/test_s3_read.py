@@ -29,7 +29,8 @@ from vlal_dist.errors import (
 )
 from vlal_dist.storage import s3_client
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.s3_client import TRIES, S3Counts
+from vlal_dist.storage.s3_client import TRIES
+from vlal_dist.storage.s3_counts import S3Counts
 from vlal_dist.storage.store import fetch
 
 

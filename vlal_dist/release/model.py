@@ -4,8 +4,8 @@
 committed last with the sha256 of the files above, so that an interrupted export is never loaded.
 No pickle. Three lines use it:
 
-    from vlal_dist.release.model import load_exported
-    model = load_exported("runs/vaw/export")
+    import vlal_dist as vlal
+    model = vlal.load_model("runs/vaw/export")
     model("photo.jpg", "dog", top_k=5)
 """
 
@@ -199,15 +199,28 @@ def write_export(
     store.replace(CONFIG, (json.dumps(values, indent=1) + "\n").encode())
 
 
-def load_exported(folder: str | Path) -> ExportedModel:
-    """Read an exported model, on the CPU and in eval mode.
+def load_model(folder: str | Path) -> ExportedModel:
+    """Read an exported model, on the CPU and in eval mode (f_a(x, o) of Sec. 2.1).
 
     Args:
-        folder: written by `python -m vlal_dist.export`; a path or `s3://bucket/prefix`.
+        folder: written by `vlal export`; a path or `s3://bucket/prefix`.
+
+    Returns:
+        Names in, names and probabilities out; `.network` is the torch module, to be moved to a GPU
+        by `.network.cuda()`.
 
     Raises:
         NotFoundError: no export lies there.
         DataError: damaged or altered files, or a format of another version.
+
+    Example:
+        >>> import vlal_dist as vlal
+        >>> model = vlal.load_model("runs/vaw/export")
+        >>> found = model("photo.jpg", "ball", top_k=3)  # likeliest first
+        >>> len(found), found[0].name in model.info.vocabulary.attributes
+        (3, True)
+        >>> 0.0 <= found[2].probability <= found[0].probability <= 1.0
+        True
     """
     store = open_store(str(folder))
     info, digests = _read_config(store)

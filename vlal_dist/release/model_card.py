@@ -48,12 +48,12 @@ A {model.layers.backbone}, \
 
 ## Use
 
-    from vlal_dist.release.model import load_exported
-    model = load_exported('FOLDER')    # where this file lies, also s3://
+    import vlal_dist as vlal
+    model = vlal.load_model('FOLDER')    # where this file lies, also s3://
     model('photo.jpg'{f", {_plain(vocabulary.objects[0])!r}" if gated else ""}, top_k=5)
 
 An image of Pillow, a path, or a uint8 tensor [3, H, W]; `box=(x, y, w, h)` where the object is a \
-part of the photo. For many: `python -m vlal_dist.predict --predict.model FOLDER --predict.images \
+part of the photo. For many: `vlal predict --predict.model FOLDER --predict.images \
 PHOTOS{" --predict.object NAME" if gated else ""}`.
 
 Input: the crop of the object's box, margin {info.box_expansion:g} of its shorter side, squashed \

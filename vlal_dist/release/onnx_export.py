@@ -51,7 +51,7 @@ def require_onnx() -> None:
     if absent:
         raise ConfigError(
             f"export.onnx needs {', '.join(absent)}, which is not installed; run "
-            "pip install '.[onnx]', or leave export.onnx false"
+            "pip install 'vlal-dist[onnx]', or leave export.onnx false"
         )
 
 

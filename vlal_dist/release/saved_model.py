@@ -95,7 +95,7 @@ def write_model(store: Store, prefix: str, weights: bytes, info: SavedModelInfo)
     store.replace(f"{prefix}/model.json", (json.dumps(text, indent=2) + "\n").encode())
 
 
-def load_model(
+def load_saved_model(
     store: Store, prefix: str, *, vocabulary: Vocabulary
 ) -> tuple[AttributeClassifier, SavedModelInfo]:
     """Read a saved model, on the CPU and in eval mode.

@@ -22,7 +22,8 @@ from vlal_dist.storage.checks import (
     digests_of,
     translated_errors,
 )
-from vlal_dist.storage.s3_client import TRIES, S3Client, S3Counts
+from vlal_dist.storage.s3_client import TRIES, S3Client
+from vlal_dist.storage.s3_counts import S3Counts
 from vlal_dist.storage.s3_read import read_object
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import DataError, ReplacedError, StorageError, TruncatedError
 from vlal_dist.storage.checks import short_read
-from vlal_dist.storage.s3_client import OutageError, Reason, S3Client
+from vlal_dist.storage.s3_client import OutageError, S3Client
+from vlal_dist.storage.s3_counts import Reason
 
 logger = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ from vlal_dist.observability.metrics_log import METRICS, MetricsLog, lines_until
 from vlal_dist.observability.prometheus_files import Target
 from vlal_dist.observability.tracker_process import ProcessTracker
 from vlal_dist.observability.trackers import Tracker, Trackers
-from vlal_dist.storage.s3_client import REASONS, process_counts
+from vlal_dist.storage.s3_counts import REASONS, process_counts
 from vlal_dist.storage.store import Store
 from vlal_dist.training.checkpoint import TrainState
 from vlal_dist.training.ranks import Ranks
