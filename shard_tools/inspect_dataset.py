@@ -1,4 +1,4 @@
-"""`python -m shard_tools inspect`: print what a dataset holds, or the order of training.
+"""`vlal inspect`: print what a dataset holds, or the order of training.
 
 The order comes from the functions and settings that training uses. Manifests, indexes and labels
 are read, no image.
@@ -204,7 +204,7 @@ def _split_lines(dataset: Dataset, name: str) -> list[str]:
 
 PROGRAM = Program(
     name="inspect",
-    usage="python -m shard_tools inspect",
+    usage="vlal inspect",
     purpose="Print what a dataset holds: vocabulary, groups, feasible sets, label density, sizes. "
     "Reads paths.merged if it is finished, else paths.dataset; opens no image. With --order: print "
     "the samples of a run's steps, one per line, from the settings that training reads. "

@@ -1,4 +1,4 @@
-"""`python -m shard_tools merge`: tars and score files to self-contained tars with likelihoods.
+"""`vlal merge`: tars and score files to self-contained tars with likelihoods.
 
 Every sample of a scored split gains `KEY.likelihood.npy`: the log of Eq. (2), float32, over its
 object's feasible attributes in ascending id. Other splits are copied byte for byte. The unit of
@@ -174,7 +174,7 @@ def _copy_shard(dataset: Dataset, split: Split, task: MergeTask) -> ShardReport:
 
 PROGRAM = Program(
     name="merge",
-    usage="python -m shard_tools merge",
+    usage="vlal merge",
     purpose="Write self-contained tars that also hold each crop's log-likelihood (Eq. 2). Reads "
     "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
     "interruption: finished shards are kept.",

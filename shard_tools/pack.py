@@ -1,4 +1,4 @@
-"""`python -m shard_tools pack`: instances and photos to verified WebDataset shards.
+"""`vlal pack`: instances and photos to verified WebDataset shards.
 
 Photos are put in a seeded hash order, the instances of one photo adjacent, and cut into shards by
 an estimate of their bytes. Each shard is then one unit of work whose bytes depend on nothing but
@@ -361,7 +361,7 @@ def _check_rejected(manifest: Mapping[str, Any], max_rejected: float) -> int:
 
 PROGRAM = Program(
     name="pack",
-    usage="python -m shard_tools pack",
+    usage="vlal pack",
     purpose="Crop every instance out of its photo and pack the crops with their labels into "
     "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
     "command after an interruption: finished shards are kept.",

@@ -1,4 +1,4 @@
-"""`python -m shard_tools reshard`: the same samples, in the same order, in tars of another size.
+"""`vlal reshard`: the same samples, in the same order, in tars of another size.
 
 A sample's tar bytes are copied verbatim after their crc32 check, so uids, keys, labels, likelihoods
 and the offsets of members within a sample stay; which sample goes where follows from the source's
@@ -211,7 +211,7 @@ def _add(builder: TarBuilder, index: Index, row: int, data: bytes) -> None:
 
 PROGRAM = Program(
     name="reshard",
-    usage="python -m shard_tools reshard",
+    usage="vlal reshard",
     purpose="""Write the same samples, in the same order, in shards and blocks of other sizes
 (pack.shard_bytes, pack.block_bytes). Reads paths.merged if it is finished, else paths.dataset;
 writes paths.resharded. Repeat the command after an interruption: finished shards are kept.

@@ -1,4 +1,4 @@
-"""`python -m shard_tools verify`: check every byte of a dataset against its manifest.
+"""`vlal verify`: check every byte of a dataset against its manifest.
 
 tarfile and webdataset end quietly on a damaged header, so everything is checked: digests and sizes
 of all files, the place of every member, every crc32, crop, label and likelihood, and the uids.
@@ -113,7 +113,7 @@ def _check_sample(dataset: Dataset, split: Split, sample: Sample, row: Mapping[s
 
 PROGRAM = Program(
     name="verify",
-    usage="python -m shard_tools verify",
+    usage="vlal verify",
     purpose="Check a dataset end to end: digests, sizes, every tar member, crc32, crop, label and "
     "likelihood. Reads paths.merged if it is finished, else paths.dataset; writes nothing but its "
     "result beside the run.",

@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.evaluate`: one split, one predictor, one row of Table 1 (Sec. 3.1)."""
+"""`vlal evaluate`: one split, one predictor, one row of Table 1 (Sec. 3.1)."""
 
 import json
 import sys
@@ -108,7 +108,7 @@ def _predict_split(
 
 PROGRAM = Program(
     name="evaluate",
-    usage="python -m vlal_dist.evaluate",
+    usage="vlal evaluate",
     purpose=PURPOSE,
     sections=("paths", "evaluation", "data", "observability"),
     output=lambda config, flags: config.paths.run,

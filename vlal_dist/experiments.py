@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.experiments table1|table2|ablations`: the paper's claims with error bars.
+"""`vlal experiments table1|table2|ablations`: the paper's claims with error bars.
 
 Trains what is missing, each run as processes of its own, and writes the table after each run.
 """
@@ -28,7 +28,7 @@ from vlal_dist.experimenting.jobs import (
 from vlal_dist.experimenting.queue import run_queue, say
 from vlal_dist.experimenting.results import ResultReader, summarise
 from vlal_dist.experimenting.tables import Table, write_table
-from vlal_dist.program import Counts, Program, run_one_of
+from vlal_dist.program import Counts, Program, run_one_of, run_program
 from vlal_dist.storage.store import open_store
 
 TABLES = {
@@ -161,7 +161,7 @@ def _decisive(config: Config) -> dict[str, dict[str, object]]:
 PROGRAMS = {
     table: Program(
         name=table,
-        usage=f"python -m vlal_dist.experiments {table}",
+        usage=f"vlal experiments {table}",
         purpose=f"{purpose[0].upper()}{purpose[1:]}.\n{PURPOSE.rstrip()}",
         sections=SECTIONS,
         flags=("plan", "json"),
@@ -175,7 +175,11 @@ PROGRAMS = {
 def main(argv: Sequence[str]) -> int:
     """Run one table's program and return its exit code."""
     return run_one_of(
-        TABLES, PROGRAMS.__getitem__, argv, module="vlal_dist.experiments", kind="table"
+        TABLES,
+        lambda table, rest: run_program(PROGRAMS[table], rest),
+        argv,
+        command="vlal experiments",
+        kind="table",
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.export`: the run's best model as a folder that loads without the dataset."""
+"""`vlal export`: the run's best model as a folder that loads without the dataset."""
 
 import json
 import sys
@@ -96,7 +96,7 @@ def _result(
 
 PROGRAM = Program(
     name="export",
-    usage="python -m vlal_dist.export",
+    usage="vlal export",
     purpose=PURPOSE,
     sections=("paths", "export", "data", "evaluation", "observability"),
     # Not the export itself: it is handed on, and a configuration names folders of this machine.

@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.predict`: attributes of objects in any photos, by an exported model."""
+"""`vlal predict`: attributes of objects in any photos, by an exported model."""
 
 import sys
 from collections import Counter
@@ -22,7 +22,7 @@ wrote (predict.model; no dataset, no run) and photos: all of a folder, each as a
 named predict.object, or those of a table with a row per object (image, object, box). The model does
 not detect objects: you name the object, and a wrong name gives confident nonsense. Crops are made
 as for training. Rows that cannot be used are listed with their reason; 65 only if none could be. A
-repeated command replaces the file. Without a configuration file the defaults are used.
+repeated command replaces the file.
 """
 
 
@@ -70,12 +70,11 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
 
 PROGRAM = Program(
     name="predict",
-    usage="python -m vlal_dist.predict",
+    usage="vlal predict",
     purpose=PURPOSE,
     sections=("predict", "paths", "observability"),
     output=lambda config, flags: str(Path(config.predict.output).parent),
     work=work,
-    needs_config=False,
 )
 
 

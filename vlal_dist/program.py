@@ -6,6 +6,8 @@ outcome for Prometheus if `observability.textfiles` is set.
 """
 
 import contextlib
+import difflib
+import importlib
 import json
 import logging
 import os
@@ -16,7 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlal_dist.config.load import CommandLine, config_yaml, help_text, parse_command_line
+from vlal_dist.config.load import (
+    EXIT_CODES,
+    SHARED_FLAGS,
+    CommandLine,
+    config_yaml,
+    help_text,
+    parse_command_line,
+)
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
@@ -25,6 +34,29 @@ from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"
 """Environment variable: file in which a program leaves its exit code for `supervise`."""
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "clean": (
+        "shard_tools.clean.program",
+        "annotation files -> instances, vocabulary, feasible sets",
+    ),
+    "pack": ("shard_tools.pack", "instances and photos -> WebDataset shards, index, manifest"),
+    "score": ("vlal_dist.score_clip", "CLIP similarity of each crop to its feasible attributes"),
+    "merge": ("shard_tools.merge", "shards and score files -> shards that hold likelihoods"),
+    "train": ("vlal_dist.train", "train the classifier, on one rank or many; repeat to resume"),
+    "evaluate": ("vlal_dist.evaluate", "score a split: mAP, and figures of each attribute"),
+    "report": ("vlal_dist.report", "one HTML page about a run"),
+    "export": ("vlal_dist.export", "the best model as a folder that loads without the dataset"),
+    "predict": ("vlal_dist.predict", "attributes of objects in photos, by an exported model"),
+    "experiments": ("vlal_dist.experiments", "the paper's tables over several seeds"),
+    "verify": ("shard_tools.verify", "check every byte of a dataset against its manifest"),
+    "inspect": ("shard_tools.inspect_dataset", "show what a dataset root holds"),
+    "reshard": ("shard_tools.reshard", "the same samples in shards and blocks of other sizes"),
+    "supervise": ("vlal_dist.supervise", "run a command, and restart it when it fails"),
+    "demo": ("vlal_dist.demo.__main__", "the whole pipeline on rendered photos, in minutes"),
+    "run": ("vlal_dist.run", "all stages of a configuration, each unless it is up to date"),
+}
+"""Command -> its module, which has a `main(argv)` or a `PROGRAM`, and its purpose."""
 
 Counts = dict[str, object]
 Work = Callable[[Config, Mapping[str, str]], Counts]
@@ -44,7 +76,6 @@ class Program:
         output: the root it writes, where `result.json` and the config go.
         work: the work itself; returns the closing counts.
         flags: flags without a dot that it accepts.
-        needs_config: False: without a configuration file it runs on the defaults.
     """
 
     name: str
@@ -54,7 +85,6 @@ class Program:
     output: Callable[[Config, Mapping[str, str]], str]
     work: Work
     flags: tuple[str, ...] = ("json",)
-    needs_config: bool = True
 
 
 def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -> int:
@@ -76,37 +106,46 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
 
 def run_one_of(
     purposes: Mapping[str, str],
-    find: Callable[[str], Program],
+    run: Callable[[str, Sequence[str]], int],
     argv: Sequence[str],
     *,
-    module: str,
+    command: str,
     kind: str,
 ) -> int:
-    """Run the program that the first word names, and return its exit code.
+    """Run what the first word names, and return its exit code.
 
     Args:
-        purposes: word -> what its program does, for `--help`.
-        find: makes or imports the program of a word.
-        argv: command line without the module's name.
-        module: what users run, such as `shard_tools`.
+        purposes: word -> what it does, for `--help`.
+        run: runs a word with the arguments behind it.
+        argv: command line without `command`.
+        command: what users type before the word, such as `python -m shard_tools`.
         kind: what the words name, such as `tool`.
     """
-    command, width = f"python -m {module} {kind.upper()}", 2 + max(map(len, purposes))
-    listed = "\n".join(f"  {word:<{width}}{purpose}" for word, purpose in purposes.items())
-    usage = (
-        f"usage: {command} [--config FILE] [--section.key value ...]\n\n{listed}\n\n"
-        f"{command} --help lists the settings of a {kind}\n"
-    )
-    word = argv[0] if argv else ""
+    width = 2 + max(map(len, purposes))
+    lines = [f"usage: {command} {kind.upper()} [--config FILE] [--section.key value ...]", ""]
+    lines += [f"  {word:<{width}}{purpose}" for word, purpose in purposes.items()]
+    lines += ["", *SHARED_FLAGS, "", *EXIT_CODES, ""]
+    lines += [f"{command} {kind.upper()} --help lists the settings and flags of a {kind}", ""]
+    word = argv[0] if argv else "--help"
     if word in ("--help", "-h"):
-        sys.stdout.write(usage)
-        return 0
+        (sys.stdout if argv else sys.stderr).write("\n".join(lines))
+        return 0 if argv else UsageError.exit_code
     if word not in purposes:
-        problem = f"unknown {kind} {word!r}" if argv else f"no {kind} given"
-        name, known = module.rpartition(".")[2], ", ".join(purposes)
-        sys.stderr.write(f"{name}: error: {problem}; known: {known}\n{usage}")
+        near = difflib.get_close_matches(word, purposes, n=1, cutoff=0.0)[0]
+        sys.stderr.write(
+            f"{command.split()[-1]}: error: unknown {kind} {word!r}; the nearest is {near}; "
+            f"{command} --help lists all\n"
+        )
         return UsageError.exit_code
-    return run_program(find(word), argv[1:])
+    return run(word, argv[1:])
+
+
+def run_command(command: str, argv: Sequence[str]) -> int:
+    """Import the module of a command of `COMMANDS`, run it, and return its exit code."""
+    module = importlib.import_module(COMMANDS[command][0])
+    if hasattr(module, "main"):
+        return int(module.main(argv))
+    return run_program(module.PROGRAM, argv)
 
 
 def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
@@ -122,12 +161,7 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     setup_logging()
     started = time.monotonic()
     try:
-        line = parse_command_line(
-            argv,
-            flags=program.flags,
-            sections=program.sections,
-            needs_config=program.needs_config,
-        )
+        line = parse_command_line(argv, flags=program.flags, sections=program.sections)
     except (VlalError, OSError) as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")
         return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code

@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.report`: one self-contained HTML page about a run.
+"""`vlal report`: one self-contained HTML page about a run.
 
 Reads what train and evaluate left in the run's root, and the dataset; never the model.
 """
@@ -39,7 +39,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
 
 PROGRAM = Program(
     name="report",
-    usage="python -m vlal_dist.report",
+    usage="vlal report",
     purpose=PURPOSE,
     sections=("paths", "evaluation", "training", "observability"),
     output=lambda config, flags: config.paths.run,

@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.score_clip`: CLIP similarities of every crop, on Ray (Sec. 2.2).
+"""`vlal score`, or `python -m vlal_dist.score_clip`: CLIP similarities of crops (Sec. 2.2).
 
 The same command continues after any interruption: shards whose score file exists are skipped.
 """
@@ -30,7 +30,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
 
 PROGRAM = Program(
     name="score_clip",
-    usage="python -m vlal_dist.score_clip",
+    usage="vlal score",
     purpose=(
         "Embed every crop with CLIP and write its cosine with the prompt of each attribute that is "
         "feasible for its object. Runs on the Ray it is submitted to (ray job submit), else starts "

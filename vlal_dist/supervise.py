@@ -1,4 +1,4 @@
-"""`python -m vlal_dist.supervise -- COMMAND`: run a job, wait for all its processes, restart it.
+"""`vlal supervise -- COMMAND`: run a job, wait for all its processes, restart it.
 
 The `deepspeed` command forwards no signal, and exits while its ranks still save; a container or
 scheduler that waits for it kills them. This program waits for every descendant of the command. It
@@ -30,7 +30,7 @@ from vlal_dist.program import EXIT_FILE
 
 logger = logging.getLogger("vlal_dist.supervise")
 
-USAGE = "python -m vlal_dist.supervise"
+USAGE = "vlal supervise"
 PURPOSE = """
 Run the command that follows `--`, such as a training under deepspeed or torchrun. On SIGTERM,
 SIGINT, SIGUSR1 or SIGHUP it sends SIGTERM to the ranks, which save together and leave; the exit
@@ -202,9 +202,13 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl failed; the supervisor needs Linux")
 
 
-def main() -> int:
-    """Run on the command line's arguments."""
-    own, command = sys.argv[1:], list[str]()
+def main(argv: Sequence[str] | None = None) -> int:
+    """Supervise a command, and return the exit code.
+
+    Args:
+        argv: settings, `--`, the command; absent: this process's command line.
+    """
+    own, command = list(sys.argv[1:] if argv is None else argv), list[str]()
     if "--" in own:
         place = own.index("--")
         own, command = own[:place], own[place + 1 :]
@@ -214,7 +218,7 @@ def main() -> int:
         return 0
     setup_logging()
     try:
-        line = parse_command_line(own, flags=(), sections=("supervise",), needs_config=False)
+        line = parse_command_line(own, flags=(), sections=("supervise",))
         if not command:
             raise UsageError(
                 "no command; write it after --, such as: -- deepspeed vlal_dist/train.py"

@@ -13,7 +13,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from vlal_dist.config.load import config_yaml
 from vlal_dist.config.sections import Config
@@ -60,7 +60,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
 
 PROGRAM = Program(
     name="train",
-    usage="deepspeed vlal_dist/train.py (or python, or torchrun)",
+    usage="vlal train",
     purpose=PURPOSE,
     sections=(
         "paths", "data", "method", "model", "training", "scoring.temperature", "evaluation",
@@ -72,9 +72,14 @@ PROGRAM = Program(
 )  # fmt: skip
 
 
-def main() -> int:
-    """Run the program on the command line's arguments; every rank exits with the same code."""
-    code = run_program(PROGRAM, sys.argv[1:], quiet=os.environ.get("RANK", "0") != "0")
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the exit code, which is the same on every rank.
+
+    Args:
+        argv: command line without the program's name; absent: this process's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    code = run_program(PROGRAM, argv, quiet=os.environ.get("RANK", "0") != "0")
     # Here no frame of the run holds the engine any more; see leave_ranks.
     if engine := sys.modules.get("vlal_dist.training.engine"):
         engine.leave_ranks()

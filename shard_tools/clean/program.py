@@ -1,4 +1,4 @@
-"""`python -m shard_tools clean`: annotation files to instances, vocabulary and feasible sets.
+"""`vlal clean`: annotation files to instances, vocabulary and feasible sets.
 
 Sections 3.1 and 2.2 of the paper. Everything is checked and computed before the first file is
 written; the files are create-only and depend on the input alone, so the command can be repeated
@@ -233,7 +233,7 @@ def _compare(counts: StepCounts, settings: CleanConfig) -> Counts:
 
 PROGRAM = Program(
     name="clean",
-    usage="python -m shard_tools clean",
+    usage="vlal clean",
     purpose=(
         "Read annotation files, drop small boxes, merge object names, delete attributes, and\n"
         "write instances, vocabulary and feasible sets to paths.instances."
@@ -243,4 +243,4 @@ PROGRAM = Program(
     output=lambda config, flags: config.paths.instances,
     work=clean,
 )
-"""`python -m shard_tools clean`."""
+"""`vlal clean`."""

@@ -14,7 +14,7 @@ from vlal_dist.config.load import (
     load_config,
     parse_command_line,
 )
-from vlal_dist.config.sections import Config
+from vlal_dist.config.sections import Config, PathsConfig
 from vlal_dist.errors import ConfigError, UsageError
 
 
@@ -141,13 +141,133 @@ def test_command_line(tmp_path: Path) -> None:
             parse_command_line(["--config", path, *bad], flags=("plan",))
 
 
-def test_default_config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_config_is_vaw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLAL_CONFIG", write(tmp_path / "v.yaml", "training: {seed: 4}\n"))
     assert parse_command_line([], flags=()).config.training.seed == 4
     monkeypatch.delenv("VLAL_CONFIG")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="give --config FILE"):
-        parse_command_line([], flags=())
+    read = ("training", "paths")
+    installed = parse_command_line([], flags=(), sections=read).config
+    assert installed == load_config("vaw", {}, sections=read) and installed.clean.expected
+    (tmp_path / "configs").mkdir()
+    write(tmp_path / "configs/vaw.yaml", "training: {seed: 5}\n")
+    assert parse_command_line([], flags=()).config.training.seed == 5
+
+
+def test_installed_configs_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config("demo", {}).pack.name == "demo"
+    own = write(tmp_path / "own.yaml", "base: demo\npaths: {root: here}\n")
+    config = load_config(own, {})
+    assert config.scoring.model == "demo_clip" and config.paths.run == "here/run"
+    with pytest.raises(
+        ConfigError, match=r"demos is .* \(demo, fashion12k, fashion12k_sparse, vaw"
+    ):
+        load_config("demos", {})
+    with pytest.raises(ConfigError, match=r"config file demos\.yaml: No such file"):
+        parse_command_line(["--config", "demos.yaml"], flags=())
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "demo", "training: {seed: 6}\n")  # a file of that name comes first
+    assert load_config("demo", {}).training.seed == 6
+
+
+ROOTS = ("instances", "dataset", "scores", "merged", "resharded", "run", "export")
+
+
+@pytest.mark.parametrize(
+    ("root", "base", "experiments", "name"),
+    [
+        ("runs/a", "runs/a", "runs/a/experiments", "a"),
+        ("/data/b/", "/data/b", "/data/b/experiments", "b"),
+        ("s3://bucket/p/c/", "s3://bucket/p/c", "runs/c/experiments", "c"),
+        ("s3://bucket", "s3://bucket", "runs/bucket/experiments", "bucket"),
+        (".", ".", "./experiments", "folder"),
+    ],
+)
+def test_every_root_follows_from_one(
+    root: str,
+    base: str,
+    experiments: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    config = load_config(None, {"paths.root": root})
+    assert [getattr(config.paths, one) for one in ROOTS] == [f"{base}/{one}" for one in ROOTS]
+    assert (config.paths.experiments, config.paths.cache) == (experiments, "runs/cache")
+    assert config.pack.name == name
+    assert PathsConfig(root=root) == config.paths
+
+
+def test_an_explicit_path_or_name_wins_over_the_root(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", "paths: {run: other}\npack: {name: mine}\n")
+    config = load_config(path, {"paths.root": "s3://b/p", "paths.merged": "m"})
+    assert (config.paths.run, config.paths.merged, config.pack.name) == ("other", "m", "mine")
+    assert config.paths.scores == "s3://b/p/scores"
+    with pytest.raises(ConfigError, match=r"paths\.root: .* at least 1"):
+        load_config(None, {"paths.root": ""})
+    assert Config() == load_config(None, {})
+    assert Config().paths.run == "runs/vaw/run" and Config().pack.name == "vaw"
+
+
+RESOLVED = {
+    "vaw": ("runs/vaw", "runs/cache", "vaw", 256_000_000, 12, (), 30),
+    "demo": ("runs/demo", "runs/demo/cache", "demo", 4_000_000, 16, ("train",), 5),
+    "fashion12k": (
+        "runs/fashion12k", "runs/cache", "fashion12k", 4_000_000, 8, ("train", "val", "test"), 30,
+    ),
+    "fashion12k_sparse": (
+        "runs/fashion12k_sparse", "runs/cache", "fashion12k", 4_000_000, 8,
+        ("train", "val", "test"), 30,
+    ),
+}  # fmt: skip
+"""Root, cache, name, bytes of a shard, epochs, splits scored, NUM_IGNORE of the installed ones."""
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_the_installed_configs_resolve_to_what_they_always_did(name: str) -> None:
+    root, cache, dataset, shard_bytes, epochs, splits, num_ignore = RESOLVED[name]
+    config = load_config(name, {}, sections=())
+    assert config.paths.model_dump() == {
+        "root": root,
+        **{one: f"{root}/{one}" for one in (*ROOTS, "experiments")},
+        "cache": cache,
+    }
+    assert (config.pack.name, config.pack.shard_bytes) == (dataset, shard_bytes)
+    assert (config.training.epochs, config.method.num_ignore) == (epochs, num_ignore)
+    assert config.scoring.splits == list(splits or ["train"])
+    assert list(config.clean.annotations) == ["train", "val", "test"]  # the merge reads in order
+
+
+def test_an_entry_of_a_mapping_is_a_key(tmp_path: Path) -> None:
+    text = "clean: {annotations: {train: [a.json], val: b.json}, renames: {mug: cup}}\n"
+    path = write(tmp_path / "a.yaml", text)
+    overrides = {
+        "clean.annotations.train": "x.json",
+        "clean.annotations.test": "[y.json, z.json]",
+        "clean.renames.tee.2": "3",
+        "clean.expected.read": "{instances: 4}",
+        "data.mix.runs/v1.2/merged": "0.5",
+    }
+    config = load_config(path, overrides)
+    assert config.clean.annotations == {
+        "train": ["x.json"],
+        "val": ["b.json"],
+        "test": ["y.json", "z.json"],
+    }
+    assert config.clean.renames == {"mug": "cup", "tee.2": "3"}
+    assert config.clean.expected == {"read": {"instances": 4}}
+    assert config.data.mix == {"runs/v1.2/merged": 0.5}
+    assert load_config(None, {"pack.images": "a.zip"}).pack.images == ["a.zip"]
+    for wrong, message in (
+        ({"training.seed.x": "3"}, r"unknown key training\.seed\.x; .* training\.seed"),
+        ({"clean.annotation.train": "3"}, r"nearest known one is clean\.annotations"),
+        ({"clean.annotations": "a.json", "clean.annotations.train": "b"}, "must hold keys"),
+        ({"clean.annotations.train": "[1]"}, r"clean\.annotations\.train: .* valid string"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, wrong)
 
 
 def test_help_describes_every_key() -> None:
@@ -159,14 +279,3 @@ def test_help_describes_every_key() -> None:
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
             assert field.description, name
-
-
-def test_a_program_may_do_without_a_config_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("VLAL_CONFIG", raising=False)
-    monkeypatch.chdir(tmp_path)
-    line = parse_command_line(["--training.seed", "5"], flags=(), needs_config=False)
-    assert line.config == load_config(None, {"training.seed": "5"})
-    with pytest.raises(ConfigError, match="does not exist"):  # a named one must be there
-        parse_command_line(["--config", "none.yaml"], flags=(), needs_config=False)

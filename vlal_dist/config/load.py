@@ -11,13 +11,13 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from vlal_dist.config.sections import Config
+from vlal_dist.config.sections import Config, PathsConfig, root_name
 from vlal_dist.errors import ConfigError, UsageError
 
 PROFILES: dict[str, dict[str, object]] = {
@@ -38,6 +38,8 @@ PROFILES: dict[str, dict[str, object]] = {
 """What each profile changes in the defaults of the sections."""
 
 DEFAULT_CONFIG = "configs/vaw.yaml"
+INSTALLED = Path(__file__).parents[1] / "configs"
+"""Folder of the configurations that come with the package."""
 
 SWITCHES = ("plan", "order", "retry-quarantined")
 FLAGS: dict[str, str] = {
@@ -57,6 +59,17 @@ FLAGS: dict[str, str] = {
     "for clean.object_vectors, and stop",
 }
 """Flags without a dot; each program accepts some of them."""
+
+SHARED_FLAGS = (
+    "  --config FILE            YAML file, or the name of one that is installed: vaw, demo, ...",
+    "  --section.key VALUE      one setting of it",
+    "  --json FILE              also write the closing counts there",
+    "  --help                   explain, and stop",
+)
+EXIT_CODES = (
+    "exit codes: 0 done, 2 usage, 64 config, 65 bad data, 74 I/O,",
+    "            75 stopped and resumable, 1 other",
+)
 
 _VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 
@@ -79,7 +92,6 @@ def parse_command_line(
     *,
     flags: Sequence[str],
     sections: Sequence[str] | None = None,
-    needs_config: bool = True,
 ) -> CommandLine:
     """Parse the command line of a program and load its configuration.
 
@@ -87,8 +99,6 @@ def parse_command_line(
         argv: arguments without the program's name. `--local_rank`, which launchers add, is ignored.
         flags: names in `FLAGS` that the program accepts.
         sections: as in `load_config`.
-        needs_config: False: run on the defaults when no file is named and `DEFAULT_CONFIG` is
-            absent.
 
     Raises:
         UsageError: an unknown flag, a missing value, a positional argument.
@@ -119,17 +129,19 @@ def parse_command_line(
             found[name] = value
         elif name != "local_rank":
             overrides[name] = value
-    config = load_config(_config_path(path, required=needs_config), overrides, sections=sections)
+    default = DEFAULT_CONFIG if Path(DEFAULT_CONFIG).is_file() else Path(DEFAULT_CONFIG).stem
+    path = path or os.environ.get("VLAL_CONFIG") or default
+    config = load_config(path, overrides, sections=sections)
     return CommandLine(config=config, flags=found)
 
 
 def load_config(
-    path: str | None, overrides: Mapping[str, str], *, sections: Sequence[str] | None = None
+    path: str | Path | None, overrides: Mapping[str, str], *, sections: Sequence[str] | None = None
 ) -> Config:
     """Read, overlay and validate a configuration.
 
     Args:
-        path: YAML file; `None` for the defaults alone.
+        path: YAML file, or the name of an installed one; `None` for the defaults alone.
         overrides: dotted key -> text, parsed as YAML (`training.epochs` -> `"3"`).
         sections: sections that will be read; environment variables of the others may be unset
             (training needs no annotations). None: all.
@@ -138,14 +150,15 @@ def load_config(
         ConfigError: unreadable file, unset variable, unknown key (with the nearest name), or a
             value out of range.
     """
-    values = _read_yaml(Path(path), seen=()) if path is not None else {}
+    values = _read_yaml(_find(str(path)), seen=()) if path is not None else {}
     for key, text in overrides.items():
-        section, name = key.split(".", 1)
-        values.setdefault(section, {})[name] = _parse(key, text)
+        _override(values, key, text)
     values = {
         section: _expand(keys, section, required=sections is None or section in sections)
         for section, keys in values.items()
     }
+    root = values.get("paths", {}).get("root", PathsConfig().root)
+    values.setdefault("pack", {}).setdefault("name", root_name(str(root)))
     profile = values.get("method", {}).get("profile", "paper")
     for key, value in PROFILES.get(str(profile), {}).items():
         section, name = key.split(".")
@@ -173,7 +186,8 @@ def known_fields() -> dict[str, FieldInfo]:
 def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Sequence[str]) -> str:
     """The `--help` page: every key of the named sections, or a single `section.key`."""
     lines = [f"usage: {usage} [--config FILE] [--section.key value ...]", "", purpose.strip(), ""]
-    lines.append(f"  --config FILE    YAML; absent: $VLAL_CONFIG, else {DEFAULT_CONFIG}")
+    lines.append("  --config FILE    YAML file, or the name of an installed one (vaw, demo, ...);")
+    lines.append(f"                   absent: $VLAL_CONFIG, else {DEFAULT_CONFIG}, else vaw")
     lines.extend(f"  --{name:<14} {FLAGS[name]}" for name in flags)
     fields = known_fields()
     for name in sections:
@@ -184,22 +198,21 @@ def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Seque
             lines.append(f"  --{key}  (default: {'none' if default is None else default})")
             body = textwrap.wrap(fields[key].description or "", 92)
             lines.extend(f"      {line}" for line in body)
-    lines.extend(["", "exit codes: 0 done, 2 usage, 64 config, 65 bad data, 74 I/O,"])
-    lines.append("            75 stopped and resumable, 1 other")
+    lines.extend(["", *EXIT_CODES])
     return "\n".join(lines)
 
 
-def _config_path(given: str | None, *, required: bool) -> str | None:
-    named = given or os.environ.get("VLAL_CONFIG")
-    path = named or DEFAULT_CONFIG
-    if not Path(path).is_file():
-        if not (named or required):
-            return None
+def _find(name: str, *, folder: Path = Path()) -> Path:
+    """A config file by its path, relative to `folder`, or an installed one by its name."""
+    path, installed = folder / name, INSTALLED / f"{name}.yaml"
+    if path.is_file() or name != path.stem:
+        return path
+    if not installed.is_file():
+        known = ", ".join(sorted(one.stem for one in INSTALLED.glob("*.yaml")))
         raise ConfigError(
-            f"config file {path} does not exist; give --config FILE, set VLAL_CONFIG, "
-            f"or run from the repository so that {DEFAULT_CONFIG} is found"
+            f"config {name} is no file and none of the installed ones ({known}); give FILE.yaml"
         )
-    return path
+    return installed
 
 
 def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
@@ -216,7 +229,9 @@ def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, dict[str, Any
         raise ConfigError(f"config file {path} must hold sections, got {type(values).__name__}")
     base = values.pop("base", None)
     merged = (
-        {} if base is None else _read_yaml(path.parent / str(base), seen=(*seen, path.resolve()))
+        {}
+        if base is None
+        else _read_yaml(_find(str(base), folder=path.parent), seen=(*seen, path.resolve()))
     )
     for section, keys in values.items():
         if not isinstance(keys, dict | None):
@@ -225,12 +240,27 @@ def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, dict[str, Any
     return merged
 
 
-def _parse(key: str, text: str) -> Any:
-    """A command line's text as a value: text where the field is text, YAML elsewhere."""
-    field = known_fields().get(key)
-    if field is not None and field.annotation is str:
+def _override(values: dict[str, dict[str, Any]], key: str, text: str) -> None:
+    """Set `section.name`, or an entry of a setting that is a mapping: `section.name.entry`."""
+    section, _, name = key.partition(".")
+    keys = values.setdefault(section, {})
+    field, _, entry = name.partition(".")
+    known = known_fields().get(f"{section}.{field}")
+    kind = None if known is None else known.annotation
+    if entry and get_origin(kind) is dict:
+        entries = keys.get(field) or {}
+        if not isinstance(entries, dict):
+            raise ConfigError(f"{section}.{field} must hold keys, got {entries!r}")
+        keys[field] = {**entries, entry: _parse(key, text, get_args(kind)[1])}
+    else:
+        keys[name] = _parse(key, text, None if entry else kind)
+
+
+def _parse(key: str, text: str, kind: Any) -> Any:
+    """A command line's text as a value: text where the setting is text, YAML elsewhere."""
+    if kind is str:
         return text
-    if field is not None and field.annotation == str | None:
+    if kind == str | None:
         return None if text in ("", "none", "null") else text
     try:
         return yaml.safe_load(text)
@@ -264,12 +294,15 @@ def _expand(node: Any, where: str, *, required: bool) -> Any:
 
 def _messages(error: ValidationError) -> Iterator[str]:
     """What is wrong with each key, and for an unknown one the nearest that is known."""
+    fields = known_fields()
     for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"][:2])
+        key, *inner = ".".join(map(str, item["loc"][:2])), *item["loc"][2:3]
+        if inner and get_origin(fields[key].annotation) is dict:
+            key += f".{inner[0]}"
         if item["type"] != "extra_forbidden":
             yield f"{key}: {item['msg']}, got {item['input']!r}"
             continue
         if len(item["loc"]) == 1:  # the section
             key += "." + next(iter(item["input"]), "")
-        near = difflib.get_close_matches(key, known_fields(), n=1, cutoff=0.0)
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
         yield f"unknown key {key}; the nearest known one is {near[0]}"

@@ -3,9 +3,10 @@
 The docstring of a field is its description in `--help`.
 """
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -16,33 +17,65 @@ class Section(BaseModel):
     )
 
 
-class PathsConfig(Section):
-    """Roots of the pipeline: each stage reads some and writes one, and never edits its input."""
+Texts = Annotated[
+    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+]
+"""A list of texts; a single text stands for a list of one."""
 
-    instances: str = "runs/vaw/instances"
+
+class PathsConfig(Section):
+    """Roots of the pipeline: each stage reads some and writes one, and never edits its input.
+
+    `ROOT` in a default stands for `root`.
+    """
+
+    root: str = Field("runs/vaw", min_length=1)
+    """Folder of the roots that are not named below (URL or path)."""
+    instances: str = "ROOT/instances"
     """Root written by clean (URL or path)."""
-    dataset: str = "runs/vaw/dataset"
+    dataset: str = "ROOT/dataset"
     """Root written by pack (URL or path)."""
-    scores: str = "runs/vaw/scores"
-    """Root written by score_clip (URL or path)."""
-    merged: str = "runs/vaw/merged"
+    scores: str = "ROOT/scores"
+    """Root written by score (URL or path)."""
+    merged: str = "ROOT/merged"
     """Root written by merge (URL or path)."""
-    resharded: str = "runs/vaw/resharded"
+    resharded: str = "ROOT/resharded"
     """Root written by reshard (URL or path)."""
-    run: str = "runs/vaw/run"
+    run: str = "ROOT/run"
     """Root of one training run (URL or path)."""
-    export: str = "runs/vaw/export"
+    export: str = "ROOT/export"
     """Root written by export (URL or path)."""
-    experiments: str = "runs/vaw/experiments"
-    """Root of all runs of the experiments (local path)."""
+    experiments: str = "ROOT/experiments"
+    """Root of all runs of the experiments (local path; where ROOT is a URL,
+    runs/NAME/experiments with its last part)."""
     cache: str = "runs/cache"
     """Local folder for index files of remote roots (path)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_roots(cls, values: Any) -> Any:
+        """Add the roots that are not given."""
+        if not isinstance(values, dict):
+            return values
+        fields = cls.model_fields
+        root = str(values.get("root", fields["root"].default))
+        below = {name: str(field.default) for name, field in fields.items() if name != "root"}
+        if "://" in root:
+            below["experiments"] = f"runs/{root_name(root)}/experiments"
+        base = root.rstrip("/") or "/"
+        return {name: path.replace("ROOT", base) for name, path in below.items()} | values
+
+
+def root_name(root: str) -> str:
+    """The last part of a folder or URL; of a relative one such as `.`, the folder's own name."""
+    path = root if "://" in root else os.path.abspath(os.path.expanduser(root))
+    return path.rstrip("/").rpartition("/")[2]
 
 
 class CleanConfig(Section):
     """From annotation files to instances, vocabulary and feasible sets."""
 
-    annotations: dict[str, list[str]] = {}
+    annotations: dict[str, Texts] = {}
     """Split name -> annotation JSON files, in reading order (paths)."""
     attribute_types: str | None = None
     """JSON: type -> attribute names (path; VAW's attribute_types.json)."""
@@ -61,7 +94,7 @@ class CleanConfig(Section):
     """Saved merge table, JSON name -> representative (path; merge: table)."""
     renames: dict[str, str] = {}
     """Object names rewritten after the merge (notebook)."""
-    deleted_attributes: list[str] = []
+    deleted_attributes: Texts = []
     """Attributes removed everywhere (notebook's 29)."""
     require_positive: bool = True
     """Drop instances left without a positive (needed for 170,407)."""
@@ -71,7 +104,7 @@ class CleanConfig(Section):
     crops carry (1.8 and 1.2); none: keep all labels."""
     hide_seed: int = Field(0, ge=0)
     """Seed of the hidden labels; another seed is another dataset."""
-    feasible_splits: list[str] = ["train"]
+    feasible_splits: Texts = ["train"]
     """Splits whose annotations define feasibility (Sec. 2.2)."""
     feasible_top_k: int = Field(0, ge=0)
     """Neighbours per list for enlarged sets, 0: off (released: kn-32 -> 3)."""
@@ -91,8 +124,8 @@ class PackConfig(Section):
     """From instances and photos to verified WebDataset tars."""
 
     name: str = Field("vaw", min_length=1)
-    """Dataset name; part of every sample's uid."""
-    images: list[str] = []
+    """Dataset name, part of every sample's uid; absent: the last part of paths.root."""
+    images: Texts = []
     """Folders or zip files searched for `{image_id}.jpg`, in order (paths)."""
     shard_bytes: int = Field(256_000_000, ge=1024)
     """Target tar size (bytes; 100 MB to 1 GB suits object stores)."""
@@ -122,13 +155,13 @@ class ScoringConfig(Section):
     """Folder of open_clip model-config JSON files to register (path)."""
     weights: str | None = None
     """Local weights, .safetensors (path), or an open_clip tag such as `openai`, which downloads."""
-    templates: list[str] = ["a photo of {attribute} {object}"]
+    templates: Texts = ["a photo of {attribute} {object}"]
     """Prompt templates; several are averaged (authors' notebook: one)."""
     temperature: float | None = Field(None, gt=0)
     """Temperature tau of Eq. (2); absent: the model's own 1/exp(logit_scale)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Encoder arithmetic; similarities and softmax are always fp32."""
-    splits: list[str] = ["train"]
+    splits: Texts = ["train"]
     """Splits scored (the loss needs train only)."""
     batch_size: int | None = Field(None, ge=1)
     """Crops per encoder call (samples); absent: a short warm-up chooses."""
@@ -372,7 +405,7 @@ class EvaluationConfig(Section):
     """Precision-recall curves of each kind on the page (best, worst, ...)."""
     experiments: str | None = None
     """Root of vlal_dist.experiments whose tables the page shows (URL or path)."""
-    compare: list[str] = []
+    compare: Texts = []
     """Result.json files of other runs, shown as further rows of the result table (URLs or
     paths)."""
 

@@ -16,6 +16,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 import zipfile
@@ -34,6 +35,7 @@ from vlal_dist.demo.world import ATTRIBUTES, KINDS, PARENT_TYPES, TYPES, annotat
 SPLITS = {"train": 620, "val": 110, "test": 180}
 QUICK_SPLITS = {"train": 200, "val": 50, "test": 70}
 ZIPPED = "test"
+MERGE_TABLE = "merge_table.json"
 JPEG_QUALITY = 90
 
 Record = dict[str, Any]
@@ -86,13 +88,15 @@ def render_dataset(
         workers: processes; the bytes do not depend on it.
     """
     settings: dict[str, object] = {"seed": seed, "splits": splits}
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name(MERGE_TABLE), root / MERGE_TABLE)
     done = root / "render.json"
     if done.is_file():
         found: dict[str, object] = json.loads(done.read_text(encoding="utf-8"))
         if {key: found.get(key) for key in settings} == settings:
             return found
         done.unlink()
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
     (root / "images").mkdir(exist_ok=True)
     photos: list[Photo] = []
     # Not fork: the caller may hold threads.

@@ -1,0 +1,105 @@
+"""The command `vlal`: its commands, what it imports, wrong commands, the other ways to start."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlal_dist.__main__ import main
+from vlal_dist.program import COMMANDS
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = (
+    "clean pack score merge train evaluate report export predict experiments verify inspect "
+    "reshard supervise demo run"
+)
+
+
+def vlal(*words: str, code: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own, in which `code` runs first."""
+    start = f"{code}\nimport sys\nfrom vlal_dist.__main__ import main\nsys.exit(main())\n"
+    return subprocess.run(
+        [sys.executable, "-c", start, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+HEAVY = """
+import atexit, sys
+atexit.register(lambda: print("loaded:", sorted({"torch", "numpy", "ray"} & set(sys.modules))))
+"""
+
+
+def test_help_lists_the_commands_in_order_and_imports_nothing() -> None:
+    done = vlal("--help", code=HEAVY)
+    assert done.returncode == 0 and done.stdout.endswith("loaded: []\n")
+    lines = done.stdout.splitlines()
+    assert lines[0] == "usage: vlal COMMAND [--config FILE] [--section.key value ...]"
+    words = [line.split()[0] for line in lines[2:] if line.startswith("  ") and line[2] != " "]
+    assert words[: len(COMMANDS)] == ORDER.split() == list(COMMANDS)
+    assert {"--config", "--json", "--help"} <= set(words)
+    assert all(len(line) <= 100 for line in lines) and "74 I/O" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evalute"], "vlal: error: unknown command 'evalute'; the nearest is evaluate; "),
+        (["score_clip"], "the nearest is score;"),
+        ([], "usage: vlal COMMAND"),
+        (["train", "--epochs", "3"], "train: error: unknown flag --epochs; known: --config"),
+        (["clean", "--plan"], "clean: error: unknown flag --plan"),
+    ],
+)
+def test_a_wrong_command_is_a_usage_error_without_torch(words: list[str], message: str) -> None:
+    done = vlal(*words, code=HEAVY)
+    assert done.returncode == 2
+    assert message in done.stderr and "torch" not in done.stdout.rpartition("loaded:")[2]
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vlal {importlib.import_module('vlal_dist').__version__}\n"
+
+
+PROGRAMS = [name for name in COMMANDS if name not in ("demo", "run", "experiments", "supervise")]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_is_called_vlal_in_its_help(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: vlal {name} [")
+
+
+def test_programs_of_several_words_have_their_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experiments", "table2", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: vlal experiments table2 [")
+    assert main(["supervise", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: vlal supervise")
+    assert main(["experiments", "table7"]) == 2
+    assert "unknown table 'table7'; the nearest is table" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("start", "usage"),
+    [
+        (["-m", "vlal_dist", "pack"], "vlal pack"),
+        (["-m", "vlal_dist.score_clip"], "vlal score"),
+        (["-m", "shard_tools", "verify"], "vlal verify"),
+        (["-m", "shard_tools"], "python -m shard_tools TOOL"),
+        (["vlal_dist/train.py"], "vlal train"),
+    ],
+)
+def test_the_other_ways_to_start_stay(start: list[str], usage: str) -> None:
+    command = [sys.executable, *start, "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith(f"usage: {usage} "), done.stderr
