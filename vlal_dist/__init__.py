@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vlal_dist.datasets import ShardDataset as ShardDataset
+    from vlal_dist.datasets import ShardStream as ShardStream
     from vlal_dist.method.feasible import FeasibleSets as FeasibleSets
     from vlal_dist.release.model import load_model as load_model
 
@@ -17,11 +19,19 @@ __version__ = "0.2.0"
 
 _NAMES = {
     "FeasibleSets": "vlal_dist.method.feasible",
+    "ShardDataset": "vlal_dist.datasets",
+    "ShardStream": "vlal_dist.datasets",
     "load_model": "vlal_dist.release.model",
 }
 """Public name -> the module that defines it."""
 
-__all__ = ["FeasibleSets", "__version__", "load_model"]
+__all__ = [
+    "FeasibleSets",
+    "ShardDataset",
+    "ShardStream",
+    "__version__",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,22 +118,36 @@ class TrainLoader:
             num_samples=left, batch_size=self.training.batch_size, epoch_end=self.data.epoch_end
         )
 
-    def epoch(self, epoch: int, start: int, quarantined: Set[int] = frozenset()) -> Iterator[Step]:
+    def epoch(
+        self,
+        epoch: int,
+        start: int,
+        quarantined: Set[int] = frozenset(),
+        *,
+        first: int = 0,
+        every: int = 1,
+    ) -> Iterator[Step]:
         """Steps of an epoch from position `start` on, prefetched in order.
 
         Args:
             epoch: 0-based.
             start: visits of this epoch already consumed.
             quarantined: uids of samples that are left out; may grow while the epoch runs.
+            first, every: only the steps number first, first + every, ... from `start` on, the share
+                of one of several processes that work for this rank.
         """
         reader, end = self.builder.reader, self.end_of_epoch(epoch, start)
+        batch_size = self.training.batch_size
+        starts = range(start, end, batch_size)[first::every]
         pending: deque[tuple[StepPlan, list[Future[BuiltBatch]]]] = deque()
         requested = start
         try:
-            for step, requests in self._requests(epoch, start, end, quarantined):
+            for step, requests in self._requests(epoch, starts, end, quarantined):
                 if reader.remote and requested < min(end, step.start + self._horizon):
                     stop = min(end, step.start + 2 * self._horizon)
-                    self._prefetch(epoch, requested, stop)
+                    positions = np.arange(requested, stop, dtype=np.int64)
+                    number = (positions - start) // batch_size
+                    self._prefetch(epoch, positions[number % every == first])
                     requested = stop
                 pending.append((step, [self.builder.start(one) for one in requests]))
                 if len(pending) > self.data.prefetch_steps:
@@ -174,16 +188,16 @@ class TrainLoader:
         self.builder.close()
 
     def _requests(
-        self, epoch: int, start: int, end: int, quarantined: Set[int]
+        self, epoch: int, starts: range, end: int, quarantined: Set[int]
     ) -> Iterator[tuple[StepPlan, list[BatchRequest]]]:
-        """Each step, and the requests of this rank's micro-batches.
+        """The steps that begin at `starts`, and the requests of this rank's micro-batches.
 
         Rows are looked up for many steps at once: one step is too small for numpy to be quick.
         """
         batch_size = self.training.batch_size
         own_rows = max(1, batch_size // self._world_size)
-        stretch = max(1, _STRETCH_ROWS // own_rows) * batch_size
-        for begin in range(start, end, stretch):
+        stretch = max(1, _STRETCH_ROWS // own_rows)
+        for begin in range(0, len(starts), stretch):
             steps = [
                 plan_step(
                     start=first,
@@ -193,7 +207,7 @@ class TrainLoader:
                     rank=self._rank,
                     world_size=self._world_size,
                 )
-                for first in range(begin, min(begin + stretch, end), batch_size)
+                for first in starts[begin : begin + stretch]
             ]
             pieces = [positions for step in steps for positions in step.micro_batches]
             requests = self._look_up(epoch, pieces, quarantined)
@@ -242,9 +256,8 @@ class TrainLoader:
             damaged=tuple(damage for one in built for damage in one.damaged),
         )
 
-    def _prefetch(self, epoch: int, start: int, stop: int) -> None:
-        """Begin to fetch the block ranges of this rank's positions start..stop-1."""
-        positions = np.arange(start, stop, dtype=np.int64)
+    def _prefetch(self, epoch: int, positions: I64) -> None:
+        """Begin to fetch the block ranges of this rank's share of some positions."""
         mine = positions[(positions % self.lanes) % self._world_size == self._rank]
         if len(mine):
             rows = self.stream.at(epoch, mine).row
