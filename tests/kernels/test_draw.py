@@ -14,13 +14,17 @@ from tests.fixtures.loss_batches import (
     SEEDS,
     Backend,
     Case,
+    feasible_mask,
     indptr,
+    loss_config,
     make,
+    on_backends,
     on_fused,
     oracle_mask,
     plain,
     run,
     same_bits,
+    tensors,
 )
 from tests.fixtures.wide_matrix import some_of
 from vlal_dist.kernels import cpu
@@ -139,6 +143,21 @@ def test_what_cannot_be_drawn(backend):
     for num_ignore in (4, 8, 1000, 2**31, 2**40):
         assert drawn_by(backend, case, num_ignore=num_ignore)[0].tolist() == wanted
     assert not drawn_by(backend, weighted([0.0] * 9), num_ignore=3).any()
+
+
+@on_backends
+@pytest.mark.parametrize("over_unannotated", [False, True])
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_dense_weights_draw_as_ragged_ones_do(backend, density, over_unannotated):
+    case = make(rows=21, attributes=803, density=density, annotated=0.05, seed=12)
+    feasible = feasible_mask(case)
+    dense = torch.full(feasible.shape, 1e-3)  # would be drawn first
+    dense[feasible] = case.inverse_weight
+    given = {**tensors(case, "draw"), "weight_indptr": None, "inverse_weight": dense}
+    moved = {n: None if t is None else t.to(backend.device) for n, t in given.items()}
+    settings = {"num_ignore": 7, "over_unannotated": over_unannotated}
+    found = backend.run(moved, "draw", loss_config(**settings))
+    assert same_bits(tuple(t.cpu() for t in found), run(backend, case, **settings))
 
 
 def permuted(case: Case) -> tuple[torch.Tensor, Case]:

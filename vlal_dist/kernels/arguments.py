@@ -31,14 +31,16 @@ class Draw(NamedTuple):
     """Inputs of the draw of Fig. 3; how many are drawn, and from which set, is in `LossConfig`.
 
     Attributes:
-        weight_indptr: int64 [B + 1]; each row is as long as its object's feasible set.
+        weight_indptr: int64 [B + 1]; each row is as long as its object's feasible set; None: the
+            weights are dense.
         inverse_weight: float32 [F], max likelihood / likelihood (`inverse_weights`); attributes
-            whose weight is not positive and finite cannot be drawn.
+            whose weight is not positive and finite cannot be drawn. Dense: [B, A], of which the
+            object's feasible attributes are read.
         uid, visit: int64 [B].
         seed: int64 [1].
     """
 
-    weight_indptr: Tensor
+    weight_indptr: Tensor | None
     inverse_weight: Tensor
     uid: Tensor
     visit: Tensor
@@ -156,6 +158,8 @@ def check(logits: Tensor, tensors: Tensors) -> None:
         if tensor is None:
             continue
         dtype, form = TYPES[name]
+        if name == "inverse_weight" and tensors.get("weight_indptr") is None:
+            form = "[B, A]"
         wanted = (rows, tensor.shape[-1]) if form == "[B, k]" else shapes.get(form, tensor.shape)
         if tensor.dtype != dtype or tensor.shape != wanted or tensor.device != logits.device:
             raise ValueError(

@@ -86,12 +86,12 @@ def selective_loss(
         tensors[name] = ignored
     elif mode not in ("ignore", "negatify"):
         raise ConfigError(f"ignored is None, but the loss needs `{mode}`; give a Draw or a mask")
-    check(logits, tensors)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # which turns errors of the traced part into its own
         listed = [tensors.get(name) for name in TYPES]
         options, sizes = _numbers(loss, feasible.largest)
         per_row, _, sums, counts = compiled_loss(logits, listed, options, sizes, mode, kernel)
     else:
+        check(logits, tensors)
         if in_place and logits.requires_grad and logits.is_leaf:
             raise ValueError("in_place: the logits are a leaf, which keeps its values; give a copy")
         given = (tensors, mode, loss, feasible.largest, kernel)
@@ -179,6 +179,7 @@ def compiled_loss(
         kernel: as `selective_loss` takes it.
     """
     named = dict(zip(TYPES, tensors, strict=True))
+    check(logits, named)
     loss = _loss_of(tuple(options), *sizes[:2])
     return _run(logits, False, named, mode, loss, sizes[2], kernel)
 
@@ -205,7 +206,7 @@ def _loss_of(options: tuple[float, ...], num_ignore: int, over_unannotated: int)
 def _(logits: Tensor, *_: Any) -> Outputs:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return (
-        logits.new_empty(logits.shape[0], dtype=dtype),
+        logits.new_empty(logits.shape[:1], dtype=dtype),
         logits.new_empty(logits.shape),
         logits.new_empty(5, dtype=torch.float64),
         logits.new_empty(5, dtype=torch.int64),

@@ -54,8 +54,11 @@ def run(tensors: Tensors, mode: str, loss: LossConfig) -> Outputs:
     sets = feasible_rows(given["feasible_indptr"], given["feasible_index"], given["object_id"])
     feasible = dense_rows(*sets, attributes, None)
     if mode == "draw":
+        weight = given["inverse_weight"]
+        if "weight_indptr" in given:
+            weight = dense_rows(*sets, attributes, weight)
         ignored = sample_ignore_set(
-            inverse_weight=dense_rows(*sets, attributes, given["inverse_weight"]),
+            inverse_weight=weight,
             drawable=feasible & (label == 0) if loss.draw_over == "unannotated" else feasible,
             num_ignore=loss.num_ignore,
             uid=given["uid"],

@@ -21,7 +21,8 @@ struct Arguments {
   const vlal_i64* object_id;        // [rows]
   const vlal_i64* feasible_indptr;  // [objects + 1]
   const int* feasible_index;        // attributes ascending
-  const vlal_i64* weight_indptr;    // [rows + 1]; each row as long as its object's feasible set
+  const vlal_i64* weight_indptr;    // [rows + 1]; each row as long as its object's feasible set;
+                                    // null: the weights are [rows, attributes]
   const float* inverse_weight;
   const vlal_i64* uid;              // [rows]
   const vlal_i64* visit;            // [rows]

@@ -54,7 +54,8 @@ struct Race {
 };
 
 VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code, Race& race) {
-  const float* weight = a.inverse_weight + a.weight_indptr[row];
+  const bool dense = a.weight_indptr == nullptr;
+  const float* weight = a.inverse_weight + (dense ? row * a.attributes : a.weight_indptr[row]);
   const vlal_u64 uid = (vlal_u64)a.uid[row], seed = (vlal_u64)*a.seed;
   const vlal_u32 visit = (vlal_u32)a.visit[row];
   PerLane<vlal_u32> least, most, usable;
@@ -67,7 +68,7 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code,
       vlal_u32 k0 = (vlal_u32)seed, k1 = (vlal_u32)(seed >> 32);
       VLAL_PHILOX(c0, c1, c2, c3, k0, k1)
       const vlal_u32 low = attribute & 1 ? c1 : c0, high = attribute & 1 ? c3 : c2;
-      vlal_u32 key = vlal_key_bits(attribute & 2 ? high : low, weight[n]);
+      vlal_u32 key = vlal_key_bits(attribute & 2 ? high : low, weight[dense ? (int)attribute : n]);
       if (a.over_unannotated && code[attribute] != kFeasible) key = VLAL_NOT_DRAWN;
       race.keys[n] = key;
       if (key == VLAL_NOT_DRAWN) continue;

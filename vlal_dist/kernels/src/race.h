@@ -134,6 +134,12 @@ void draw_keys(const Arguments& a, int64_t row, const int32_t* index, int32_t co
     philox_words(blocks, stream, s.words.data());
     pick(s.words.data(), index, count, word);
   }
+  if (a.weight_indptr == nullptr) {  // dense
+    const float* weight = a.inverse_weight + row * a.attributes;
+#pragma omp simd
+    for (int32_t n = 0; n < count; ++n) keys[n] = vlal_key_bits(word[n], weight[index[n]]);
+    return;
+  }
   const float* weight = a.inverse_weight + a.weight_indptr[row];
 #pragma omp simd
   for (int32_t n = 0; n < count; ++n) keys[n] = vlal_key_bits(word[n], weight[n]);
