@@ -24,7 +24,7 @@ from vlal_dist.evaluation.results import (
     format_row,
     result_folder,
 )
-from vlal_dist.method.metrics import evaluate_scores
+from vlal_dist.method.metrics import evaluate
 from vlal_dist.method.model import AttributeClassifier
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
@@ -55,10 +55,10 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         predictions = _predict_split(model, info, dataset, config)
     if settings.truth is not None:
         dense = read_dense_labels(settings.truth, dataset, settings.split)
-    evaluation = evaluate_scores(
+    evaluation = evaluate(
         predictions.score,
         predictions.label,
-        dataset.vocabulary.groups(),
+        groups=dataset.vocabulary.groups(),
         top_k=settings.top_k,
         threshold=settings.threshold,
     )

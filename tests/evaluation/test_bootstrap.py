@@ -16,7 +16,7 @@ from vlal_dist.evaluation.bootstrap import (
     mean_average_precision,
     weighted_average_precision,
 )
-from vlal_dist.method.metrics import average_precision, evaluate_scores
+from vlal_dist.method.metrics import average_precision, evaluate
 
 
 @st.composite
@@ -93,7 +93,7 @@ def test_the_mean_is_over_the_classes_of_map():
     label[:, 3] = 0
     ap = weighted_average_precision(score, label, np.ones((2, 30)))
     groups = {"overall": [0, 1, 2, 3, 4], "two": [1, 2], "none": [1, 3], "empty": []}
-    for name, found in evaluate_scores(score, label, groups).groups.items():
+    for name, found in evaluate(score, label, groups=groups).groups.items():
         expected = np.nan if found["mAP"] is None else found["mAP"]
         np.testing.assert_allclose(mean_average_precision(ap, groups[name]), expected, atol=1e-12)
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from vlal_dist.evaluation.bootstrap import group_intervals
 from vlal_dist.evaluation.predictions import Predictions
-from vlal_dist.method.metrics import evaluate_scores
+from vlal_dist.method.metrics import evaluate
 
 GROUPS = {"overall": [0, 1, 2], "first": [0], "empty": [2]}
 
@@ -23,7 +23,7 @@ def test_they_surround_the_figure_and_shrink_with_more_photos() -> None:
     for rows in (60, 600):
         found = predictions(rows)
         intervals = group_intervals(found, np.arange(rows), GROUPS)
-        exact = evaluate_scores(found.score, found.label, GROUPS).groups
+        exact = evaluate(found.score, found.label, groups=GROUPS).groups
         for name in ("overall", "first"):
             low, high = intervals[name]
             value = exact[name]["mAP"]

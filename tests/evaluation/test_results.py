@@ -23,7 +23,7 @@ from vlal_dist.evaluation.results import (
     percent,
     read_attributes,
 )
-from vlal_dist.method.metrics import evaluate_scores
+from vlal_dist.method.metrics import evaluate
 from vlal_dist.storage.store import open_store
 
 LARGE = VOCABULARY.attribute_ids["large"]
@@ -49,7 +49,7 @@ def predictions(dataset: Dataset) -> Predictions:
 def build(
     dataset: Dataset, predictions: Predictions, dense: DenseLabels | None = None
 ) -> dict[str, Any]:
-    evaluation = evaluate_scores(predictions.score, predictions.label, VOCABULARY.groups(), top_k=3)
+    evaluation = evaluate(predictions.score, predictions.label, groups=VOCABULARY.groups(), top_k=3)
     config = EvaluationConfig(top_k=3)
     return build_result(config, dataset, predictions, evaluation, model=INFO.to_json(), dense=dense)
 
@@ -87,7 +87,7 @@ def test_dense_labels_give_their_own_map(dataset: Dataset, predictions: Predicti
 
 
 def test_attributes_table(predictions: Predictions, tmp_path: Path) -> None:
-    attributes = evaluate_scores(predictions.score, predictions.label, {}).attributes
+    attributes = evaluate(predictions.score, predictions.label, groups={}).attributes
     data = encode_attributes(attributes, predictions.score, VOCABULARY)
     store = open_store(str(tmp_path))
     store.replace("a/attributes.parquet", data)

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score
 
 import vlal_dist.method.metrics as metrics
 from vlal_dist.errors import DataError
-from vlal_dist.method.metrics import average_precision, evaluate_scores, select_top_k
+from vlal_dist.method.metrics import average_precision, evaluate, select_top_k
 
 
 @st.composite
@@ -44,10 +44,10 @@ def test_ap_of_distinct_scores_and_in_chunks(monkeypatch):
     score, label = rng.random((500, 30)), rng.integers(-1, 2, (500, 30)).astype(np.int8)
     whole = average_precision(score, label)
     np.testing.assert_allclose(whole, oracle_ap(score, label), atol=1e-12)
-    evaluation = evaluate_scores(score, label, {"overall": range(30)})
+    evaluation = evaluate(score, label, groups={"overall": range(30)})
     monkeypatch.setattr(metrics, "_CHUNK_CELLS", 1700)
     assert np.array_equal(average_precision(score, label), whole)
-    assert evaluate_scores(score, label, {"overall": range(30)}).groups == evaluation.groups
+    assert evaluate(score, label, groups={"overall": range(30)}).groups == evaluation.groups
 
 
 def slow_counts(predicted, label):
@@ -98,7 +98,7 @@ def test_scores_equal_the_evaluators_rules(case, top_k):
     score, label = case
     num_attributes = label.shape[1]
     groups = {"overall": list(range(num_attributes)), "last": [num_attributes - 1]}
-    found = evaluate_scores(score, label, groups, top_k=top_k).groups
+    found = evaluate(score, label, groups=groups, top_k=top_k).groups
     ap = oracle_ap(score, label)
     for name, ids in groups.items():
         accuracy, recall, f1 = slow_scores(score, label, ids, top_k, 0.5)
@@ -117,7 +117,7 @@ def test_undefined_attributes():
     score = np.array([[0.9, 0.8, 0.7, 0.6], [0.1, 0.2, 0.3, 0.4]])
     label = np.array([[1, -1, 1, 0], [-1, -1, 1, 0]], np.int8)
     groups = {"overall": [0, 1, 2, 3], "empty": []}
-    found = evaluate_scores(score, label, groups, top_k=4)
+    found = evaluate(score, label, groups=groups, top_k=4)
     assert found.attributes.ap.tolist() == [1, 0, 1, 0]
     assert found.attributes.defined.tolist() == [True, False, False, False]
     assert found.attributes.num_positive.tolist() == [1, 0, 2, 0]
@@ -144,9 +144,9 @@ def test_bad_input():
     with pytest.raises(DataError, match="one \\[N, A\\]"):
         average_precision(np.zeros((2, 3)), np.zeros((3, 2), np.int8))
     with pytest.raises(DataError, match="finite"):
-        evaluate_scores(np.array([[np.nan]]), np.array([[1]], np.int8), {})
+        evaluate(np.array([[np.nan]]), np.array([[1]], np.int8), groups={})
 
 
 def test_empty_split():
-    found = evaluate_scores(np.zeros((0, 2)), np.zeros((0, 2), np.int8), {"overall": [0, 1]})
+    found = evaluate(np.zeros((0, 2)), np.zeros((0, 2), np.int8), groups={"overall": [0, 1]})
     assert found.groups["overall"]["mAP"] is None and found.attributes.ap.tolist() == [0, 0]

@@ -17,7 +17,7 @@ from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.dense_labels import DenseLabels
 from vlal_dist.evaluation.predictions import Predictions
-from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate_scores
+from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate
 from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -58,7 +58,7 @@ def build_result(
         config: split, predictor, top_k and threshold.
         dataset: the dataset of the split.
         predictions: of all rows of the split, in order.
-        evaluation: `evaluate_scores` of the predictions.
+        evaluation: `evaluate` of the predictions.
         model: `model.json` of the model behind them; None for constant and clip.
         dense: dense labels, if known: adds `truth`, the mAP on them.
 
@@ -72,7 +72,7 @@ def build_result(
     names = dataset.vocabulary.attributes
     truth = None
     if dense is not None:
-        found = evaluate_scores(predictions.score, dense.label, groups).groups
+        found = evaluate(predictions.score, dense.label, groups=groups).groups
         truth = {
             "groups": [
                 {"name": name, **{key: found[name][key] for key in ("mAP", "num_classes")}}

@@ -104,11 +104,11 @@ def self_test(device: torch.device) -> tuple[bool, str]:
         torch.cat([zero, sizes.cumsum(0)]), member.nonzero()[:, 1].to(torch.int32), int(sizes.max())
     )
     draw = Draw(
-        weight_indptr=torch.cat([zero, lengths.cumsum(0)]),
-        inverse_weight=weight,
-        uid=torch.arange(ROWS),
-        visit=torch.zeros(ROWS, dtype=torch.int64),
-        seed=torch.tensor([7]),
+        weight_indptr=torch.cat([zero, lengths.cumsum(0)]).to(device),
+        inverse_weight=weight.to(device),
+        uid=torch.arange(ROWS, device=device),
+        visit=torch.zeros(ROWS, dtype=torch.int64, device=device),
+        seed=torch.tensor([7], device=device),
     )
     found = []
     for kernel in get_args(Kernel):
@@ -118,7 +118,7 @@ def self_test(device: torch.device) -> tuple[bool, str]:
             label=label.to(device),
             object_id=object_id.to(device),
             feasible=FeasibleTable(sets.indptr.to(device), sets.indices.to(device), sets.largest),
-            ignored=Draw(*(t.to(device) for t in draw)),
+            ignored=draw,
             loss=LossConfig(),
             kernel=kernel,
         )

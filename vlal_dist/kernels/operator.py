@@ -139,10 +139,10 @@ class EagerLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_per_row: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """The kept gradient, scaled by row."""
-        return _scaled(ctx, grad_per_row, in_place=ctx.in_place), *[None] * 6
+        return _scaled(ctx, grad_per_row, eager=True, in_place=ctx.in_place), *[None] * 6
 
 
-def _scaled(ctx: Any, by_row: Tensor, *, in_place: bool = False) -> Tensor:
+def _scaled(ctx: Any, by_row: Tensor, *, eager: bool = False, in_place: bool = False) -> Tensor:
     """The kept gradient times that of each row's loss.
 
     Raises:
@@ -152,8 +152,10 @@ def _scaled(ctx: Any, by_row: Tensor, *, in_place: bool = False) -> Tensor:
         raise RuntimeError("the fused selective loss cannot be differentiated twice")
     gradient: Tensor
     (gradient,) = ctx.saved_tensors
-    if by_row.stride() == (0,) and by_row.is_cpu and len(by_row) and by_row[0].item() == 1.0:
-        return gradient  # of a plain sum: another pass would only multiply by 1
+    # Of a plain sum: another pass would only multiply by 1. A traced tensor has no value.
+    same = eager and by_row.is_cpu and by_row.stride() == (0,) and len(by_row) > 0
+    if same and by_row[0].item() == 1.0:
+        return gradient
     if in_place and gradient.dtype == by_row.dtype:
         return gradient.mul_(by_row[:, None])
     # In float32 also for 16 bits, which do not hold a loss scale of 65536.

@@ -12,6 +12,7 @@ import io
 import zipfile
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,6 +95,42 @@ class FeasibleSets:
                 entry.create_system = 3
                 file.writestr(entry, array.getvalue())
         return archive.getvalue()
+
+    @classmethod
+    def from_labels(
+        cls, object_id: Any, labels: Any, *, num_objects: int | None = None
+    ) -> "FeasibleSets":
+        """Omega_o of annotated instances (Sec. 2.2): what is annotated present or absent for o.
+
+        Args:
+            object_id: integers [N], numpy or torch.
+            labels: [N, A] of any integer or float type: +1 present, -1 absent, 0 unannotated.
+            num_objects: O; None: one more than the largest id.
+
+        Raises:
+            DataError: shapes that do not fit, an id out of range, or a label that is not -1, 0 or
+                1 (a ValueError).
+
+        Example:
+            >>> import vlal_dist as vlal
+            >>> sets = vlal.FeasibleSets.from_labels([0, 1, 1], [[1, 0, 0], [0, -1, 0], [0, 0, 1]])
+            >>> sets.of(1).tolist()
+            [1, 2]
+        """
+        ids, label = as_array(object_id), checked_labels(as_array(labels))
+        if label.ndim != 2 or ids.shape != label.shape[:1] or ids.dtype.kind not in "iu":
+            raise DataError(
+                f"object_id {ids.dtype} {ids.shape}, labels {label.shape}; give integers [N] and "
+                "labels [N, A]"
+            )
+        if num_objects is None:
+            num_objects = 1 + int(ids.max(initial=-1))
+        sides = {}
+        for name, sign in (("positive", 1), ("negative", -1)):
+            row, attribute = np.nonzero(label == sign)
+            sides[f"{name}_indptr"] = np.searchsorted(row, np.arange(len(ids) + 1))
+            sides[name] = attribute
+        return feasible_sets(object_id=ids, num_objects=num_objects, **sides)
 
     @classmethod
     def from_npz(cls, data: bytes) -> "FeasibleSets":
@@ -182,6 +219,32 @@ def feasible_sets(
         positive_count=tables[0],
         negative_count=tables[1],
     )
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """An array of numpy's, also of a torch tensor."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        if str(values.dtype) == "torch.bfloat16":  # which numpy does not know
+            values = values.float()
+    return np.asarray(values)
+
+
+def checked_labels(label: NDArray[Any]) -> NDArray[np.int8]:
+    """Three-valued labels as int8.
+
+    Raises:
+        DataError: a value is not -1, 0 or 1, or the type is bool, in which 0 would be unannotated.
+    """
+    code: NDArray[np.int8] = label
+    if label.dtype != np.int8:
+        if label.dtype.kind not in "iuf":
+            raise DataError(f"labels: {label.dtype}; give integers: +1, -1, and 0 for unannotated")
+        with np.errstate(invalid="ignore"):  # NaN, which the comparison refuses
+            code = label.astype(np.int8)
+    if (code != label).any() or (code > 1).any() or (code < -1).any():
+        raise DataError("labels: a value is not -1 (absent), 0 (unannotated) or +1 (present)")
+    return code
 
 
 def enlarge_feasible_sets(

@@ -15,11 +15,13 @@ Shapes: N instances, A attributes. Labels +1 present, -1 absent, 0 unannotated.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlal_dist.errors import DataError
+from vlal_dist.method.feasible import as_array, checked_labels
 
 _CHUNK_CELLS = 1 << 22  # cells sorted or decided at once; bounds memory
 
@@ -58,16 +60,31 @@ class Evaluation:
             `mAP_vaw` and `num_classes_vaw`, `mA`, `mR@15`, `F1@15` (15: top_k). Shares of 1; -1
             where VAW's evaluator gives -1; None for a group without attributes.
         attributes: scores of each attribute.
+        names: of the attributes, if they were given.
     """
 
     groups: dict[str, dict[str, float | int | None]]
     attributes: AttributeScores
+    names: tuple[str, ...] | None = None
+
+    @property
+    def mAP(self) -> float | None:
+        """Mean AP over all attributes whose AP is defined; None if there is none."""
+        return _mean_ap(self.attributes, slice(None))[0]
+
+    @property
+    def ap(self) -> dict[str, float | None]:
+        """AP by attribute name, or by id as text without names; None where it is not defined."""
+        names = self.names or [str(number) for number in range(len(self.attributes.ap))]
+        values = zip(names, self.attributes.ap, self.attributes.defined, strict=True)
+        return {name: float(value) if defined else None for name, value, defined in values}
 
 
-def evaluate_scores(
-    score: NDArray[np.floating],
-    label: NDArray[np.int8],
-    groups: Mapping[str, Sequence[int]],
+def evaluate(
+    scores: Any,
+    labels: Any,
+    names: Sequence[str] | None = None,
+    groups: Mapping[str, Sequence[int | str]] | None = None,
     *,
     top_k: int = 15,
     threshold: float = 0.5,
@@ -75,38 +92,84 @@ def evaluate_scores(
     """All scores of Sec. 3.1 on a split.
 
     Args:
-        score: floating [N, A], in [0, 1] for `mA` to make sense.
-        label: int8 [N, A].
-        groups: group name -> attribute ids (`Vocabulary.groups`).
-        top_k: attributes predicted per instance in mR@k and F1@k; at most A are.
+        scores: floating [N, A], numpy or torch; in [0, 1] for `mA` to make sense.
+        labels: [N, A] of any integer or float type: +1 present, -1 absent, 0 unannotated.
+        names: of the A attributes, distinct.
+        groups: group name -> attribute ids, or names (`Vocabulary.groups`); None: one group of all
+            attributes, `overall`.
+        top_k: attributes predicted per instance in mR@k and F1@k, >= 1; at most A are.
         threshold: score above which an attribute is predicted in mA.
 
     Raises:
-        DataError: shapes differ, or a score is not finite.
+        DataError: shapes differ, a score is not finite, a label is not -1, 0 or 1, or a group
+            names an attribute that is not there (a ValueError).
+
+    Example:
+        >>> import vlal_dist as vlal
+        >>> scores = [[0.9, 0.2], [0.6, 0.8], [0.7, 0.1]]
+        >>> labels = [[1, -1], [1, 1], [-1, 0]]
+        >>> result = vlal.evaluate(scores, labels, names=["red", "wooden"])
+        >>> round(result.mAP, 4)
+        0.9167
+        >>> result.groups["overall"]["num_classes"]
+        2
+        >>> {name: round(ap, 4) for name, ap in result.ap.items()}
+        {'red': 0.8333, 'wooden': 1.0}
     """
+    score, label = as_array(scores), checked_labels(as_array(labels))
+    if not np.issubdtype(score.dtype, np.floating):
+        raise DataError(f"scores: {score.dtype}; give floating [N, A]")
+    ap = average_precision(score, label)
+    if top_k < 1:
+        raise DataError(f"top_k is {top_k}; give 1 or more")
     attributes = AttributeScores(
-        ap=average_precision(score, label),
+        ap=ap,
         num_positive=(label > 0).sum(axis=0),
         num_negative=(label < 0).sum(axis=0),
         num_unannotated=(label == 0).sum(axis=0),
     )
+    if names is not None and not len(names) == len(set(names)) == len(ap):
+        raise DataError(f"names: {len(names)}; give distinct ones for all {len(ap)} attributes")
     above = count_decisions(score, label, lambda rows: rows > threshold)
     top = count_decisions(score, label, lambda rows: select_top_k(rows, top_k))
     results: dict[str, dict[str, float | int | None]] = {}
-    for name, members in groups.items():
-        ids = np.asarray(members, np.int64)
-        defined = attributes.ap[ids][attributes.defined[ids]]
+    for name, members in ({"overall": range(len(ap))} if groups is None else groups).items():
+        ids = _attribute_ids(name, members, names, len(ap))
+        mean, defined = _mean_ap(attributes, ids)
         vaw = group_scores(above, top, ids) if len(ids) else (None, None, None)
         results[name] = {
-            "mAP": float(defined.mean()) if len(defined) else None,
-            "num_classes": len(defined),
-            "mAP_vaw": float(attributes.ap[ids].mean()) if len(ids) else None,
+            "mAP": mean,
+            "num_classes": defined,
+            "mAP_vaw": float(ap[ids].mean()) if len(ids) else None,
             "num_classes_vaw": len(ids),
             "mA": vaw[0],
             f"mR@{top_k}": vaw[1],
             f"F1@{top_k}": vaw[2],
         }
-    return Evaluation(groups=results, attributes=attributes)
+    return Evaluation(results, attributes, None if names is None else tuple(names))
+
+
+def _mean_ap(attributes: AttributeScores, ids: Counts | slice) -> tuple[float | None, int]:
+    """Mean over the attributes whose AP is defined, and their number."""
+    defined = attributes.ap[ids][attributes.defined[ids]]
+    return float(defined.mean()) if len(defined) else None, len(defined)
+
+
+def _attribute_ids(
+    group: str, members: Sequence[int | str], names: Sequence[str] | None, num_attributes: int
+) -> Counts:
+    """The ids of a group's attributes."""
+    by_name = {} if names is None else {name: number for number, name in enumerate(names)}
+    ids = []
+    for member in members:
+        number = by_name.get(member, -1) if isinstance(member, str) else int(member)
+        if not 0 <= number < num_attributes:
+            raise DataError(
+                f"group {group!r} has the attribute {member!r}; give ids in "
+                f"0..{num_attributes - 1}, or names that are in `names`"
+            )
+        ids.append(number)
+    return np.asarray(ids, np.int64)
 
 
 def average_precision(score: NDArray[np.floating], label: NDArray[np.int8]) -> NDArray[np.float64]:

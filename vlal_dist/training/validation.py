@@ -20,7 +20,7 @@ from vlal_dist.data.loading.loader import evaluation_batches
 from vlal_dist.errors import NotFoundError, Stopped, StorageError
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions
 from vlal_dist.evaluation.predictors import predict
-from vlal_dist.method.metrics import Evaluation, evaluate_scores
+from vlal_dist.method.metrics import Evaluation, evaluate
 from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, write_model
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store
@@ -73,10 +73,10 @@ class Validator:
                 device=self._ranks.device,
             )
         merged = merge_predictions(self._gather(own), num_samples=self._num_samples)
-        return evaluate_scores(
+        return evaluate(
             merged.score,
             merged.label,
-            self._groups,
+            groups=self._groups,
             top_k=self._config.top_k,
             threshold=self._config.threshold,
         )
