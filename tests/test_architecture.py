@@ -210,6 +210,7 @@ def test_sizes() -> None:
 
 PARAMETERS = 8
 MANY_PARAMETERS = {
+    "vlal_dist.losses.__init__": "a loss: the numbers of its formula",
     "vlal_dist.kernels.operator.selective_loss": "an operator: a batch's tensors, and two options",
     "vlal_dist.datasets.__init__": "a public constructor: all but the root have defaults",
 }

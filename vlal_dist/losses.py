@@ -153,7 +153,7 @@ class _TableLoss(nn.Module):
 
 
 class SelectiveLoss(_TableLoss):
-    """The paper's loss: annotated pairs count, likely ones that nobody annotated are left out.
+    """The paper's loss: likely attributes without an annotation are left out of it by draw.
 
     Each pair of row and attribute has one term: Eq. (1) where it is annotated; Eq. (3) where not,
     with an exponent of its own for attributes that the object can have and for others; and none

@@ -48,7 +48,7 @@ def clip_likelihood(
         >>> image = torch.tensor([[1.0, 0.0]])
         >>> text = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
         >>> vlal.clip_likelihood(image, text, temperature=0.5)
-        tensor([[0.5898, 0.0798, 0.3304]])
+        tensor([[0.5910, 0.0800, 0.3290]])
         >>> sets = vlal.FeasibleSets.from_labels([0], [[1, 1, 0]])
         >>> vlal.clip_likelihood(
         ...     image, text, temperature=0.5, feasible=sets, object_id=torch.tensor([0])
