@@ -1,0 +1,190 @@
+"""The README's and the docs' examples run: Python blocks, commands, records, configurations."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from tests.fixtures.tiny_dataset import VOCABULARY
+from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
+from tests.release.test_saved_model import INFO, tiny_model
+from vlal_dist.config.load import parse_command_line
+from vlal_dist.data.format.dataset import open_dataset
+from vlal_dist.errors import ConfigError, UsageError
+from vlal_dist.program import COMMANDS
+from vlal_dist.release.model import WEIGHTS, ExportInfo, write_export
+from vlal_dist.release.saved_model import encode_weights
+from vlal_dist.storage.store import open_store
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("clusters/*.md")])
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    """Fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Words of each `vlal ...` command, in blocks and within lines, comments left out."""
+    joined = text.replace("\\\n", " ")
+    inline = re.findall(r"`(vlal [^`]+)`", joined.replace("\n", " "))
+    for line in [*re.findall(r"^ *(vlal .+)$", joined, re.MULTILINE), *inline]:
+        for command in line.split(" && "):
+            yield shlex.split(command, comments=True)[1:]
+
+
+def parse(command: str, arguments: list[str]) -> None:
+    """Parse a command's flags and keys, without running it.
+
+    Raises:
+        ConfigError, UsageError: an unknown key, a value out of range, or an unknown flag.
+    """
+    if command == "run" and importlib.util.find_spec("vlal_dist.run") is None:
+        return
+    module = importlib.import_module(COMMANDS[command][0])
+    flags = module.OWN_FLAGS if command == "run" else module.PROGRAM.flags
+    if "--ranks" in arguments and "ranks" not in flags:
+        arguments = [w for w in arguments if w not in ("--ranks", "8")]
+    if arguments != ["--help"]:
+        parse_command_line(arguments, flags=flags, sections=())
+
+
+def test_it_is_short_and_fits() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 130
+    assert [line for line in lines if len(line) > 100] == []
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("mug", *VOCABULARY.objects[1:])
+    vocabulary = replace(VOCABULARY, objects=names)
+    info = ExportInfo(
+        replace(INFO, vocabulary_digest=vocabulary.digest), vocabulary, "tiny", box_expansion=0.0
+    )
+    store = open_store(str(tmp_path / "runs/demo/export"))
+    write_export(store, info, {WEIGHTS: encode_weights(tiny_model())}, card="", remarks={})
+    photo = Image.new("RGB", (120, 90), "white")
+    ImageDraw.Draw(photo).ellipse((30, 20, 90, 80), fill="red")
+    photo.save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    loss, model = blocks("python")
+    scope: dict[str, object] = {}
+    exec(loss, scope)
+    gradient = scope["logits"].grad  # type: ignore[attr-defined]
+    assert gradient.shape == (4, 6) and gradient[:, 0].max() < 0 < gradient[:, 1].min()
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        exec(model, scope)
+    found = dict(line.split() for line in shown.getvalue().splitlines())
+    assert len(found) == 5 and set(found) <= set(vocabulary.attributes)
+    assert all(0 <= float(value) <= 1 for value in found.values())
+
+
+def test_its_make_targets_exist() -> None:
+    targets = re.findall(r"\bmake ([a-z-]+)", README)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAW", "FOLDER")
+    (tmp_path / "mine.yaml").write_text(blocks("yaml", (ROOT / "docs/data.md").read_text())[0])
+    for command, *arguments in commands(page.read_text(encoding="utf-8")):
+        if command in ("COMMAND", "STAGE", "NAME"):  # placeholders
+            continue
+        assert command in COMMANDS, command
+        if command not in ("demo", "experiments", "supervise"):
+            parse(command, arguments)
+
+
+def test_the_test_of_commands_can_fail() -> None:
+    with pytest.raises(UsageError):
+        parse("pack", ["--plan", "--nothing", "1"])
+    with pytest.raises(ConfigError):
+        parse("pack", ["--pack.nothing", "1"])
+
+
+def test_own_data_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    (text,) = blocks("json", page)
+    (record,) = json.loads(text)
+    (tmp_path / "mine.yaml").write_text(blocks("yaml", page)[0])
+    photos = tmp_path / "mine/photos"
+    photos.mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        name = record["image_id"] if split == "train" else split
+        own = {**record, "image_id": name, "instance_id": f"{name}-1"}
+        (tmp_path / f"mine/{split}.json").write_text(json.dumps([own]))
+        Image.new("RGB", (200, 150), "red").save(photos / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    run_all(Path("mine.yaml"), ["clean", "pack"])
+    dataset = open_dataset("runs/mine/dataset", cache=tmp_path / "cache")
+    assert dataset.name == "mine" and dataset.vocabulary.objects == (record["object_name"],)
+    labels = {*record["positive_attributes"], *record["negative_attributes"]}
+    assert set(dataset.vocabulary.attributes) == labels
+    assert [dataset.manifest["splits"][name]["samples"] for name in dataset.splits] == [1, 1, 1]
+    assert run("inspect", Path("mine.yaml")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_vaw_in_six_commands(tmp_path: Path) -> None:
+    from tests.scoring.conftest import make_tiny_model
+
+    config = write_small_vaw(tmp_path)
+    clip = make_tiny_model(tmp_path / "clip", seed=7)
+    values = yaml.safe_load(config.read_text())
+    values["scoring"] = {
+        "model": clip.name,
+        "model_config_dir": str(clip.folder),
+        "device": "cpu",
+        "batch_size": 8,
+        "decode_threads": 1,
+        "use_ray": False,
+    }
+    config.write_text(yaml.safe_dump(values))
+    (block,) = (block for block in blocks("sh") if "VAW" in block)
+    # Weights that would be downloaded, and from-scratch training.
+    text = block.replace("--scoring.weights openai", f"--scoring.weights {clip.weights}")
+    text = text.replace("--model.weights imagenet", "")
+    listed = list(commands(text))
+    assert [words[0] for words in listed] == [
+        *("clean", "pack", "score", "merge", "train", "evaluate")
+    ]
+    environment = {
+        **os.environ,
+        "VLAL_CONFIG": str(config),
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    for words in listed:
+        done = subprocess.run(
+            [sys.executable, "-m", "vlal_dist", *words],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr[-2000:]}"
+    result = json.loads((tmp_path / "run/evaluation/test-model/result.json").read_text())
+    assert result["num_samples"] == 24 and 0 < result["groups"][0]["mAP"] <= 1
