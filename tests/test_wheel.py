@@ -1,0 +1,306 @@
+"""The distributions: what wheel and sdist hold, what the core installs, and that it is enough.
+
+`core` is a virtual environment with the wheel and only those packages of this environment that the
+wheel's requirements without extras lead to; a package that only an extra brings is absent there.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from dataclasses import dataclass
+from email.message import Message
+from email.parser import Parser
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import vlal_dist
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff",
+           "constraints.txt", "configs", "vlal_dist", "shard_tools")  # fmt: skip
+EXTRAS = {
+    "score": {"ray", "open-clip-torch", "timm", "huggingface-hub"},
+    "train": {"deepspeed", "tensorboard", "grpcio"},
+    "s3": {"boto3", "botocore", "urllib3"},
+    "onnx": {"onnx", "onnxruntime", "onnxscript"},
+    "trackers": {"mlflow-skinny", "wandb"},
+}
+"""What the core must not lead to; of each extra, the first and what comes with it."""
+NEEDS_EXTRA = {
+    "vlal_dist.demo.train_clip",
+    "vlal_dist.observability.event_files",
+    "vlal_dist.storage.s3",
+    "vlal_dist.storage.s3_client",
+    "vlal_dist.storage.s3_read",
+}
+"""Modules that import an extra's package at their top; the others import in the core."""
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Wheel and sdist, built once.
+
+    Attributes:
+        wheel, sdist: their files.
+        names: of the wheel's files.
+        metadata: of the wheel.
+    """
+
+    wheel: Path
+    sdist: Path
+    names: frozenset[str]
+    metadata: Message
+
+
+def run(
+    *command: str | Path, cwd: Path, env: dict[str, str] | None = None, code: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run a command without this process's PYTHONPATH."""
+    names = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**kept, "PYTHONNOUSERSITE": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, f"{done.args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def build_wheel(source: Path, out: Path) -> Path:
+    """`pip wheel` without network: the build tools are this environment's."""
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps")
+    run(*pip, "--no-build-isolation", "--wheel-dir", out, source, cwd=out.parent)
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Distributions:
+    folder = tmp_path_factory.mktemp("dist")
+    source = folder / "source"
+    source.mkdir()
+    for name in SOURCES:  # a copy, so that no build folder appears in, or is taken from, this one
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, source / name)
+    (folder / "sdist").mkdir()
+    backend = "from setuptools import build_meta; build_meta.build_sdist('../sdist')"
+    run(sys.executable, "-c", backend, cwd=source)
+    (sdist,) = (folder / "sdist").glob("*.tar.gz")
+    wheel = build_wheel(source, folder / "wheel")
+    with zipfile.ZipFile(wheel) as files:
+        names = frozenset(files.namelist())
+        (text,) = (files.read(name).decode() for name in names if name.endswith("/METADATA"))
+    return Distributions(wheel, sdist, names, Parser().parsestr(text))
+
+
+def closure(message: Message, *extras: str) -> set[str]:
+    """Names of all distributions that a wheel with these extras leads to, here.
+
+    Requirements of a distribution that is not installed here are not followed.
+    """
+    found: set[tuple[str, str]] = set()
+    stack = [Requirement(f"vlal-dist[{','.join(extras)}]")]
+    while stack:
+        wanted = stack.pop()
+        name = canonicalize_name(wanted.name)
+        for extra in {"", *wanted.extras} - {extra for known, extra in found if known == name}:
+            found.add((name, extra))
+            for one in map(Requirement, requires(name, message)):
+                if one.marker is None or one.marker.evaluate({"extra": extra}):
+                    stack.append(one)
+    return {name for name, _ in found} - {"vlal-dist"}
+
+
+def requires(name: str, message: Message) -> list[str]:
+    """Requirements of a distribution; of our own, those of the wheel built just now."""
+    if name == "vlal-dist":
+        return message.get_all("Requires-Dist") or []
+    try:
+        return metadata.requires(name) or []
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def test_the_wheel_claims_two_packages(built: Distributions) -> None:
+    tops = {name.split("/")[0] for name in built.names}
+    assert tops == {"vlal_dist", "shard_tools", f"vlal_dist-{vlal_dist.__version__}.dist-info"}
+    assert not any("test" in Path(name).parts for name in built.names)
+    assert not any(re.search(r"/tests?/|__pycache__|\.pyc$|\.so$", name) for name in built.names)
+
+
+def test_the_wheel_holds_every_file_of_the_packages(built: Distributions) -> None:
+    """Modules, py.typed, templates, kernel sources, the demo's JSON and the configurations."""
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("vlal_dist", "shard_tools")
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    }
+    expected |= {f"vlal_dist/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    held = {name for name in built.names if ".dist-info/" not in name}
+    assert held == expected
+    for kind in ("py.typed", "kernels/src/cpu.cpp", "reporting/templates/page.html"):
+        assert f"vlal_dist/{kind}" in held
+    assert {"vlal_dist/configs/vaw.yaml", "vlal_dist/demo/merge_table.json"} <= held
+    assert {name.rsplit("/", 1)[1] for name in built.names - held} == {
+        "METADATA", "RECORD", "WHEEL", "LICENSE", "entry_points.txt", "top_level.txt"
+    }  # fmt: skip
+
+
+def test_no_file_of_the_wheel_names_this_machine(built: Distributions) -> None:
+    folders = {str(ROOT), str(built.wheel.parent), str(Path.home()), sys.prefix}
+    with zipfile.ZipFile(built.wheel) as files:
+        texts = {name: files.read(name).decode() for name in files.namelist()}
+    bad = [(name, one) for name, text in texts.items() for one in folders if f"{one}/" in text]
+    assert bad == []
+
+
+def test_metadata(built: Distributions) -> None:
+    told = built.metadata
+    assert (told["Name"], told["Version"]) == ("vlal-dist", vlal_dist.__version__)
+    assert told["License-Expression"] == "Apache-2.0" and told["License-File"] == "LICENSE"
+    assert told["Description-Content-Type"] == "text/markdown" and told["Author"]
+    assert "Paper, https://arxiv.org/abs/2312.07009" in (told.get_all("Project-URL") or [])
+    assert set(told.get_all("Provides-Extra") or []) == {*EXTRAS, "all", "dev"}
+    classifiers = told.get_all("Classifier") or []
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(classifiers)
+    oldest = min(
+        int(found.group(1))
+        for found in (re.fullmatch(r".*Python :: 3\.(\d+)", one) for one in classifiers)
+        if found
+    )
+    assert told["Requires-Python"] == f">=3.{oldest}"
+    with zipfile.ZipFile(built.wheel) as files:
+        (name,) = (name for name in files.namelist() if name.endswith("/entry_points.txt"))
+        assert files.read(name).decode().split("\n")[:2] == [
+            "[console_scripts]", "vlal = vlal_dist.__main__:main"
+        ]  # fmt: skip
+
+
+def test_twine_accepts_both(built: Distributions) -> None:
+    command = (sys.executable, "-m", "twine", "check", "--strict", built.wheel, built.sdist)
+    assert run(*command, cwd=built.wheel.parent).stdout.count("PASSED") == 2
+
+
+@pytest.mark.slow
+def test_the_sdist_builds_the_same_wheel(built: Distributions, tmp_path: Path) -> None:
+    with tarfile.open(built.sdist) as files:
+        files.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    assert (source / "constraints.txt").is_file() and not (source / "tests").exists()
+    again = build_wheel(source, tmp_path / "wheel")
+    assert again.name == built.wheel.name
+    with zipfile.ZipFile(again) as new, zipfile.ZipFile(built.wheel) as old:
+        assert set(new.namelist()) == built.names
+        assert all(new.read(name) == old.read(name) for name in built.names)
+
+
+def test_the_core_leads_to_no_extra(built: Distributions) -> None:
+    core = closure(built.metadata)
+    assert {"torch", "torchvision", "numpy", "pydantic-core"} <= core
+    assert core & {"transformers"}.union(*EXTRAS.values()) == set()
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_each_extra_leads_to_its_packages(built: Distributions, extra: str) -> None:
+    found = closure(built.metadata, extra)
+    assert EXTRAS[extra] <= found
+    for other in set(EXTRAS) - {extra}:
+        direct = {canonicalize_name(one.name) for one in declared(built.metadata, other)}
+        assert direct and not direct & found
+
+
+def declared(message: Message, extra: str) -> list[Requirement]:
+    """Requirements of one extra alone."""
+    found = map(Requirement, requires("vlal-dist", message))
+    return [one for one in found if one.marker and f'extra == "{extra}"' in str(one.marker)]
+
+
+def test_all_and_dev_hold_the_extras(built: Distributions) -> None:
+    (everything,) = declared(built.metadata, "all")
+    assert everything.name == "vlal-dist" and everything.extras == set(EXTRAS)
+    assert any(one.extras == {"all"} for one in declared(built.metadata, "dev"))
+
+
+def test_one_version() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest = re.search(r"^## (\S+) \((\d{4}-\d\d-\d\d)\)$", changes, re.MULTILINE)
+    assert newest is not None and newest.group(1) == vlal_dist.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["date-released"]) == newest.groups()
+
+
+def test_every_dependency_is_pinned(built: Distributions) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
+    found = closure(built.metadata, "dev")
+    assert len(found) > 100 and found - pinned == set()
+
+
+# What follows runs in the core alone, outside of the checkout.
+
+
+@pytest.fixture(scope="session")
+def core(built: Distributions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` folder of the core's environment."""
+    folder = tmp_path_factory.mktemp("core")
+    links = folder / "links"
+    links.mkdir()
+    for name in closure(built.metadata):
+        distribution = metadata.distribution(name)
+        for part in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            if not (links / part).exists():
+                (links / part).symlink_to(distribution.locate_file(part).resolve())
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv/bin/python"
+    (site,) = (folder / "venv/lib").glob("python*/site-packages")
+    (site / "links.pth").write_text(f"{links}\n")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index")
+    run(*pip, "--no-deps", "--no-compile", built.wheel, cwd=folder)
+    return python.parent
+
+
+def in_core(core: Path, lines: str, cwd: Path, *arguments: str | Path) -> str:
+    """Run Python lines there; what they print."""
+    return run(core / "python", "-c", lines, *arguments, cwd=cwd).stdout
+
+
+def test_modules_import_in_the_core(core: Path, tmp_path: Path) -> None:
+    """All but `NEEDS_EXTRA`, and the package itself without torch."""
+    lines = """
+import importlib, json, pkgutil, sys
+import vlal_dist, shard_tools
+heavy = sorted({"torch", "numpy", "pydantic"} & set(sys.modules))
+absent = {}
+for package in (vlal_dist, shard_tools):
+    for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not found.name.endswith("__main__"):
+            try:
+                importlib.import_module(found.name)
+            except ModuleNotFoundError as error:
+                absent[found.name] = error.name
+print(json.dumps([vlal_dist.__file__, heavy, absent]))
+"""
+    place, heavy, absent = json.loads(in_core(core, lines, tmp_path))
+    assert place.startswith(str(core.parent)) and heavy == []
+    assert set(absent) == NEEDS_EXTRA
+    assert {name.split(".")[0] for name in absent.values()} == {
+        "botocore", "open_clip", "tensorboard"
+    }  # fmt: skip
