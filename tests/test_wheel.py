@@ -4,6 +4,7 @@
 wheel's requirements without extras lead to; a package that only an extra brings is absent there.
 """
 
+import ast
 import json
 import os
 import re
@@ -23,8 +24,15 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from PIL import Image
 
 import vlal_dist
+from tests.fixtures.tiny_dataset import VOCABULARY, write_dataset
+from tests.fixtures.tiny_vaw import write_small_vaw
+from tests.release.test_saved_model import INFO, tiny_model
+from vlal_dist.release.model import WEIGHTS, ExportInfo, load_model, write_export
+from vlal_dist.release.saved_model import encode_weights, write_model
+from vlal_dist.storage.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff",
@@ -282,6 +290,7 @@ def in_core(core: Path, lines: str, cwd: Path, *arguments: str | Path) -> str:
     return run(core / "python", "-c", lines, *arguments, cwd=cwd).stdout
 
 
+@pytest.mark.slow
 def test_modules_import_in_the_core(core: Path, tmp_path: Path) -> None:
     """All but `NEEDS_EXTRA`, and the package itself without torch."""
     lines = """
@@ -304,3 +313,101 @@ print(json.dumps([vlal_dist.__file__, heavy, absent]))
     assert {name.split(".")[0] for name in absent.values()} == {
         "botocore", "open_clip", "tensorboard"
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `export/`, a random model, and `photos/`."""
+    folder = tmp_path_factory.mktemp("export")
+    info = ExportInfo(model=INFO, vocabulary=VOCABULARY, dataset="tiny", box_expansion=0.0)
+    weights = {WEIGHTS: encode_weights(tiny_model())}
+    write_export(open_store(str(folder / "export")), info, weights, card="", remarks={})
+    (folder / "photos").mkdir()
+    Image.radial_gradient("L").convert("RGB").save(folder / "photos/one.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_in_the_core(core: Path, export: Path, tmp_path: Path) -> None:
+    """Clean, pack, verify and inspect; evaluate, export and report; predict; help."""
+    data = write_small_vaw(tmp_path / "data", images={"train": 6, "val": 3, "test": 3})
+    vlal = core / "vlal"
+    assert run(vlal, "--version", cwd=tmp_path).stdout == f"vlal {vlal_dist.__version__}\n"
+    assert "predict" in run(vlal, "--help", cwd=tmp_path).stdout
+    for command in ("clean", "pack", "verify", "inspect"):
+        done = run(vlal, command, "--config", data, cwd=tmp_path)
+        assert "WARNING" not in done.stderr and f"{command}: done" in done.stdout
+
+    config = tmp_path / "config.yaml"
+    paths = {"dataset": str(write_dataset(tmp_path / "tiny")), "run": str(tmp_path / "run")}
+    paths |= {name: str(tmp_path / name) for name in ("export", "cache")}
+    config.write_text(json.dumps({"paths": paths, "data": {"validation_split": "test"}}))
+    write_model(open_store(paths["run"]), "best", encode_weights(tiny_model()), INFO)
+    for command in ("evaluate", "report", "export"):
+        run(vlal, command, "--config", config, cwd=tmp_path)
+    flags = ("--predict.images", export / "photos", "--predict.object", "ball")
+    run(vlal, "predict", "--predict.model", paths["export"], *flags, cwd=tmp_path)
+    (row,) = (tmp_path / "runs/predictions.jsonl").read_text().splitlines()
+    (found,) = [json.loads(row)]
+    model = load_model(paths["export"])
+    expected = model(export / "photos/one.png", "ball", top_k=1)[0]
+    assert found["attributes"][0]["name"] == expected.name
+
+
+@pytest.mark.slow
+def test_the_library_in_the_core(core: Path, export: Path, tmp_path: Path) -> None:
+    lines = """
+import sys
+import vlal_dist as vlal
+model = vlal.load_model(sys.argv[1])
+print([(one.name, one.probability) for one in model(sys.argv[2], "ball", top_k=2)])
+"""
+    photo = export / "photos/one.png"
+    expected = [(a.name, a.probability) for a in load_model(export / "export")(photo, "ball")[:2]]
+    told = in_core(core, lines, tmp_path, export / "export", photo)
+    assert ast.literal_eval(told) == [(name, pytest.approx(p)) for name, p in expected]
+
+
+CONSUMERS = {
+    "FeasibleSets": """
+feasible: vlal.FeasibleSets = vlal.FeasibleSets.from_labels(object_id, labels)
+""",
+    "load_model": """
+model = vlal.load_model("runs/vaw/export")
+found = model("photo.jpg", "dog", box=(0, 0, 8, 8), top_k=5)
+best: tuple[str, float, bool | None] = (found[0].name, found[0].probability, found[0].present)
+""",
+    "__version__": """
+version: str = vlal.__version__
+""",
+}
+"""Public name -> its use by somebody who checks types strictly."""
+MISUSES = {
+    "FeasibleSets": 'vlal.FeasibleSets.from_labels("ids", labels)',
+    "load_model": "model = vlal.load_model(3)",
+    "__version__": "version: int = vlal.__version__",
+}
+"""Public name -> a use that mypy must refuse."""
+PREAMBLE = """
+import numpy as np
+import numpy.typing as npt
+import torch
+import vlal_dist as vlal
+
+object_id: npt.NDArray[np.int64] = np.zeros(4, dtype=np.int64)
+labels: npt.NDArray[np.int8] = np.ones((4, 3), dtype=np.int8)
+"""
+
+
+@pytest.mark.slow
+def test_a_consumer_passes_strict_mypy(core: Path, tmp_path: Path) -> None:
+    assert set(vlal_dist.__all__) <= set(CONSUMERS) == set(MISUSES)
+    right, wrong = tmp_path / "right.py", tmp_path / "wrong.py"
+    right.write_text(PREAMBLE + "".join(CONSUMERS[name] for name in vlal_dist.__all__))
+    wrong.write_text(PREAMBLE + "\n".join(MISUSES[name] for name in vlal_dist.__all__) + "\n")
+    mypy = (sys.executable, "-m", "mypy", "--strict", "--python-executable", core / "python")
+    run(*mypy, right, cwd=tmp_path)
+    refused = run(*mypy, wrong, cwd=tmp_path, code=1).stdout
+    first = PREAMBLE.count("\n") + 1
+    expected = set(range(first, first + len(vlal_dist.__all__)))
+    assert {int(line) for line in re.findall(r"wrong\.py:(\d+): error", refused)} == expected
