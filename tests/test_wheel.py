@@ -361,38 +361,88 @@ import sys
 import vlal_dist as vlal
 model = vlal.load_model(sys.argv[1])
 print([(one.name, one.probability) for one in model(sys.argv[2], "ball", top_k=2)])
+
+import torch
+labels = torch.tensor([[1, 0, -1], [0, 1, -1]])
+logits = torch.zeros(2, 3, requires_grad=True)
+sets = vlal.FeasibleSets.from_labels(torch.tensor([0, 1]), labels)
+likelihood = vlal.clip_likelihood(
+    torch.eye(2, 8), torch.eye(3, 8), feasible=sets, object_id=torch.tensor([0, 1])
+)
+loss = vlal.SelectiveLoss(1, feasible=sets)
+value = loss(logits, labels, object_id=torch.tensor([0, 1]), likelihood=likelihood)
+value.backward()
+assert logits.grad is not None and logits.grad.abs().sum() > 0
+print(vlal.evaluate(torch.tensor([[0.9, 0.1, 0.2], [0.1, 0.9, 0.2]]), labels).mAP)
 """
     photo = export / "photos/one.png"
     expected = [(a.name, a.probability) for a in load_model(export / "export")(photo, "ball")[:2]]
-    told = in_core(core, lines, tmp_path, export / "export", photo)
-    assert ast.literal_eval(told) == [(name, pytest.approx(p)) for name, p in expected]
+    found, score = in_core(core, lines, tmp_path, export / "export", photo).splitlines()
+    assert ast.literal_eval(found) == [(name, pytest.approx(p)) for name, p in expected]
+    assert float(score) == 1.0
 
 
 CONSUMERS = {
     "FeasibleSets": """
 feasible: vlal.FeasibleSets = vlal.FeasibleSets.from_labels(object_id, labels)
 """,
+    "SelectiveLoss": """
+loss = vlal.SelectiveLoss(num_ignore=30, gammas=(1, 2, 4, 7), draw="random", reduction="mean")
+assert_type(loss.reduction, Literal["mean", "sum", "none"])
+""",
+    "ShardDataset": """
+dataset = vlal.ShardDataset("runs/vaw/merged", split="val", image_size=64)
+samples: DataLoader[dict[str, Any]] = DataLoader(dataset, batch_size=4, num_workers=2)
+sizes: tuple[int, int] = (len(dataset.objects), len(dataset))
+image: Tensor = dataset[0]["image"]
+""",
+    "ShardStream": """
+stream = vlal.ShardStream("runs/vaw/merged", batch_size=64, rank=0, world_size=1)
+batches: DataLoader[dict[str, Any]] = DataLoader(stream, batch_size=None, num_workers=2)
+stream.load_state_dict(stream.state_dict())
+""",
+    "__version__": """
+version: str = vlal.__version__
+""",
+    "clip_likelihood": """
+likelihood = vlal.clip_likelihood(torch.rand(4, 8), torch.rand(3, 8), temperature=0.01)
+assert_type(likelihood, Tensor)
+""",
+    "evaluate": """
+result = vlal.evaluate(torch.rand(4, 3), labels, names=("a", "b", "c"))
+assert_type(result.mAP, float | None)
+""",
     "load_model": """
 model = vlal.load_model("runs/vaw/export")
 found = model("photo.jpg", "dog", box=(0, 0, 8, 8), top_k=5)
 best: tuple[str, float, bool | None] = (found[0].name, found[0].probability, found[0].present)
 """,
-    "__version__": """
-version: str = vlal.__version__
+    "losses": """
+module: torch.nn.Module = vlal.losses.SelectiveLoss(0)
 """,
 }
 """Public name -> its use by somebody who checks types strictly."""
 MISUSES = {
-    "FeasibleSets": 'vlal.FeasibleSets.from_labels("ids", labels)',
-    "load_model": "model = vlal.load_model(3)",
+    "FeasibleSets": "vlal.FeasibleSets.from_labels(object_id)",
+    "SelectiveLoss": "vlal.SelectiveLoss(draw='likeliest')",
+    "ShardDataset": "vlal.ShardDataset('runs/vaw/merged', batch_size=64)",
+    "ShardStream": "vlal.ShardStream('runs/vaw/merged', shuffle=True)",
     "__version__": "version: int = vlal.__version__",
+    "clip_likelihood": "vlal.clip_likelihood(torch.rand(4, 8))",
+    "evaluate": "vlal.evaluate(torch.rand(4, 3), labels).map",
+    "load_model": "vlal.load_model(3)",
+    "losses": "vlal.losses.SelectiveLos()",
 }
 """Public name -> a use that mypy must refuse."""
 PREAMBLE = """
+from typing import Any, Literal, assert_type
+
 import numpy as np
 import numpy.typing as npt
 import torch
 import vlal_dist as vlal
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 object_id: npt.NDArray[np.int64] = np.zeros(4, dtype=np.int64)
 labels: npt.NDArray[np.int8] = np.ones((4, 3), dtype=np.int8)

@@ -1,5 +1,6 @@
 """An export loads whole or not at all, and answers alike for a path, an image and a tensor."""
 
+import doctest
 import hashlib
 import io
 import json
@@ -70,6 +71,17 @@ def test_it_answers_like_the_network_for_every_kind_of_image(store: Store, tmp_p
     values = [one.probability for one in answer]
     assert values == pytest.approx(expected[best].tolist(), abs=1e-6)
     assert [one.present for one in answer] == [value >= 0.5 for value in values]
+
+
+def test_the_example_of_load_model(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs/vaw").mkdir(parents=True)
+    (tmp_path / "export").rename(tmp_path / "runs/vaw/export")
+    photo().save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (example,) = doctest.DocTestFinder().find(load_model, "load_model", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, 5)
 
 
 def test_a_box_is_a_part_of_the_upright_photo(store: Store) -> None:
