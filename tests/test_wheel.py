@@ -363,7 +363,7 @@ model = vlal.load_model(sys.argv[1])
 print([(one.name, one.probability) for one in model(sys.argv[2], "ball", top_k=2)])
 
 import torch
-labels = torch.tensor([[1, 0, -1], [0, 1, -1]])
+labels = torch.tensor([[1, -1, 0], [-1, 1, 0]])
 logits = torch.zeros(2, 3, requires_grad=True)
 sets = vlal.FeasibleSets.from_labels(torch.tensor([0, 1]), labels)
 likelihood = vlal.clip_likelihood(
