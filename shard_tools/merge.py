@@ -34,6 +34,7 @@ from vlal_dist.data.format.scores import ShardScores, read_scores_manifest, read
 from vlal_dist.data.format.tar import encode_sample
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.pipeline import merge_inputs
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import open_store
 
@@ -181,4 +182,5 @@ PROGRAM = Program(
     sections=("paths", "pack", "scoring", "observability"),
     output=lambda config, flags: config.paths.merged,
     work=merge,
+    inputs=merge_inputs,
 )

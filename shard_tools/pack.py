@@ -39,6 +39,7 @@ from vlal_dist.data.hashing import sample_uid
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
 from vlal_dist.observability.prometheus_files import TextFile
+from vlal_dist.pipeline import pack_inputs
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import Store, open_store
 
@@ -368,4 +369,5 @@ PROGRAM = Program(
     sections=("paths", "pack", "observability"),
     output=lambda config, flags: config.paths.dataset,
     work=pack,
+    inputs=pack_inputs,
 )

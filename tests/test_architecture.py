@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "datasets": _BASE | {"method", "data"},
     "errors": set(),
     "vocabulary": {"errors"},
-    "processes": set(),
+    "processes": {"errors"},
     "config": {"errors"},
     "storage": {"errors"},
     "observability": {"errors", "storage"},
@@ -53,10 +53,12 @@ ALLOWED: dict[str, set[str]] = {
     "scoring": _BASE | {"method", "data", "observability", "processes"},
     "training": _BASE
     | {"method", "kernels", "data", "evaluation", "release", "observability", "processes"},
-    "experimenting": _BASE | {"method", "data", "evaluation", "release", "reporting", "processes"},
-    "program": {"errors", "config", "storage", "observability"},
-    "shard_tools": _BASE | {"program", "observability", "method", "data"},
-    "demo": _BASE | {"observability", "method", "data"},
+    "experimenting": _BASE
+    | {"method", "data", "evaluation", "release", "reporting", "processes", "pipeline"},
+    "pipeline": {"errors", "config", "storage"},
+    "program": {"errors", "config", "storage", "observability", "pipeline"},
+    "shard_tools": _BASE | {"program", "pipeline", "observability", "method", "data"},
+    "demo": _BASE | {"observability", "method", "data", "processes"},
 }
 """What each package may import; `data` stands for all of its packages."""
 
@@ -235,7 +237,6 @@ SHORT_MODULES = {
     "vlal_dist.data.format.photo_groups": "needed by torch-free tools and by evaluation",
     "vlal_dist.data.order.ledger": "one class, used by plan, epoch check and checkpoint",
     "vlal_dist.data.order.rank_split": "the split over ranks, a section of docs/stream.md",
-    "vlal_dist.processes": "used by training, scoring, experiments and the supervisor",
     "vlal_dist.report": "a program",
     "vlal_dist.score_clip": "a program",
     "shard_tools.__main__": "the entry point of shard_tools",

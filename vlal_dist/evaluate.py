@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlal_dist.config.sections import Config
+from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.loader import evaluation_batches
@@ -22,11 +22,11 @@ from vlal_dist.evaluation.results import (
     build_result,
     encode_attributes,
     format_row,
-    result_folder,
 )
 from vlal_dist.method.metrics import evaluate
 from vlal_dist.method.model import AttributeClassifier
 from vlal_dist.observability.logs import Progress
+from vlal_dist.pipeline import evaluate_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.saved_model import SavedModelInfo, load_saved_model
 from vlal_dist.storage.store import open_store
@@ -64,7 +64,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     )
     described = None if info is None else info.to_json()
     result = build_result(settings, dataset, predictions, evaluation, model=described, dense=dense)
-    folder = result_folder(settings.split, settings.predictor)
+    folder = evaluation_folder(settings.split, settings.predictor)
     save_predictions(store, f"{folder}/predictions.safetensors", predictions)
     table = encode_attributes(evaluation.attributes, predictions.score, dataset.vocabulary)
     store.replace(f"{folder}/attributes.parquet", table)
@@ -113,6 +113,8 @@ PROGRAM = Program(
     sections=("paths", "evaluation", "data", "observability"),
     output=lambda config, flags: config.paths.run,
     work=work,
+    inputs=evaluate_inputs,
+    record=lambda config: evaluation_folder(config.evaluation.split, config.evaluation.predictor),
 )
 
 

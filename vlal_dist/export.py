@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlal_dist.config.sections import Config
+from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.evaluation.predictions import load_predictions
-from vlal_dist.evaluation.results import result_folder
+from vlal_dist.pipeline import export_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.model import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
 from vlal_dist.release.model_card import model_card
@@ -43,7 +43,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     if isinstance(validation, str):
         thresholds = validation
     else:
-        key = f"{result_folder(split, 'model')}/predictions.safetensors"
+        key = f"{evaluation_folder(split, 'model')}/predictions.safetensors"
         thresholds = learn_thresholds(
             load_predictions(run, key),
             dataset.vocabulary.attributes,
@@ -80,7 +80,7 @@ def _result(
     run: Store, split: str, model: SavedModelInfo, dataset_digest: str
 ) -> dict[str, Any] | str:
     """`result.json` of the model on a split, or the reason why it cannot be used."""
-    folder = result_folder(split, "model")
+    folder = evaluation_folder(split, "model")
     remedy = f"run python -m vlal_dist.evaluate --evaluation.split {split}, and export again"
     try:
         result: dict[str, Any] = json.loads(run.read(f"{folder}/result.json"))
@@ -102,6 +102,7 @@ PROGRAM = Program(
     # Not the export itself: it is handed on, and a configuration names folders of this machine.
     output=lambda config, flags: config.paths.run,
     work=work,
+    inputs=export_inputs,
 )
 
 

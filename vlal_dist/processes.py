@@ -1,7 +1,10 @@
 """Other processes of this machine, and stop signals to this one."""
 
+import ctypes
+import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Event
 from typing import Any
@@ -9,6 +12,9 @@ from typing import Any
 import psutil
 from psutil import Process
 
+from vlal_dist.errors import VlalError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
@@ -48,3 +54,68 @@ def handled(signals: Iterable[int], handler: Callable[[int, Any], None]) -> Iter
 def set_on_stop_signal(stop: Event) -> AbstractContextManager[None]:
     """Context in which SIGTERM and SIGINT only set `stop`."""
     return handled((signal.SIGTERM, signal.SIGINT), lambda *_: stop.set())
+
+
+def run_child(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str] | None = None,
+    grace_s: float,
+    inherited: Sequence[int] = (),
+) -> int:
+    """Run a command to its end; if this process is interrupted, end it with all its children.
+
+    Args:
+        command: program and arguments.
+        environment: of the command; None: this process's.
+        grace_s: seconds that it has to save and leave after SIGTERM, before it is killed.
+        inherited: file descriptors that it keeps open, such as a lock.
+
+    Returns:
+        Its exit code, 128 + N where signal N ended it.
+
+    Raises:
+        VlalError: it cannot be started.
+        KeyboardInterrupt: this process was interrupted; the command has ended.
+    """
+    try:
+        # A session of its own: the whole group can be signalled, as launchers do not always end
+        # their ranks; and it does not outlive a killed parent.
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+            pass_fds=inherited,
+        )
+    except OSError as error:
+        raise VlalError(f"{command[0]} cannot be started: {error.strerror}") from None
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        _end_group(process, grace_s)
+        raise
+    return code if code >= 0 else 128 - code
+
+
+def _end_group(process: "subprocess.Popen[bytes]", grace_s: float) -> None:
+    """Ask a command and its children to leave; after `grace_s` seconds, kill them."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(grace_s)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):  # asked twice: at once
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    except ProcessLookupError:
+        process.wait()
+
+
+def die_with_parent() -> None:
+    """In a child, before its program starts: get SIGTERM when the parent is killed (Linux)."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def prctl(option: int, value: int) -> None:
+    """The system call of that name, with one argument; OSError where there is none."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl failed; this needs Linux")

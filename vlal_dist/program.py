@@ -30,6 +30,7 @@ from vlal_dist.config.sections import Config
 from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
+from vlal_dist.pipeline import Flags, Inputs
 from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"
@@ -59,7 +60,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command -> its module, which has a `main(argv)` or a `PROGRAM`, and its purpose."""
 
 Counts = dict[str, object]
-Work = Callable[[Config, Mapping[str, str]], Counts]
+Work = Callable[[Config, Flags], Counts]
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +77,21 @@ class Program:
         output: the root it writes, where `result.json` and the config go.
         work: the work itself; returns the closing counts.
         flags: flags without a dot that it accepts.
+        inputs: what decides its output, recorded with the result, so that `vlal run` knows whether
+            it holds (pipeline.py); None: no stage of `vlal run`.
+        record: folder below `output` in which the result is written as well, where one root holds
+            the results of several commands.
     """
 
     name: str
     usage: str
     purpose: str
     sections: tuple[str, ...]
-    output: Callable[[Config, Mapping[str, str]], str]
+    output: Callable[[Config, Flags], str]
     work: Work
     flags: tuple[str, ...] = ("json",)
+    inputs: Callable[[Config, Flags], Inputs] | None = None
+    record: Callable[[Config], str] | None = None
 
 
 def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -> int:
@@ -165,9 +172,13 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     except (VlalError, OSError) as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")
         return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code
+    recorded = not (quiet or "plan" in line.flags)
+    inputs = _begin_record(program, line) if recorded else None
     code, result = _work(program, line)
     if quiet:
         return code
+    if result is not None and code == 0 and inputs is not None:
+        result["inputs"] = inputs
     seconds = time.monotonic() - started
     if result is not None and code == 0:
         counts = {**result["counts"], "seconds": round(seconds, 3)}
@@ -176,9 +187,28 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
         sys.stdout.write(f"{program.name}: done: {summary}\n")
         if (path := line.flags.get("json")) is not None:
             code = _write_counts(program, path, counts)
-    if "plan" not in line.flags:  # a plan did nothing, and must not replace the last result
+    if recorded:  # a plan did nothing, and must not replace the last result
         _write_result(program, line, result, code=code, seconds=seconds)
     return code
+
+
+def _begin_record(program: Program, line: CommandLine) -> Inputs | None:
+    """The inputs before the work; removes the last result, which a killed work would belie."""
+    if program.inputs is None:
+        return None
+    try:
+        inputs = program.inputs(line.config, line.flags)
+        store = open_store(program.output(line.config, line.flags))
+        store.delete(_records(program, line.config)[-1])
+    except (VlalError, OSError):  # the work reports it
+        return None
+    return inputs
+
+
+def _records(program: Program, config: Config) -> list[str]:
+    """Keys of the result; the last one is the record of this very command."""
+    name = f"{program.name}.result.json"
+    return [name] if program.record is None else [name, f"{program.record(config)}/{name}"]
 
 
 def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | None]:
@@ -233,7 +263,8 @@ def _write_result(
     try:
         if result is not None:
             text = json.dumps(result, indent=2) + "\n"
-            store.replace(f"{program.name}.result.json", text.encode())
+            for key in _records(program, line.config):
+                store.replace(key, text.encode())
             if result["code"] == 0:
                 store.replace(f"{program.name}.config.yaml", config_yaml(line.config).encode())
     except VlalError as error:

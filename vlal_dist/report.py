@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from vlal_dist.config.sections import Config
+from vlal_dist.pipeline import report_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.reporting.page import build_page, render_page
 from vlal_dist.storage.store import open_store
@@ -44,6 +45,7 @@ PROGRAM = Program(
     sections=("paths", "evaluation", "training", "observability"),
     output=lambda config, flags: config.paths.run,
     work=work,
+    inputs=report_inputs,
 )
 
 

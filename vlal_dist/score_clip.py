@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from vlal_dist.config.sections import Config
+from vlal_dist.pipeline import score_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.scoring.driver import score_dataset
 from vlal_dist.scoring.object_vectors import make_object_vectors
@@ -42,6 +43,7 @@ PROGRAM = Program(
         config.paths.instances if "object-vectors" in flags else config.paths.scores
     ),
     work=work,
+    inputs=score_inputs,
 )
 
 

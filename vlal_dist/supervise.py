@@ -6,7 +6,6 @@ imports no torch and works with any launcher; Linux only.
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -25,7 +24,7 @@ from vlal_dist.config.load import help_text, parse_command_line
 from vlal_dist.config.sections import SuperviseConfig
 from vlal_dist.errors import ConfigError, DataError, Stopped, StorageError, UsageError, VlalError
 from vlal_dist.observability.logs import setup_logging
-from vlal_dist.processes import descendants, variables
+from vlal_dist.processes import descendants, die_with_parent, prctl, variables
 from vlal_dist.program import EXIT_FILE
 
 logger = logging.getLogger("vlal_dist.supervise")
@@ -43,7 +42,7 @@ FINAL = {0, UsageError.exit_code, ConfigError.exit_code, DataError.exit_code, St
 """Exit codes after which the command is not restarted."""
 BACKOFF_LIMIT_S = 60.0
 POLL_S = 0.1
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class Supervisor:
@@ -58,7 +57,7 @@ class Supervisor:
         self._config, self._exit_file = config, exit_file
         self._stopped_by: signal.Signals | None = None
         # Orphans become our children, so that every descendant of the command is found.
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
         under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         for number in SIGNALS:
             if not (number is signal.SIGHUP and under_nohup):
@@ -114,7 +113,7 @@ class Supervisor:
                 command,
                 env={**os.environ, EXIT_FILE: str(self._exit_file)},
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         except OSError as error:
             raise UsageError(f"{command[0]}: {error.strerror}; give a program after --") from None
@@ -190,16 +189,6 @@ def _ended_children() -> list[tuple[int, int]]:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             found.append(ended)
     return found
-
-
-def _die_with_parent() -> None:
-    """In the child: end it too if this process is killed."""
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl failed; the supervisor needs Linux")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from vlal_dist.config.load import config_yaml
 from vlal_dist.config.sections import Config
+from vlal_dist.pipeline import train_inputs
 from vlal_dist.program import Counts, Program, run_program
 
 PURPOSE = """
@@ -69,6 +70,7 @@ PROGRAM = Program(
     flags=("resume", "json"),
     output=lambda config, flags: config.paths.run,
     work=work,
+    inputs=train_inputs,
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig, Config
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.pipeline import clean_inputs
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import open_store
 from vlal_dist.vocabulary import Vocabulary
@@ -242,5 +243,6 @@ PROGRAM = Program(
     flags=("like", "json"),
     output=lambda config, flags: config.paths.instances,
     work=clean,
+    inputs=clean_inputs,
 )
 """`vlal clean`."""

@@ -410,6 +410,11 @@ class EvaluationConfig(Section):
     paths)."""
 
 
+def evaluation_folder(split: str, predictor: str) -> str:
+    """Where the evaluation of a split and predictor lies below the run's root."""
+    return f"evaluation/{split}-{predictor}"
+
+
 class ExportConfig(Section):
     """A folder that loads without the dataset: weights, config.json, thresholds, model card."""
 

@@ -38,11 +38,6 @@ ATTRIBUTES_SCHEMA = pa.schema(
 )
 
 
-def result_folder(split: str, predictor: str) -> str:
-    """Where an evaluation lies below the run's root."""
-    return f"evaluation/{split}-{predictor}"
-
-
 def build_result(
     config: EvaluationConfig,
     dataset: Dataset,

@@ -16,6 +16,7 @@ from vlal_dist.config.sections import DataConfig, ExperimentsConfig, PathsConfig
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.data.format.scores import finished_manifest
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.pipeline import NOT_DECISIVE
 from vlal_dist.storage.store import open_store
 
 QUEUED, LOG, FAILED, SECONDS = "queued.yaml", "log.txt", "failed.json", "seconds.json"
@@ -23,19 +24,7 @@ TEST = "evaluation/test-model"
 TRAIN = "evaluation/train-model"
 PACKAGE = Path(vlal_dist.__file__).resolve().parent
 
-EXECUTION = frozenset(
-    {
-        "data.threads",
-        "data.cache_bytes",
-        "data.decoded_bytes",
-        "training.threads",
-        "training.log_steps",
-        "training.checkpoint_epochs",
-        "training.checkpoint_steps",
-        "training.keep_checkpoints",
-        "method.psl_prior",
-    }
-)
+EXECUTION = NOT_DECISIVE | {"method.psl_prior"}
 """Keys that do not decide what is learned (the prior's place follows from the root)."""
 
 

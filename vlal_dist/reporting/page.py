@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from vlal_dist.config.sections import EvaluationConfig, PathsConfig
+from vlal_dist.config.sections import EvaluationConfig, PathsConfig, evaluation_folder
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
 from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.sample_reader import SampleReader
@@ -25,7 +25,7 @@ from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
 from vlal_dist.evaluation.dense_labels import read_dense_labels
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
-from vlal_dist.evaluation.results import percent, read_attributes, result_folder
+from vlal_dist.evaluation.results import percent, read_attributes
 from vlal_dist.reporting.charts import IntervalChart, draw_curve, draw_pr_curves
 from vlal_dist.reporting.fig4 import build_example, choose_rows, tally
 from vlal_dist.reporting.result_table import (
@@ -59,7 +59,7 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Co
     store = open_store(paths.run)
     dataset = open_dataset(paths.dataset, cache=Path(paths.cache))
     split = open_split(dataset, config.split)
-    folder = result_folder(config.split, config.predictor)
+    folder = evaluation_folder(config.split, config.predictor)
     result = _read_result(store, folder)
     predictions = _read_predictions(store, folder, result, dataset, split)
     truth = None
@@ -208,7 +208,7 @@ def _rows(config: EvaluationConfig, store: Store, main: dict[str, Any]) -> Itera
     """The run's own row, then constant and CLIP of the same run, then `evaluation.compare`."""
     yield result_row(main, main, where="this run", is_main=True)
     for predictor in ("model", "constant", "clip"):
-        folder = result_folder(config.split, predictor)
+        folder = evaluation_folder(config.split, predictor)
         if predictor != config.predictor and store.exists(f"{folder}/result.json"):
             yield result_row(_read_result(store, folder), main, where=folder)
     for url in config.compare:

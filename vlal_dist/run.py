@@ -1,0 +1,250 @@
+"""`vlal run`: the stages of a configuration in order, each unless its last result still holds.
+
+Every stage is a command of its own, printed before it runs: `vlal run` adds nothing to what the
+commands do one by one, and imports no torch.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from vlal_dist.config.sections import Config, evaluation_folder
+from vlal_dist.errors import ConfigError, NotFoundError, Stopped, UsageError, VlalError
+from vlal_dist.pipeline import STAGES, Stage, decide, plan, plan_table, stages_of
+from vlal_dist.processes import run_child
+from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.storage.store import open_store
+
+PURPOSE = """
+Run clean, pack, score, merge, train, evaluate (validation split, evaluation.split, constant
+baseline), report and export, and print the result table. A stage is skipped while its output is
+there and the settings and files that decide it are those that its result recorded; score and merge
+where the configuration needs no likelihoods. Repeat the command after any interruption. Takes every
+setting of these commands; vlal STAGE --help lists them.
+"""
+OWN_FLAGS = ("from", "to", "plan", "ranks", "json")
+
+
+def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Counts:
+    """Run what is not up to date; returns the closing counts.
+
+    Args:
+        words: command line of every stage.
+        config, flags: of this command.
+
+    Raises:
+        ConfigError: training would continue a run that other settings began.
+        Stopped: a stage stopped by itself, and can be resumed.
+        VlalError: a stage failed; with its exit code.
+    """
+    stages = select(stages_of(config), first=flags.get("from"), last=flags.get("to"))
+    if "plan" in flags:
+        decisions = plan(stages)
+        say(plan_table(stages, decisions))
+        return {"stages": len(stages), "finished": [d.action for d in decisions].count("skip")}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    ran: list[str] = []
+    with lock(config.paths.run) as held:
+        for stage in stages:
+            decision = decide(stage)
+            if decision.action == "skip":
+                say(f"{stage.title}: finished")
+                continue
+            command = [stage.command, *words, *stage.words]
+            if stage.command == "train":
+                command += _ranks(flags)
+            if decision.action == "stop":
+                raise ConfigError(_stopped(stage, decision.why, command))
+            say(f"\n=== {stage.title}: {decision.why}\n$ {shlex.join(['vlal', *command])}")
+            started = time.monotonic()
+            code = run_child(
+                [sys.executable, "-m", "vlal_dist", *command],
+                grace_s=config.supervise.grace_s,
+                inherited=held,
+            )
+            if code != 0:
+                raise _failure(stage, code)
+            say(f"{stage.title}: {time.monotonic() - started:.1f} s")
+            ran.append(stage.title)
+    say("\n".join(["", *closing(config)]))
+    return {"stages": len(stages), "run": ran, "page": f"{config.paths.run}/report.html"}
+
+
+def select(stages: Sequence[Stage], *, first: str | None, last: str | None) -> list[Stage]:
+    """The stages from `first` to `last`, both included; None: from the first, to the last.
+
+    Raises:
+        UsageError: no such stage, or none between them.
+    """
+    commands = [stage.command for stage in stages]
+    for flag, name in (("--from", first), ("--to", last)):
+        if name is not None and name not in commands:
+            known = ", ".join(dict.fromkeys(commands))
+            why = "is not needed by this configuration" if name in STAGES else "is no stage"
+            raise UsageError(f"{flag} {name} {why}; its stages: {known}")
+    begin = commands.index(first) if first else 0
+    end = len(commands) - commands[::-1].index(last) if last else len(commands)
+    if begin >= end:
+        raise UsageError(f"--from {first} comes after --to {last}; exchange them")
+    return list(stages[begin:end])
+
+
+def stage_words(argv: Sequence[str]) -> list[str]:
+    """The command line of this program without the flags that stages do not take."""
+    words, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.removeprefix("--").partition("=")
+        if name not in OWN_FLAGS:
+            words.append(word)
+            if not equals and rest:
+                words.append(rest.pop(0))
+        elif name != "plan" and not equals and rest:
+            rest.pop(0)
+    return words
+
+
+@contextmanager
+def lock(root: str) -> Iterator[tuple[int, ...]]:
+    """Context in which no other `vlal run` works on a run root; yields what stages must inherit.
+
+    A stage that outlives a killed `vlal run` while it saves keeps the lock until it has ended.
+    Remote roots have none.
+    """
+    path = open_store(root).local_path("run.lock")
+    if path is None:
+        yield ()
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another vlal run on {root} to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield (file.fileno(),)
+
+
+def gpu_count() -> int:
+    """GPUs that training may use, without torch; 0: the CPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return 0
+    if visible is not None:
+        return len([one for one in visible.split(",") if one.strip() not in ("", "-1")])
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+
+
+def closing(config: Config) -> list[str]:
+    """CLIP's AUC, the result table, the page and the exported model, as far as they are there."""
+    paths, split = config.paths, config.evaluation.split
+    lines = []
+    quality = _read(paths.scores, "score_clip.result.json").get("counts", {}).get("quality", {})
+    scored = any(stage.command == "score" for stage in stages_of(config))
+    if scored and (auc := quality.get("auc")) is not None:
+        splits = ", ".join(config.scoring.splits)
+        lines += [f"CLIP's AUC on the annotated pairs ({splits}): {auc:.3f} (chance: 0.5)", ""]
+    constant, model = (
+        _read(paths.run, f"{evaluation_folder(split, name)}/result.json")
+        for name in ("constant", "model")
+    )
+    if constant and model:
+        lines += [*result_table(constant, model), ""]
+    for what, root, key in (("page", paths.run, "report.html"), ("model", paths.export, "")):
+        if open_store(root).exists(key or "config.json"):
+            lines.append(f"{what}: {'/'.join(filter(None, (root, key)))}")
+    return lines
+
+
+def result_table(constant: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
+    """mAP of the groups of attributes, and on complete labels where both results have them."""
+    title = f"{model['split']} split"
+    lines = [f"{title:<22}{'attributes':>12}{'constant':>12}{'trained':>12}   mAP, %"]
+    groups = list(zip(constant["groups"], model["groups"], strict=True))
+    if constant["truth"] and model["truth"]:
+        complete = {**constant["truth"]["groups"][0], "name": "complete labels"}
+        groups.append((complete, model["truth"]["groups"][0]))
+    for one, other in groups:
+        values = [group["mAP"] for group in (one, other)]
+        shown = "".join(f"{'-':>12}" if v is None else f"{100 * v:>12.1f}" for v in values)
+        lines.append(f"{one['name']!s:<22}{other['num_classes']!s:>12}{shown}")
+    return lines
+
+
+def say(text: str) -> None:
+    """Print at once, before the output of the next stage."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _ranks(flags: Mapping[str, str]) -> list[str]:
+    """`--ranks` for train: as given, else one per GPU where there are several."""
+    if "ranks" in flags:
+        return ["--ranks", flags["ranks"]]
+    count = gpu_count()
+    return ["--ranks", str(count)] if count > 1 else []
+
+
+def _stopped(stage: Stage, why: str, command: Sequence[str]) -> str:
+    again = shlex.join(["vlal", *command, "--resume", "none"])
+    return (
+        f"train: {stage.config.paths.run} holds a run of other settings ({why}), and is kept; give "
+        f"another --paths.run FOLDER, or train again in its place with: {again}"
+    )
+
+
+def _failure(stage: Stage, code: int) -> VlalError:
+    if code == Stopped.exit_code:
+        return Stopped(f"{stage.title} was stopped; repeat the same command to continue")
+    error = VlalError(
+        f"{stage.title} ended with code {code}; its message is above. Correct the cause and repeat "
+        "the same command: what has finished is kept"
+    )
+    error.exit_code = code
+    return error
+
+
+def _read(root: str, key: str) -> dict[str, Any]:
+    """The object in a file; empty if there is none."""
+    try:
+        values: dict[str, Any] = json.loads(open_store(root).read(key))
+    except (NotFoundError, ValueError):
+        return {}
+    return values
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages, and return the exit code.
+
+    Args:
+        argv: command line without the program's name; absent: this process's.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    program = Program(
+        name="run",
+        usage="vlal run",
+        purpose=PURPOSE,
+        sections=("paths",),
+        flags=OWN_FLAGS,
+        output=lambda config, flags: config.paths.run,
+        work=partial(work, stage_words(argv)),
+    )
+    return run_program(program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
