@@ -279,13 +279,13 @@ def decide(stage: Stage, *, running: Collection[str] = ()) -> Decision:
     """
     record, now = _read_json(*stage.record), stage.inputs(stage.config, {})
     waits = [title for title in stage.after if title in running]
-    if stage.command == "train" and (begun := _begun(stage.config, record)):
-        changes = changed({name: begun[name] for name in begun if name in now}, now)
+    if stage.command == "train" and (begun := _begun(stage.config, record, now)):
+        changes = changed(begun, now)
         if changes and not _continues(begun, now, changes):
             return Decision("stop", f"changed: {_named(changes, begun, now, stage.config)}")
     if record.get("code") != 0:
-        reason = f": {record['reason']}" if record.get("reason") else ""
-        return Decision("run", f"not finished{reason}")
+        reason = f"last time: {record['reason']}" if record.get("reason") else "no result yet"
+        return Decision("run", reason)
     if not open_store(stage.output[0]).exists(stage.output[1]):
         return Decision("run", f"{'/'.join(stage.output)} is not there")
     if "inputs" not in record:
@@ -355,11 +355,12 @@ def _continues(recorded: Mapping[str, Any], now: Mapping[str, Any], changes: lis
     )
 
 
-def _begun(config: Config, record: Mapping[str, Any]) -> Inputs:
+def _begun(config: Config, record: Mapping[str, Any], now: Inputs) -> Inputs:
     """Inputs of the run whose checkpoints lie in paths.run; empty without any.
 
     Of a run that has not finished, its settings: train writes them when it starts, after it has
-    removed checkpoints (`--resume none`). Its data is checked when it resumes.
+    removed checkpoints (`--resume none`). Its files are taken as those of now: the data is checked
+    when it resumes.
     """
     if record.get("code") == 0 and "inputs" in record:
         inputs: Inputs = record["inputs"]
@@ -371,7 +372,7 @@ def _begun(config: Config, record: Mapping[str, Any]) -> Inputs:
         started = Config.model_validate(yaml.safe_load(store.read("config.yaml")))
     except (NotFoundError, ValueError, yaml.YAMLError):
         return {}  # of an older version, or damaged
-    return _train_settings(started)
+    return {**now, **_train_settings(started)}
 
 
 def _train_settings(config: Config) -> Inputs:

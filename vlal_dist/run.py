@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from vlal_dist.config.sections import Config, evaluation_folder
-from vlal_dist.errors import ConfigError, NotFoundError, Stopped, UsageError, VlalError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, Stopped, UsageError, VlalError
 from vlal_dist.pipeline import STAGES, Stage, decide, plan, plan_table, stages_of
 from vlal_dist.processes import run_child
 from vlal_dist.program import Counts, Program, run_program
@@ -32,6 +32,9 @@ where the configuration needs no likelihoods. Repeat the command after any inter
 setting of these commands; vlal STAGE --help lists them.
 """
 OWN_FLAGS = ("from", "to", "plan", "ranks", "json")
+MARGIN_S = 10.0
+"""Seconds beyond `supervise.grace_s` after which a stage that was asked to stop is killed: the
+launcher of the ranks gives them that time itself."""
 
 
 def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Counts:
@@ -69,11 +72,11 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
             started = time.monotonic()
             code = run_child(
                 [sys.executable, "-m", "vlal_dist", *command],
-                grace_s=config.supervise.grace_s,
+                grace_s=config.supervise.grace_s + MARGIN_S,
                 inherited=held,
             )
             if code != 0:
-                raise _failure(stage, code)
+                raise _failure(stage, decision.why, code)
             say(f"{stage.title}: {time.monotonic() - started:.1f} s")
             ran.append(stage.title)
     say("\n".join(["", *closing(config)]))
@@ -207,13 +210,16 @@ def _stopped(stage: Stage, why: str, command: Sequence[str]) -> str:
     )
 
 
-def _failure(stage: Stage, code: int) -> VlalError:
+def _failure(stage: Stage, why: str, code: int) -> VlalError:
     if code == Stopped.exit_code:
         return Stopped(f"{stage.title} was stopped; repeat the same command to continue")
-    error = VlalError(
-        f"{stage.title} ended with code {code}; its message is above. Correct the cause and repeat "
-        "the same command: what has finished is kept"
-    )
+    remedy = "correct the cause and repeat the same command: what has finished is kept"
+    if code == DataError.exit_code and why.startswith("changed"):
+        remedy = (
+            f"{stage.record[0]} was written before this ({why}), and finished data is never "
+            f"edited: give another --paths.root FOLDER, or undo the change"
+        )
+    error = VlalError(f"{stage.title} ended with code {code}, see above; {remedy}")
     error.exit_code = code
     return error
 

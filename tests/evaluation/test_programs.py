@@ -85,8 +85,8 @@ def test_evaluate_then_report(
     assert "selective (paper) on tiny, test" in shown and "mAP_complete" in shown
 
     folder = tmp_path / "run" / "evaluation" / "test-model"
-    files = ["attributes.parquet", "predictions.safetensors", "result.json"]
-    assert sorted(path.name for path in folder.iterdir()) == files
+    files = {"attributes.parquet", "evaluate.result.json", "predictions.safetensors", "result.json"}
+    assert {path.name for path in folder.iterdir()} == files
     predictions = load_predictions(open_store(str(folder)), "predictions.safetensors")
     assert predictions.score.shape == (SAMPLES, len(VOCABULARY.attributes))
     table = pyarrow.parquet.read_table(folder / "attributes.parquet")

@@ -44,6 +44,8 @@ INSTALLED = Path(__file__).parents[1] / "configs"
 SWITCHES = ("plan", "order", "retry-quarantined")
 FLAGS: dict[str, str] = {
     "plan": "print what would be done and stop",
+    "from": "STAGE: first stage (default: the first one)",
+    "to": "STAGE: last stage (default: the last one)",
     "resume": "auto | PATH | none: continue from a checkpoint",
     "json": "FILE: also write the closing counts there",
     "order": "print what the steps selected by the flags below train on",
