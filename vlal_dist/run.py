@@ -56,7 +56,7 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
         return {"stages": len(stages), "finished": [d.action for d in decisions].count("skip")}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
-    ran: list[str] = []
+    ran = 0
     with lock(config.paths.run) as held:
         for stage in stages:
             decision = decide(stage)
@@ -78,7 +78,7 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
             if code != 0:
                 raise _failure(stage, decision.why, code)
             say(f"{stage.title}: {time.monotonic() - started:.1f} s")
-            ran.append(stage.title)
+            ran += 1
     say("\n".join(["", *closing(config)]))
     return {"stages": len(stages), "run": ran, "page": f"{config.paths.run}/report.html"}
 
