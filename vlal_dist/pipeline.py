@@ -231,11 +231,15 @@ def stages_of(config: Config) -> list[Stage]:
             (evaluation.split, evaluation.predictor),
         ]
     )
-    found += [_evaluation(config, split, predictor) for split, predictor in evaluations]
-    ended = tuple(one.title for one in found if one.command in ("merge", "train", "evaluate"))
-    found.append(stage("report", report_inputs, paths.run, "report.html", *ended))
-    found.append(stage("export", export_inputs, paths.run, "config.json", *ended))
-    return found
+    evaluated = [_evaluation(config, split, predictor) for split, predictor in evaluations]
+    every = [one.title for one in evaluated]
+    model = [one.title for one in evaluated if one.config.evaluation.predictor == "model"]
+    return [
+        *found,
+        *evaluated,
+        stage("report", report_inputs, paths.run, "report.html", "merge", "train", *every),
+        stage("export", export_inputs, paths.run, "config.json", "train", *model),
+    ]
 
 
 def _evaluation(config: Config, split: str, predictor: str) -> Stage:
