@@ -304,28 +304,28 @@ def test_the_lock_is_free_again(tmp_path: Path) -> None:
 
 
 def test_programs_record_their_inputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = write_small_vaw(tmp_path)
-    words = ["--config", str(config), "--to", "pack"]
+    config = write_small_vaw(tmp_path, images={"train": 4, "val": 1, "test": 1})
+    words = ["--config", str(config), "--to", "clean"]
     assert main([*words, "--plan"]) == 0
     assert not (tmp_path / "instances").exists() and not (tmp_path / "run").exists()
     assert main(words) == 0
     shown = capfd.readouterr().out
-    assert "=== pack: no result yet\n$ vlal pack --config" in shown
-    record = tmp_path / "dataset/pack.result.json"
+    assert "=== clean: no result yet\n$ vlal clean --config" in shown
+    record = tmp_path / "instances/clean.result.json"
     inputs = json.loads(record.read_text())["inputs"]
-    assert inputs["pack.block_bytes"] == 8192 and len(inputs["paths.instances/clean.json"]) == 64
-    assert "pack.workers" not in inputs
+    assert inputs["clean.min_side"] == 10 and len(inputs["clean.annotations"]["val"][0]) == 64
+    assert "clean.wordnet_dir" not in inputs
 
     before = record.stat().st_mtime_ns
     assert main(words) == 0
-    assert record.stat().st_mtime_ns == before and "pack: finished\n" in capfd.readouterr().out
+    assert record.stat().st_mtime_ns == before and "clean: finished\n" in capfd.readouterr().out
     # A finished root is never edited; the record of the failed attempt takes the old one's place.
-    assert main([*words, "--pack.jpeg_quality", "90"]) == 65
+    assert main([*words, "--clean.min_side", "33"]) == 65
     shown = capfd.readouterr()
-    assert "=== pack: changed: pack.jpeg_quality 95 -> 90" in shown.out
-    assert "run: error: pack ended with code 65" in shown.err and "--paths.root" in shown.err
-    assert main(words) == 0
-    assert "=== pack: last time: " in capfd.readouterr().out
+    assert "=== clean: changed: clean.min_side 10.0 -> 33.0" in shown.out
+    assert "run: error: clean ended with code 65" in shown.err and "--paths.root" in shown.err
+    assert main([*words, "--plan"]) == 0
+    assert "clean  run    last time: " in capfd.readouterr().out
 
 
 def test_a_killed_program_leaves_no_record(tmp_path: Path) -> None:
