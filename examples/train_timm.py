@@ -29,7 +29,7 @@ for epoch in range(stream.epoch, args.epochs):
     stream.set_epoch(epoch)
     for batch in DataLoader(stream, batch_size=None, num_workers=2):
         keys = {name: batch[name] for name in ("object_id", "likelihood", "sample_id", "epoch")}
-        value = loss(model(batch["image"].float() / 255), batch["labels"], **keys)
+        value = loss(model(batch["image"] * (1 / 255)), batch["labels"], **keys)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
