@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -82,15 +83,30 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     photo.save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     loss, model = blocks("python")
-    scope: dict[str, object] = {}
+    scope: dict[str, Any] = {}
     exec(loss, scope)
-    gradient = scope["logits"].grad  # type: ignore[attr-defined]
+    gradient = scope["logits"].grad
     assert gradient.shape == (4, 6) and gradient[:, 0].max() < 0 < gradient[:, 1].min()
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         exec(model, scope)
     found = dict(line.split() for line in shown.getvalue().splitlines())
     assert len(found) == 5 and set(found) <= set(vocabulary.attributes)
     assert all(0 <= float(value) <= 1 for value in found.values())
+
+
+def test_the_library_page_runs(
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/merged").symlink_to(small / "merged")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    for block in blocks("python", (ROOT / "docs/library.md").read_text(encoding="utf-8")):
+        exec(block, scope)
+    assert 0 < float(capsys.readouterr().out.split()[0]) < 1
+    # 72 samples: four batches of 16 an epoch, the incomplete one dropped.
+    assert scope["batch"]["position"].tolist() == [1, 64]
+    assert scope["logits"].grad.abs().sum() > 0
 
 
 def test_its_make_targets_exist() -> None:
