@@ -1,7 +1,7 @@
 """The README's and the docs' examples run: Python blocks, commands, records, configurations."""
 
 import contextlib
-import importlib.util
+import importlib
 import io
 import json
 import os
@@ -54,8 +54,6 @@ def parse(command: str, arguments: list[str]) -> None:
     Raises:
         ConfigError, UsageError: an unknown key, a value out of range, or an unknown flag.
     """
-    if command == "run" and importlib.util.find_spec("vlal_dist.run") is None:
-        return
     module = importlib.import_module(COMMANDS[command][0])
     flags = module.OWN_FLAGS if command == "run" else module.PROGRAM.flags
     if "--ranks" in arguments and "ranks" not in flags:
@@ -123,8 +121,8 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("VAW", "FOLDER")
     (tmp_path / "mine.yaml").write_text(blocks("yaml", (ROOT / "docs/data.md").read_text())[0])
     for command, *arguments in commands(page.read_text(encoding="utf-8")):
-        if command in ("COMMAND", "STAGE", "NAME"):  # placeholders
-            continue
+        if command in ("COMMAND", "STAGE", "NAME") or "[--section.key" in arguments:
+            continue  # placeholders
         assert command in COMMANDS, command
         if command not in ("demo", "experiments", "supervise"):
             parse(command, arguments)
