@@ -319,8 +319,7 @@ def _read_cleaned(source: Store) -> bytes:
         return source.read("clean.json")
     except NotFoundError:
         raise DataError(
-            f"{source.url} holds no clean.json: run `python -m shard_tools clean` first, "
-            "or correct paths.instances"
+            f"{source.url} holds no clean.json: run vlal clean first, or correct paths.instances"
         ) from None
 
 

@@ -2,13 +2,16 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from vlal_dist.__main__ import main
+from vlal_dist.errors import EXTRAS, extras_named
 from vlal_dist.program import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,3 +106,77 @@ def test_the_other_ways_to_start_stay(start: list[str], usage: str) -> None:
     command = [sys.executable, *start, "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {usage} "), done.stderr
+
+
+HIDE = "import sys\nfor name in {names!r}: sys.modules[name] = None\n"
+"""An import of such a module raises the same error as that of one that is not installed."""
+
+
+def without_extras() -> str:
+    return HIDE.format(names=list(EXTRAS))
+
+
+@pytest.mark.parametrize("extra", sorted(set(EXTRAS.values())))
+def test_every_extra_is_one_of_the_package(extra: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = " ".join(project["optional-dependencies"][extra])
+    modules = [module for module, one in EXTRAS.items() if one == extra]
+    assert any(module in needed for module in modules), f"{extra} installs {needed}"
+    core = " ".join(project["dependencies"])
+    assert not [module for module in modules if module in core]
+
+
+def test_every_program_explains_itself_without_extras() -> None:
+    names = [name for name in COMMANDS if name not in ("demo", "run")]
+    for_each = f"for name in {names!r}: assert main([name, '--help']) == 0, name"
+    code = f"{without_extras()}from vlal_dist.__main__ import main\n{for_each}\n"
+    assert vlal("--version", code=code).returncode == 0
+
+
+def test_an_absent_extra_is_one_line(small: Path, tmp_path: Path) -> None:
+    config = ("--config", str(small / "config.yaml"), "--observability.metrics", "false")
+    run = ("--paths.run", str(tmp_path / "run"))
+    for words, line in (
+        (
+            ("score", *config, "--paths.scores", str(tmp_path / "scores")),
+            r"score_clip: error: (ray|open_clip) is not installed; "
+            r"run: pip install 'vlal-dist\[score\]'\n",
+        ),
+        (
+            ("verify", *config, "--paths.merged", "s3://bucket/prefix"),
+            r"verify: error: botocore is not installed; run: pip install 'vlal-dist\[s3\]'\n",
+        ),
+        (
+            ("train", *config, *run),
+            r"train: error: deepspeed is not installed; run: pip install 'vlal-dist\[train\]'\n",
+        ),
+    ):
+        done = vlal(*words, code=without_extras())
+        assert done.returncode == 64, done.stderr
+        assert re.search(f"^{line}", done.stderr, re.MULTILINE), done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_training_does_without_tensorboard(small: Path, tmp_path: Path) -> None:
+    words = ("--config", str(small / "config.yaml"), "--paths.run", str(tmp_path))
+    code = HIDE.format(names=["tensorboard"])
+    done = vlal("train", *words, "--observability.metrics", "false", code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("tensorboard") == 1 and "vlal-dist[train]" in done.stderr
+
+
+def test_a_store_that_needs_an_extra_names_it() -> None:
+    code = without_extras() + (
+        "from vlal_dist.errors import ConfigError\n"
+        "from vlal_dist.storage.store import open_store\n"
+        "try: open_store('s3://bucket/prefix')\n"
+        "except ConfigError as error: print(error)\n"
+    )
+    assert "pip install 'vlal-dist[s3]'" in vlal("--version", code=code).stdout
+
+
+def test_other_absent_modules_are_no_extras() -> None:
+    with pytest.raises(ModuleNotFoundError), extras_named():
+        importlib.import_module("no_such_module")

@@ -14,6 +14,9 @@
 Every message names what was given, what is allowed, and what to do.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class VlalError(Exception):
     """Base of all errors raised on purpose by this project."""
@@ -65,3 +68,33 @@ class Stopped(VlalError):
     """The run got a stop signal, has saved its state, and can be resumed."""
 
     exit_code = 75
+
+
+EXTRAS = {
+    "deepspeed": "train",
+    "tensorboard": "train",
+    "ray": "score",
+    "open_clip": "score",
+    "boto3": "s3",
+    "botocore": "s3",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "mlflow": "trackers",
+    "wandb": "trackers",
+}
+"""Module -> the extra of the package that installs it (pyproject.toml)."""
+
+
+@contextmanager
+def extras_named() -> Iterator[None]:
+    """Context in which the absence of an extra's module is a ConfigError that names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module not in EXTRAS:
+            raise
+        raise ConfigError(
+            f"{module} is not installed; run: pip install 'vlal-dist[{EXTRAS[module]}]'"
+        ) from None

@@ -23,8 +23,8 @@ PURPOSE = """
 Write the run's best model (paths.run) to paths.export: model.safetensors, config.json
 (architecture, input, names of objects and attributes, training, digests), README.md (a model card)
 and, with --export.onnx true, model.onnx. Thresholds come from the evaluation of the validation
-split (data.validation_split), the card's results from that of evaluation.split: run evaluate on
-both first. A repeated export replaces the earlier one.
+split (data.validation_split), the card's results from that of evaluation.split: run
+`vlal evaluate` on both first. A repeated export replaces the earlier one.
 """
 
 
@@ -81,7 +81,7 @@ def _result(
 ) -> dict[str, Any] | str:
     """`result.json` of the model on a split, or the reason why it cannot be used."""
     folder = evaluation_folder(split, "model")
-    remedy = f"run python -m vlal_dist.evaluate --evaluation.split {split}, and export again"
+    remedy = f"run vlal evaluate --evaluation.split {split}, and vlal export again"
     try:
         result: dict[str, Any] = json.loads(run.read(f"{folder}/result.json"))
         same = (result["model"], result["dataset"]["digest"]) == (model.to_json(), dataset_digest)

@@ -33,8 +33,8 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     model = load_model(folder)
     if settings.thresholds and model.thresholds is None:
         raise ConfigError(
-            f"predict.thresholds: {folder} holds none; run evaluate on the validation split and "
-            "export again, or leave predict.thresholds false"
+            f"predict.thresholds: {folder} holds none; run vlal evaluate on the validation split "
+            "and vlal export again, or leave predict.thresholds false"
         )
     photos, requests, total = open_requests(settings, model)
     model.network.to("cuda" if torch.cuda.is_available() else "cpu")

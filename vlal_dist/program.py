@@ -27,7 +27,7 @@ from vlal_dist.config.load import (
     parse_command_line,
 )
 from vlal_dist.config.sections import Config
-from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError
+from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError, extras_named
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.pipeline import Flags, Inputs
@@ -214,7 +214,8 @@ def _records(program: Program, config: Config) -> list[str]:
 def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | None]:
     """Run the program's work; its exit code and, unless it was cut off, its `result.json`."""
     try:
-        counts = program.work(line.config, line.flags)
+        with extras_named():
+            counts = program.work(line.config, line.flags)
         return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
         sys.stderr.write(f"{program.name}: error: {error}\n")

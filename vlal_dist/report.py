@@ -15,9 +15,9 @@ from vlal_dist.storage.store import open_store
 PURPOSE = """
 Write RUN/report.html: run card, result as in Table 1 with class counts and intervals, a table of
 all attributes, precision-recall curves, the paper's Fig. 4 grid, training curves, what the loss
-ignored (needs paths.merged), likelihood against annotation. Run evaluate first, with the same
---evaluation.split and --evaluation.predictor. The constant and the zero-shot CLIP predictor of the
-same run appear when they were evaluated.
+ignored (needs paths.merged), likelihood against annotation. Run `vlal evaluate` first, with the
+same --evaluation.split and --evaluation.predictor. The constant and the zero-shot CLIP predictor of
+the same run appear when they were evaluated.
 """
 
 PAGE = "report.html"

@@ -167,11 +167,12 @@ def resuming(command: Sequence[str]) -> list[str]:
 def _terminate_ranks(left: Sequence[Process], signalled: set[Process]) -> None:
     """Send SIGTERM, once each, to the ranks; to the command where there are none.
 
-    Not to launchers: DeepSpeed's ends its ranks one after another.
+    Not to launchers: DeepSpeed's ends its ranks one after another, and torchrun's, when the ranks
+    have left, prints a traceback.
     """
     ranks = [one for one in left if "RANK" in variables(one)]
     topmost = [one for one in ranks if not set(one.parents()) & set(ranks)]
-    for process in topmost or left[:1]:
+    for process in topmost or ([] if signalled else left[:1]):
         if process not in signalled:
             signalled.add(process)
             _send(process, signal.SIGTERM)
@@ -209,9 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         line = parse_command_line(own, flags=(), sections=("supervise",))
         if not command:
-            raise UsageError(
-                "no command; write it after --, such as: -- deepspeed vlal_dist/train.py"
-            )
+            raise UsageError("no command; write it after --, such as: -- vlal train --ranks 2")
         with tempfile.TemporaryDirectory(prefix="vlal-supervise-") as folder:
             return Supervisor(line.config.supervise, exit_file=Path(folder, "code")).run(command)
     except VlalError as error:

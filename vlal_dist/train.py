@@ -1,7 +1,7 @@
-"""`deepspeed vlal_dist/train.py`: train f_a(x, o) with the selective loss, or a row of Table 1.
+"""`vlal train [--ranks N]`: train f_a(x, o) with the selective loss, or a row of Table 1.
 
-Also starts under torchrun and plain python. torch and DeepSpeed are imported when the work begins,
-so that `--help` and usage errors are instant.
+Also starts as `deepspeed vlal_dist/train.py`, or under torchrun. torch and DeepSpeed are imported
+when the work begins, so that `--help` and usage errors are instant.
 """
 
 import sys
@@ -15,8 +15,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 import os
 from collections.abc import Mapping, Sequence
 
-from vlal_dist.config.load import config_yaml
+from vlal_dist.config.load import config_yaml, parse_command_line
 from vlal_dist.config.sections import Config
+from vlal_dist.errors import UsageError, VlalError
 from vlal_dist.pipeline import train_inputs
 from vlal_dist.program import Counts, Program, run_program
 
@@ -24,7 +25,8 @@ PURPOSE = """
 Train on a merged dataset (paths.merged), or on a packed one with score files (data.likelihood
 scores), validate after every epoch, and write checkpoints, metrics.jsonl and the best model to
 paths.run. Repeating the command resumes from the newest complete checkpoint, on any number of
-ranks.
+ranks. --ranks N starts N of them on this machine, and on SIGTERM or Ctrl-C makes them save together
+and leave; for several machines, start the ranks with deepspeed or torchrun.
 """
 
 
@@ -67,7 +69,7 @@ PROGRAM = Program(
         "paths", "data", "method", "model", "training", "scoring.temperature", "evaluation",
         "observability",
     ),
-    flags=("resume", "json"),
+    flags=("ranks", "resume", "json"),
     output=lambda config, flags: config.paths.run,
     work=work,
     inputs=train_inputs,
@@ -81,11 +83,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program's name; absent: this process's.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--ranks" for word in argv) and "--help" not in argv:
+        try:
+            argv = _start_ranks(argv)
+        except VlalError as error:
+            sys.stderr.write(f"train: error: {error}\n")
+            return error.exit_code
     code = run_program(PROGRAM, argv, quiet=os.environ.get("RANK", "0") != "0")
     # Here no frame of the run holds the engine any more; see leave_ranks.
     if engine := sys.modules.get("vlal_dist.training.engine"):
         engine.leave_ranks()
     return code
+
+
+def _start_ranks(argv: Sequence[str]) -> list[str]:
+    """Become a supervisor of `--ranks N` ranks under torchrun; for one, return its command line.
+
+    Raises:
+        UsageError: N is no positive number, or a launcher has already started ranks.
+        ConfigError: the settings are wrong, which is said here once instead of on each rank.
+    """
+    line = parse_command_line(argv, flags=PROGRAM.flags, sections=PROGRAM.sections)
+    count = line.flags["ranks"]
+    if not (count.isdecimal() and int(count)):
+        raise UsageError(f"--ranks must be a number from 1, got {count!r}")
+    if found := {"RANK", "WORLD_SIZE"} & set(os.environ):
+        raise UsageError(
+            f"--ranks {count} starts ranks, but this process is one already ({min(found)} is set "
+            "by a launcher): leave out --ranks, or start without the launcher"
+        )
+    words, rest = iter(argv), list[str]()
+    for word in words:
+        if word == "--ranks":
+            next(words)
+        elif not word.startswith("--ranks="):
+            rest.append(word)
+    if int(count) == 1:
+        return rest
+    python = (sys.executable, "-m")
+    grace_s = str(line.config.supervise.grace_s)
+    own = ("--config", "vaw", "--supervise.restarts", "0", "--supervise.grace_s", grace_s)
+    launcher = (*python, "vlal_dist.training.launch", "--standalone", "--nproc_per_node", count)
+    sys.stdout.flush()
+    os.execv(
+        sys.executable,
+        [*python, "vlal_dist.supervise", *own, "--", *launcher, "-m", "vlal_dist.train", *rest],
+    )
 
 
 if __name__ == "__main__":

@@ -93,12 +93,12 @@ class Vocabulary:
             stated = values["digest"]
         except (KeyError, TypeError) as error:
             raise DataError(
-                f"vocabulary.json: {error} is missing or malformed; run clean again"
+                f"vocabulary.json: {error} is missing or malformed; run vlal clean again"
             ) from None
         vocabulary = cls(*columns)
         if vocabulary.digest != stated:
             raise DataError(
                 f"vocabulary.json records digest {stated}, but its names have {vocabulary.digest}: "
-                "it was edited; run clean again"
+                "it was edited; run vlal clean again"
             )
         return vocabulary

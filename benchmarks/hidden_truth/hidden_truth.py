@@ -69,7 +69,7 @@ def read_crops(dataset: Dataset, config: Config) -> TrainingCrops:
     split, likelihood = config.data.train_split, dataset.manifest["likelihood"]
     if likelihood is None or split not in likelihood["splits"]:
         raise DataError(
-            f"{dataset.url} has no likelihoods of split {split}; run score_clip and shard_tools "
+            f"{dataset.url} has no likelihoods of split {split}; run vlal score and vlal "
             "merge, and give the root that merge wrote as --paths.merged"
         )
     return read_training_crops(dataset, split, temperature=config.scoring.temperature, most=None)

@@ -200,9 +200,9 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> None:
         raise ConfigError(
             f"clean.feasible_top_k is {settings.feasible_top_k}, which needs "
             "clean.object_vectors: CLIP text vectors of the object names. Run this command first "
-            "with --clean.feasible_top_k 0 and another --paths.instances NAMES, then `python -m "
-            "vlal_dist.score_clip --object-vectors FILE --paths.instances NAMES`, then this one "
-            "with --clean.object_vectors FILE"
+            "with --clean.feasible_top_k 0 and another --paths.instances NAMES, then `vlal score "
+            "--object-vectors FILE --paths.instances NAMES`, then this one with "
+            " --clean.object_vectors FILE"
         )
 
 

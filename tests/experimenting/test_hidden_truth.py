@@ -287,7 +287,7 @@ def test_the_program_needs_what_merge_wrote(
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         program(sparse, "--paths.merged", str(sparse / "dataset"))
-    assert stopped.value.code == 65 and "shard_tools merge" in capsys.readouterr().err
+    assert stopped.value.code == 65 and "vlal merge" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         program(sparse, truth=tmp_path / "none.parquet")
     assert stopped.value.code == 74 and "none.parquet" in capsys.readouterr().err

@@ -18,5 +18,5 @@ def test_of_tars_and_of_score_files(small: Path) -> None:
         data = DataConfig.model_validate({"likelihood": likelihood})
         assert stored_temperature(data, paths) == TEMPERATURE
     dataset = paths.model_copy(update={"merged": str(small / "dataset")})
-    with pytest.raises(DataError, match="run score_clip and shard_tools merge"):
+    with pytest.raises(DataError, match="run vlal score and vlal merge"):
         stored_temperature(DataConfig(), dataset)

@@ -148,6 +148,62 @@ def test_a_signal_to_one_rank_stops_both_and_plain_python_continues(
     assert begun[0] == (0, 2) and begun[-1][1] == 1 and len(begun) == 2
 
 
+def vlal_train(small: Path, run: Path, *more: str) -> list[str]:
+    """`vlal train --ranks 2`, without any variable that would choose the device."""
+    unset = ("env", "-u", "DS_ACCELERATOR", "-u", "OMP_NUM_THREADS")
+    words = arguments(small, run, *more)[1:]
+    return [*unset, sys.executable, "-m", "vlal_dist", "train", "--ranks", "2", *words]
+
+
+def checkpoint(run: Path) -> dict[str, bytes]:
+    files = (run / "checkpoints/00000008").glob("*.safetensors")
+    return {path.name: path.read_bytes() for path in files}
+
+
+@pytest.mark.slow
+def test_ranks_of_vlal_train_save_together_and_end_equal_to_deepspeeds(
+    undisturbed: Path, small: Path, tmp_path: Path
+) -> None:
+    process = start(vlal_train(small, tmp_path), {})
+    wait_for(tmp_path / "starts.jsonl", process)
+    process.terminate()
+    output = finish(process, code=75)
+    assert "the same command resumes" in output and "Traceback" not in output
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name < "00000008" and (saved / "COMPLETE").exists()
+    output = finish(start(vlal_train(small, tmp_path), {}))
+    assert "train: done: epochs 2, steps 8, ranks 2" in output and "OMP_NUM_THREADS" not in output
+    assert len(checkpoint(tmp_path)) >= 2 and checkpoint(tmp_path) == checkpoint(undisturbed)
+
+
+@pytest.mark.slow
+def test_vlal_train_ends_with_the_ranks_code_and_without_a_traceback(
+    small: Path, tmp_path: Path
+) -> None:
+    nowhere = ("--paths.merged", str(tmp_path / "nowhere"))
+    output = finish(start(vlal_train(small, tmp_path, *nowhere), {}), code=65)
+    lines = [line for line in output.splitlines() if line]
+    assert all(line.startswith("train: error: ") for line in lines) and lines, output
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "code", "message"),
+    [
+        (["--ranks", "0"], {}, 2, "--ranks must be a number from 1, got '0'"),
+        (["--ranks=two"], {}, 2, "--ranks must be a number from 1, got 'two'"),
+        (["--ranks", "2"], {"RANK": "0"}, 2, "RANK is set by a launcher): leave out --ranks"),
+        (["--ranks", "2", "--training.epoch", "3"], {}, 64, "nearest known one is training.epochs"),
+        (["--ranks"], {}, 2, "--ranks needs a value"),
+    ],
+)
+def test_wrong_ranks_are_refused_before_any_is_started(
+    words: list[str], env: dict[str, str], code: int, message: str
+) -> None:
+    output = finish(start([sys.executable, "-m", "vlal_dist", "train", *words], env), code=code)
+    assert output.startswith("train: error: ") and message in output
+    assert len(output.splitlines()) == 1
+
+
 def damaged_copy(small: Path, folder: Path, split: str) -> Path:
     """The merged dataset with one byte of one sample changed."""
     shutil.copytree(small / "merged", folder)

@@ -106,7 +106,7 @@ def test_unreachable_trackers_delay_only_the_end_by_seconds(small: Path, tmp_pat
 def test_trackers_without_library_or_address_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     check_trackers(TRACKERS)
-    with pytest.raises(ConfigError, match=r"not installed; run pip install .*\[trackers\]"):
+    with pytest.raises(ConfigError, match=r"not installed; run: pip install .*\[trackers\]"):
         check_trackers(["no_such_tracker"])
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI is not set"):

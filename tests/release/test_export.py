@@ -59,7 +59,7 @@ def test_what_was_not_evaluated_is_left_out_with_the_reason(
 ) -> None:
     flags = ("--paths.export", str(tmp_path / "export"))
     assert run(EXPORT, trained.config, *flags, "--data.validation_split", "val") == 0
-    remedy = "run python -m vlal_dist.evaluate --evaluation.split val, and export again"
+    remedy = "run vlal evaluate --evaluation.split val, and vlal export again"
     assert f"not evaluated on val; {remedy}" in capsys.readouterr().out
     assert load_model(tmp_path / "export").thresholds is None
     card = (tmp_path / "export/README.md").read_text()

@@ -264,7 +264,7 @@ def test_a_photo_is_turned_as_its_exif_says(trained: Trained, tmp_path: Path) ->
         (("--predict.table", "bad.parquet"), 65, "is not Parquet"),
         (("--predict.table", "latin.csv"), 65, "not CSV in UTF-8"),
         (("--predict.table", "t.csv", "--predict.output", "o.txt"), 64, "are written"),
-        (("--predict.model", "none"), 74, "run python -m vlal_dist.export"),
+        (("--predict.model", "none"), 74, "run vlal export"),
         (("--predict.topk", "3"), 64, "predict.top_k"),
     ],
 )

@@ -152,4 +152,4 @@ def test_clean_names_the_command_that_makes_them(
     cleaned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert clean(cleaned) == 64
-    assert "score_clip --object-vectors" in capsys.readouterr().err
+    assert "vlal score --object-vectors" in capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_samples_without_likelihood_are_refused(
     packed = ["--paths.merged", str(small / "dataset"), "--paths.run", str(tmp_path)]
     assert train(small, *packed) == 65
     message = capsys.readouterr().err
-    assert "run score_clip and shard_tools merge" in message
+    assert "run vlal score and vlal merge" in message
 
 
 def test_another_seed_is_refused_at_a_resume(

@@ -85,5 +85,5 @@ def test_more_than_max_quarantined_stops_all_ranks(
         assert "samples are damaged, data.max_quarantined 0.1 allows 7: uid" in output
         (message,) = (line for line in output.splitlines() if "allows 7: uid" in line)
         assert 1 <= sum(f"{uid:016x}" in message for uid in damaged.uids) <= 5
-        assert f"{damaged.key}: " in message and "shard_tools verify" in message
+        assert f"{damaged.key}: " in message and "vlal verify" in message
     assert json.loads((run / "train.result.json").read_text())["code"] == 65

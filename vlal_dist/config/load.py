@@ -52,9 +52,9 @@ FLAGS: dict[str, str] = {
     "epoch": "E: epoch of the steps, from 0 (default: 0)",
     "step": "S: first step in that epoch, from 0 (default: 0)",
     "steps": "K: number of steps (default: 1)",
-    "ranks": "W: ranks that share a step (default: 1)",
+    "ranks": "N: ranks that share a step (default: 1)",
     "rank": "R: print the samples of this rank only",
-    "first-ranks": "F: ranks of the run's first start (default: W)",
+    "first-ranks": "F: ranks of the run's first start (default: N)",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
     "retry-quarantined": "score shards with unusable crops again",
     "object-vectors": "FILE: write CLIP text vectors of the object names of paths.instances there, "

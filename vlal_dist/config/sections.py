@@ -111,7 +111,7 @@ class CleanConfig(Section):
     feasible_votes: int = Field(2, ge=1)
     """Votes that admit an attribute to an enlarged set (released: kn-32)."""
     object_vectors: str | None = None
-    """Written by `score_clip --object-vectors`: safetensors with `object_vectors` float32 [O, D],
+    """Written by `vlal score --object-vectors`: safetensors with `object_vectors` float32 [O, D],
     CLIP text vectors of the object names in id order, and vocabulary_digest in its header (path;
     needed when feasible_top_k > 0)."""
     expected: dict[str, dict[str, int]] = {}
@@ -214,7 +214,7 @@ class DataConfig(Section):
     """Shuffle window of a lane (blocks; docs/stream.md)."""
     mix: dict[str, float] = {}
     """Merged root -> passes over it per epoch, fractions allowed; the roots share one vocabulary
-    (clean --like); empty: paths.merged once."""
+    (vlal clean --like); empty: paths.merged once."""
     subset: str | None = None
     """File with a sample key per line: train on these alone (path, URL)."""
     repeat_threshold: float = Field(0.0, ge=0, lt=1)
@@ -277,8 +277,8 @@ class LossConfig(Section):
     detach_focal: bool = True
     """No gradient through the focal weight (authors' code)."""
     psl_prior: str | None = None
-    """attributes.parquet of `evaluate --evaluation.split train` on the CE-ignoring model (URL or
-    path; needed by loss psl)."""
+    """attributes.parquet of `vlal evaluate --evaluation.split train` on the CE-ignoring model (URL
+    or path; needed by loss psl)."""
     psl_threshold: float = Field(0.5, ge=0, le=1)
     """Prior above which PSL ignores."""
     psl_topk: int = Field(5, ge=0)
@@ -404,7 +404,7 @@ class EvaluationConfig(Section):
     curves: int = Field(4, ge=0)
     """Precision-recall curves of each kind on the page (best, worst, ...)."""
     experiments: str | None = None
-    """Root of vlal_dist.experiments whose tables the page shows (URL or path)."""
+    """Root of `vlal experiments` whose tables the page shows (URL or path)."""
     compare: Texts = []
     """Result.json files of other runs, shown as further rows of the result table (URLs or
     paths)."""
@@ -420,7 +420,7 @@ class ExportConfig(Section):
 
     onnx: bool = False
     """Also write model.onnx, and refuse it when onnxruntime computes something else than torch (pip
-    install '.[onnx]')."""
+    install 'vlal-dist[onnx]')."""
     min_annotated: int = Field(10, ge=1)
     """Annotated positives, and negatives, that an attribute needs on validation for a threshold of
     its own; with fewer, one label moves its F1 too far, and it gets the threshold of all attributes

@@ -123,5 +123,5 @@ def load_predictions(store: Store, key: str) -> Predictions:
         return Predictions(**safetensors.numpy.load(store.read(key)))
     except (SafetensorError, TypeError) as error:
         raise DataError(
-            f"{store.url}: {key} is damaged or incomplete ({error}); run evaluate again"
+            f"{store.url}: {key} is damaged or incomplete ({error}); run vlal evaluate again"
         ) from None

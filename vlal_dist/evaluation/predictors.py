@@ -99,7 +99,7 @@ def predict_clip(dataset: Dataset, split: str, *, scores: Store) -> Predictions:
     if split not in manifest["splits"]:
         raise DataError(
             f"scores at {scores.url} cover the splits {', '.join(manifest['splits'])}, not "
-            f'{split}; score it too (score_clip --scoring.splits "[{split}]") and point '
+            f'{split}; score it too (vlal score --scoring.splits "[{split}]") and point '
             "paths.scores there"
         )
     opened = open_split(dataset, split)

@@ -144,7 +144,7 @@ def cuda_devices() -> list[str]:
 
 
 def stored_temperature(data: DataConfig, paths: PathsConfig) -> float:
-    """Tau of Eq. (2) of the likelihoods that training reads, as score_clip or merge recorded it.
+    """Tau of Eq. (2) of the likelihoods that training reads, as score or merge recorded it.
 
     Raises:
         DataError: samples without likelihood, or scoring has not finished.
@@ -155,7 +155,7 @@ def stored_temperature(data: DataConfig, paths: PathsConfig) -> float:
     likelihood = open_dataset(url, cache=Path(paths.cache)).manifest["likelihood"]
     if likelihood is None:
         raise DataError(
-            f"{url} holds samples without likelihood; run score_clip and shard_tools merge, or "
+            f"{url} holds samples without likelihood; run vlal score and vlal merge, or "
             "point paths.merged at what merge wrote"
         )
     return float(likelihood["temperature"])

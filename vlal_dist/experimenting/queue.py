@@ -189,7 +189,8 @@ class _Attempt:
                 )
         except OSError as error:
             raise VlalError(
-                f"{command.argv[0]} cannot be started: {error.strerror}; run make setup"
+                f"{command.argv[0]} cannot be started: {error.strerror}; "
+                "run: pip install 'vlal-dist[train]'"
             ) from None
 
 

@@ -48,7 +48,7 @@ class FeasibleSets:
     def __post_init__(self) -> None:
         problem = self._problem()
         if problem:
-            raise DataError(f"feasible sets: {problem}; run clean again")
+            raise DataError(f"feasible sets: {problem}; run vlal clean again")
 
     @property
     def num_objects(self) -> int:
@@ -143,12 +143,14 @@ class FeasibleSets:
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in _DTYPES}
         except Exception as error:  # a damaged zip raises many types, zlib's and struct's too
-            raise DataError(f"feasible.npz cannot be read ({error}); run clean again") from None
+            raise DataError(
+                f"feasible.npz cannot be read ({error}); run vlal clean again"
+            ) from None
         for name, dtype in _DTYPES.items():
             if arrays[name].dtype != np.dtype(dtype):
                 raise DataError(
                     f"feasible.npz: {name} is {arrays[name].dtype}, it must be {dtype}; "
-                    "run clean again"
+                    "run vlal clean again"
                 )
         return cls(**arrays)
 
@@ -199,7 +201,7 @@ def feasible_sets(
         DataError: rows do not fit, or an id is out of range.
     """
     if len(object_id) and not 0 <= int(object_id.min()) <= int(object_id.max()) < num_objects:
-        raise DataError(f"object ids must lie in 0..{num_objects - 1}; run clean again")
+        raise DataError(f"object ids must lie in 0..{num_objects - 1}; run vlal clean again")
     num_attributes = 1 + max(
         (int(ids.max()) for ids in (positive, negative) if len(ids)), default=0
     )
@@ -319,7 +321,7 @@ def _pairs(object_id: Ids, indptr: Ids, ids: Ids) -> NDArray[np.int64]:
     lengths = ends[1:] - ends[:-1]
     fits = len(lengths) == len(object_id) and indptr[0] == 0 and indptr[-1] == len(ids)
     if not fits or (lengths < 0).any() or (len(ids) and int(ids.min()) < 0):
-        raise DataError("annotations: ragged rows do not fit the instances; run clean again")
+        raise DataError("annotations: ragged rows do not fit the instances; run vlal clean again")
     return np.repeat(object_id.astype(np.int64), lengths)
 
 

@@ -253,7 +253,7 @@ def _read_config(store: Store) -> tuple[ExportInfo, dict[str, str]]:
     except NotFoundError:
         raise NotFoundError(
             f"{where} does not exist: no model was exported there, or the export was interrupted; "
-            "run python -m vlal_dist.export, or correct the folder"
+            "run vlal export, or correct the folder"
         ) from None
     except (ValueError, KeyError, TypeError) as error:  # a DataError of the vocabulary included
         raise DataError(f"{where} is damaged ({error}); export again") from None

@@ -178,8 +178,8 @@ def _read_result(store: Store, folder: str) -> dict[str, Any]:
         return result
     except NotFoundError:
         raise DataError(
-            f"{store.url} holds no {folder}/result.json; run python -m vlal_dist.evaluate with "
-            "the same --paths.run, --evaluation.split and --evaluation.predictor"
+            f"{store.url} holds no {folder}/result.json; run vlal evaluate with the "
+            "same --paths.run, --evaluation.split and --evaluation.predictor"
         ) from None
     except ValueError as error:
         raise DataError(f"{store.url}: {folder}/result.json is damaged ({error})") from None

@@ -138,7 +138,7 @@ def read_tables(url: str) -> list[ExperimentTable]:
     if not present:
         raise DataError(
             f"evaluation.experiments: {store.url} holds no {', no '.join(keys)}; run "
-            "python -m vlal_dist.experiments, or name its root"
+            "vlal experiments, or name its root"
         )
     return [parse_table(store.read(key), where=f"{store.url}/{key}") for key in present]
 

@@ -88,17 +88,17 @@ def read_vocabulary(root: str) -> Vocabulary:
     except NotFoundError:
         raise DataError(
             f"paths.instances: {root} holds no vocabulary.json; object vectors need the names that "
-            "a first clean finds: run `python -m shard_tools clean "
+            "a first clean finds: run `vlal clean "
             f"--clean.feasible_top_k 0 --paths.instances {root}`"
         ) from None
     except ValueError as error:
         raise DataError(
-            f"paths.instances: {root}/vocabulary.json is not JSON ({error}); run clean again"
+            f"paths.instances: {root}/vocabulary.json is not JSON ({error}); run vlal clean again"
         ) from None
     if not isinstance(values, dict):
         raise DataError(
             f"paths.instances: {root}/vocabulary.json holds a JSON {type(values).__name__}, not an "
-            "object; run clean again"
+            "object; run vlal clean again"
         )
     return Vocabulary.from_json(values)
 

@@ -243,7 +243,7 @@ def _kinds(vocabulary: Vocabulary) -> npt.NDArray[np.uint8]:
     if len(places) > 256:
         raise DataError(
             f"vocabulary: {len(places)} attribute types, at most 256 are supported; give the "
-            "attributes coarser types and run clean again"
+            "attributes coarser types and run vlal clean again"
         )
     return np.array([places[name] for name in vocabulary.attribute_type], dtype=np.uint8)
 

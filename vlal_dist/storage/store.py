@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
-from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, extras_named
 from vlal_dist.storage.checks import translated_errors
 from vlal_dist.storage.local import LocalStore, replacing
 
@@ -96,11 +96,12 @@ def open_store(url: str) -> Store:
     Credentials, region and endpoint of S3 come from the AWS variables and profiles alone.
 
     Raises:
-        ConfigError: another scheme, no bucket, or an empty or unclean path.
+        ConfigError: another scheme, no bucket, an empty or unclean path, or boto3 is not installed.
     """
     if re.match(r"s3:", url, re.IGNORECASE):
         # Local users need not wait for boto3, which takes a third of a second to import.
-        from vlal_dist.storage.s3 import S3Store
+        with extras_named():
+            from vlal_dist.storage.s3 import S3Store
 
         return S3Store(url)
     if re.match(r"file:", url, re.IGNORECASE):

@@ -160,8 +160,8 @@ def _tar_likelihoods(mixture: Mixture, split: str, temperature: float | None) ->
         likelihood = one.manifest.get("likelihood")
         if likelihood is None or split not in likelihood["splits"]:
             raise DataError(
-                f"{one.url}: the samples of split {split} carry no likelihood; run score_clip "
-                "and shard_tools merge, or set method.loss to one that draws no ignore set"
+                f"{one.url}: the samples of split {split} carry no likelihood; run vlal score "
+                "and vlal merge, or set method.loss to one that draws no ignore set"
             )
         temperatures.add(float(likelihood["temperature"]))
     if len(temperatures) > 1:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vlal_dist.config.sections import TrainingConfig
-from vlal_dist.errors import ConfigError
+from vlal_dist.errors import ConfigError, extras_named
 from vlal_dist.training.optimizer_state import (
     adam_tensors,
     check_adam,
@@ -163,9 +163,12 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Its unused autotuner imports mlflow where it is installed: 1.3 s of each rank.
     hides_mlflow = modules.setdefault("mlflow", None) is None
     try:
-        import deepspeed
+        with extras_named():
+            import deepspeed
     except ImportError as error:
-        raise ConfigError(f"DeepSpeed cannot be imported ({error}); run make setup") from None
+        raise ConfigError(
+            f"DeepSpeed cannot be imported ({error}); run: pip install 'vlal-dist[train]'"
+        ) from None
     finally:
         if hides_mlflow:
             del modules["mlflow"]

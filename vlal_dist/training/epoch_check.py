@@ -67,7 +67,7 @@ class EpochCheck:
             raise DataError(
                 f"{len(quarantined)} samples are damaged, data.max_quarantined "
                 f"{self._max_quarantined} allows {self._allowed}: {'; '.join(first)}. "
-                "Run shard_tools verify and restore the shards"
+                "Run vlal verify and restore the shards"
             )
 
     def settle(self) -> None:

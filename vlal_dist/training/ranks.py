@@ -125,7 +125,8 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
         if "WORLD_SIZE" not in os.environ and int(os.environ.get(name) or 1) > 1:
             raise ConfigError(
                 f"{name} says {os.environ[name]} tasks, but no launcher set WORLD_SIZE: each task "
-                "would train alone into one run root; start with deepspeed or torchrun"
+                "would train alone into one run root; start with vlal train --ranks N, "
+                "deepspeed or torchrun"
             )
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, world_size = (int(os.environ.setdefault(*one)) for one in defaults.items())
@@ -142,7 +143,7 @@ def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(
             f"WORLD_SIZE is {world_size} but {' and '.join(missing)} are not set; start with "
-            "`deepspeed vlal_dist/train.py` or torchrun, or unset WORLD_SIZE for one process"
+            "vlal train --ranks N, deepspeed or torchrun, or unset WORLD_SIZE for one process"
         )
     if local_sizes and local_size == world_size and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback

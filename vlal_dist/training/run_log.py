@@ -204,17 +204,21 @@ def check_trackers(names: Sequence[str]) -> None:
         ConfigError: a library is not installed, or MLflow has no address.
     """
     for name in names:
-        found = importlib.util.find_spec(name)
-        if found is None or found.origin is None:  # a mere folder of that name is no package
+        if name != "tensorboard" and not _is_installed(name):  # it is on by default
             raise ConfigError(
                 f"observability.trackers has {name}, which is not installed; "
-                "run pip install 'vlal-dist[trackers]', or take it off the list"
+                "run: pip install 'vlal-dist[trackers]', or take it off the list"
             )
     if "mlflow" in names and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ConfigError(
             "observability.trackers has mlflow, but MLFLOW_TRACKING_URI is not set; "
             "export MLFLOW_TRACKING_URI=http://HOST:PORT"
         )
+
+
+def _is_installed(name: str) -> bool:
+    found = importlib.util.find_spec(name)
+    return found is not None and found.origin is not None  # a mere folder is no package
 
 
 def open_trackers(
@@ -236,7 +240,12 @@ def open_trackers(
         folder = local.parent if local else None
         for name in clients:
             starts[name] = partial(ProcessTracker, name, identity=identity, folder=folder)
-    if "tensorboard" in names and local:
+    if "tensorboard" in names and not _is_installed("tensorboard"):
+        logger.info(
+            "tensorboard is not installed: no event files (metrics.jsonl has all numbers); for "
+            "them: pip install 'vlal-dist[train]'"
+        )
+    elif "tensorboard" in names and local:
         starts["tensorboard"] = partial(_event_files, local.parent / "tensorboard", step=step)
     elif "tensorboard" in names:
         logger.info("tensorboard: event files are local only; none for %s", store.url)

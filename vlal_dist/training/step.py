@@ -149,7 +149,7 @@ class TrainStep:
         what = f"the loss is not finite in rows with uid {named}"
         raise DataError(
             f"step {step + 1}: {what if named else 'loss is finite but the gradient is not'}; "
-            "nothing was applied. Look at these samples with shard_tools inspect, or lower "
+            "nothing was applied. Look at these samples with vlal inspect, or lower "
             "training.lr_new"
         )
 

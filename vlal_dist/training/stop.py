@@ -32,7 +32,7 @@ def launcher_processes() -> Launcher:
     """
     parent = Process().parent()
     words = _program(parent)
-    if "torchrun" in words or "torch.distributed.run" in words:
+    if words & {"torchrun", "torch.distributed.run", "vlal_dist.training.launch"}:
         return [parent]
     if parent is None or "deepspeed.launcher.launch" not in words:
         return []

@@ -66,7 +66,7 @@ def test_a_broken_likelihood_is_an_error(part: bytes) -> None:
 
 
 def test_a_sample_without_likelihood_says_what_to_do() -> None:
-    with pytest.raises(DataError, match="run score_clip and shard_tools merge"):
+    with pytest.raises(DataError, match="run vlal score and vlal merge"):
         tar_likelihoods(np.array([5]), [b""])
 
 

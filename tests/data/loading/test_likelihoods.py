@@ -271,7 +271,7 @@ def test_an_absent_file_says_what_to_run(tmp_path: Path, remote: bool) -> None:
     write_all(tmp_path, split)
     (tmp_path / key_of(1)).unlink()
     store = (RemoteStore if remote else LocalStore)(tmp_path)
-    with pytest.raises(DataError, match="run score_clip for split train") as error:
+    with pytest.raises(DataError, match="run vlal score for split train") as error:
         reading(split, store, tmp_path / "cache")(np.array([0, 4]), [b"", b""])
     assert key_of(1) in str(error.value)
 

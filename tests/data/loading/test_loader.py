@@ -230,7 +230,7 @@ def test_impossible_settings_are_refused(merged: Dataset) -> None:
 
 def test_training_on_samples_without_likelihood_says_what_to_do(merged: Dataset) -> None:
     builder = make(merged, "val")
-    with pytest.raises(DataError, match="run score_clip and shard_tools merge"):
+    with pytest.raises(DataError, match="run vlal score and vlal merge"):
         batch_of(builder, np.array([0]), np.zeros(1, np.int64), np.zeros(1, np.bool_))
     builder.close()
 

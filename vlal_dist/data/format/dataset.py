@@ -100,7 +100,7 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
         data = store.read("dataset.json")
     except NotFoundError:
         raise DataError(
-            f"{url} holds no dataset.json: pack (or merge) has not finished there; run it, "
+            f"{url} holds no dataset.json: vlal pack (or merge) has not finished there; run it, "
             "or correct paths.dataset / paths.merged"
         ) from None
     try:
@@ -159,7 +159,7 @@ def open_split(dataset: Dataset, split: str) -> Split:
         if samples != entry["samples"]:
             raise DataError(
                 f"{dataset.url}: {split}/{what} holds {samples} samples, dataset.json says "
-                f"{entry['samples']}; run shard_tools verify, and pack again"
+                f"{entry['samples']}; run vlal verify, and pack again"
             )
     return Split(split, dataset.store, shards, index, blocks)
 
@@ -264,7 +264,7 @@ def read_labels(
         if not 0 <= start <= stop <= file.metadata.num_rows:
             raise DataError(
                 f"{dataset.url}: {split}/labels.parquet has {file.metadata.num_rows} rows, not "
-                f"those from {start} to {stop}; run shard_tools verify, and pack again"
+                f"those from {start} to {stop}; run vlal verify, and pack again"
             )
         first, last = bisect_right(ends, start), bisect_left(ends, stop)
         wanted = list(groups[first : last + 1])

@@ -41,7 +41,7 @@ def image_numbers(split: Split) -> npt.NDArray[np.int64]:
             pass
         raise DataError(
             f"{split.store.url}/{split.shard_key(shard)}: the json of sample row {row} is not what "
-            "was packed; run shard_tools verify, and restore the shard or pack again"
+            "was packed; run vlal verify, and restore the shard or pack again"
         )
 
     with ThreadPoolExecutor(READS) as pool:

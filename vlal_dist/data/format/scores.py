@@ -32,7 +32,7 @@ from vlal_dist.storage.store import FETCH_BYTES, Store
 FORMAT = 1
 DIGESTS = ("shard_sha256", "scorer_digest", "feasible_digest", "vocabulary_digest")
 _HEAD_BYTES = 1 << 16
-"""First read of a file, for its header; those that score_clip writes have about 1 kB."""
+"""First read of a file, for its header; those that `vlal score` writes have about 1 kB."""
 _TYPES: dict[str, tuple[str, Any]] = {
     "uid": ("U64", np.uint64),
     "indptr": ("I64", np.int64),
@@ -200,7 +200,7 @@ def finished_manifest(store: Store) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(store.read("scores.json"))
     except NotFoundError:
         raise DataError(
-            f"{store.url} holds no scores.json: score_clip has not finished there; run it again, "
+            f"{store.url} holds no scores.json: vlal score has not finished there; repeat it, "
             "or correct the path"
         ) from None
     if manifest.get("format") != FORMAT:
@@ -224,7 +224,7 @@ def read_scores_manifest(
         if manifest[name] != expected:
             raise DataError(
                 f"{store.url}/scores.json: {name} {manifest[name]}, the dataset has {expected}; "
-                "these scores belong to other feasible sets or names: run score_clip again "
+                "these scores belong to other feasible sets or names: run vlal score again "
                 "into a new paths.scores"
             )
     return manifest
@@ -345,4 +345,4 @@ def _damaged(where: str, what: str) -> DataError:
 
 
 def _absent(where: str, split: str) -> DataError:
-    return DataError(f"{where}: no scores of this shard; run score_clip for split {split}")
+    return DataError(f"{where}: no scores of this shard; run vlal score for split {split}")

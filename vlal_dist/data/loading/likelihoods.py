@@ -40,7 +40,7 @@ def tar_likelihoods(rows: I64, members: Sequence[Data]) -> Ragged:
     for row, member in zip(rows.tolist(), members, strict=True):
         if not len(member):
             raise DataError(
-                f"the sample in row {row} has no likelihood: run score_clip and shard_tools merge, "
+                f"the sample in row {row} has no likelihood: run vlal score and vlal merge, "
                 "or set method.loss to one that ignores none"
             )
     return join_likelihoods(members)
@@ -138,7 +138,7 @@ class ScoreLikelihoods:
         if split.name not in manifest["splits"]:
             raise DataError(
                 f"{scores.url} scores the splits {', '.join(manifest['splits'])}, not "
-                f"{split.name}; run score_clip with scoring.splits including it"
+                f"{split.name}; run vlal score with scoring.splits including it"
             )
         self._split, self._scores, self._manifest = split, scores, manifest
         self._temperature, self._cache = temperature, cache

@@ -81,7 +81,7 @@ class DamagedError(DataError):
 
     def __init__(self, damage: Damage) -> None:
         super().__init__(
-            f"{damage}; the shard or its index was altered or cut: restore it (shard_tools verify "
+            f"{damage}; the shard or its index was altered or cut: restore it (vlal verify "
             "checks all), pack again, or set data.damage quarantine"
         )
         self.damage = damage
