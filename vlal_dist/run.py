@@ -129,7 +129,7 @@ def lock(root: str) -> Iterator[tuple[int, ...]]:
         yield ()
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -61,7 +61,8 @@ def digests(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for root in roots
         for path in sorted((folder / root).rglob("*"))
-        if path.is_file() and ".result." not in path.name and ".config." not in path.name
+        if path.is_file()
+        and not any(word in path.name for word in (".result.", ".config.", "-tmp-"))
     }
 
 
