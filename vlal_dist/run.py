@@ -80,7 +80,7 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
             say(f"{stage.title}: {time.monotonic() - started:.1f} s")
             ran += 1
     say("\n".join(["", *closing(config)]))
-    return {"stages": len(stages), "run": ran, "page": f"{config.paths.run}/report.html"}
+    return {"stages": len(stages), "run": ran}
 
 
 def select(stages: Sequence[Stage], *, first: str | None, last: str | None) -> list[Stage]:
