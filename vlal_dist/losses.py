@@ -133,7 +133,7 @@ class _TableLoss(nn.Module):
         if self.reduction == "none":
             return per_row
         total = per_row.sum()
-        return total if self.reduction == "sum" else total / max(per_row.shape[0], 1)
+        return total if self.reduction == "sum" else total / max(per_row.numel(), 1)
 
     def _table(self, logits: Tensor) -> FeasibleTable:
         """The sets; without any, one object for which every attribute is feasible."""
@@ -324,8 +324,8 @@ def _baseline(unannotated: str, gammas: Sequence[float], **settings: Any) -> Los
     """A row without feasible sets: unannotated pairs have one exponent."""
     if unannotated not in _NUM_IGNORE:
         raise ConfigError(f"unannotated is {unannotated!r}; give one of {', '.join(_NUM_IGNORE)}")
-    three = tuple(gammas)
-    return _loss_config((*three, *three[2:3]), num_ignore=_NUM_IGNORE[unannotated], **settings)
+    three = _exponents(gammas, 3)
+    return _loss_config((*three, three[2]), num_ignore=_NUM_IGNORE[unannotated], **settings)
 
 
 def _loss_config(gammas: Sequence[float], **settings: Any) -> LossConfig:
@@ -335,17 +335,23 @@ def _loss_config(gammas: Sequence[float], **settings: Any) -> LossConfig:
         ConfigError: naming the argument.
     """
     names = ("gamma_positive", "gamma_negative", "gamma_feasible", "gamma_infeasible")
-    given = tuple(gammas)
-    if len(given) != len(names):
-        raise ConfigError(f"gammas is {given!r}; give one exponent >= 0 for each kind of pair")
+    given = dict(zip(names, _exponents(gammas, len(names)), strict=True))
     try:
-        return LossConfig(**dict(zip(names, given, strict=True)), **settings)
+        return LossConfig(**given, **settings)
     except ValueError as error:  # pydantic's, which lists what is wrong
         problems: list[dict[str, Any]] = error.errors()  # type: ignore[attr-defined]
         name = str(problems[0]["loc"][0]).removeprefix("psl_")
         shown = f"gammas: {name}" if name in names else name
         wanted = " or ".join(str(one["msg"]) for one in problems)
         raise ConfigError(f"{shown} is {problems[0]['input']!r}: {wanted}") from None
+
+
+def _exponents(gammas: Sequence[float], number: int) -> tuple[float, ...]:
+    """The exponents, as many as there must be."""
+    given = tuple(gammas)
+    if len(given) != number:
+        raise ConfigError(f"gammas is {given!r}; give {number} exponents, each >= 0")
+    return given
 
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
