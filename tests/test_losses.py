@@ -4,6 +4,8 @@ import copy
 import itertools
 import math
 import pickle
+import subprocess
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -22,6 +24,7 @@ from vlal_dist.losses import (
     CrossEntropyLoss,
     PartiallySelectiveLoss,
     SelectiveLoss,
+    compiled_inputs,
 )
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.method.ignore_set import psl_ignored, top_ignore_set
@@ -336,13 +339,18 @@ INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.mark.parametrize("dtype", INTEGERS + FLOATS)
+UNSIGNED = [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS + UNSIGNED + FLOATS)
 def test_types_of_labels_and_ids(dtype):
     given, feasible = batch()
+    if dtype in UNSIGNED:
+        given["labels"].clamp_(min=0)
     loss = SelectiveLoss(3, feasible=feasible)
     value, _ = call(loss, given)
     changed = {"labels": given["labels"].to(dtype)}
-    if dtype in INTEGERS:
+    if dtype not in FLOATS:
         changed |= {"object_id": given["object_id"].to(dtype)}
         changed |= {"epoch": torch.full((ROWS,), 3, dtype=dtype)}
     assert torch.equal(call(loss, given, **changed)[0], value)
@@ -553,6 +561,55 @@ SETTINGS = [
 def test_refused_settings(make_loss, message):
     with pytest.raises(ValueError, match=message):
         make_loss()
+
+
+@pytest.mark.parametrize("kind", ["plain", "keyed", "strided", "top", "psl", "none"])
+def test_opcheck(kind):
+    """What is traced of the checks fits what they return, in shape, type and stride."""
+    given, feasible = batch(3, sets=kind != "plain")
+    given["labels"] = given["labels"].to(torch.int8)
+    if kind == "strided":
+        given |= {n: given[n].t().contiguous().t() for n in ("labels", "likelihood")}
+    loss = {
+        "top": SelectiveLoss(3, feasible=feasible, draw="top"),
+        "psl": PartiallySelectiveLoss(torch.full((ATTRIBUTES,), 0.4)),
+        "plain": SelectiveLoss(3),
+        "none": SelectiveLoss("all", feasible=feasible),
+    }.get(kind, SelectiveLoss(3, feasible=feasible))
+    key = [given["sample_id"], torch.full((ROWS,), 3)]
+    inputs = [given["object_id"], given["likelihood"], *key, loss.feasible_mask, loss.prior]
+    arguments = given["logits"].float(), given["labels"], inputs, 99, loss.config.model_dump_json()
+    torch.library.opcheck(compiled_inputs, arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("sets", [True, False])
+def test_on_a_gpu_without_waiting_for_it(sets):
+    given, feasible = batch(1, sets=sets)
+    given |= {"logits": given["logits"].float(), "epoch": torch.full((ROWS,), 3)}
+    loss = SelectiveLoss(3, feasible=feasible if sets else None)
+    value, gradient = call(loss, given)
+    there = {name: tensor.cuda() for name, tensor in given.items()}
+    loss = loss.cuda()
+    call(loss, there)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found, slope = call(loss, there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(found.cpu(), value)
+    torch.testing.assert_close(slope.cpu(), gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(slope.cpu() == 0, gradient == 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_bad_value_on_a_gpu_is_an_assertion_there():
+    code = (
+        "import torch, vlal_dist as vlal; z = torch.zeros(2, 3).cuda();"
+        "vlal.SelectiveLoss(0)(z, z + 5); torch.cuda.synchronize()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "device-side assert" in done.stderr
 
 
 ignores_deprecated = pytest.mark.filterwarnings(  # inductor itself uses it

@@ -378,10 +378,9 @@ def _operator_inputs(
         raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}; give floating [B, A]")
     label = _checked_labels(labels, logits)
     numbers = torch.arange(len(logits), device=logits.device)
-    objects = torch.zeros_like(numbers)
-    if mask is not None:
-        objects = _checked_objects(object_id, mask, logits)
-    uid, visit, bits = numbers, torch.zeros_like(numbers), numbers.new_zeros(1)
+    zeros = torch.zeros_like(numbers)
+    objects = zeros if mask is None else _checked_objects(object_id, mask, logits)
+    uid, visit, bits = numbers, zeros, numbers.new_zeros(1)
     if prior is not None:
         chosen = _psl_choice(logits, label, prior, config)
     elif config.num_ignore in (0, "all"):
@@ -412,11 +411,13 @@ def compiled_inputs(
         logits, labels, given, seed: of `_operator_inputs`.
         options: the loss as JSON.
     """
-    found = _operator_inputs(logits, labels, given, seed, _loss_of(options))
     taken = {tensor.data_ptr() for tensor in (labels, *given) if tensor is not None}
-    label, objects, chosen, uid, visit, bits = (
-        tensor.clone() if tensor.data_ptr() in taken else tensor for tensor in found
-    )
+    found = []
+    for tensor in _operator_inputs(logits, labels, given, seed, _loss_of(options)):
+        own = tensor.contiguous()  # and no memory of an input or of another output
+        found.append(own.clone() if own.data_ptr() in taken else own)
+        taken.add(own.data_ptr())
+    label, objects, chosen, uid, visit, bits = found
     return label, objects, chosen, uid, visit, bits
 
 
@@ -444,8 +445,6 @@ def _checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
     """The labels as int8 [B, A]."""
     _check_form("labels", labels, tuple(logits.shape), logits.device, "integer or floating")
     code = labels.to(torch.int8)
-    if labels.numel() == 0:
-        return code
     holds = _within(labels, -1, 1)
     if labels.is_floating_point():
         holds = holds & _equal(code.to(labels.dtype), labels)
@@ -469,9 +468,8 @@ def _checked_objects(object_id: Tensor | None, mask: Tensor, logits: Tensor) -> 
     if object_id is None:
         raise ValueError("object_id: missing; give the object of each row, integers [B]")
     _check_form("object_id", object_id, (len(logits),), logits.device, "integer")
-    if len(logits):
-        message = f"object_id: an id is not in 0..{num_objects - 1}, the objects of the sets"
-        _require(_within(object_id, 0, num_objects - 1), message)
+    message = f"object_id: an id is not in 0..{num_objects - 1}, the objects of the sets"
+    _require(_within(object_id, 0, num_objects - 1), message)
     return object_id.to(torch.int64)
 
 
@@ -496,14 +494,15 @@ def _inverse_likelihood(
         return torch.zeros(logits.shape, device=logits.device)
     if likelihood.dtype not in (torch.float32, torch.float64):
         likelihood = likelihood.float()
-    low, high = torch.aminmax(likelihood)
-    _require((low >= 0) & (high < torch.inf), "likelihood: a value is negative or not finite")
+    holds = _within(likelihood, 0, torch.finfo(likelihood.dtype).max)
+    _require(holds, "likelihood: a value is negative or not finite")
     if mask is not None:
         width = mask.shape[1]
-        outside = torch.where(mask[object_id], 0, likelihood[:, :width])
-        parts = [part for part in (outside, likelihood[:, width:]) if part.numel()]
+        drawable = likelihood.bool()
+        outside = drawable[:, :width] & ~mask.index_select(0, object_id)
         _require(
-            torch.stack([part.amax() for part in parts]).amax() == 0,
+            _within(outside.view(torch.uint8), 0, 0)
+            & _within(drawable[:, width:].view(torch.uint8), 0, 0),
             "likelihood: a value outside of the row's feasible set is not 0; object_id or the "
             "order of the attributes is not that of the feasible sets",
         )
@@ -554,22 +553,26 @@ def _check_form(
         )
 
 
-def _within(tensor: Tensor, low: int, high: int) -> Tensor:
+def _within(tensor: Tensor, low: float, high: float) -> Tensor | bool:
     """Whether all values lie there; NaN does not."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which have no aminmax
+        tensor = tensor.to(torch.int64)
     least, most = torch.aminmax(tensor)
+    if tensor.is_cpu:  # a tensor of one element costs more than a number
+        return bool(low <= least.item() and most.item() <= high)
     return (least >= low) & (most <= high)
 
 
-def _equal(one: Tensor, other: Tensor) -> Tensor:
-    """Whether all values are equal; on the CPU in a pass that ends at the first difference."""
-    if one.is_cpu:
-        return torch.tensor(torch.equal(one, other))
-    return (one == other).all()
+def _equal(one: Tensor, other: Tensor) -> Tensor | bool:
+    """Whether all values are equal."""
+    return torch.equal(one, other) if one.is_cpu else (one == other).all()
 
 
-def _require(holds: Tensor, message: str) -> None:
+def _require(holds: Tensor | bool, message: str) -> None:
     """Raise unless it holds; on CUDA on the device, without waiting for it."""
-    if holds.is_cuda:
+    if isinstance(holds, Tensor) and holds.is_cuda:
         torch._assert_async(holds, message)
     elif not holds:
         raise ValueError(message)

@@ -7,8 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.feasible import FeasibleSets, enlarge_feasible_sets, feasible_sets
@@ -64,6 +66,53 @@ def test_sets_equal_plain_loops(rows):
         assert sets.negative_count[span].tolist() == [negative.count(a) for a in sets.of(o)]
     again = FeasibleSets.from_npz(sets.to_npz())
     assert again.digest == sets.digest and again.to_npz() == sets.to_npz()
+
+
+@given(
+    st.integers(0, 12).flatmap(
+        lambda n: st.tuples(
+            arrays.arrays(np.int64, n, elements=st.integers(0, 4)),
+            arrays.arrays(np.int8, (n, 7), elements=st.sampled_from([-1, 0, 0, 1])),
+        )
+    ),
+    st.sampled_from(["int8", "int64", "float32", "float16", "torch.int64", "torch.bfloat16"]),
+)
+@settings(deadline=None)
+def test_sets_of_labels_are_those_of_lists(case, kind):
+    object_id, label = case
+    positive, negative = ([np.flatnonzero(r == s).tolist() for r in label] for s in (1, -1))
+    wanted = build(object_id, positive, negative, num_objects=5)
+    given_labels, ids = label.astype(kind) if "." not in kind else label, object_id
+    if "." in kind:
+        ids = torch.from_numpy(object_id)
+        given_labels = torch.from_numpy(label).to(getattr(torch, kind.split(".")[1]))
+    found = FeasibleSets.from_labels(ids, given_labels, num_objects=5)
+    assert found.to_npz() == wanted.to_npz()
+    inferred = FeasibleSets.from_labels(ids, given_labels)
+    assert inferred.num_objects == max(object_id.tolist(), default=-1) + 1
+    assert found.indices.tolist() == inferred.indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("object_id", "labels", "message"),
+    [
+        ([0, 1], [[1, 0], [0, 2]], "labels: a value is not -1"),
+        ([0, 1], [[1, 0], [0, 0.5]], "labels: a value is not -1"),
+        ([0, 1], [[1, 0], [0, np.nan]], "labels: a value is not -1"),
+        ([0, 1], [[1, 0], [0, 256]], "labels: a value is not -1"),
+        ([0, 1], [[True, False], [False, False]], "labels: bool; give integers"),
+        ([0, 1], [["1", "0"], ["0", "0"]], "labels: <U1; give integers"),
+        ([0, 1], [[1, 0]], "give integers \\[N\\] and labels"),
+        ([0, 1], [1, 0], "give integers \\[N\\] and labels"),
+        ([[0], [1]], [[1, 0], [0, 1]], "give integers \\[N\\] and labels"),
+        ([0.0, 1.0], [[1, 0], [0, 1]], "give integers \\[N\\] and labels"),
+        ([0, -1], [[1, 0], [0, 1]], "object ids must lie in 0..1"),
+        ([0, 2], [[1, 0], [0, 1]], "object ids must lie in 0..1"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(object_id, labels, message):
+    with pytest.raises(ValueError, match=message):
+        FeasibleSets.from_labels(np.array(object_id), np.array(labels), num_objects=2)
 
 
 def test_digest_depends_on_sets_alone():

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -150,3 +151,64 @@ def test_bad_input():
 def test_empty_split():
     found = evaluate(np.zeros((0, 2)), np.zeros((0, 2), np.int8), groups={"overall": [0, 1]})
     assert found.groups["overall"]["mAP"] is None and found.attributes.ap.tolist() == [0, 0]
+
+
+@given(scored_labels(), st.sampled_from(["list", "torch", "half"]))
+@settings(deadline=None, max_examples=50)
+def test_arrays_of_other_libraries_give_the_same(case, kind):
+    score, label = case
+    wanted = evaluate(score, label)
+    if kind == "list":
+        found = evaluate(score.tolist(), label.tolist())
+    else:  # eighths are exact in 16 bits
+        there = torch.from_numpy(score).requires_grad_()
+        there = there.to(torch.bfloat16) if kind == "half" else there
+        found = evaluate(there, torch.from_numpy(label).float())
+    assert found.groups == wanted.groups and found.mAP == wanted.mAP
+    assert np.array_equal(found.attributes.ap, wanted.attributes.ap)
+    assert wanted.mAP == wanted.groups["overall"]["mAP"]
+
+
+def test_groups_by_name_and_by_id():
+    rng = np.random.default_rng(1)
+    score, label = rng.random((40, 4)), rng.integers(-1, 2, (40, 4))
+    names = ["red", "wooden", "tall", "wet"]
+    by_id = evaluate(score, label, groups={"looks": [0, 3], "all": range(4)})
+    by_name = evaluate(score, label, names, {"looks": ["red", "wet"], "all": names})
+    assert by_id.groups == by_name.groups
+    assert by_name.ap == dict(zip(names, by_name.attributes.ap.tolist(), strict=True))
+    assert list(by_id.ap) == ["0", "1", "2", "3"]
+    assert by_id.mAP == by_id.groups["all"]["mAP"] != by_id.groups["looks"]["mAP"]
+    label[:, 2] = 1
+    undefined = evaluate(score, label, names)
+    assert undefined.ap["tall"] is None and undefined.ap["red"] is not None
+    assert evaluate(score, label * 0).mAP is None
+
+
+SCORES, LABELS = np.full((2, 3), 0.5), np.array([[1, 0, -1], [0, 1, 1]])
+REFUSED = [
+    ((SCORES, LABELS * 2), {}, "labels: a value is not -1"),
+    ((SCORES, LABELS * 0.5), {}, "labels: a value is not -1"),
+    ((SCORES, LABELS > 0), {}, "labels: bool; give integers"),
+    ((SCORES, LABELS[:1]), {}, r"one \[N, A\]"),
+    ((SCORES[:1], LABELS), {}, r"one \[N, A\]"),
+    ((SCORES, LABELS[0]), {}, r"one \[N, A\]"),
+    ((SCORES * np.nan, LABELS), {}, "a score is not finite"),
+    ((LABELS, LABELS), {}, "scores: int64; give floating"),
+    ((SCORES, LABELS), {"names": ["a", "b"]}, "names: 2; give distinct ones for all 3"),
+    ((SCORES, LABELS), {"names": ["a", "b", "a"]}, "names: 3; give distinct ones for all 3"),
+    (
+        (SCORES, LABELS),
+        {"groups": {"g": [3]}},
+        r"group 'g' has the attribute 3; give ids in 0",
+    ),
+    ((SCORES, LABELS), {"groups": {"g": [-1]}}, "group 'g' has the attribute -1"),
+    ((SCORES, LABELS), {"groups": {"g": ["a"]}}, "group 'g' has the attribute 'a'"),
+    ((SCORES, LABELS), {"top_k": 0}, "top_k is 0"),
+]
+
+
+@pytest.mark.parametrize(("given", "options", "message"), REFUSED, ids=[m for *_, m in REFUSED])
+def test_refused(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(*given, **options)
