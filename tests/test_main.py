@@ -47,7 +47,7 @@ def test_help_lists_the_commands_in_order_and_imports_nothing() -> None:
     assert lines[0] == "usage: vlal COMMAND [--config FILE] [--section.key value ...]"
     words = [line.split()[0] for line in lines[2:] if line.startswith("  ") and line[2] != " "]
     assert words[: len(COMMANDS)] == ORDER.split() == list(COMMANDS)
-    assert {"--config", "--json", "--help"} <= set(words)
+    assert {"--config", "--json", "--help,"} <= set(words) and "--version" in done.stdout
     assert all(len(line) <= 100 for line in lines) and "74 I/O" in done.stdout
 
 
@@ -108,6 +108,21 @@ def test_the_other_ways_to_start_stay(start: list[str], usage: str) -> None:
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {usage} "), done.stderr
 
 
+OLD = re.compile(
+    r"[Rr]un (`?python -m|score_clip|shard_tools|make setup)|python -m shard_tools [a-z]"
+)
+
+
+def test_messages_name_commands_of_vlal() -> None:
+    bad = []
+    for package in ("vlal_dist", "shard_tools"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if path != ROOT / "shard_tools/__main__.py" and (found := OLD.search(text)):
+                bad.append(f"{path.relative_to(ROOT)}: {found[0]!r}")
+    assert bad == []
+
+
 HIDE = "import sys\nfor name in {names!r}: sys.modules[name] = None\n"
 """An import of such a module raises the same error as that of one that is not installed."""
 
@@ -145,6 +160,14 @@ def test_an_absent_extra_is_one_line(small: Path, tmp_path: Path) -> None:
         (
             ("verify", *config, "--paths.merged", "s3://bucket/prefix"),
             r"verify: error: botocore is not installed; run: pip install 'vlal-dist\[s3\]'\n",
+        ),
+        (
+            ("train", "--ranks", "2", *config, *run),
+            r"train: error: deepspeed is not installed; run: pip install 'vlal-dist\[train\]'\n",
+        ),
+        (
+            ("demo", "--root", str(tmp_path / "demo")),
+            r"demo: error: open_clip is not installed; run: pip install 'vlal-dist\[score\]'\n",
         ),
         (
             ("train", *config, *run),

@@ -6,7 +6,6 @@ The module of a command is imported when it runs, so that `vlal --help` is insta
 import sys
 from collections.abc import Sequence
 
-from vlal_dist import __version__
 from vlal_dist.program import COMMANDS, run_command, run_one_of
 
 
@@ -17,9 +16,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without `vlal`; absent: this process's.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if list(argv) == ["--version"]:
-        sys.stdout.write(f"vlal {__version__}\n")
-        return 0
     purposes = {name: purpose for name, (_, purpose) in COMMANDS.items()}
     return run_one_of(purposes, run_command, argv, command="vlal", kind="command")
 

@@ -14,6 +14,7 @@
 Every message names what was given, what is allowed, and what to do.
 """
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -86,6 +87,13 @@ EXTRAS = {
 """Module -> the extra of the package that installs it (pyproject.toml)."""
 
 
+def require_modules(*names: str) -> None:
+    """Raise a ConfigError that names the extra of the first module that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise _not_installed(name)
+
+
 @contextmanager
 def extras_named() -> Iterator[None]:
     """Context in which the absence of an extra's module is a ConfigError that names the extra."""
@@ -95,6 +103,8 @@ def extras_named() -> Iterator[None]:
         module = (error.name or "").partition(".")[0]
         if module not in EXTRAS:
             raise
-        raise ConfigError(
-            f"{module} is not installed; run: pip install 'vlal-dist[{EXTRAS[module]}]'"
-        ) from None
+        raise _not_installed(module) from None
+
+
+def _not_installed(module: str) -> ConfigError:
+    return ConfigError(f"{module} is not installed; run: pip install 'vlal-dist[{EXTRAS[module]}]'")

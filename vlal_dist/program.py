@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vlal_dist import __version__
 from vlal_dist.config.load import (
     EXIT_CODES,
     SHARED_FLAGS,
@@ -137,6 +138,9 @@ def run_one_of(
     if word in ("--help", "-h"):
         (sys.stdout if argv else sys.stderr).write("\n".join(lines))
         return 0 if argv else UsageError.exit_code
+    if word == "--version":
+        sys.stdout.write(f"{command.split()[-1]} {__version__}\n")
+        return 0
     if word not in purposes:
         near = difflib.get_close_matches(word, purposes, n=1, cutoff=0.0)[0]
         sys.stderr.write(

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 from vlal_dist.config.load import config_yaml, parse_command_line
 from vlal_dist.config.sections import Config
-from vlal_dist.errors import UsageError, VlalError
+from vlal_dist.errors import UsageError, VlalError, require_modules
 from vlal_dist.pipeline import train_inputs
 from vlal_dist.program import Counts, Program, run_program
 
@@ -101,7 +101,7 @@ def _start_ranks(argv: Sequence[str]) -> list[str]:
 
     Raises:
         UsageError: N is no positive number, or a launcher has already started ranks.
-        ConfigError: the settings are wrong, which is said here once instead of on each rank.
+        ConfigError: wrong settings, or no DeepSpeed; said here once instead of on each rank.
     """
     line = parse_command_line(argv, flags=PROGRAM.flags, sections=PROGRAM.sections)
     count = line.flags["ranks"]
@@ -112,6 +112,7 @@ def _start_ranks(argv: Sequence[str]) -> list[str]:
             f"--ranks {count} starts ranks, but this process is one already ({min(found)} is set "
             "by a launcher): leave out --ranks, or start without the launcher"
         )
+    require_modules("deepspeed")
     words, rest = iter(argv), list[str]()
     for word in words:
         if word == "--ranks":

@@ -66,7 +66,7 @@ SHARED_FLAGS = (
     "  --config FILE            YAML file, or the name of one that is installed: vaw, demo, ...",
     "  --section.key VALUE      one setting of it",
     "  --json FILE              also write the closing counts there",
-    "  --help                   explain, and stop",
+    "  --help, --version        print it, and stop",
 )
 EXIT_CODES = (
     "exit codes: 0 done, 2 usage, 64 config, 65 bad data, 74 I/O,",

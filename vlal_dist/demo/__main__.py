@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from vlal_dist.config.load import INSTALLED
-from vlal_dist.errors import Stopped, VlalError
+from vlal_dist.errors import Stopped, VlalError, require_modules
 from vlal_dist.processes import run_child
 
 ROOT = "runs/demo"
@@ -56,7 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_demo(root: str, *, quick: bool) -> None:
-    """Photos, CLIP, configuration, and all stages on two ranks of the CPU."""
+    """Photos, CLIP, configuration, and all stages on two ranks of the CPU.
+
+    Raises:
+        ConfigError: an extra of the package is not installed.
+        CommandFailedError: a command ended with an error.
+    """
+    require_modules("open_clip", "ray", "deepspeed")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     environment = {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu"}
     environment["HF_HUB_OFFLINE"] = "1"  # nothing is downloaded
