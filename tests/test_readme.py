@@ -28,6 +28,7 @@ from vlal_dist.program import COMMANDS
 from vlal_dist.release.model import WEIGHTS, ExportInfo, write_export
 from vlal_dist.release.saved_model import encode_weights
 from vlal_dist.storage.store import open_store
+from vlal_dist.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,17 +69,22 @@ def test_it_is_short_and_fits() -> None:
     assert [line for line in lines if len(line) > 100] == []
 
 
-def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("mug", *VOCABULARY.objects[1:])
-    vocabulary = replace(VOCABULARY, objects=names)
+def write_model_and_photo(folder: Path, export: str, *, object_name: str) -> Vocabulary:
+    """Write an exported model that knows an object, and `photo.jpg`; returns the model's names."""
+    vocabulary = replace(VOCABULARY, objects=(object_name, *VOCABULARY.objects[1:]))
     info = ExportInfo(
         replace(INFO, vocabulary_digest=vocabulary.digest), vocabulary, "tiny", box_expansion=0.0
     )
-    store = open_store(str(tmp_path / "runs/demo/export"))
+    store = open_store(str(folder / export))
     write_export(store, info, {WEIGHTS: encode_weights(tiny_model())}, card="", remarks={})
-    photo = Image.new("RGB", (120, 90), "white")
-    ImageDraw.Draw(photo).ellipse((30, 20, 90, 80), fill="red")
-    photo.save(tmp_path / "photo.jpg")
+    photo = Image.new("RGB", (320, 240), "white")
+    ImageDraw.Draw(photo).ellipse((60, 40, 220, 200), fill="red")
+    photo.save(folder / "photo.jpg")
+    return vocabulary
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = write_model_and_photo(tmp_path, "runs/demo/export", object_name="mug")
     monkeypatch.chdir(tmp_path)
     loss, model = blocks("python")
     scope: dict[str, Any] = {}
@@ -90,6 +96,15 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = dict(line.split() for line in shown.getvalue().splitlines())
     assert len(found) == 5 and set(found) <= set(vocabulary.attributes)
     assert all(0 <= float(value) <= 1 for value in found.values())
+
+
+def test_the_page_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model_and_photo(tmp_path, "runs/vaw/export", object_name="dog")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("python", (ROOT / "docs/models.md").read_text(encoding="utf-8"))
+    scope: dict[str, Any] = {}
+    exec(block, scope)
+    assert len(scope["found"]) == 5
 
 
 def test_the_library_page_runs(
