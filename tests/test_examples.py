@@ -76,36 +76,59 @@ def test_started_again_it_goes_on_at_the_sample(
     assert run_here(monkeypatch, capfd, *twice, "--epochs", "2") == dict(list(whole.items())[3:])
 
 
+EPOCHS, STEPS = 6, 24
+
+
+@pytest.fixture(scope="module")
+def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], float]:
+    """Losses of the example, not disturbed."""
+    checkpoint = tmp_path_factory.mktemp("whole") / "checkpoint.pt"
+    write_initial_weights(small, checkpoint)
+    found = losses(finish(start(example(small, checkpoint), {})))
+    assert len(found) == STEPS
+    return found
+
+
+def example(small: Path, checkpoint: Path) -> list[str]:
+    more = ["--epochs", str(EPOCHS), "--save", "3"]
+    return [sys.executable, str(TIMM), *arguments(small, checkpoint, *more)]
+
+
 @pytest.mark.slow
 @pytest.mark.deepspeed
-def test_losses_are_those_of_train_and_a_kill_changes_none(small: Path, tmp_path: Path) -> None:
-    for name in ("once", "killed"):
-        write_initial_weights(small, tmp_path / f"{name}.pt")
+def test_its_losses_are_those_of_train(
+    small: Path, tmp_path: Path, whole: dict[tuple[int, int], float]
+) -> None:
     command = [
         sys.executable, "vlal_dist/train.py", "--config", str(small / "config.yaml"),
-        "--paths.run", str(tmp_path / "run"), "--model.object_gate", "false",
-        "--model.width", "64", "--training.reference_batch", "16",
-        "--training.schedule", "constant", "--training.precision", "fp32",
-        "--training.log_steps", "1", "--training.epochs", "6", "--method.num_ignore", "3",
+        "--paths.run", str(tmp_path), "--model.object_gate", "false", "--model.width", "64",
+        "--training.reference_batch", "16", "--training.schedule", "constant",
+        "--training.precision", "fp32", "--training.log_steps", "1",
+        "--training.epochs", str(EPOCHS), "--method.num_ignore", "3",
         "--observability.metrics_port", str(free_port()),
     ]  # fmt: skip
     finish(start(command, {}))
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    steps = [one for one in map(json.loads, lines) if "loss_positive" in one]
-    trained = [one["loss"] for one in steps]
-    example = [sys.executable, str(TIMM)]
-    more = ["--epochs", "6", "--save", "3"]
-    whole = losses(finish(start([*example, *arguments(small, tmp_path / "once.pt", *more)], {})))
-    assert len(trained) == len(whole) == 24
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    trained = [one["loss"] for one in map(json.loads, lines) if "loss_positive" in one]
+    assert len(trained) == STEPS and max(trained) > 1.2 * min(trained)
     assert list(whole.values()) == pytest.approx(trained, rel=1e-5)
 
-    again = [*example, *arguments(small, tmp_path / "killed.pt", *more)]
-    process = start(again, {})
+
+@pytest.mark.slow
+def test_killed_it_goes_on_at_the_sample(
+    small: Path, tmp_path: Path, whole: dict[tuple[int, int], float]
+) -> None:
+    write_initial_weights(small, tmp_path / "killed.pt")
+    command = example(small, tmp_path / "killed.pt")
+    process = start(command, {})
     assert process.stdout is not None
-    printed = "".join(process.stdout.readline() for _ in range(14))
+    printed = ""
+    while len(losses(printed)) < 14:
+        assert process.poll() is None, printed
+        printed += process.stdout.readline()
     end(process)  # SIGKILL, its workers too
-    resumed = losses(finish(start(again, {})))
-    assert losses(printed).items() <= whole.items() and len(losses(printed)) == 14
+    assert losses(printed).items() <= whole.items()
+    resumed = losses(finish(start(command, {})))
     # It saves after the third of an epoch's four batches; it may have got that far unseen.
     assert list(resumed) in (list(whole)[11:], list(whole)[15:])
     assert resumed.items() <= whole.items()
