@@ -61,6 +61,11 @@ class _TableLoss(nn.Module):
         self._largest = 0
         mask = None
         if feasible is not None:
+            if not isinstance(feasible, FeasibleSets):
+                raise ConfigError(
+                    f"feasible is of type {type(feasible).__name__}; give FeasibleSets, "
+                    "such as FeasibleSets.from_labels(object_id, labels)"
+                )
             self._largest = int(np.diff(feasible.indptr).max(initial=0))
             mask = torch.from_numpy(feasible.mask(int(feasible.indices.max(initial=-1)) + 1))
             self.register_buffer("feasible_indptr", torch.tensor(feasible.indptr), persistent=False)
@@ -92,7 +97,8 @@ class _TableLoss(nn.Module):
             sample_id: integers [B], names of the samples, the same in every epoch.
             epoch: how often the samples have been visited before, or [B], by sample. With
                 `sample_id`, the draw is a function of seed, sample_id and epoch alone, and that of
-                `vlal train`; without both it comes from torch's default generator.
+                `vlal train`; without both it comes from torch's default generator, alike in
+                processes that are seeded alike.
 
         Returns:
             A scalar, or [B] with `reduction="none"`; float32, or float64 of float64 logits.
