@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: command line without the program's name; absent: this process's.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if any(word.partition("=")[0] == "--ranks" for word in argv) and "--help" not in argv:
+    asked = {word.partition("=")[0] for word in argv}
+    if "--ranks" in asked and not asked & {"--help", "-h"}:
         try:
             argv = _start_ranks(argv)
         except VlalError as error:

@@ -140,7 +140,7 @@ def test_what_is_absent_or_foreign_is_refused(
     runner: Runner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert runner("report") == 65
-    assert "run python -m vlal_dist.evaluate" in capsys.readouterr().err
+    assert "run vlal evaluate" in capsys.readouterr().err
     assert runner("evaluate", "--evaluation.split", "val") == 65
     assert "it has test" in capsys.readouterr().err
     assert runner("evaluate", "--evaluation.predictor", "clip") == 65
