@@ -302,6 +302,11 @@ class TestState:
         stream.set_epoch(1)
         assert stream.state_dict()["epoch"] == 1
 
+    def test_batches_of_batches_are_refused(self, merged: Dataset) -> None:
+        stream = stream_of(merged.url)
+        with pytest.raises(ValueError, match=r"shape \[1, 2\]; .*batch_size=None"):
+            stream.state_dict(next(iter(DataLoader(stream))))
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

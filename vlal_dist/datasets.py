@@ -442,9 +442,14 @@ class ShardStream(_Shards, IterableDataset[dict[str, Any]]):
                 workers of a DataLoader run ahead, so with them the batch is needed.
 
         Raises:
-            ValueError: no batch, but workers iterate.
+            ValueError: no batch, but workers iterate; or batches that were collated again.
         """
         if batch is not None:
+            if batch["position"].shape != (2,):
+                raise ValueError(
+                    f"the batch's position has shape {list(batch['position'].shape)}; give a batch "
+                    "as the stream yields it: DataLoader(stream, batch_size=None)"
+                )
             epoch, position = batch["position"].tolist()
         elif self._shared[3]:
             raise ValueError(
