@@ -291,7 +291,14 @@ def test_the_closing_table(tmp_path: Path) -> None:
     ]
     complete = {"truth": {"groups": [group]}}
     assert result_table(result | complete, better | complete)[-1].startswith("complete labels")
-    assert closing(resolve(tmp_path)) == []
+    config = resolve(tmp_path)
+    for split, found in (("test-constant", result), ("test-model", better)):
+        folder = tmp_path / "root/run/evaluation" / split
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(found))
+    lines = closing(config, {"evaluate", "report"})
+    assert lines == [*result_table(result, better), "", f"page: {tmp_path}/root/run/report.html"]
+    assert closing(config, {"train"}) == []  # the results may be of the model before
 
 
 def test_the_lock_is_free_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -79,7 +79,8 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
                 raise _failure(stage, decision.why, code)
             say(f"{stage.title}: {time.monotonic() - started:.1f} s")
             ran += 1
-    say("\n".join(["", *closing(config)]))
+    if lines := closing(config, {stage.command for stage in stages}):
+        say("\n".join(["", *lines]))
     return {"stages": len(stages), "run": ran}
 
 
@@ -152,25 +153,22 @@ def gpu_count() -> int:
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
 
 
-def closing(config: Config) -> list[str]:
-    """CLIP's AUC, the result table, the page and the exported model, as far as they are there."""
+def closing(config: Config, commands: Collection[str]) -> list[str]:
+    """What these stages found: CLIP's AUC, the result table, places of page and exported model."""
     paths, split = config.paths, config.evaluation.split
     lines = []
     quality = _read(paths.scores, "score_clip.result.json").get("counts", {}).get("quality", {})
-    scored = any(stage.command == "score" for stage in stages_of(config))
-    if scored and (auc := quality.get("auc")) is not None:
+    if "score" in commands and (auc := quality.get("auc")) is not None:
         splits = ", ".join(config.scoring.splits)
         lines += [f"CLIP's AUC on the annotated pairs ({splits}): {auc:.3f} (chance: 0.5)", ""]
     constant, model = (
         _read(paths.run, f"{evaluation_folder(split, name)}/result.json")
         for name in ("constant", "model")
     )
-    if constant and model:
+    if "evaluate" in commands and constant and model:
         lines += [*result_table(constant, model), ""]
-    for what, root, key in (("page", paths.run, "report.html"), ("model", paths.export, "")):
-        if open_store(root).exists(key or "config.json"):
-            lines.append(f"{what}: {'/'.join(filter(None, (root, key)))}")
-    return lines
+    places = (("report", f"page: {paths.run}/report.html"), ("export", f"model: {paths.export}"))
+    return lines + [line for command, line in places if command in commands]
 
 
 def result_table(constant: Mapping[str, Any], model: Mapping[str, Any]) -> list[str]:
