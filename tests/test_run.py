@@ -297,7 +297,7 @@ def test_the_closing_table(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(found))
     lines = closing(config, {"evaluate", "report"})
-    assert lines == [*result_table(result, better), "", f"page: {tmp_path}/root/run/report.html"]
+    assert lines == [*result_table(result, better), "", f"page: {config.paths.run}/report.html"]
     assert closing(config, {"train"}) == []  # the results may be of the model before
 
 
