@@ -30,6 +30,7 @@ import vlal_dist
 from tests.fixtures.tiny_dataset import VOCABULARY, write_dataset
 from tests.fixtures.tiny_vaw import write_small_vaw
 from tests.release.test_saved_model import INFO, tiny_model
+from vlal_dist import errors
 from vlal_dist.release.model import WEIGHTS, ExportInfo, load_model, write_export
 from vlal_dist.release.saved_model import encode_weights, write_model
 from vlal_dist.storage.store import open_store
@@ -352,6 +353,28 @@ def test_the_command_in_the_core(core: Path, export: Path, tmp_path: Path) -> No
     model = load_model(paths["export"])
     expected = model(export / "photos/one.png", "ball", top_k=1)[0]
     assert found["attributes"][0]["name"] == expected.name
+
+
+@pytest.mark.slow
+def test_what_needs_an_extra_names_it(core: Path, tmp_path: Path) -> None:
+    """In one line, with code 64, and before any work."""
+    dataset = write_dataset(tmp_path / "tiny")
+    config = tmp_path / "config.yaml"
+    paths = {"dataset": str(dataset), "scores": str(tmp_path / "scores")}
+    config.write_text(json.dumps({"paths": paths}))
+    for words, extras in (
+        (("demo",), "score"),
+        (("score", "--config", config), "score"),
+        (("experiments", "table1", "--config", config), "train"),
+        (("verify", "--paths.dataset", "s3://bucket/prefix"), "s3"),
+    ):
+        done = run(core / "vlal", *words, cwd=tmp_path, code=64)
+        (line,) = [line for line in done.stderr.splitlines() if " error: " in line]
+        assert line.endswith(f" not installed; run: pip install 'vlal-dist[{extras}]'")
+        assert "Traceback" not in done.stderr
+    for module, extra in errors.EXTRAS.items():
+        names = metadata.packages_distributions()[module]
+        assert {canonicalize_name(name) for name in names} & EXTRAS[extra]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 from vlal_dist.config.load import config_yaml, load_config
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import open_dataset
-from vlal_dist.errors import ConfigError, VlalError
+from vlal_dist.errors import ConfigError, VlalError, require_modules
 from vlal_dist.experimenting.grid import Variant, ablation_rows, table1_rows, table2_rows
 from vlal_dist.experimenting.jobs import (
     TRAIN,
@@ -82,6 +82,7 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
     page = write()
     failures: dict[str, int] = {}
     if missing:
+        require_modules("deepspeed")
         cores = len(os.sched_getaffinity(0))
         where = places(config.experiments, devices=cuda_devices(), cores=cores)
         say(f"{table}: {len(missing)} of {len(jobs)} runs to do in {root}")
