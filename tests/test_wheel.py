@@ -182,20 +182,20 @@ def test_no_file_of_the_wheel_names_this_machine(built: Distributions) -> None:
 
 
 def test_metadata(built: Distributions) -> None:
-    told = built.metadata
-    assert (told["Name"], told["Version"]) == ("vlal-dist", vlal_dist.__version__)
-    assert told["License-Expression"] == "Apache-2.0" and told["License-File"] == "LICENSE"
-    assert told["Description-Content-Type"] == "text/markdown" and told["Author"]
-    assert "Paper, https://arxiv.org/abs/2312.07009" in (told.get_all("Project-URL") or [])
-    assert set(told.get_all("Provides-Extra") or []) == {*EXTRAS, "all", "dev"}
-    classifiers = told.get_all("Classifier") or []
+    fields = built.metadata
+    assert (fields["Name"], fields["Version"]) == ("vlal-dist", vlal_dist.__version__)
+    assert fields["License-Expression"] == "Apache-2.0" and fields["License-File"] == "LICENSE"
+    assert fields["Description-Content-Type"] == "text/markdown" and fields["Author"]
+    assert "Paper, https://arxiv.org/abs/2312.07009" in (fields.get_all("Project-URL") or [])
+    assert set(fields.get_all("Provides-Extra") or []) == {*EXTRAS, "all", "dev"}
+    classifiers = fields.get_all("Classifier") or []
     assert {"Typing :: Typed", "Programming Language :: Python :: 3.11"} <= set(classifiers)
     oldest = min(
         int(found.group(1))
         for found in (re.fullmatch(r".*Python :: 3\.(\d+)", one) for one in classifiers)
         if found
     )
-    assert told["Requires-Python"] == f">=3.{oldest}"
+    assert fields["Requires-Python"] == f">=3.{oldest}"
     with zipfile.ZipFile(built.wheel) as files:
         (name,) = (name for name in files.namelist() if name.endswith("/entry_points.txt"))
         assert files.read(name).decode().split("\n")[:2] == [
