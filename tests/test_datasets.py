@@ -415,8 +415,8 @@ class TestMapStyle:
     @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
     def test_through_a_loader(self, merged: Dataset, context: str) -> None:
         dataset = ShardDataset(merged.url, image_size=SIZE)
-        expected = {item["sample_id"]: item for item in (dataset[n] for n in range(SAMPLES))}
-        # Its threads run in this process already when the workers are forked.
+        # All of its threads run in this process already when the workers are forked.
+        expected = {item["sample_id"]: item for item in dataset.__getitems__(range(SAMPLES))}
         loader = DataLoader(
             dataset, batch_size=10, shuffle=True, num_workers=2, multiprocessing_context=context
         )
