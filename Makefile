@@ -41,7 +41,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(RUN) python -m vlal_dist.demo
+	$(RUN) vlal demo
 
 test: setup
 	$(RUN) python -m pytest $(PYTEST)
@@ -68,11 +68,8 @@ check: setup
 
 fashion12k: CONFIG := --config configs/fashion12k.yaml
 fashion12k: setup
-	$(RUN) python -m shard_tools clean $(CONFIG)
-	$(RUN) python -m shard_tools pack $(CONFIG)
-	$(RUN) python -m vlal_dist.score_clip $(CONFIG)
-	$(RUN) python -m shard_tools merge $(CONFIG)
-	$(RUN) python -m vlal_dist.experiments table1 $(CONFIG)
+	$(RUN) vlal run --to merge $(CONFIG)
+	$(RUN) vlal experiments table1 $(CONFIG)
 
 # Only for benchmarks/loader/loader.py; the peers hold packages at older versions than ours.
 peers: $(PEERS)/.ready
