@@ -8,14 +8,14 @@ import pytest
 import yaml
 
 from tests.fixtures.tiny_vaw import write_small_vaw
-from vlal_dist.config.load import load_config
+from vlal_dist.config.load import load_config, without_flags
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import UsageError
 from vlal_dist.evaluate import PROGRAM as EVALUATE
 from vlal_dist.experimenting.jobs import EXECUTION
 from vlal_dist.pipeline import Stage, changed, decide, plan, plan_table, stages_of
 from vlal_dist.program import run_program
-from vlal_dist.run import closing, gpu_count, lock, main, result_table, select, stage_words
+from vlal_dist.run import OWN_FLAGS, closing, gpu_count, lock, main, result_table, select
 
 ALL = [
     "clean", "pack", "score", "merge", "train", "evaluate val", "evaluate test",
@@ -260,7 +260,7 @@ def test_from_and_to(tmp_path: Path) -> None:
 def test_stages_get_the_settings_alone() -> None:
     given = "--config c.yaml --from train --plan --training.epochs=3 --to=report --ranks 2 --json f"
     expected = ["--config", "c.yaml", "--training.epochs=3", "--a.b", "--to"]
-    assert stage_words([*given.split(), "--a.b", "--to"]) == expected
+    assert without_flags([*given.split(), "--a.b", "--to"], OWN_FLAGS) == expected
 
 
 def test_ranks_by_visible_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ Transform = Callable[[Image.Image], Any]
 class _Shards:
     """An opened split of a root, and how its samples are read: what both datasets share.
 
-    Pickling keeps the arguments alone: whoever unpickles opens the root again.
+    Only the arguments are pickled; unpickling opens the root again.
     """
 
     def __init__(

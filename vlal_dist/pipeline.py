@@ -263,7 +263,7 @@ class Decision:
 
     Attributes:
         action: `maybe`: it has finished, but a stage before it will run; `stop`: training would
-            continue a run that other settings began.
+            continue a run of other settings.
         why: one line.
     """
 
@@ -281,12 +281,12 @@ def decide(stage: Stage, *, running: Collection[str] = ()) -> Decision:
     Raises:
         StorageError: a root or a file cannot be read.
     """
-    record, now = _read_json(*stage.record), stage.inputs(stage.config, {})
+    record, now = read_json(*stage.record), stage.inputs(stage.config, {})
     waits = [title for title in stage.after if title in running]
-    if stage.command == "train" and (begun := _begun(stage.config, record, now)):
-        changes = changed(begun, now)
-        if changes and not _continues(begun, now, changes):
-            return Decision("stop", f"changed: {_named(changes, begun, now, stage.config)}")
+    if stage.command == "train" and (earlier := _trained_inputs(stage.config, record, now)):
+        changes = changed(earlier, now)
+        if changes and not _continues(earlier, now, changes):
+            return Decision("stop", f"changed: {_named(changes, earlier, now, stage.config)}")
     if record.get("code") != 0:
         reason = f"last time: {record['reason']}" if record.get("reason") else "no result yet"
         return Decision("run", reason)
@@ -359,7 +359,7 @@ def _continues(recorded: Mapping[str, Any], now: Mapping[str, Any], changes: lis
     )
 
 
-def _begun(config: Config, record: Mapping[str, Any], now: Inputs) -> Inputs:
+def _trained_inputs(config: Config, record: Mapping[str, Any], now: Inputs) -> Inputs:
     """Inputs of the run whose checkpoints lie in paths.run; empty without any.
 
     Of a run that has not finished, its settings: train writes them when it starts, after it has
@@ -502,7 +502,7 @@ def _short(value: Any) -> str:
     return "none" if value is None else text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _read_json(root: str, key: str) -> dict[str, Any]:
+def read_json(root: str, key: str) -> dict[str, Any]:
     """The object in a file; empty if there is none, or it is damaged."""
     try:
         value = json.loads(open_store(root).read(key))

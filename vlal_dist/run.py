@@ -5,7 +5,6 @@ commands do one by one, and imports no torch.
 """
 
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -17,9 +16,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from vlal_dist.config.load import without_flags
 from vlal_dist.config.sections import Config, evaluation_folder
-from vlal_dist.errors import ConfigError, DataError, NotFoundError, Stopped, UsageError, VlalError
-from vlal_dist.pipeline import STAGES, Stage, decide, plan, plan_table, stages_of
+from vlal_dist.errors import ConfigError, DataError, Stopped, UsageError, VlalError
+from vlal_dist.pipeline import STAGES, Stage, decide, plan, plan_table, read_json, stages_of
 from vlal_dist.processes import run_child
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.storage.store import open_store
@@ -103,21 +103,6 @@ def select(stages: Sequence[Stage], *, first: str | None, last: str | None) -> l
     return list(stages[begin:end])
 
 
-def stage_words(argv: Sequence[str]) -> list[str]:
-    """The command line of this program without the flags that stages do not take."""
-    words, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        name, equals, _ = word.removeprefix("--").partition("=")
-        if name not in OWN_FLAGS:
-            words.append(word)
-            if not equals and rest:
-                words.append(rest.pop(0))
-        elif name != "plan" and not equals and rest:
-            rest.pop(0)
-    return words
-
-
 @contextmanager
 def lock(root: str) -> Iterator[tuple[int, ...]]:
     """Context in which no other `vlal run` works on a run root; yields what stages must inherit.
@@ -157,12 +142,12 @@ def closing(config: Config, commands: Collection[str]) -> list[str]:
     """What these stages found: CLIP's AUC, the result table, places of page and exported model."""
     paths, split = config.paths, config.evaluation.split
     lines = []
-    quality = _read(paths.scores, "score_clip.result.json").get("counts", {}).get("quality", {})
+    quality = read_json(paths.scores, "score_clip.result.json").get("counts", {}).get("quality", {})
     if "score" in commands and (auc := quality.get("auc")) is not None:
         splits = ", ".join(config.scoring.splits)
         lines += [f"CLIP's AUC on the annotated pairs ({splits}): {auc:.3f} (chance: 0.5)", ""]
     constant, model = (
-        _read(paths.run, f"{evaluation_folder(split, name)}/result.json")
+        read_json(paths.run, f"{evaluation_folder(split, name)}/result.json")
         for name in ("constant", "model")
     )
     if "evaluate" in commands and constant and model:
@@ -222,15 +207,6 @@ def _failure(stage: Stage, why: str, code: int) -> VlalError:
     return error
 
 
-def _read(root: str, key: str) -> dict[str, Any]:
-    """The object in a file; empty if there is none."""
-    try:
-        values: dict[str, Any] = json.loads(open_store(root).read(key))
-    except (NotFoundError, ValueError):
-        return {}
-    return values
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages, and return the exit code.
 
@@ -245,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections=("paths",),
         flags=OWN_FLAGS,
         output=lambda config, flags: config.paths.run,
-        work=partial(work, stage_words(argv)),
+        work=partial(work, without_flags(argv, OWN_FLAGS)),
     )
     return run_program(program, argv)
 

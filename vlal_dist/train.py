@@ -15,7 +15,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 import os
 from collections.abc import Mapping, Sequence
 
-from vlal_dist.config.load import config_yaml, parse_command_line
+from vlal_dist.config.load import config_yaml, parse_command_line, without_flags
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import UsageError, VlalError, require_modules
 from vlal_dist.pipeline import train_inputs
@@ -114,12 +114,7 @@ def _start_ranks(argv: Sequence[str]) -> list[str]:
             "by a launcher): leave out --ranks, or start without the launcher"
         )
     require_modules("deepspeed")
-    words, rest = iter(argv), list[str]()
-    for word in words:
-        if word == "--ranks":
-            next(words)
-        elif not word.startswith("--ranks="):
-            rest.append(word)
+    rest = without_flags(argv, ("ranks",))
     if int(count) == 1:
         return rest
     python = (sys.executable, "-m")

@@ -99,7 +99,7 @@ def test_a_repeated_run_does_what_changed(undisturbed: Run) -> None:
     ran = call(config, *longer)
     assert ran[0] == "train" and "report" in ran and "pack" not in ran
     assert call(config, *longer) == []
-    # Other settings do not continue it, and are refused until training is begun again.
+    # Other settings do not continue it, and are refused until training starts over.
     done = subprocess.run(
         command(config, "--training.lr_new", "1e-4"),
         cwd=REPOSITORY, capture_output=True, text=True, check=False,

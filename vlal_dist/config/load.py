@@ -8,7 +8,7 @@ import difflib
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -135,6 +135,24 @@ def parse_command_line(
     path = path or os.environ.get("VLAL_CONFIG") or default
     config = load_config(path, overrides, sections=sections)
     return CommandLine(config=config, flags=found)
+
+
+def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
+    """The arguments of a command line without some of its flags and their values.
+
+    Args:
+        argv: arguments without the program's name.
+        flags: names in `FLAGS`.
+    """
+    kept, rest = list[str](), list(argv)
+    while rest:
+        words = [rest.pop(0)]
+        name, equals, _ = words[0].removeprefix("--").partition("=")
+        if rest and not equals and name not in SWITCHES:
+            words.append(rest.pop(0))
+        if name not in flags:
+            kept += words
+    return kept
 
 
 def load_config(
