@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.deepspeed, pytest.mark.timeout(1500)
 REPOSITORY = Path(__file__).parents[2]
 
 
-def write_run(folder: Path) -> Path:
+def write_run(folder: Path, *, epochs: int = 2) -> Path:
     """Photos, annotations, a CLIP of random weights, and `config.yaml`, whose path is returned."""
     config = write_small_vaw(folder, images={"train": 20, "val": 4, "test": 8})
     clip = make_tiny_model(folder / "clip", seed=7)
@@ -35,7 +35,7 @@ def write_run(folder: Path) -> Path:
     scoring = dict(zip((word.rpartition(".")[2] for word in words[::2]), words[1::2], strict=True))
     own = {"use_ray": False, "device": "cpu", "batch_size": 8, "decode_threads": 1}
     values["scoring"] = {**scoring, **own}
-    values["training"] |= {"epochs": 2, "checkpoint_steps": 1, "keep_checkpoints": 1}
+    values["training"] |= {"epochs": epochs, "checkpoint_steps": 1, "keep_checkpoints": 1}
     config.write_text(yaml.safe_dump(values))
     return config
 
@@ -148,8 +148,12 @@ def test_kills_in_each_stage_leave_no_trace(undisturbed: Run, tmp_path: Path) ->
     assert digests(tmp_path) == undisturbed.digests
 
 
+LONG = 30
+"""Epochs of a training that a signal reaches before its end."""
+
+
 def test_a_signal_makes_the_stage_save_and_the_same_command_continues(tmp_path: Path) -> None:
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, epochs=LONG)
     with started(config) as (process, log):
         wait_for_work(process, log, "train", tmp_path)
         children = descendants(psutil.Process(process.pid))
@@ -161,7 +165,7 @@ def test_a_signal_makes_the_stage_save_and_the_same_command_continues(tmp_path: 
 
 
 def test_a_killed_run_lets_its_stage_save_before_the_next_one_begins(tmp_path: Path) -> None:
-    config = write_run(tmp_path)
+    config = write_run(tmp_path, epochs=LONG)
     with started(config) as (process, log):
         wait_for_work(process, log, "train", tmp_path)
         process.kill()
