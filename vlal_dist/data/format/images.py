@@ -38,6 +38,66 @@ DAMAGE = (
 )
 
 
+OPENED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+"""Formats of `photo_format` that `open_photo` reads."""
+HEAD_BYTES = 64
+"""How many of a file's first bytes `photo_format` looks at."""
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II\x2a\0\x10\0\0\0CR", "CR2"),
+    (b"II\x2a\0", "TIFF"),
+    (b"MM\0\x2a", "TIFF"),
+    (b"II\x2b\0", "TIFF"),
+    (b"MM\0\x2b", "TIFF"),
+    (b"%!PS", "EPS"),
+    (b"\xc5\xd0\xd3\xc6", "EPS"),
+    (b"%PDF", "PDF"),
+    (b"\0\0\1\0", "ICO"),
+    (b"\0\0\2\0", "ICO"),
+    (b"8BPS", "PSD"),
+    (b"\0\0\0\x0cjP  ", "JPEG2000"),
+    (b"\xff\x4f\xff\x51", "JPEG2000"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"II\xbc", "JPEG XR"),
+    (b"<svg", "SVG"),
+)
+_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1"), "HEIC"),
+    b"msf1": "HEIC",
+    b"crx ": "CR3",
+}
+"""Brand of an ISO media file (ISO/IEC 14496-12, 23008-12) -> format."""
+_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
+
+
+def photo_format(head: bytes) -> str | None:
+    """The image format of a file, by its first bytes; the file's name says nothing.
+
+    Args:
+        head: `HEAD_BYTES` bytes, or the whole of a shorter file.
+
+    Returns:
+        One of `OPENED`, or the name of a format that is known but not read ("HEIC", "AVIF", "EPS",
+        "PDF", "ICO", "PSD", "JPEG2000", ...); None: no image that is known.
+    """
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return "BMP"  # two letters alone are also how a text may begin
+    if head[4:8] == b"ftyp":
+        # The major brand, the minor version (a number), then the compatible brands.
+        brands = [head[8:12], *(head[at : at + 4] for at in range(16, len(head), 4))]
+        known = {_BRANDS[brand] for brand in brands if brand in _BRANDS}
+        return next((name for name in ("AVIF", "CR3", "HEIC") if name in known), None)
+    return next((name for magic, name in _MAGIC if head.startswith(magic)), None)
+
+
 def open_photo(data: bytes, *, max_pixels: int) -> Image.Image:
     """Decode a whole photo, as RGB, turned upright by its EXIF orientation.
 
