@@ -4,13 +4,16 @@ Counts follow the authors' notebook: pairs are distinct (object, attribute) pair
 lists as they stand, before a clash is resolved (only `hide` comes after that).
 """
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from shard_tools.clean.records import Instance
 from vlal_dist.errors import ConfigError
 
 SPLITS = ("train", "val", "test")
+
+logger = logging.getLogger(__name__)
 
 STEPS = (
     "read",
@@ -92,10 +95,13 @@ def first_departure(
     """Name the first step whose counts are not the expected ones.
 
     Returns:
-        `merge: objects 1764 instead of 1765`, or None when all agree. A step that did not run is
-        not compared; a count of a split without instances is 0.
+        `merge: objects 1764 instead of 1765`, or None when all agree. A step that did not run
+        departs; a count of a split without instances is 0.
     """
-    for step, found in counts.items():
+    for step in STEPS:
+        if step not in counts and expected.get(step):
+            return f"{step}: this step did not run"
+        found = counts.get(step, {})
         wrong = [
             f"{name} {found.get(name, 0)} instead of {value}"
             for name, value in expected.get(step, {}).items()
@@ -104,3 +110,39 @@ def first_departure(
         if wrong:
             return f"{step}: {', '.join(wrong)}"
     return None
+
+
+def say_labels(instances: Sequence[Instance], splits: Sequence[str]) -> None:
+    """Log the labels of each split, and warn of splits on which no attribute can be evaluated.
+
+    Args:
+        instances: the cleaned ones.
+        splits: names, in order.
+    """
+    one_sided = []
+    for split in splits:
+        of_split = [instance for instance in instances if instance.split == split]
+        lists = {
+            kind: Counter(name for i in of_split for name in getattr(i, kind))
+            for kind in ("positive", "negative")
+        }
+        both = len(lists["positive"].keys() & lists["negative"].keys())
+        numbers = ", ".join(f"{counts.total()} {kind}" for kind, counts in lists.items())
+        logger.info(
+            "%s: %d instances, labels: %s; attributes with both: %d",
+            split,
+            len(of_split),
+            numbers,
+            both,
+        )
+        if not of_split:
+            logger.warning("%s: no instance is left in this split", split)
+        elif not both:
+            one_sided.append(f"{split} ({numbers})")
+    if one_sided:
+        logger.warning(
+            "no attribute has both positive and negative labels in %s: average precision is "
+            "undefined there, and so is mAP; annotate both, or count what is unannotated as absent "
+            "(evaluation.unannotated: negative)",
+            ", ".join(one_sided),
+        )

@@ -8,12 +8,15 @@ import hashlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
-from shard_tools.clean.records import Instance, Reject
+from shard_tools.clean.names import check_table, listed, name_problem
+from shard_tools.clean.records import Instance, Reject, RepeatedKeys, shortened
 from vlal_dist.data.format.index import REJECTS_SCHEMA
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.storage.store import Store, read_url
@@ -21,6 +24,7 @@ from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
 MANIFEST = "clean.json"
+REJECTS = "rejects.parquet"
 
 INSTANCE_SCHEMA = pa.schema(
     [
@@ -40,12 +44,16 @@ logger = logging.getLogger(__name__)
 def read_json(url: str, *, setting: str) -> object:
     """Parse a JSON file, local or `s3://`.
 
+    Bytes that are not UTF-8 become lone surrogates, which no name may hold, and integers beyond
+    Python's limit of digits become infinite: such a record is rejected, and the others are read. An
+    object that repeats a key is a `RepeatedKeys`.
+
     Args:
         url: path or URL.
         setting: the config key that names it, for messages.
 
     Raises:
-        DataError: there is no such file, or it is not JSON.
+        DataError: there is no such file, or it is not JSON; names the line.
         StorageError: the store cannot be read.
     """
     try:
@@ -54,12 +62,49 @@ def read_json(url: str, *, setting: str) -> object:
         raise DataError(
             f"{setting}: {url} does not exist; download it, or correct {setting}"
         ) from None
+    encoding = json.detect_encoding(data)
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{setting}: {url} is not JSON ({error}); download it again, or correct {setting}"
-        ) from None
+        return _parse(data.decode(encoding, errors))
+    except json.JSONDecodeError as error:
+        problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        if error.msg == "Extra data":
+            problem += "; a file holds one JSON value, not one per line (JSON Lines)"
+    except RecursionError:
+        problem = "its brackets are nested hundreds deep"
+    except ValueError as error:
+        problem = shortened(str(error))
+    raise DataError(
+        f"{setting}: {url} is not JSON ({problem}); correct the file, download it again, or "
+        f"correct {setting}"
+    )
+
+
+def _parse(text: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer beyond the limit of digits
+        return json.loads(text, object_pairs_hook=_object, parse_int=_number)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    several = RepeatedKeys(values)
+    several.repeated = tuple(
+        key for key, count in Counter(k for k, _ in pairs).items() if count > 1
+    )
+    return several
+
+
+def _number(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
 
 
 def read_records(url: str, *, setting: str) -> list[object]:
@@ -70,9 +115,11 @@ def read_records(url: str, *, setting: str) -> list[object]:
     """
     records = read_json(url, setting=setting)
     if not isinstance(records, list):
+        kind = "object" if isinstance(records, dict) else type(records).__name__
+        keys = f" with the keys {listed(records)}" if isinstance(records, dict) and records else ""
         raise DataError(
-            f"{setting}: {url} holds a JSON {type(records).__name__}, not a list of annotation "
-            f"records; correct {setting}"
+            f"{setting}: {url} holds a JSON {kind}{keys}, not a list of annotation records "
+            f"(docs/data.md shows one); correct {setting}"
         )
     return records
 
@@ -81,7 +128,7 @@ def read_name_lists(url: str, *, setting: str) -> dict[str, list[str]]:
     """A JSON object from group name to a list of names (VAW's type and head/tail files).
 
     Raises:
-        DataError: absent, not JSON, or of another form.
+        DataError: absent, not JSON, of another form, or with a group twice or without a name.
     """
     groups = read_json(url, setting=setting)
     if not isinstance(groups, dict) or not all(
@@ -89,6 +136,7 @@ def read_name_lists(url: str, *, setting: str) -> dict[str, list[str]]:
         for members in groups.values()
     ):
         raise DataError(f"{setting}: {url} must map each group to a list of names")
+    _check_keys(groups, what=f"{setting}: {url}", kind="group")
     return groups
 
 
@@ -111,7 +159,21 @@ def check_merge_table(table: object, *, what: str) -> dict[str, str]:
             f"{what} must map object names to representatives (or be a vocabulary.json written by "
             "clean); correct it"
         )
+    _check_keys(table, what=what, kind="name")
+    check_table(table, what=what, error=DataError)
     return table
+
+
+def _check_keys(table: dict[str, Any], *, what: str, kind: str) -> None:
+    """Refuse keys that occur twice or are no names."""
+    if isinstance(table, RepeatedKeys):
+        raise DataError(
+            f"{what} has a {kind} twice ({listed(table.repeated)}); keep one entry of each"
+        )
+    for key in table:
+        problem = name_problem(key)
+        if problem is not None:
+            raise DataError(f"{what} has the {kind} {listed([key])} ({problem}); correct it")
 
 
 def instances_table(instances: Sequence[Instance], vocabulary: Vocabulary) -> pa.Table:
@@ -162,6 +224,16 @@ def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, 
     if store.exists(MANIFEST):
         # A finished root of another cleaning is refused before a new split is added to it.
         store.create(MANIFEST, closing)
+    else:
+        store.delete(REJECTS)  # of a cleaning that ended without instances
     created = [store.create(key, data) for key, data in {**files, MANIFEST: closing}.items()]
     if not any(created):
         logger.info("%s already holds exactly these files", store.url)
+
+
+def write_rejects(store: Store, rejects: Sequence[Reject]) -> str:
+    """Write the rejects of a cleaning that left nothing, and say where; not in a finished root."""
+    if store.exists(MANIFEST):
+        return f"{store.url} holds an earlier cleaning and is left as it is"
+    store.replace(REJECTS, parquet_bytes(rejects_table(rejects)))
+    return f"all are listed in {store.url}/{REJECTS}"

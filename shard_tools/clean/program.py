@@ -16,6 +16,7 @@ from shard_tools.clean.counts import (
     StepCounts,
     check_expected,
     first_departure,
+    say_labels,
 )
 from shard_tools.clean.files import (
     check_merge_table,
@@ -25,11 +26,25 @@ from shard_tools.clean.files import (
     read_merge_table,
     read_records,
     rejects_table,
+    write_rejects,
     write_root,
 )
 from shard_tools.clean.hide import hidden_files
-from shard_tools.clean.records import Instance, Reject, drop_duplicates, parse_records
-from shard_tools.clean.steps import clean_instances
+from shard_tools.clean.names import (
+    check_deleted,
+    check_table,
+    listed,
+    warn_of_alike_names,
+    warn_of_unused_names,
+)
+from shard_tools.clean.records import (
+    Instance,
+    Reject,
+    drop_duplicates,
+    parse_records,
+    reject_summary,
+)
+from shard_tools.clean.steps import Cleaned, attribute_names, clean_instances
 from shard_tools.clean.vocabulary import make_feasible, make_vocabulary
 from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig, Config
@@ -69,15 +84,15 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     target.list_keys("clean.json")  # a wrong bucket fails now
     instances, rejects = _read_annotations(settings)
     num_records = len(instances) + len(rejects)
+    if instances:
+        attributes = attribute_names(instances)
+        check_deleted(settings.deleted_attributes, attributes, strict=known is None)
     cleaned = clean_instances(instances, settings, merge=merge, known=known)
     rejects += cleaned.rejects
     if not cleaned.instances:
-        steps = ", ".join(f"{name} {found['instances']}" for name, found in cleaned.counts.items())
-        raise DataError(
-            f"no instance is left (after each step: {steps}; rejected {len(rejects)}); check "
-            "clean.annotations, clean.min_side and clean.require_positive"
-        )
-    vocabulary = known or make_vocabulary(cleaned, settings)
+        raise DataError(_nothing_left(cleaned, rejects, where=write_rejects(target, rejects)))
+    _warn_of_names(instances, cleaned, settings, merge if settings.merge == "table" else {})
+    vocabulary = known or make_vocabulary(cleaned, settings, annotated=attributes)
     tables = {
         split: instances_table([i for i in cleaned.instances if i.split == split], vocabulary)
         for split in settings.annotations
@@ -101,12 +116,13 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     files["rejects.parquet"] = parquet_bytes(rejects_table(rejects))
     files |= hidden_files(cleaned.hidden, vocabulary)
     write_root(target, files, manifest)
+    say_labels(cleaned.instances, list(tables))
     if len(rejects) > settings.max_rejected * num_records:
         raise DataError(
             f"{len(rejects)} of {num_records} instances were rejected, more than "
-            f"clean.max_rejected {settings.max_rejected:g} allows; all files are written: see "
-            f"rejects.parquet in {config.paths.instances}, then repair the annotations into a new "
-            "root, or raise clean.max_rejected and repeat"
+            f"clean.max_rejected {settings.max_rejected:g} allows ({reject_summary(rejects)}); all "
+            f"files are written: see rejects.parquet in {config.paths.instances}, then repair the "
+            "annotations and give a new paths.instances, or raise clean.max_rejected and repeat"
         )
     return {
         "records": num_records,
@@ -181,6 +197,23 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> None:
         raise ConfigError(
             f"clean.annotations has the split {unknown[0]!r}; splits are {', '.join(SPLITS)}"
         )
+    for split, urls in settings.annotations.items():
+        if not urls:
+            raise ConfigError(
+                f"clean.annotations.{split} names no file; give one, or remove the split"
+            )
+    check_table(settings.renames, what="clean.renames", error=ConfigError)
+    if settings.attribute_parent_types is not None and settings.attribute_types is None:
+        raise ConfigError(
+            "clean.attribute_parent_types groups the types of clean.attribute_types, which is not "
+            "set; give both, or the types alone"
+        )
+    if settings.merge_table is not None and settings.merge != "table":
+        logger.warning(
+            "clean.merge_table %s is not read: clean.merge is %s, not table",
+            settings.merge_table,
+            settings.merge,
+        )
     if settings.merge == "table" and settings.merge_table is None:
         raise ConfigError(
             "clean.merge is table, but clean.merge_table is not set; give a JSON of name -> "
@@ -204,6 +237,55 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> None:
             "--object-vectors FILE --paths.instances NAMES`, then this one with "
             " --clean.object_vectors FILE"
         )
+
+
+def _warn_of_names(
+    instances: list[Instance],
+    cleaned: Cleaned,
+    settings: CleanConfig,
+    table: Mapping[str, str] | WordNet,
+) -> None:
+    """Log names of the settings that match nothing, and names that differ in spelling alone."""
+    objects = {instance.object_name for instance in instances}
+    warn_of_unused_names(
+        table if isinstance(table, Mapping) else (),
+        objects,
+        setting="clean.merge_table",
+        kind="object of the annotations",
+        follows="they merge nothing",
+    )
+    merged = {cleaned.merges.get(name, name) for name in objects}
+    for name in settings.renames:
+        if name in objects and name not in merged:
+            logger.warning(
+                "clean.renames: %s was merged into %s before, and is renamed no more; rename that",
+                listed([name]),
+                listed([cleaned.merges[name]]),
+            )
+    warn_of_unused_names(
+        [name for name in settings.renames if name not in objects],
+        merged,
+        setting="clean.renames",
+        kind="object of the annotations",
+        follows="they rename nothing",
+    )
+    warn_of_alike_names(cleaned.objects, kind="object")
+    warn_of_alike_names(cleaned.attributes, kind="attribute")
+
+
+def _nothing_left(cleaned: Cleaned, rejects: list[Reject], *, where: str) -> str:
+    """The message where no instance is left: the step that took the last ones, and its setting."""
+    steps = {name: found["instances"] for name, found in cleaned.counts.items()}
+    last = next((name for name, count in steps.items() if count == 0), "hide")
+    remedy = {
+        "read": "correct the records, or clean.annotations",
+        "min_side": "lower clean.min_side",
+        "known_names": "give annotations with the names of the dataset of --like",
+        "require_positive": "set clean.require_positive false, or annotate positives",
+    }.get(last, "check clean.annotations")
+    shown = ", ".join(f"{name} {count}" for name, count in steps.items())
+    why = f"; rejected {len(rejects)}: {reject_summary(rejects)}; {where}" if rejects else ""
+    return f"no instance is left (after each step: {shown}{why}); {remedy}"
 
 
 def _read_annotations(settings: CleanConfig) -> tuple[list[Instance], list[Reject]]:

@@ -6,11 +6,14 @@ fields are ignored.
 """
 
 import math
+import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TypeGuard
+from typing import Any
 
+from shard_tools.clean.names import name_problem
 from vlal_dist.errors import DataError
 
 FIELDS = (
@@ -23,6 +26,12 @@ FIELDS = (
 )
 
 Box = tuple[float, float, float, float]
+
+
+class RepeatedKeys(dict[str, Any]):
+    """A JSON object that held a key more than once; `repeated` names those keys."""
+
+    repeated: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,10 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A record that cannot be used: its place, the reason in one word, and the value found."""
+    """A record that cannot be used: its place, the reason in one word, and the value found.
+
+    `instance_id` is the record's own text with what is not Unicode escaped, empty without one.
+    """
 
     split: str
     instance_id: str
@@ -80,6 +92,17 @@ def parse_records(
             place = f"{source}[{position}]"
             rejects.append(Reject(split, _known_id(record), reason, f"{place}: {detail}"))
     return instances, rejects
+
+
+def reject_summary(rejects: Sequence[Reject]) -> str:
+    """The commonest reasons, each with its number and an example; empty without rejects."""
+    first = {reject.reason: reject for reject in reversed(rejects)}
+    counts = Counter(reject.reason for reject in rejects).most_common(3)
+    return "; ".join(
+        f"{count} {reason}, such as {first[reason].instance_id or 'a record'} of "
+        f"{first[reason].split}: {shortened(first[reason].detail)}"
+        for reason, count in counts
+    )
 
 
 def drop_duplicates(instances: Sequence[Instance]) -> tuple[list[Instance], list[Reject]]:
@@ -117,6 +140,10 @@ class _Unusable(Exception):
 def _parse_record(record: object, *, split: str) -> Instance:
     if not isinstance(record, dict):
         raise _Unusable("not_a_record", f"{type(record).__name__} where an object is expected")
+    if isinstance(record, RepeatedKeys):
+        repeated = [field for field in FIELDS if field in record.repeated]
+        if repeated:
+            raise _Unusable("repeated_field", ", ".join(repeated))
     missing = [field for field in FIELDS if field not in record]
     if missing:
         raise _Unusable("missing_field", ", ".join(missing))
@@ -124,7 +151,7 @@ def _parse_record(record: object, *, split: str) -> Instance:
         split=split,
         instance_id=_id(record, "instance_id"),
         image_id=_id(record, "image_id"),
-        object_name=_object(record["object_name"]),
+        object_name=_name(record["object_name"], "bad_object", "object_name"),
         box=_box(record["instance_bbox"]),
         positive=_names(record["positive_attributes"], "positive_attributes"),
         negative=_names(record["negative_attributes"], "negative_attributes"),
@@ -134,21 +161,24 @@ def _parse_record(record: object, *, split: str) -> Instance:
 def _id(record: Mapping[str, object], field: str) -> str:
     value = record[field]
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if _is_name(value):
-        return value
-    raise _Unusable("bad_id", f"{field} is {_short(value)}, not a text or an integer")
+        value = str(value)
+    elif not isinstance(value, str):
+        raise _Unusable("bad_id", f"{field} is {_short(value)}, not a text or an integer")
+    return _name(value, "bad_id", field)
 
 
-def _object(value: object) -> str:
-    if _is_name(value):
-        return value
-    raise _Unusable("bad_object", f"object_name is {_short(value)}, not a name")
+def _name(value: object, reason: str, what: str) -> str:
+    problem = name_problem(value)
+    if problem is not None:
+        raise _Unusable(reason, f"{what} is {_short(value)}: {problem}")
+    return str(value)
 
 
 def _names(value: object, field: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(map(_is_name, value)):
+    if not isinstance(value, list):
         raise _Unusable("bad_attributes", f"{field} is {_short(value)}, not a list of names")
+    for name in value:
+        _name(name, "bad_attributes", f"a name in {field}")
     return tuple(value)
 
 
@@ -165,19 +195,12 @@ def _box(value: object) -> Box:
     )
 
 
-def _is_name(value: object) -> TypeGuard[str]:
-    """A text that is not blank and valid Unicode: JSON can hold lone surrogates, Parquet cannot."""
-    try:
-        return isinstance(value, str) and bool(value.encode() and value.strip())
-    except UnicodeEncodeError:
-        return False
-
-
 def _known_id(record: object) -> str:
-    try:
-        return _id(record, "instance_id") if isinstance(record, dict) else ""
-    except (_Unusable, KeyError):
+    value = record.get("instance_id") if isinstance(record, dict) else None
+    if isinstance(value, bool) or not isinstance(value, str | int):
         return ""
+    text = str(value).strip()
+    return shortened(text if text.isprintable() else repr(text)[1:-1])
 
 
 def _content(instance: Instance) -> object:
@@ -188,6 +211,12 @@ def _content(instance: Instance) -> object:
     )
 
 
+def shortened(text: str, limit: int = 120) -> str:
+    """A text, or its beginning where it is long."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A value as ASCII text of bounded length, however large or deep it is."""
+    text = reprlib.repr(value).encode("ascii", errors="backslashreplace").decode()
+    return shortened(text, 80)

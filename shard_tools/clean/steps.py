@@ -11,12 +11,18 @@ from dataclasses import dataclass, replace
 
 from shard_tools.clean.counts import StepCounts, count_instances
 from shard_tools.clean.hide import count_hidden, hide_labels
-from shard_tools.clean.records import Instance, Reject
+from shard_tools.clean.names import matching
+from shard_tools.clean.records import Instance, Reject, shortened
 from shard_tools.clean.wordnet import WordNet, merge_table
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
+
+
+def attribute_names(instances: Sequence[Instance]) -> set[str]:
+    """All names in the positive and negative lists."""
+    return {name for i in instances for name in (*i.positive, *i.negative)}
 
 
 def rename_objects(instances: Sequence[Instance], table: Mapping[str, str]) -> list[Instance]:
@@ -51,9 +57,10 @@ def reject_unknown(
     for instance in instances:
         unknown = [n for n in (*instance.positive, *instance.negative) if n not in attributes]
         if instance.object_name not in objects:
-            reason, detail = "unknown_object", instance.object_name
+            reason, detail = "unknown_object", shortened(instance.object_name)
         elif unknown:
-            reason, detail = "unknown_attribute", ", ".join(dict.fromkeys(unknown))
+            names = ", ".join(dict.fromkeys(unknown))
+            reason, detail = "unknown_attribute", shortened(names, 1000)
         else:
             kept.append(instance)
             continue
@@ -136,7 +143,8 @@ def clean_instances(
     merges = {name: table[name] for name in sorted(num_instances) if table.get(name, name) != name}
     left = counted("merge", rename_objects(left, merges))
     left = counted("rename", rename_objects(left, settings.renames))
-    left = counted("delete_attributes", delete_attributes(left, settings.deleted_attributes))
+    deleted = matching(attribute_names(left), settings.deleted_attributes)
+    left = counted("delete_attributes", delete_attributes(left, deleted))
     rejects: list[Reject] = []
     if known is not None:
         left, rejects = reject_unknown(
@@ -144,7 +152,7 @@ def clean_instances(
         )
         left = counted("known_names", left)
     objects = tuple(sorted({instance.object_name for instance in left}))
-    attributes = tuple(sorted({n for i in left for n in (*i.positive, *i.negative)}))
+    attributes = tuple(sorted(attribute_names(left)))
     if settings.require_positive:
         left = counted("require_positive", [i for i in left if i.positive])
     left, clashes = resolve_clashes(left)

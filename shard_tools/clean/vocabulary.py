@@ -5,12 +5,13 @@ VAW's own files decide where they are given (`attribute_types.json`, `attribute_
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
 from shard_tools.clean.files import read_name_lists
+from shard_tools.clean.names import listed, warn_of_unused_names
 from shard_tools.clean.steps import Cleaned
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.errors import DataError
@@ -24,17 +25,37 @@ HEAD_SHARE, TAIL_SHARE = 0.47, 0.13
 """Shares of VAW's 591 attributes: 278 head, 235 medium, 78 tail."""
 
 
-def make_vocabulary(cleaned: Cleaned, settings: CleanConfig) -> Vocabulary:
+def make_vocabulary(
+    cleaned: Cleaned, settings: CleanConfig, *, annotated: Collection[str]
+) -> Vocabulary:
     """Names of a cleaned dataset, with the group of each attribute.
+
+    Args:
+        cleaned: result of the steps.
+        settings: the group files.
+        annotated: attribute names in the annotations, those included that a step removed.
 
     Raises:
         DataError: a group file is absent, of another form, or lacks attributes.
     """
     attributes = cleaned.attributes
-    types, parents = settings.attribute_types, settings.attribute_parent_types
-    if settings.head_tail is not None:
-        lists = read_name_lists(settings.head_tail, setting="clean.head_tail")
-        prevalence = listed_prevalence(attributes, lists)
+    files = {
+        name: read_name_lists(url, setting=f"clean.{name}")
+        for name in ("head_tail", "attribute_types", "attribute_parent_types")
+        if (url := getattr(settings, name)) is not None
+    }
+    types = files.get("attribute_types", {})
+    for name, groups in files.items():
+        parents = name == "attribute_parent_types"
+        warn_of_unused_names(
+            [member for members in groups.values() for member in members],
+            types if parents else annotated,
+            setting=f"clean.{name}",
+            kind="type of clean.attribute_types" if parents else "attribute of the annotations",
+            follows="they group nothing",
+        )
+    if "head_tail" in files:
+        prevalence = listed_prevalence(attributes, files["head_tail"])
     else:
         train = (i.positive for i in cleaned.instances if i.split == "train")
         num_positive = Counter(name for positive in train for name in positive)
@@ -43,11 +64,7 @@ def make_vocabulary(cleaned: Cleaned, settings: CleanConfig) -> Vocabulary:
         objects=cleaned.objects,
         attributes=attributes,
         attribute_type=attribute_types(
-            attributes,
-            types=read_name_lists(types, setting="clean.attribute_types") if types else {},
-            parent_types=read_name_lists(parents, setting="clean.attribute_parent_types")
-            if parents
-            else None,
+            attributes, types=types, parent_types=files.get("attribute_parent_types")
         ),
         prevalence=prevalence,
     )
@@ -130,19 +147,26 @@ def listed_prevalence(
         head_tail: head, medium and tail -> attribute names.
 
     Raises:
-        DataError: another group name, or an attribute that the file does not list.
+        DataError: another group name, or an attribute that the file does not list or lists twice.
     """
     if set(head_tail) - set(PREVALENCES):
         raise DataError(
-            f"clean.head_tail has the groups {', '.join(head_tail)}; "
+            f"clean.head_tail has the groups {listed(head_tail)}; "
             f"allowed are {', '.join(PREVALENCES)}: correct the file"
         )
-    found = {name: group for group, members in head_tail.items() for name in members}
+    found: dict[str, str] = {}
+    for group, members in head_tail.items():
+        for name in members:
+            if found.setdefault(name, group) != group:
+                raise DataError(
+                    f"clean.head_tail lists {listed([name])} in {found[name]} and in {group}; "
+                    "leave it in one of them"
+                )
     missing = [name for name in attributes if name not in found]
     if missing:
         raise DataError(
             f"clean.head_tail does not list {len(missing)} of {len(attributes)} attributes "
-            f"({', '.join(missing[:5])}, ...); add them, or leave clean.head_tail out to group by "
+            f"({listed(missing)}); add them, or leave clean.head_tail out to group by "
             "training positives"
         )
     return tuple(found[name] for name in attributes)

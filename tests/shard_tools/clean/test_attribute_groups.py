@@ -101,7 +101,7 @@ def test_prevalence_by_count_ranks_by_positives_then_name() -> None:
 
 
 def test_an_unlisted_attribute_is_named() -> None:
-    with pytest.raises(DataError, match=r"does not list 1 of 2 attributes \(b"):
+    with pytest.raises(DataError, match=r"does not list 1 of 2 attributes \('b'"):
         listed_prevalence(["a", "b"], {"head": ["a"], "medium": [], "tail": []})
     with pytest.raises(DataError, match="allowed are head, medium, tail"):
         listed_prevalence(["a"], {"heads": ["a"]})

@@ -286,7 +286,7 @@ def test_wrong_settings(
         (None, "does not exist; download it, or correct clean.annotations.train"),
         ("[{", "is not JSON"),
         ("\xff", "is not JSON"),
-        ("{}", "holds a JSON dict, not a list"),
+        ("{}", "holds a JSON object, not a list"),
         ("[]", "no instance is left"),
     ],
 )
