@@ -33,7 +33,7 @@ from vlal_dist.config.sections import Config, PackConfig
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
 from vlal_dist.data.format.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
 from vlal_dist.data.format.index import LABELS_SCHEMA, REJECTS_SCHEMA, check_uids, encode_table
-from vlal_dist.data.format.photos import Photos, find_photo
+from vlal_dist.data.format.photos import Limits, Photos
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
 from vlal_dist.data.hashing import sample_uid
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
@@ -102,7 +102,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
             "crops": crops,
         },
     )
-    _open_photos(tuple(settings.images))  # a wrong path fails before any work
+    _open_photos(settings)  # a wrong path fails before any work
     tasks = [
         task
         for split in clean["splits"]
@@ -166,11 +166,11 @@ def build_shard(task: ShardTask) -> ShardReport:
     store = open_store(task.root)
     if report := find_report(store, task.split, task.name):
         return report
-    photos = _open_photos(tuple(task.settings.images))
+    photos = _open_photos(task.settings)
     with TarBuilder(task.name) as builder:
         for image_id, group in groupby(task.instances, key=lambda one: one.image_id):
             try:
-                photo = decode_photo(find_photo(photos, image_id), task.settings)
+                photo = decode_photo(photos.read(image_id), task.settings)
             except DataError as error:
                 builder.report.rejects += [_reject(task.split, one, error) for one in group]
                 continue
@@ -282,12 +282,17 @@ class PackCounts:
         self._file.write(PACK, readings)
 
 
-@lru_cache(maxsize=1)
-def _open_photos(places: tuple[str, ...]) -> list[Photos]:
-    # Kept per process: listing a zip of 100,000 photos takes a second.
-    if not places:
+def _open_photos(settings: PackConfig) -> Photos:
+    if not settings.images:
         raise ConfigError("pack.images is empty; name the folder or zip that holds the photos")
-    return [Photos(place, setting="pack.images") for place in places]
+    limits = Limits("pack.images", settings.max_bytes, settings.follow_links)
+    return _open_places(tuple(settings.images), limits)
+
+
+@lru_cache(maxsize=1)
+def _open_places(places: tuple[str, ...], limits: Limits) -> Photos:
+    # Kept per process: listing a zip of 100,000 photos takes a second.
+    return Photos(places, limits)
 
 
 def _reject(split: str, instance: InstanceRow, error: DataError) -> dict[str, str]:

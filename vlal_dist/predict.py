@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from vlal_dist.config.sections import Config
+from vlal_dist.data.format.photos import LEFT_OUT, printable
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, run_program
@@ -18,11 +19,12 @@ from vlal_dist.release.requests import Reject, open_requests
 
 PURPOSE = """
 Write the likeliest attributes of objects in photos, with probabilities. Reads a folder that export
-wrote (predict.model; no dataset, no run) and photos: all of a folder, each as a whole an object
-named predict.object, or those of a table with a row per object (image, object, box). The model does
-not detect objects: you name the object, and a wrong name gives confident nonsense. Crops are made
-as for training. Rows that cannot be used are listed with their reason; 65 only if none could be. A
-repeated command replaces the file.
+wrote (predict.model; no dataset, no run) and photos: all of a folder, zip or bucket, or a single
+one, each as a whole an object named predict.object, or those of a table with a row per object
+(image, object, box). The model does not detect objects: you name the object, and a wrong name gives
+confident nonsense. Crops are made as for training. Rows that cannot be used are listed with their
+reason, files that are no photos are counted; 65 only if none could be used. A repeated command
+replaces the file.
 """
 
 
@@ -40,7 +42,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     model.network.to("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(settings.output)
     rejects = output.with_name(f"{output.stem}.rejects.jsonl")
-    objects, rejected = 0, Counter[str]()
+    objects, rejected, first = 0, Counter[str](), ""
     with (
         Progress("predict", total=total, unit="objects") as progress,
         open_rejects(rejects) as write_reject,
@@ -48,9 +50,13 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     ):
         for found in predict_requests(model, requests, photos, settings):
             if isinstance(found, Reject):
+                progress.advance()
+                if found.reason == LEFT_OUT:
+                    photos.left_out[found.detail] += 1
+                    continue
                 write_reject(found)
                 rejected[found.reason] += 1
-                progress.advance()
+                first = first or f"row {found.row}: {found.reason}: {found.detail}"
             else:
                 write(found)
                 objects += len(found)
@@ -58,13 +64,22 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     if not objects:
         output.unlink()
         reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.most_common())
+        left_out = ", ".join(f"{reason} {count}" for reason, count in photos.left_out.items())
         raise DataError(
             f"nothing could be predicted: {reasons or 'there are no rows and no photos'}"
-            + (f"; {rejects} names each" if rejected else "; see predict.images, predict.table")
-        )
-    counts: Counts = {"objects": objects, "rejected": rejected.total(), "output": str(output)}
+            + (f"; left out: {left_out}" if left_out else "")
+            + (f"; {rejects} names each, the first: {printable(first, length=600)}" if rejected
+               else "; see predict.images, predict.table")
+        )  # fmt: skip
+    counts: Counts = {
+        "objects": objects,
+        "rejected": rejected.total(),
+        "output": printable(str(output), length=len(str(output))),
+    }
     if rejected:
         counts |= {"reasons": dict(rejected), "rejects": str(rejects)}
+    if photos.left_out:
+        counts["left_out"] = dict(photos.left_out)
     return counts
 
 

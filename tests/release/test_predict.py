@@ -51,6 +51,11 @@ def call(trained: Trained, *flags: str) -> int:
     return run_program(predict.PROGRAM, ["--predict.model", str(trained.export), *flags])
 
 
+def photos_of(crops: list[dict[str, Any]]) -> tuple[str, str]:
+    """Flags that name the folder of all crops."""
+    return "--predict.images", str(Path(crops[0]["image"]).parents[1])
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -68,6 +73,7 @@ def test_whole_photos_get_what_evaluate_gave_them(
 ) -> None:
     table = write_csv(tmp_path / "table.csv", crops)
     flags = ("--predict.table", table, "--predict.top_k", "0", "--predict.batch_size", "7")
+    flags += photos_of(crops)
     out = tmp_path / "new" / "out.parquet"
     assert call(trained, *flags, "--predict.output", str(out)) == 0
     found = pyarrow.parquet.read_table(out).to_pylist()
@@ -98,6 +104,7 @@ def test_every_kind_of_table_and_file_says_the_same(
     for name in ("a.jsonl", "b.parquet", "c.csv", "d.csv"):
         out = tmp_path / f"{name}.jsonl"
         flags = ("--predict.table", str(tmp_path / name), "--predict.output", str(out))
+        flags += photos_of(crops)
         assert call(trained, *flags, "--predict.thresholds", "true", "--predict.top_k", "3") == 0
         found.append(lines(out))
     assert found[0] == found[1] == found[2] == found[3]
@@ -114,6 +121,7 @@ def test_every_kind_of_table_and_file_says_the_same(
         assert values == pytest.approx([a.probability for a in answer], abs=2e-6)
 
     flags = ("--predict.table", str(tmp_path / "a.jsonl"), "--predict.thresholds", "true")
+    flags += photos_of(crops)
     for suffix in ("csv", "parquet"):
         out = str(tmp_path / f"out.{suffix}")
         assert call(trained, *flags, "--predict.output", out, "--predict.top_k", "3") == 0
@@ -172,14 +180,14 @@ def test_photos_in_a_bucket(
     table = write_csv(tmp_path / "t.csv", [{"image": n} for n in ("a/one.jpg", "b.jpg", "../c")])
     assert call(trained, *flags, "--predict.table", table) == 0
     reasons = [row["reason"] for row in lines(tmp_path / "o.rejects.jsonl")]
-    assert len(lines(out)) == 1 and reasons == ["missing", "unreadable"]
+    assert len(lines(out)) == 1 and reasons == ["missing", "outside"]
 
 
 def test_bad_rows_are_listed_and_the_others_answered_in_order(
     trained: Trained, crops: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    good = crops[0]["image"]
-    jpg = Path(good).read_bytes()
+    good, jpg = "good.jpg", Path(crops[0]["image"]).read_bytes()
+    (tmp_path / good).write_bytes(jpg)
     (tmp_path / "text.jpg").write_text("not an image at all")
     (tmp_path / "cut.jpg").write_bytes(jpg[: len(jpg) // 2])
     Image.new("RGB", (400, 400)).save(tmp_path / "large.png")
@@ -259,11 +267,12 @@ def test_a_photo_is_turned_as_its_exif_says(trained: Trained, tmp_path: Path) ->
         (("--predict.images", "t.csv", "--predict.object", "ball"), 64, "predict.table"),
         (("--predict.images", ".", "--predict.object", "bll"), 64, "'ball'"),
         (("--predict.table", "none.csv"), 64, "no such file"),
-        (("--predict.table", "t.txt"), 64, ".csv, .jsonl, .parquet are read"),
-        (("--predict.table", "t.csv"), 65, "has the columns photo, object"),
+        (("--predict.table", "t.txt"), 64, ".csv, .tsv, .jsonl, .ndjson, .parquet are read"),
+        (("--predict.table", "t.csv"), 65, "has the columns id, object"),
         (("--predict.table", "bad.parquet"), 65, "is not Parquet"),
         (("--predict.table", "latin.csv"), 65, "not CSV in UTF-8"),
-        (("--predict.table", "t.csv", "--predict.output", "o.txt"), 64, "are written"),
+        (("--predict.table", "utf16.csv"), 65, "is UTF-16; save it as CSV in UTF-8"),
+        (("--predict.table", "ok.csv", "--predict.output", "o.txt"), 64, "are written"),
         (("--predict.model", "none"), 74, "run vlal export"),
         (("--predict.topk", "3"), 64, "predict.top_k"),
     ],
@@ -278,9 +287,12 @@ def test_settings_that_cannot_work_are_refused(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "t.csv").write_text("photo,object\na,ball\n")
+    (tmp_path / "t.csv").write_text("id,object\na,ball\n")
+    for name in ("ok.csv", "t.txt"):
+        (tmp_path / name).write_text("image\n")
+    (tmp_path / "utf16.csv").write_text("image\na\n", encoding="utf-16")
     (tmp_path / "bad.parquet").write_text("PAR1")
-    (tmp_path / "latin.csv").write_bytes("image\nä\n".encode("latin-1"))
+    (tmp_path / "latin.csv").write_bytes("image,größe\na,b\n".encode("latin-1"))
     assert call(trained, *flags) == code
     assert message in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from vlal_dist.config.sections import PackConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.images import crop_bounds, open_photo
-from vlal_dist.data.format.photos import MissingPhotoError, Photos, find_photo
+from vlal_dist.data.format.photos import Limits, MissingPhotoError, Photos
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.format.tar import sample_key
 from vlal_dist.errors import DataError
@@ -252,13 +252,13 @@ def test_places_are_searched_in_order(tmp_path: Path) -> None:
         target.writestr("deep/x.png", b"zip" * 100)
 
     def find(image_id: str, *places: Path) -> bytes:
-        return find_photo([Photos(str(place), setting="pack.images") for place in places], image_id)
+        return Photos([str(place) for place in places], Limits("pack.images")).read(image_id)
 
     assert find("x", archive, folder) == b"zip" * 100
     assert find("x", folder, archive) == b"folder"
     with pytest.raises(MissingPhotoError, match="missing: no such photo"):
         find("y", folder)
-    with pytest.raises(DataError, match="unreadable"):
+    with pytest.raises(MissingPhotoError, match="tried x"):
         find("x" * 300, folder)
     data = bytearray(archive.read_bytes())
     data[data.find(b"deep/x.png") + 12] ^= 0xFF

@@ -126,7 +126,12 @@ class PackConfig(Section):
     name: str = Field("vaw", min_length=1)
     """Dataset name, part of every sample's uid; absent: the last part of paths.root."""
     images: Texts = []
-    """Folders or zip files searched for `{image_id}.jpg`, in order (paths)."""
+    """Folders, zip files or s3:// searched for `{image_id}` with any suffix of a photo, in order
+    (paths or URLs; docs/data.md)."""
+    follow_links: bool = False
+    """Read photos whose symbolic links lead out of all of pack.images."""
+    max_bytes: int = Field(256_000_000, ge=1)
+    """Largest file of a photo (bytes; of a zip's member: unpacked)."""
     shard_bytes: int = Field(256_000_000, ge=1024)
     """Target tar size (bytes; 100 MB to 1 GB suits object stores)."""
     block_bytes: int = Field(524_288, ge=1024)
@@ -433,12 +438,16 @@ class PredictConfig(Section):
     model: str | None = None
     """Folder written by export (path or URL); absent: paths.export."""
     images: str | None = None
-    """Photos: a folder, searched recursively, or a zip (path), or s3://; with predict.table,
-    absent: the table's own folder."""
+    """Photos: a folder, searched recursively, a zip, a single photo (path), or s3://; with
+    predict.table, absent: the table's own folder."""
     table: str | None = None
-    """.csv, .jsonl or .parquet, a row per object: image (below predict.images), object, and
-    optionally box ([x, y, width, height] in pixels, or the columns x, y, w, h; empty: the whole
-    photo) and id (path)."""
+    """.csv, .tsv, .jsonl or .parquet, a row per object: image (below predict.images), object, and
+    optionally box ([x, y, width, height] in pixels; empty: the whole photo) and id (path);
+    other names of columns: docs/models.md."""
+    ignore_columns: Texts = []
+    """Columns of the table to leave out; any other that is not understood is an error."""
+    follow_links: bool = False
+    """Read photos of a table whose symbolic links lead out of predict.images."""
     object: str | None = None
     """Name of the object, without a table; needed unless the model has no object gate."""
     output: str = "runs/predictions.jsonl"
@@ -454,6 +463,8 @@ class PredictConfig(Section):
     """Threads that read, decode and crop."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Largest photo decoded (pixels; against decompression bombs)."""
+    max_bytes: int = Field(256_000_000, ge=1)
+    """Largest file of a photo (bytes; of a zip's member: unpacked)."""
 
 
 Count = Annotated[int, Field(ge=0, strict=True)]

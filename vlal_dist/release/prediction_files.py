@@ -1,6 +1,7 @@
 """Files of predictions: JSON lines or Parquet with a row per object, CSV with a row per attribute.
 
-A file appears under its name when it is finished, and not before.
+A file appears under its name when it is finished, and not before. Names that are no Unicode text
+are written with `\\udcXX` for each byte that is none.
 """
 
 import csv
@@ -14,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
+from vlal_dist.data.format.photos import printable
 from vlal_dist.errors import ConfigError
 from vlal_dist.release.predict import Answer
 from vlal_dist.release.requests import Reject
@@ -21,6 +23,9 @@ from vlal_dist.storage.local import replacing
 
 _GROUP_ROWS = 8192
 """Rows of a Parquet row group, about, which are held until it is written."""
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""Beginnings of cells that spreadsheets run (OWASP, CSV injection)."""
 
 Write = Callable[[Sequence[Answer]], None]
 
@@ -37,9 +42,10 @@ def open_output(path: Path, *, thresholds: bool) -> Iterator[Write]:
         ConfigError: another suffix.
     """
     writers = {".jsonl": _jsonl, ".parquet": _parquet, ".csv": _csv}
-    if path.suffix not in writers:
+    if path.suffix.lower() not in writers:
         raise ConfigError(f"predict.output {path}: {', '.join(writers)} are written; rename it")
-    with replacing(path) as temporary, writers[path.suffix](temporary, thresholds) as write:
+    writer = writers[path.suffix.lower()]
+    with replacing(path) as temporary, writer(temporary, thresholds) as write:
         yield write
 
 
@@ -49,7 +55,11 @@ def open_rejects(path: Path) -> Iterator[Callable[[Reject], None]]:
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
 
         def write(reject: Reject) -> None:
-            file.write(json.dumps(asdict(reject), ensure_ascii=False) + "\n")
+            values = {
+                key: _text(value) if isinstance(value, str) else value
+                for key, value in asdict(reject).items()
+            }
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
         yield write
     if not path.stat().st_size:
@@ -80,8 +90,10 @@ def _csv(path: Path, thresholds: bool) -> Iterator[Write]:
         def write(answers: Sequence[Answer]) -> None:
             for row in _rows(answers, thresholds):
                 attributes, box = row.pop("attributes"), row.pop("box") or [None] * 4
+                named = [_cell(value) for value in row.values()]
                 for rank, one in enumerate(attributes, 1):
-                    cells = [*row.values(), *box, rank, one["name"], _short(one["probability"])]
+                    name = _cell(one["name"])
+                    cells = [*named, *box, rank, name, _short(one["probability"])]
                     writer.writerow(cells + ([str(one["present"]).lower()] if thresholds else []))
 
         yield write
@@ -122,8 +134,8 @@ def _rows(answers: Sequence[Answer], thresholds: bool) -> list[dict[str, Any]]:
     return [
         {
             "row": request.row,
-            "id": request.id,
-            "image": request.image,
+            "id": _text(request.id),
+            "image": _text(request.image),
             "object": request.object_name,
             "box": request.box,
             "attributes": [{key: getattr(one, key) for key in keys} for one in attributes],
@@ -135,3 +147,12 @@ def _rows(answers: Sequence[Answer], thresholds: bool) -> list[dict[str, Any]]:
 def _short(probability: float) -> float:
     """Six digits, which float32 has."""
     return float(f"{probability:.6g}")
+
+
+def _text(text: str) -> str:
+    return printable(text, length=len(text))
+
+
+def _cell(value: object) -> object:
+    """A value for a CSV: text that a spreadsheet would run as a formula gets an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

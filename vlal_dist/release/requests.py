@@ -3,30 +3,18 @@
 A row that cannot be used becomes a `Reject` in its place; nothing is guessed.
 """
 
-import csv
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet
 
 from vlal_dist.config.sections import PredictConfig
-from vlal_dist.data.format.photos import Photos
+from vlal_dist.data.format.photos import Limits, Photos, printable
 from vlal_dist.data.loading.decode import Box
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.release.model import ExportedModel
-
-SUFFIXES = (".csv", ".jsonl", ".parquet")
-_ROWS = 1024
-"""Rows of a Parquet file held at once."""
-
-Record = Mapping[str, Any]
-"""With `image`, and optionally `object`, `id`, and `box` or x, y, w, h."""
+from vlal_dist.release.tables import SIDES, Record, Rows, read_table
 
 
 @dataclass(frozen=True)
@@ -36,7 +24,7 @@ class Request:
     Attributes:
         row: of the table or of the listing, from 0.
         id: the table's, else the row in a table, the name in a folder.
-        image: name of the photo.
+        image: name of the photo; one of a folder may hold bytes that are no text (`os.fsdecode`).
         object_name: as given; None for a model without an object gate.
         object_id: of the model's vocabulary.
         box: x, y, width, height in pixels; None: the whole photo.
@@ -82,36 +70,46 @@ def open_requests(
             model.object_id(config.object)
         except DataError as error:
             raise ConfigError(f"predict.object: {error}") from None
-    records: Iterable[Record | DataError]
+    limits = Limits("predict.images", config.max_bytes, config.follow_links)
     if config.table is not None:
         table = Path(config.table)
-        records, total = _read_table(table)
-        photos = Photos(config.images or str(table.parent), setting="predict.images")
-    elif config.images is not None:
-        if config.object is None and model.info.model.layers.object_gate:
-            raise ConfigError(
-                "predict.object is absent: this model needs the name of the object that the "
-                "photos show; give it, or a predict.table with the columns image and object"
-            )
-        photos = Photos(config.images, setting="predict.images")
-        names = photos.names()
-        records, total = [{"image": name, "id": name} for name in names], len(names)
-    else:
+        rows, total = read_table(table, config.ignore_columns)
+        photos = Photos([config.images or str(table.parent)], limits)
+        return photos, _parse(rows, config.object, model), total
+    if config.images is None:
         raise ConfigError("predict.images and predict.table are absent; give one of them")
-    return photos, _parse(records, config.object, model), total
+    if config.object is None and model.info.model.layers.object_gate:
+        raise ConfigError(
+            "predict.object is absent: this model needs the name of the object that the "
+            "photos show; give it, or a predict.table with the columns image and object"
+        )
+    photos = Photos([config.images], limits)
+    names, object_id = photos.list_names(), model.object_id(config.object)
+    requests = (
+        Request(row, name, name, config.object, object_id, None) for row, name in enumerate(names)
+    )
+    return photos, requests, len(names)
 
 
 def _parse(
-    records: Iterable[Record | DataError], default_object: str | None, model: ExportedModel
+    rows: Rows, default_object: str | None, model: ExportedModel
 ) -> Iterator[Request | Reject]:
-    for row, record in enumerate(records):
+    for row, record in rows:
         if isinstance(record, DataError):
             yield reject(row, str(row), "", None, record)
             continue
-        name = _text(record.get("object")) or default_object
-        image = _text(record.get("image")) or ""
-        identity = _text(record.get("id")) or str(row)
+        texts: dict[str, str | None] = dict.fromkeys(("id", "image", "object"))
+        errors: list[DataError] = []
+        for column in texts:
+            try:
+                texts[column] = _text(record.get(column), column)
+            except DataError as error:
+                errors.append(error)
+        identity, image = texts["id"] or str(row), texts["image"] or ""
+        name = texts["object"] or default_object
         try:
+            if errors:
+                raise errors[0]
             object_id = model.object_id(name)
             if not image:
                 raise DataError("no image: the column image is empty")
@@ -120,78 +118,64 @@ def _parse(
             yield reject(row, identity, image, name, error)
 
 
-def _text(value: object) -> str | None:
-    """A cell as text; None where it is empty (pandas writes NaN)."""
+def _text(value: object, column: str) -> str | None:
+    """A cell as text; None where it is empty (pandas writes NaN).
+
+    Raises:
+        DataError: `not text: ...`, bytes or halves of characters that are not Unicode, or a list.
+    """
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as pandas writes numbers beside empty cells
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
-    return str(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"not text: {column} is {_shown(value)}")
+    text = str(value).strip() if column == "object" else str(value)
+    if printable(text, length=len(text)) != text:
+        raise DataError(f"not text: {column} is {printable(text)!r}, which is not UTF-8")
+    return text
 
 
 def _box(record: Record) -> Box | None:
-    value = record.get("box")
+    """The box as x, y, width, height; None: the row has none.
+
+    Raises:
+        DataError: `bad box: ...`.
+    """
+    sides = next((form for form in SIDES if all(side in record for side in form)), ())
+    value = [record[side] for side in sides] if sides else record.get("box")
     if isinstance(value, str):
-        value = re.split(r"[,\s]+", value.strip("[]() \t")) if value.strip() else None
-    if value is None:
-        value = [record.get(side) for side in ("x", "y", "w", "h")]
-        if all(_text(side) is None for side in value):
-            return None
-    try:
-        x, y, w, h = (float(side) for side in value)
-    except (TypeError, ValueError):
-        raise DataError(f"bad box: {value!r} is not x, y, width, height in pixels") from None
+        value = re.split(r"[,;\s]+", value.strip("[]() \t")) if value.strip() else None
+    if value is None or (sides and all(_is_empty(side) for side in value)):
+        return None
+    numbers = [_number(side) for side in value] if isinstance(value, list | tuple) else []
+    if len(numbers) != 4 or not all(math.isfinite(number) for number in numbers):
+        form = ", ".join(sides or SIDES[0])
+        raise DataError(f"bad box: {_shown(value)} is not {form} in pixels")
+    x, y, w, h = numbers
+    if "x2" in sides:
+        w, h = w - x, h - y
+        if w <= 0 or h <= 0:
+            raise DataError(f"bad box: {_shown(value)}: the second corner is not below the first")
     return x, y, w, h
 
 
-def _read_table(path: Path) -> tuple[Iterator[Record | DataError], int]:
-    """The rows, read one after another, and their number (0: not known)."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"predict.table {path}: {', '.join(SUFFIXES)} are read; convert it")
-    if not path.is_file():
-        raise ConfigError(f"predict.table {path}: no such file; correct the path")
-    if path.suffix == ".parquet":
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except pa.ArrowException as error:
-            raise DataError(f"{path} is not Parquet: {error}") from None
-        _check_columns(file.schema_arrow.names, path)
-        return _parquet_rows(file, path), file.metadata.num_rows
-    return (_csv_rows if path.suffix == ".csv" else _jsonl_rows)(path), 0
+def _is_empty(value: object) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def _check_columns(names: Iterable[str], path: Path) -> None:
-    names = list(names)
-    if "image" not in names:
-        raise DataError(
-            f"{path} has the columns {', '.join(names)}; needed is image, possible are object, "
-            "box (or x, y, w, h) and id"
-        )
-
-
-def _parquet_rows(file: pyarrow.parquet.ParquetFile, path: Path) -> Iterator[Record]:
-    wanted = [n for n in file.schema_arrow.names if n in ("image", "object", "box", "id", *"xywh")]
+def _number(value: object) -> float:
+    """A finite number, or NaN."""
     try:
-        for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
-            yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}") from None
+        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
-def _csv_rows(path: Path) -> Iterator[Record]:
+def _shown(value: object) -> str:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _check_columns(reader.fieldnames or [], path)
-            yield from reader
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not CSV in UTF-8: {error}") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[Record | DataError]:
-    with path.open("rb") as file:
-        for line in filter(bytes.strip, file):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                yield DataError(f"not JSON: {error}")
-                continue
-            yield record if isinstance(record, dict) else DataError("not JSON: no object {...}")
+        return printable(repr(value))
+    except (RecursionError, ValueError):  # nested as deeply as JSON may be; 4,300 digits
+        return f"a {type(value).__name__}"
