@@ -30,16 +30,17 @@ TORCH_FREE = ("vlal_dist.data.hashing", "vlal_dist.data.format", "vlal_dist.data
 """What `shard_tools` may import of `vlal_dist.data`: it must start without torch."""
 NUMPY_METHOD = {"vlal_dist.method.feasible", "vlal_dist.method.likelihood"}
 
-_BASE = {"errors", "config", "vocabulary", "storage"}
+_BASE = {"errors", "contents", "config", "vocabulary", "storage"}
 ALLOWED: dict[str, set[str]] = {
     "vlal_dist": {"losses", "datasets", "method", "release"},
     "losses": {"errors", "config", "method", "kernels"},
     "datasets": _BASE | {"method", "data"},
     "errors": set(),
-    "vocabulary": {"errors"},
+    "contents": {"errors"},
+    "vocabulary": {"errors", "contents"},
     "processes": {"errors"},
-    "config": {"errors"},
-    "storage": {"errors"},
+    "config": {"errors", "contents"},
+    "storage": {"errors", "contents"},
     "observability": {"errors", "storage"},
     "method": {"errors", "config"},
     "kernels": {"errors", "config", "method"},
@@ -55,8 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"method", "kernels", "data", "evaluation", "release", "observability", "processes"},
     "experimenting": _BASE
     | {"method", "data", "evaluation", "release", "reporting", "processes", "pipeline"},
-    "pipeline": {"errors", "config", "storage"},
-    "program": {"errors", "config", "storage", "observability", "pipeline"},
+    "pipeline": {"errors", "contents", "config", "storage"},
+    "program": {"errors", "contents", "config", "storage", "observability", "pipeline"},
     "shard_tools": _BASE | {"program", "pipeline", "observability", "method", "data"},
     "demo": _BASE | {"observability", "method", "data", "processes"},
 }
@@ -78,7 +79,8 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "wandb": "vlal_dist/observability/tracker_clients.py",
     "mlflow": "vlal_dist/observability/tracker_clients.py",
     "psutil": ("vlal_dist/processes.py", "vlal_dist/training/stop.py", "vlal_dist/supervise.py"),
-    "pydantic": "vlal_dist/config/",
+    "pydantic": ("vlal_dist/config/", "vlal_dist/contents.py"),
+    "yaml": ("vlal_dist/config/load.py", "vlal_dist/contents.py"),
 }
 
 

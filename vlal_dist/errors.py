@@ -18,11 +18,27 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 4000
+"""Characters of the longest message; of a longer one the middle is left out."""
+
+
+def bounded(text: str, *, most: int = 200) -> str:
+    """The text, or its beginning and end, where the remedy stands, in at most `most` characters."""
+    if len(text) <= most:
+        return text
+    gap = f" ... {len(text) - most} characters ... "
+    end = (most - len(gap)) // 4
+    return f"{text[: most - len(gap) - end]}{gap}{text[len(text) - end :]}"
+
 
 class VlalError(Exception):
     """Base of all errors raised on purpose by this project."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """The message; it may quote a file or a setting, so its length is bounded."""
+        return bounded(super().__str__(), most=LONGEST)
 
 
 class UsageError(VlalError):

@@ -1,6 +1,5 @@
 """`vlal export`: the run's best model as a folder that loads without the dataset."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.data.format.dataset import open_dataset
-from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.errors import NotFoundError
 from vlal_dist.evaluation.predictions import load_predictions
+from vlal_dist.evaluation.results import read_result
 from vlal_dist.pipeline import export_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.model import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
@@ -83,13 +83,11 @@ def _result(
     folder = evaluation_folder(split, "model")
     remedy = f"run vlal evaluate --evaluation.split {split}, and vlal export again"
     try:
-        result: dict[str, Any] = json.loads(run.read(f"{folder}/result.json"))
-        same = (result["model"], result["dataset"]["digest"]) == (model.to_json(), dataset_digest)
+        data = run.read(f"{folder}/result.json")
     except NotFoundError:
         return f"the model was not evaluated on {split}; {remedy}"
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{run.url}: {folder}/result.json is damaged ({error}); {remedy}") from None
-    if not same:
+    result = read_result(data, where=f"{run.url}: {folder}/result.json", remedy=remedy)
+    if (result["model"], result["dataset"]["digest"]) != (model.to_json(), dataset_digest):
         return f"{folder} is of another model or dataset than the present one; {remedy}"
     return result
 

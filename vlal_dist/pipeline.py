@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from vlal_dist.config.load import known_fields
 from vlal_dist.config.sections import Config, evaluation_folder
+from vlal_dist.contents import parse_json, parse_yaml
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import open_store
@@ -373,8 +372,9 @@ def _trained_inputs(config: Config, record: Mapping[str, Any], now: Inputs) -> I
     try:
         if not store.list_keys("checkpoints/"):
             return {}
-        started = Config.model_validate(yaml.safe_load(store.read("config.yaml")))
-    except (NotFoundError, ValueError, yaml.YAMLError):
+        text = store.read("config.yaml").decode()
+        started = Config.model_validate(parse_yaml(text, where="config.yaml"))
+    except (NotFoundError, ValueError):
         return {}  # of an older version, or damaged
     return {**now, **_train_settings(started)}
 
@@ -505,7 +505,7 @@ def _short(value: Any) -> str:
 def read_json(root: str, key: str) -> dict[str, Any]:
     """The object in a file; empty if there is none, or it is damaged."""
     try:
-        value = json.loads(open_store(root).read(key))
-    except (NotFoundError, ValueError):
+        data = open_store(root).read(key)
+        return parse_json(data, dict[str, Any], where=key, remedy="")  # type: ignore[no-any-return]
+    except (NotFoundError, DataError):
         return {}
-    return value if isinstance(value, dict) else {}

@@ -9,9 +9,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
+from vlal_dist.contents import shown
 from vlal_dist.errors import DataError
 
 PREVALENCES = ("head", "medium", "tail")
+_COLUMNS = ("objects", "attributes", "attribute_type", "prevalence")
 OBJECT_VECTORS = "object_vectors"
 """Tensor in the file of object vectors: float32 [O, D], CLIP text vectors, rows in id order."""
 
@@ -34,6 +36,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         for kind, names in (("object", self.objects), ("attribute", self.attributes)):
+            if not names:
+                raise DataError(f"vocabulary: it has no {kind}; clean the names again")
             if len(set(names)) != len(names):
                 raise DataError(f"vocabulary: an {kind} name occurs twice; clean the names again")
         for kind, per_attribute in (("type", self.attribute_type), ("prevalence", self.prevalence)):
@@ -85,20 +89,29 @@ class Vocabulary:
         Raises:
             DataError: a key is missing, or the digest does not match the names.
         """
-        try:
-            columns = [
-                tuple(str(name) for name in values[key])  # type: ignore[attr-defined]
-                for key in ("objects", "attributes", "attribute_type", "prevalence")
-            ]
-            stated = values["digest"]
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"vocabulary.json: {error} is missing or malformed; run vlal clean again"
-            ) from None
+        columns = [_names(values, key) for key in _COLUMNS]
+        stated = values.get("digest")
         vocabulary = cls(*columns)
         if vocabulary.digest != stated:
             raise DataError(
-                f"vocabulary.json records digest {stated}, but its names have {vocabulary.digest}: "
-                "it was edited; run vlal clean again"
+                f"vocabulary.json records digest {shown(stated)}, but its names have "
+                f"{vocabulary.digest}: it was edited; run vlal clean again"
             )
         return vocabulary
+
+
+def _names(values: dict[str, object], key: str) -> tuple[str, ...]:
+    """A list of texts in `vocabulary.json`."""
+    names = values.get(key)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(
+            f"vocabulary.json: {key} is missing or malformed: {shown(names)}, not a list of names; "
+            "run vlal clean again"
+        )
+    if key == "prevalence" and not set(names) <= set(PREVALENCES):
+        other = next(name for name in names if name not in PREVALENCES)
+        raise DataError(
+            f"vocabulary.json: prevalence {shown(other)} is none of {', '.join(PREVALENCES)}; "
+            "run vlal clean again"
+        )
+    return tuple(names)

@@ -123,5 +123,5 @@ def test_a_cut_last_line_is_left_out_another_is_an_error() -> None:
     assert parse_lines("", where="m") == []
     with pytest.raises(DataError, match="m, line 1"):
         parse_lines('{"b": \n{"a": 1}\n', where="m")
-    with pytest.raises(DataError, match="not a JSON object"):
+    with pytest.raises(DataError, match="Input should be an object"):
         parse_lines("[1]\n{}\n", where="m")

@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from vlal_dist.config.sections import Config, PathsConfig, root_name
-from vlal_dist.errors import ConfigError, UsageError
+from vlal_dist.contents import YAML_CHARACTERS, parse_yaml, shown
+from vlal_dist.errors import ConfigError, UsageError, bounded
 
 PROFILES: dict[str, dict[str, object]] = {
     "paper": {},
@@ -113,17 +114,21 @@ def parse_command_line(
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            raise UsageError(f"unexpected argument {word!r}; every setting is --section.key value")
+            raise UsageError(
+                f"unexpected argument {shown(word)}; every setting is --section.key value"
+            )
         name, equals, value = word[2:].partition("=")
         if name in flags and name in SWITCHES:
             found[name] = "true"
             continue
         if not (name in ("config", "local_rank") or name in flags or "." in name):
             known = ", ".join(f"--{flag}" for flag in ("config", *flags))
-            raise UsageError(f"unknown flag --{name}; known: {known} and --section.key value")
+            raise UsageError(
+                f"unknown flag {bounded(word)}; known: {known} and --section.key value"
+            )
         if not equals:
             if not rest:
-                raise UsageError(f"--{name} needs a value")
+                raise UsageError(f"--{bounded(name)} needs a value")
             value = rest.pop(0)
         if name == "config":
             path = value
@@ -230,7 +235,8 @@ def _find(name: str, *, folder: Path = Path()) -> Path:
     if not installed.is_file():
         known = ", ".join(sorted(one.stem for one in INSTALLED.glob("*.yaml")))
         raise ConfigError(
-            f"config {name} is no file and none of the installed ones ({known}); give FILE.yaml"
+            f"config {bounded(name)} is no file and none of the installed ones ({known}); give "
+            "FILE.yaml"
         )
     return installed
 
@@ -240,11 +246,13 @@ def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, dict[str, Any
     if path.resolve() in seen:
         raise ConfigError(f"config file {path} is its own base; remove the circle")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        with path.open("rb") as file:  # one that never ends, such as a device, is refused too
+            text = file.read(4 * YAML_CHARACTERS + 1).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}; give --config FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    values = parse_yaml(text, where=f"config file {path}") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"config file {path} must hold sections, got {type(values).__name__}")
     base = values.pop("base", None)
@@ -255,7 +263,9 @@ def _read_yaml(path: Path, *, seen: tuple[Path, ...]) -> dict[str, dict[str, Any
     )
     for section, keys in values.items():
         if not isinstance(keys, dict | None):
-            raise ConfigError(f"config section {section} must hold keys, got {keys!r}")
+            raise ConfigError(f"config section {shown(section)} must hold keys, got {shown(keys)}")
+        if wrong := [name for name in (section, *(keys or ())) if not isinstance(name, str)]:
+            raise ConfigError(f"config file {path}: a key must be text, got {shown(wrong[0])}")
         merged.setdefault(section, {}).update(keys or {})  # None: all its keys are commented out
     return merged
 
@@ -270,7 +280,7 @@ def _override(values: dict[str, dict[str, Any]], key: str, text: str) -> None:
     if entry and get_origin(kind) is dict:
         entries = keys.get(field) or {}
         if not isinstance(entries, dict):
-            raise ConfigError(f"{section}.{field} must hold keys, got {entries!r}")
+            raise ConfigError(f"{section}.{field} must hold keys, got {shown(entries)}")
         keys[field] = {**entries, entry: _parse(key, text, get_args(kind)[1])}
     else:
         keys[name] = _parse(key, text, None if entry else kind)
@@ -282,10 +292,7 @@ def _parse(key: str, text: str, kind: Any) -> Any:
         return text
     if kind == str | None:
         return None if text in ("", "none", "null") else text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: {text!r} is not a value: {error}") from None
+    return parse_yaml(text, where=f"{bounded(key)}: {shown(text)}")
 
 
 def _expand(node: Any, where: str, *, required: bool) -> Any:
@@ -317,12 +324,13 @@ def _messages(error: ValidationError) -> Iterator[str]:
     fields = known_fields()
     for item in error.errors():
         key, *inner = ".".join(map(str, item["loc"][:2])), *item["loc"][2:3]
-        if inner and get_origin(fields[key].annotation) is dict:
+        if inner and key in fields and get_origin(fields[key].annotation) is dict:
             key += f".{inner[0]}"
         if item["type"] != "extra_forbidden":
-            yield f"{key}: {item['msg']}, got {item['input']!r}"
+            yield f"{bounded(key)}: {bounded(item['msg'])}, got {shown(item['input'])}"
             continue
         if len(item["loc"]) == 1:  # the section
             key += "." + next(iter(item["input"]), "")
+        key = bounded(key)
         near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)
         yield f"unknown key {key}; the nearest known one is {near[0]}"

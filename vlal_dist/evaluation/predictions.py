@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import safetensors.numpy
-from safetensors import SafetensorError
 
-from vlal_dist.errors import DataError
+from vlal_dist.contents import shown
+from vlal_dist.errors import DataError, VlalError, bounded
 from vlal_dist.storage.store import Store
 
 Float32 = npt.NDArray[np.float32]
@@ -120,8 +120,21 @@ def load_predictions(store: Store, key: str) -> Predictions:
         DataError: the file is damaged or holds other arrays.
     """
     try:
-        return Predictions(**safetensors.numpy.load(store.read(key)))
-    except (SafetensorError, TypeError) as error:
+        arrays = safetensors.numpy.load(store.read(key))
+        found = {name: (str(array.dtype), array.ndim) for name, array in arrays.items()}
+        if found != _ARRAYS:
+            raise ValueError(f"arrays {shown(found)}, expected {_ARRAYS}")
+        if np.abs(arrays["label"].astype(np.int16)).max(initial=0) > 1:
+            raise ValueError("a label is none of -1, 0, 1")
+        return Predictions(**arrays)
+    except VlalError:
+        raise
+    except Exception as error:  # tensors of others raise any type, OverflowError too
         raise DataError(
-            f"{store.url}: {key} is damaged or incomplete ({error}); run vlal evaluate again"
+            f"{store.url}: {key} is damaged or incomplete ({bounded(str(error))}); "
+            "run vlal evaluate again"
         ) from None
+
+
+_ARRAYS = {"row": ("int64", 1), "uid": ("uint64", 1), "score": ("float32", 2), "label": ("int8", 2)}
+"""Name -> type and number of dimensions, docs/formats.md."""

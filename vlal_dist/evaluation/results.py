@@ -5,16 +5,18 @@ Shares are of 1 in the files and percent in print. Sec. 3.1; Table 1.
 
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
+from typing_extensions import TypedDict
 
 from vlal_dist.config.sections import EvaluationConfig
+from vlal_dist.contents import AtLeastOne, Count, Finite, parse_json
 from vlal_dist.data.format.dataset import Dataset
-from vlal_dist.errors import DataError
+from vlal_dist.data.format.index import decode_table
 from vlal_dist.evaluation.dense_labels import DenseLabels
 from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate
@@ -36,6 +38,62 @@ ATTRIBUTES_SCHEMA = pa.schema(
         ("mean_score", pa.float64()),
     ]
 )
+
+
+class _Figures(TypedDict):
+    name: str
+    mAP: Finite | None
+    num_classes: Count
+
+
+class _Group(_Figures):
+    num_attributes: Count
+    num_classes_vaw: Count
+    mA: Finite | None
+
+
+class _DatasetEntry(TypedDict):
+    name: str
+    digest: str
+    vocabulary_digest: str
+    feasible_digest: str
+
+
+class _Settings(TypedDict):
+    top_k: Count
+    threshold: Finite
+
+
+class _Truth(TypedDict):
+    groups: Annotated[list[_Figures], AtLeastOne]
+    unknown_names: list[str]
+
+
+class _Model(TypedDict):
+    step: Count
+    epoch: Count
+    validation_map: Finite
+
+
+class _Result(TypedDict):
+    """result.json, as `build_result` describes it."""
+
+    name: str
+    split: str
+    dataset: _DatasetEntry
+    model: _Model | None
+    num_samples: Count
+    num_positive: Count
+    num_negative: Count
+    settings: _Settings
+    groups: Annotated[list[_Group], AtLeastOne]
+    excluded: list[str]
+    truth: _Truth | None
+
+
+def read_result(data: bytes, *, where: str, remedy: str = "evaluate again") -> dict[str, Any]:
+    """Parse result.json; a DataError, naming `where`, unless it is one of this version."""
+    return parse_json(data, _Result, where=where, remedy=remedy)  # type: ignore[no-any-return]
 
 
 def build_result(
@@ -130,10 +188,13 @@ def read_attributes(store: Store, folder: str) -> list[dict[str, Any]]:
         NotFoundError, DataError: absent; damaged.
     """
     key = f"{folder}/attributes.parquet"
-    try:
-        table = pa.parquet.read_table(pa.BufferReader(store.read(key)))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{store.url}: {key} is damaged ({error}); evaluate again") from None
+    table = decode_table(
+        store.read(key),
+        ATTRIBUTES_SCHEMA,
+        where=f"{store.url}: {key}",
+        optional=("ap",),
+        remedy="evaluate again",
+    )
     lines: list[dict[str, Any]] = table.to_pylist()
     for line in lines:
         labelled = line["num_positive"] + line["num_negative"]

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from vlal_dist.contents import Expansion, Sha256, parse_json, shown
 from vlal_dist.data.format.images import open_photo, upright_rgb
 from vlal_dist.data.loading.batch import to_floats
 from vlal_dist.data.loading.decode import Box, square_into
@@ -37,6 +39,16 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 THRESHOLDS, ONNX = "thresholds.json", "model.onnx"
 MAX_PIXELS = 64_000_000
 """Largest photo that `ExportedModel` opens by itself (pixels); `predict.max_pixels` is separate."""
+
+
+class _Config(TypedDict):
+    """`config.json` (docs/formats.md)."""
+
+    files: dict[str, Sha256]
+    model: dict[str, Any]
+    dataset: str
+    box_expansion: Expansion
+    vocabulary: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -240,24 +252,32 @@ def _read_config(store: Store) -> tuple[ExportInfo, dict[str, str]]:
     """The description, and the sha256 of each file."""
     where = f"{store.url}: {CONFIG}"
     try:
-        values: dict[str, Any] = json.loads(store.read(CONFIG))
-        version = values.get("format")
-        if version == FORMAT:
-            info = ExportInfo(
-                model=SavedModelInfo.from_json(values["model"]),
-                vocabulary=Vocabulary.from_json(values["vocabulary"]),
-                dataset=str(values["dataset"]),
-                box_expansion=float(values["box_expansion"]),
-            )
-            return info, dict(values["files"])
+        data = store.read(CONFIG)
     except NotFoundError:
         raise NotFoundError(
             f"{where} does not exist: no model was exported there, or the export was interrupted; "
             "run vlal export, or correct the folder"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:  # a DataError of the vocabulary included
-        raise DataError(f"{where} is damaged ({error}); export again") from None
-    raise DataError(f"{where} has format {version}; this version reads {FORMAT}")
+    remedy = "export again"
+    values: dict[str, Any] = parse_json(data, dict[str, Any], where=where, remedy=remedy)
+    if values.get("format") != FORMAT:
+        raise DataError(
+            f"{where} has format {shown(values.get('format'))}; this version reads {FORMAT}"
+        )
+    values = parse_json(data, _Config, where=where, remedy=remedy)
+    try:
+        vocabulary = Vocabulary.from_json(values["vocabulary"])
+    except DataError as error:
+        raise DataError(f"{where} is damaged ({error}); {remedy}") from None
+    model = SavedModelInfo.from_json(values["model"], where=where, remedy=remedy)
+    sizes = (len(vocabulary.objects), len(vocabulary.attributes))
+    if sizes != (model.num_objects, model.num_attributes):
+        raise DataError(
+            f"{where}: the model is for {model.num_objects} objects and {model.num_attributes} "
+            f"attributes, the vocabulary has {sizes[0]} and {sizes[1]}; {remedy}"
+        )
+    info = ExportInfo(model, vocabulary, values["dataset"], float(values["box_expansion"]))
+    return info, values["files"]
 
 
 @functools.lru_cache

@@ -10,11 +10,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
 from torch import nn
 
 from vlal_dist.config.sections import ModelConfig
-from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.contents import Count, Share, Side, parse_json, shown
+from vlal_dist.errors import DataError, NotFoundError, bounded
 from vlal_dist.method.model import AttributeClassifier, build_model
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store
@@ -40,18 +41,18 @@ class SavedModelInfo:
     """
 
     layers: ModelConfig
-    num_objects: int
-    num_attributes: int
-    image_size: int
+    num_objects: Count
+    num_attributes: Count
+    image_size: Side
     normalize: bool
     vocabulary_digest: str
     feasible_digest: str
     profile: str
     loss: str
-    seed: int
-    step: int
-    epoch: int
-    validation_map: float
+    seed: Count
+    step: Count
+    epoch: Count
+    validation_map: Share
 
     def to_json(self) -> dict[str, Any]:
         """The values of `model.json`."""
@@ -59,11 +60,12 @@ class SavedModelInfo:
         return {**values.pop("layers").model_dump(exclude={"weights"}), **values}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "SavedModelInfo":
-        """The reverse; KeyError or ValueError where a value is missing or out of range."""
+    def from_json(cls, values: Mapping[str, Any], *, where: str, remedy: str) -> "SavedModelInfo":
+        """The reverse; a DataError where a value is missing or out of range."""
         layers = {name: values[name] for name in ModelConfig.model_fields if name in values}
-        others = {field.name: values[field.name] for field in fields(cls)[1:]}
-        return cls(ModelConfig.model_validate(layers), **others)
+        others = {field.name: values.get(field.name) for field in fields(cls)[1:]}
+        text = json.dumps({"layers": layers, **others})
+        return parse_json(text, cls, where=where, remedy=remedy)  # type: ignore[no-any-return]
 
 
 def encode_weights(model: nn.Module) -> bytes:
@@ -73,14 +75,31 @@ def encode_weights(model: nn.Module) -> bytes:
 
 
 def decode_weights(data: bytes, info: SavedModelInfo, *, where: str) -> AttributeClassifier:
-    """The model, on the CPU and in eval mode; DataError, naming `where`, if the two do not fit."""
-    model = build_model(
-        info.layers, num_objects=info.num_objects, num_attributes=info.num_attributes
-    )
+    """The model, on the CPU and in eval mode; DataError, naming `where`, if the two do not fit.
+
+    The shapes that `info` asks for are compared with those of the file before any is allocated.
+    """
+    wanted = {"num_objects": info.num_objects, "num_attributes": info.num_attributes}
     try:
-        model.load_state_dict(safetensors.torch.load(data))
-    except (SafetensorError, RuntimeError) as error:
-        raise DataError(f"{where} does not fit a {info.layers.backbone}: {error}") from None
+        tensors = safetensors.torch.load(data)
+        with torch.device("meta"):
+            expected = build_model(info.layers, **wanted).state_dict()
+        for name in sorted(expected.keys() | tensors.keys()):
+            found = [
+                "absent"
+                if one is None
+                else f"{str(one.dtype).removeprefix('torch.')} {[*one.shape]}"
+                for one in (tensors.get(name), expected.get(name))
+            ]
+            if found[0] != found[1]:
+                raise ValueError(f"{shown(name)} is {found[0]}, expected {found[1]}")
+    except Exception as error:  # shapes of others raise any type, OverflowError too
+        raise DataError(
+            f"{where} does not fit a {info.layers.backbone} for {info.num_objects} objects and "
+            f"{info.num_attributes} attributes: {bounded(str(error))}"
+        ) from None
+    model = build_model(info.layers, **wanted)
+    model.load_state_dict(tensors)
     return model.eval()
 
 
@@ -111,24 +130,25 @@ def load_saved_model(
     """
     where, remedy = f"{store.url}: {prefix}/model.json", "repeat the training command"
     try:
-        values = json.loads(store.read(f"{prefix}/model.json"))
-        version, sha256 = values["format"], str(values["sha256"])
-        info = SavedModelInfo.from_json(values)
+        data = store.read(f"{prefix}/model.json")
     except NotFoundError:
         raise NotFoundError(
             f"{where} does not exist: no model was saved there yet; train until its first "
             "validation, or correct paths.run"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where} is damaged ({error}); {remedy}") from None
-    if version != FORMAT:
-        raise DataError(f"{where} has format {version}; this version reads {FORMAT}")
+    values = parse_json(data, dict[str, Any], where=where, remedy=remedy)
+    if values.get("format") != FORMAT:
+        raise DataError(
+            f"{where} has format {shown(values.get('format'))}; this version reads {FORMAT}"
+        )
+    info = SavedModelInfo.from_json(values, where=where, remedy=remedy)
     if info.vocabulary_digest != vocabulary.digest:
         raise DataError(
             f"{where} has vocabulary digest {info.vocabulary_digest}, the dataset has "
             f"{vocabulary.digest}; use the dataset it was trained on, or clean with --like"
         )
     key = f"{prefix}/model.safetensors"
+    sha256 = str(values.get("sha256"))
     weights = read_verified(store, key, sha256=sha256, remedy=f"{remedy}, which saves again")
     return decode_weights(weights, info, where=f"{store.url}: {key}"), info
 
@@ -139,7 +159,7 @@ def read_verified(store: Store, key: str, *, sha256: str | None, remedy: str) ->
     found = sha256_of(data)
     if found != sha256:
         raise DataError(
-            f"{store.url}: {key} has sha256 {found}, recorded is {sha256}: the write was "
+            f"{store.url}: {key} has sha256 {found}, recorded is {shown(sha256)}: the write was "
             f"interrupted or the file was changed; {remedy}"
         )
     return data

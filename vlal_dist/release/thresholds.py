@@ -7,11 +7,11 @@ included, precision is lower than here.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vlal_dist.contents import Count, Share, parse_json
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.predictions import Predictions
 
@@ -26,10 +26,10 @@ class AttributeThreshold:
         num_positive, num_negative: annotated pairs of the attribute.
     """
 
-    value: float
+    value: Share
     own: bool
-    num_positive: int
-    num_negative: int
+    num_positive: Count
+    num_negative: Count
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Thresholds:
         attributes: by name, in id order.
     """
 
-    pooled: float
+    pooled: Share
     split: str
-    min_annotated: int
+    min_annotated: Count
     attributes: dict[str, AttributeThreshold]
 
     def describe(self) -> str:
@@ -114,12 +114,7 @@ def encode_thresholds(thresholds: Thresholds) -> bytes:
 
 def decode_thresholds(data: bytes, names: Sequence[str], *, where: str) -> Thresholds:
     """Read what `encode_thresholds` wrote; DataError: damaged, or other attributes than `names`."""
-    try:
-        values: dict[str, Any] = json.loads(data)
-        records = {name: AttributeThreshold(**one) for name, one in values["attributes"].items()}
-        thresholds = Thresholds(**{**values, "attributes": records})
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where} is damaged ({error}); export again") from None
-    if list(records) != list(names):
+    thresholds: Thresholds = parse_json(data, Thresholds, where=where, remedy="export again")
+    if list(thresholds.attributes) != list(names):
         raise DataError(f"{where} has other attributes than the model; export again")
     return thresholds

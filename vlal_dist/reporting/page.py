@@ -6,7 +6,6 @@ by their hashes, images as data URIs, and nothing else.
 
 import base64
 import hashlib
-import json
 import re
 import statistics
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
 from vlal_dist.evaluation.dense_labels import read_dense_labels
 from vlal_dist.evaluation.predictions import Predictions, load_predictions
-from vlal_dist.evaluation.results import percent, read_attributes
+from vlal_dist.evaluation.results import percent, read_attributes, read_result
 from vlal_dist.reporting.charts import IntervalChart, draw_curve, draw_pr_curves
 from vlal_dist.reporting.fig4 import build_example, choose_rows, tally
 from vlal_dist.reporting.result_table import (
@@ -174,15 +173,13 @@ def _csp_hash(content: str) -> str:
 
 def _read_result(store: Store, folder: str) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(store.read(f"{folder}/result.json"))
-        return result
+        data = store.read(f"{folder}/result.json")
     except NotFoundError:
         raise DataError(
             f"{store.url} holds no {folder}/result.json; run vlal evaluate with the "
             "same --paths.run, --evaluation.split and --evaluation.predictor"
         ) from None
-    except ValueError as error:
-        raise DataError(f"{store.url}: {folder}/result.json is damaged ({error})") from None
+    return read_result(data, where=f"{store.url}: {folder}/result.json")
 
 
 def _read_predictions(
@@ -196,10 +193,12 @@ def _read_predictions(
             f"has {dataset.digest}; point paths.dataset at the former, or evaluate again"
         )
     predictions = load_predictions(store, f"{folder}/predictions.safetensors")
-    if not np.array_equal(split.index.uid, predictions.uid):
+    rows, width = np.arange(split.num_samples), len(dataset.vocabulary.attributes)
+    same = np.array_equal(split.index.uid, predictions.uid) and predictions.score.shape[1] == width
+    if not (same and np.array_equal(predictions.row, rows)):
         raise DataError(
-            f"{store.url}: {folder}/predictions.safetensors names other samples than "
-            f"{dataset.url}; evaluate again"
+            f"{store.url}: {folder}/predictions.safetensors names other samples or "
+            f"attributes than {dataset.url}; evaluate again"
         )
     return predictions
 
@@ -212,11 +211,12 @@ def _rows(config: EvaluationConfig, store: Store, main: dict[str, Any]) -> Itera
         if predictor != config.predictor and store.exists(f"{folder}/result.json"):
             yield result_row(_read_result(store, folder), main, where=folder)
     for url in config.compare:
+        remedy = "name result.json files that evaluate wrote"
         try:
-            compared = json.loads(read_url(url))
-        except (NotFoundError, ValueError) as error:
+            data = read_url(url)
+        except NotFoundError as error:
             raise DataError(
-                f"evaluation.compare: {url} cannot be read ({error}); name result.json files that "
-                "evaluate wrote"
+                f"evaluation.compare: {url} cannot be read ({error}); {remedy}"
             ) from None
+        compared = read_result(data, where=f"evaluation.compare: {url}", remedy=remedy)
         yield result_row(compared, main, where=url)

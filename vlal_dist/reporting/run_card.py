@@ -4,14 +4,12 @@
 `{"kind": "train", "step": .., "loss": ..}`; further keys and kinds are ignored.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
+from vlal_dist.contents import parse_json, parse_yaml
 from vlal_dist.errors import DataError
 from vlal_dist.storage.store import Store
 
@@ -62,12 +60,15 @@ def read_run_files(store: Store) -> RunFiles:
     """
 
     def read(key: str) -> str:
-        return store.read(key).decode() if store.exists(key) else ""
+        return store.read(key).decode(errors="replace") if store.exists(key) else ""
 
     config_text = read("config.yaml")
+    config = parse_yaml(config_text, where=f"{store.url}: config.yaml") or {}
+    if not isinstance(config, dict) or not all(isinstance(one, dict) for one in config.values()):
+        raise DataError(f"{store.url}: config.yaml must hold sections; remove it, or train again")
     return RunFiles(
         config_text=config_text,
-        config=yaml.safe_load(config_text) or {},
+        config=config,
         lines=parse_lines(read("metrics.jsonl"), where=f"{store.url}: metrics.jsonl"),
         starts=parse_lines(read("starts.jsonl"), where=f"{store.url}: starts.jsonl"),
         finished=_parse(read("train.result.json") or "{}", where=f"{store.url}: train.result.json"),
@@ -159,13 +160,9 @@ def samples_seen(lines: Sequence[Line]) -> int | None:
 
 
 def _parse(text: str, *, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where} is damaged ({error}); remove it, or train again") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is not a JSON object; remove it, or train again")
-    return value
+    remedy = "remove it, or train again"
+    found: dict[str, Any] = parse_json(text, dict[str, Any], where=where, remedy=remedy, nan=True)
+    return found
 
 
 def _is_finite(value: object) -> bool:

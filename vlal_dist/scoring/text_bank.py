@@ -13,11 +13,18 @@ from threading import Event
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import safetensors.numpy
 
 from vlal_dist.data.format.dataset import Dataset
-from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError, Stopped
+from vlal_dist.errors import (
+    ConfigError,
+    ConflictError,
+    DataError,
+    NotFoundError,
+    Stopped,
+    VlalError,
+    bounded,
+)
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
 
@@ -69,8 +76,14 @@ def read_bank(store: Store, *, scorer_digest: str, num_pairs: int) -> TextBank:
     key = bank_key(scorer_digest)
     try:
         bank: TextBank = safetensors.numpy.load(store.read(key))["embedding"]
-    except (safetensors.SafetensorError, KeyError) as error:
-        raise DataError(f"{store.url}/{key} is damaged ({error}); delete it and rerun") from None
+    except VlalError:
+        raise
+    except Exception as error:  # tensors of others raise any type, OverflowError too
+        raise DataError(
+            f"{store.url}/{key} is damaged ({bounded(repr(error))}); delete it and rerun"
+        ) from None
+    if bank.dtype != np.float32 or not np.isfinite(bank).all():
+        raise DataError(f"{store.url}/{key} holds no float32 vectors; delete it and rerun")
     if bank.ndim != 2 or len(bank) != num_pairs:
         raise DataError(
             f"{store.url}/{key} holds {bank.shape} vectors, the feasible sets have {num_pairs} "

@@ -19,11 +19,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from vlal_dist.contents import Count, Share, parse_json, shown
 from vlal_dist.data.order.ledger import Ledger
-from vlal_dist.errors import DataError, NotFoundError, StorageError
+from vlal_dist.errors import DataError, NotFoundError, StorageError, VlalError, bounded
 from vlal_dist.release.saved_model import read_verified
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store, open_store
@@ -90,14 +90,14 @@ class TrainState:
     """
 
     binding: Binding
-    epoch: int = 0
-    consumed: int = 0
+    epoch: Count = 0
+    consumed: Count = 0
     ledger: Ledger = field(default_factory=Ledger)
     left_out: Ledger = field(default_factory=Ledger)
     quarantined: dict[str, str] = field(default_factory=dict)
-    step: int = 0
-    best_map: float | None = None
-    best_step: int | None = None
+    step: Count = 0
+    best_map: Share | None = None
+    best_step: Count | None = None
     schedule: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
 
@@ -270,23 +270,27 @@ def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
     folder = f"{prefix}/" if prefix else ""
     where, remedy = f"{store.url}/{prefix}".rstrip("/"), "resume an older checkpoint"
     try:
-        digests = json.loads(store.read(f"{folder}{COMPLETE}"))
+        data = store.read(f"{folder}{COMPLETE}")
+        digests = parse_json(data, dict[str, str], where=f"{where}/{COMPLETE}", remedy=remedy)
         files = {
             name: read_verified(store, f"{folder}{name}", sha256=digests[name], remedy=remedy)
             for name in (MODEL, OPTIMIZER, STATE)
         }
-        values = json.loads(files[STATE])
+        named = f"{where}/{STATE}"
+        values = parse_json(files[STATE], dict[str, Any], where=named, remedy=remedy)
         if values["format"] != FORMAT:
-            raise DataError(f"{where} has format {values['format']}; this version reads {FORMAT}")
-        values["binding"] = Binding(**values["binding"])
-        for name in ("ledger", "left_out"):
-            values[name] = Ledger(**values[name])
-        state = TrainState(**{item.name: values[item.name] for item in fields(TrainState)})
+            raise DataError(
+                f"{where} has format {shown(values['format'])}; this version reads {FORMAT}"
+            )
+        state: TrainState = parse_json(files[STATE], TrainState, where=named, remedy=remedy)
+        missing = [item.name for item in fields(TrainState) if item.name not in values]
+        if missing:
+            raise DataError(f"{named} lacks {', '.join(missing)}; {remedy}")
         model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, OPTIMIZER))
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where} is damaged ({error}); {remedy}") from None
+    except VlalError:
+        raise
+    except Exception as error:  # tensors of others raise any type, OverflowError too
+        raise DataError(f"{where} is damaged ({bounded(repr(error))}); {remedy}") from None
     return Checkpoint(where, state, model, optimizer)
 
 

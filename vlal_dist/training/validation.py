@@ -3,21 +3,22 @@
 The best model is written to `best/` of the run root, which evaluate, export and predict read.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from vlal_dist.config.sections import EvaluationConfig
+from vlal_dist.contents import parse_json
 from vlal_dist.data.hashing import signed_uids, unsigned_uids
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.loader import evaluation_batches
-from vlal_dist.errors import NotFoundError, Stopped, StorageError
+from vlal_dist.errors import DataError, NotFoundError, Stopped, StorageError
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions
 from vlal_dist.evaluation.predictors import predict
 from vlal_dist.method.metrics import Evaluation, evaluate
@@ -141,9 +142,10 @@ class BestModel:
 def holds_best(store: Store, state: TrainState) -> bool:
     """Whether the run root holds the best model of `state`, complete; True if out of reach."""
     try:
-        info = json.loads(store.read(f"{BEST}/model.json"))
+        data = store.read(f"{BEST}/model.json")
+        info = parse_json(data, dict[str, Any], where=f"{BEST}/model.json", remedy="")
         weights = store.read(f"{BEST}/model.safetensors")
-    except NotFoundError:
+    except (NotFoundError, DataError):
         return False
     except StorageError:
         return True

@@ -1,28 +1,46 @@
 """Opening a dataset root: manifest, vocabulary, feasible sets, and the files of each split.
 
 Everything read here is checked against the digests in `dataset.json` before it is used; the shards
-are checked sample by sample when they are read. An index of many gigabytes is hashed once per node,
-not at every start: `cache/verified` notes which files were found right.
+are checked sample by sample when they are read. A digest says that a file is the one that its
+writer meant, not that the writer can be trusted: types, ranges and references are checked as well.
+An index of many gigabytes is hashed and checked once per node, not at every start:
+`cache/verified` notes which files were found right.
 """
 
 import hashlib
 import json
 import logging
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+from typing_extensions import TypedDict
 
 from vlal_dist.config.sections import PathsConfig
-from vlal_dist.data.format.index import Blocks, Index, Shard, decode_shards, map_blocks, map_index
-from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.contents import Count, Finite, Sha256, parse_json, shown
+from vlal_dist.data.format.index import (
+    ARROW_ERRORS,
+    LABELS_SCHEMA,
+    Blocks,
+    Index,
+    Shard,
+    check_blocks,
+    check_index,
+    check_parquet,
+    checked_table,
+    decode_shards,
+    map_blocks,
+    map_index,
+)
+from vlal_dist.errors import DataError, NotFoundError, bounded
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.storage.local import replacing
 from vlal_dist.storage.store import Store, fetch, open_store
@@ -33,6 +51,35 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 ROOT_FILES = ("vocabulary.json", "feasible.npz")
 """Copies in every dataset root, which make it self-contained."""
+SPLIT_FILES = ("shards.parquet", "index.arrow", "blocks.arrow", "labels.parquet")
+CHECKS = 1
+"""Version of the checks that `cache/verified` vouches for."""
+
+
+class _SplitEntry(TypedDict):
+    samples: Count
+    shards: Count
+    bytes: Count
+    rejected: NotRequired[Count]
+    files: dict[str, Sha256]
+
+
+class _Likelihood(TypedDict):
+    scorer_digest: str
+    temperature: Finite
+    splits: list[str]
+
+
+class _Manifest(TypedDict):
+    """`dataset.json` (docs/formats.md)."""
+
+    name: str
+    vocabulary_digest: Sha256
+    feasible_digest: Sha256
+    files: dict[str, Sha256]
+    crops: NotRequired[dict[str, Any]]
+    splits: dict[str, _SplitEntry]
+    likelihood: NotRequired[_Likelihood | None]
 
 
 @dataclass(frozen=True)
@@ -70,13 +117,17 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Split:
-    """One opened split: shard list, memory-mapped index and blocks."""
+    """One opened split: shard list, memory-mapped index and blocks.
+
+    `num_attributes` bounds the attribute ids of its samples; None: they are not checked.
+    """
 
     name: str
     store: Store
     shards: list[Shard]
     index: Index
     blocks: Blocks
+    num_attributes: int | None = None
 
     @property
     def num_samples(self) -> int:
@@ -103,25 +154,46 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
             f"{url} holds no dataset.json: vlal pack (or merge) has not finished there; run it, "
             "or correct paths.dataset / paths.merged"
         ) from None
-    try:
-        manifest = json.loads(data)
-    except ValueError as error:
-        raise DataError(f"{url}/dataset.json is damaged ({error}); pack again") from None
+    where, remedy = f"{url}/dataset.json", "restore it, or pack again"
+    manifest = parse_json(data, dict[str, Any], where=where, remedy=remedy)
     if manifest.get("format") != FORMAT:
         raise DataError(
-            f"{url}: dataset format {manifest.get('format')}, this version reads {FORMAT}; "
+            f"{url}: dataset format {shown(manifest.get('format'))}, this version reads {FORMAT}; "
             "pack it again, or use the version that wrote it"
         )
+    manifest = parse_json(data, _Manifest, where=where, remedy=remedy)
+    _check_names(manifest, where)
+    manifest = {"crops": {}, "likelihood": None, **manifest}
     contents = {name: store.read(name) for name in ROOT_FILES}
     for name, content in contents.items():
         found = hashlib.sha256(content).hexdigest()
         check_digest(f"{url}/{name}", manifest["files"][name], found)
-    vocabulary = Vocabulary.from_json(json.loads(contents["vocabulary.json"]))
+    vocabulary = Vocabulary.from_json(
+        parse_json(
+            contents["vocabulary.json"],
+            dict[str, Any],
+            where=f"{url}/vocabulary.json",
+            remedy="run vlal clean again",
+        )
+    )
     feasible = FeasibleSets.from_npz(contents["feasible.npz"])
     check_digest(f"{url}: vocabulary", manifest["vocabulary_digest"], vocabulary.digest)
     check_digest(f"{url}: feasible sets", manifest["feasible_digest"], feasible.digest)
+    feasible.check_fits(len(vocabulary.objects), len(vocabulary.attributes))
     digest = hashlib.sha256(data).hexdigest()
     return Dataset(url, store, manifest, digest, vocabulary, feasible, cache)
+
+
+def _check_names(manifest: dict[str, Any], where: str) -> None:
+    """A DataError where a manifest lacks a file, or a split's name is not one of a folder."""
+    listed: list[tuple[Any, tuple[str, ...]]] = [(manifest["files"], ROOT_FILES)]
+    listed += [(entry["files"], SPLIT_FILES) for entry in manifest["splits"].values()]
+    missing = [name for files, names in listed for name in names if name not in files]
+    if missing:
+        raise DataError(f"{where}: no digest of {missing[0]}; restore it, or pack again")
+    for name in manifest["splits"]:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise DataError(f"{where}: a split cannot be named {shown(name)}; pack again")
 
 
 def open_newest(paths: PathsConfig) -> Dataset:
@@ -147,10 +219,21 @@ def open_split(dataset: Dataset, split: str) -> Split:
     """
     if split not in dataset.manifest["splits"]:
         raise DataError(f"{dataset.url} has no split {split!r}; it has {', '.join(dataset.splits)}")
-    entry = dataset.manifest["splits"][split]
-    shards = decode_shards(verified_file(dataset, split, "shards.parquet").read_bytes())
-    index = map_index(verified_file(dataset, split, "index.arrow"))
-    blocks = map_blocks(verified_file(dataset, split, "blocks.arrow"))
+    entry, where = dataset.manifest["splits"][split], f"{dataset.url}: {split}"
+    shards = decode_shards(
+        verified_file(dataset, split, "shards.parquet").read_bytes(),
+        where=f"{where}/shards.parquet",
+    )
+    num_objects = len(dataset.vocabulary.objects)
+
+    def check_rows(path: Path) -> None:
+        check_index(map_index(path), shards, num_objects=num_objects, where=f"{where}/index.arrow")
+
+    def check_runs(path: Path) -> None:
+        check_blocks(map_blocks(path), index, where=f"{where}/blocks.arrow")
+
+    index = map_index(verified_file(dataset, split, "index.arrow", check=check_rows))
+    blocks = map_blocks(verified_file(dataset, split, "blocks.arrow", check=check_runs))
     for what, samples in (
         ("index.arrow", len(index)),
         ("blocks.arrow", int(blocks.samples.sum())),
@@ -158,21 +241,24 @@ def open_split(dataset: Dataset, split: str) -> Split:
     ):
         if samples != entry["samples"]:
             raise DataError(
-                f"{dataset.url}: {split}/{what} holds {samples} samples, dataset.json says "
+                f"{where}/{what} holds {samples} samples, dataset.json says "
                 f"{entry['samples']}; run vlal verify, and pack again"
             )
-    return Split(split, dataset.store, shards, index, blocks)
+    width = len(dataset.vocabulary.attributes)
+    return Split(split, dataset.store, shards, index, blocks, num_attributes=width)
 
 
-def verified_file(dataset: Dataset, split: str, name: str) -> Path:
+def verified_file(
+    dataset: Dataset, split: str, name: str, *, check: Callable[[Path], None] | None = None
+) -> Path:
     """A local file with the bytes of a split's file whose digest is in `dataset.json`.
 
-    A file whose digest was right once is not hashed again while its name, device, inode, size and
-    times stay, which finds replaced and cut files. Other damage of an index shows when its samples
-    fail their crc32, and `verify` hashes everything.
+    A file whose digest was right once, and that passed `check`, is not read again while its name,
+    device, inode, size and times stay, which finds replaced and cut files. Other damage of an index
+    shows when its samples fail their crc32, and `verify` hashes everything.
 
     Raises:
-        DataError: another digest.
+        DataError: another digest, or what `check` raises.
         StorageError: the file cannot be read.
     """
     key, expected = f"{split}/{name}", dataset.manifest["splits"][split]["files"][name]
@@ -182,7 +268,7 @@ def verified_file(dataset: Dataset, split: str, name: str) -> Path:
     stat, note = path.stat(), dataset.cache / "verified" / expected
     state = json.dumps([
         str(path.absolute()), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns,
-        stat.st_ctime_ns,
+        stat.st_ctime_ns, CHECKS, dataset.digest if check else None,
     ])  # fmt: skip
     with suppress(OSError):
         if note.read_bytes() == state.encode():
@@ -196,7 +282,9 @@ def verified_file(dataset: Dataset, split: str, name: str) -> Path:
                 "altered; delete it, and it is fetched again"
             )
         check_digest(f"{dataset.url}/{key}", expected, found)
-    # Where the cache cannot be written, the next start hashes again.
+    if check is not None:
+        check(path)
+    # Where the cache cannot be written, the next start hashes and checks again.
     with suppress(OSError), replacing(note) as unfinished:
         unfinished.write_text(state)
     return path
@@ -254,19 +342,44 @@ def read_labels(
     Raises:
         DataError: no such rows, or a file that differs from its digest.
     """
-    chosen = None if columns is None else list(columns)
-    with pyarrow.parquet.ParquetFile(verified_file(dataset, split, "labels.parquet")) as file:
-        if rows is None:
-            return file.read(columns=chosen)
-        start, stop = rows.start, rows.stop
-        groups = range(file.num_row_groups)
-        ends = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
-        if not 0 <= start <= stop <= file.metadata.num_rows:
-            raise DataError(
-                f"{dataset.url}: {split}/labels.parquet has {file.metadata.num_rows} rows, not "
-                f"those from {start} to {stop}; run vlal verify, and pack again"
-            )
-        first, last = bisect_right(ends, start), bisect_left(ends, stop)
-        wanted = list(groups[first : last + 1])
-        table = file.read_row_groups(wanted, columns=chosen, use_threads=False)
+    where = f"{dataset.url}: {split}/labels.parquet"
+    chosen = list(LABELS_SCHEMA.names if columns is None else columns)
+    schema = pa.schema([LABELS_SCHEMA.field(name) for name in chosen])
+    samples = dataset.manifest["splits"][split]["samples"]
+    path = verified_file(dataset, split, "labels.parquet")
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_parquet(file, schema, rows=samples)
+            table = checked_table(_read_rows(file, chosen, rows or range(samples), where))
+    except ARROW_ERRORS as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{where} is damaged ({bounded(str(error))}); run vlal verify, and pack again"
+        ) from None
+    width = len(dataset.vocabulary.attributes)
+    for name in {"positive", "negative"} & set(chosen):
+        for chunk in table[name].chunks:
+            if np.max(chunk.flatten().to_numpy(), initial=0) >= width:
+                raise DataError(
+                    f"{where}: {name} holds attribute ids outside 0..{width - 1}; pack again"
+                )
+    return table
+
+
+def _read_rows(
+    file: pyarrow.parquet.ParquetFile, columns: list[str], rows: range, where: str
+) -> pa.Table:
+    """Some rows, with the row groups that hold them."""
+    start, stop = rows.start, rows.stop
+    groups = range(file.num_row_groups)
+    ends = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
+    if not 0 <= start <= stop <= file.metadata.num_rows:
+        raise DataError(
+            f"{where} has {file.metadata.num_rows} rows, not those from {start} to {stop}; "
+            "run vlal verify, and pack again"
+        )
+    first, last = bisect_right(ends, start), bisect_left(ends, stop)
+    wanted = list(groups[first : last + 1])
+    table = file.read_row_groups(wanted, columns=columns, use_threads=False)
     return table.slice(start - ends[first - 1] if first else start, stop - start)

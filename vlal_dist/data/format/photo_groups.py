@@ -37,7 +37,7 @@ def image_numbers(split: Split) -> npt.NDArray[np.int64]:
             meta = json.loads(data)
             if meta["object_id"] == object_id:
                 return str(meta["image_id"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise DataError(
             f"{split.store.url}/{split.shard_key(shard)}: the json of sample row {row} is not what "

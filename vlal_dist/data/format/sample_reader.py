@@ -3,8 +3,6 @@
 Local shards are read sample by sample; remote ones block by block, the last few blocks kept.
 """
 
-import io
-import json
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future
@@ -13,12 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from isal.isal_zlib import crc32
+from typing_extensions import TypedDict
 
+from vlal_dist.contents import Count, Finite, parse_json
 from vlal_dist.data.format.dataset import Split
 from vlal_dist.data.format.tar import key_of
 from vlal_dist.data.hashing import uid_to_hex
 from vlal_dist.errors import DataError, TruncatedError
+from vlal_dist.method.feasible import decode_npy
 from vlal_dist.storage.store import Store
+
+
+class _Meta(TypedDict):
+    """`KEY.json` (docs/formats.md)."""
+
+    instance_id: str
+    object_id: Count
+    box_in_crop: tuple[Finite, Finite, Finite, Finite]
+    positive: list[Count]
+    negative: list[Count]
 
 
 @dataclass(frozen=True)
@@ -114,18 +125,26 @@ class SampleReader:
         """The key and the contents of every member of a sample; errors as `read_range`."""
         data, members = self.read_range(row), self.split.index.members(row)
         contents = {name: data[at : at + length] for name, (at, length) in members.items()}
-        return key_of(data), contents
+        try:
+            return key_of(data), contents
+        except DataError as error:
+            raise self._damaged(row, str(error)) from None
 
     def read(self, row: int) -> Sample:
         """One verified sample; errors as `read_range`."""
         key, members = self.read_members(row)
-        meta = json.loads(members["json"])
+        likelihood = None
+        try:
+            meta = parse_json(members["json"], _Meta, where="its json", remedy="pack again")
+            if "likelihood.npy" in members:
+                likelihood = decode_npy(members["likelihood.npy"], "<f4")
+        except DataError as error:
+            raise self._damaged(row, str(error)) from None
         if meta["object_id"] != int(self.split.index.object_id[row]):
             raise self._damaged(row, f"object {meta['object_id']} where index.arrow has another")
-        likelihood = None
-        if "likelihood.npy" in members:
-            stream = io.BytesIO(members["likelihood.npy"])
-            likelihood = np.lib.format.read_array(stream, allow_pickle=False)
+        most = self.split.num_attributes
+        if most is not None and max(meta["positive"] + meta["negative"], default=-1) >= most:
+            raise self._damaged(row, f"it names an attribute outside 0..{most - 1}")
         x, y, w, h = meta["box_in_crop"]
         return Sample(
             row=row,

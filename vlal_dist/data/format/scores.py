@@ -21,9 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import safetensors.numpy
+from typing_extensions import TypedDict
 
+from vlal_dist.contents import Count, Positive, Sha256, UidHex, parse_json, shown
 from vlal_dist.data.hashing import I64, U64, uid_from_hex
-from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.errors import DataError, NotFoundError, bounded
 from vlal_dist.method.likelihood import Float32
 from vlal_dist.storage.checks import translated_errors
 from vlal_dist.storage.local import replacing
@@ -39,7 +41,28 @@ _TYPES: dict[str, tuple[str, Any]] = {
     "similarity": ("F32", np.float32),
     "embedding": ("F32", np.float32),
 }
+LARGEST = 1.001
+"""Of a similarity, which is at most 1 but for rounding."""
 _MAPPED = ("uid", "indptr", "similarity")
+
+
+class _Manifest(TypedDict):
+    """`scores.json` (docs/formats.md)."""
+
+    scorer_digest: str
+    feasible_digest: Sha256
+    vocabulary_digest: Sha256
+    temperature: Positive
+    splits: list[str]
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
+
+
+_Head = dict[str, _Entry | dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -104,8 +127,17 @@ def score_key(split: str, *, shard_sha256: str, scorer_digest: str) -> str:
 
 
 def quarantined_of(header: Mapping[str, str]) -> dict[int, str]:
-    """uid -> why its crop could not be scored; its similarities are all 0, its embedding too."""
-    found: dict[str, str] = json.loads(header.get("quarantined", "{}"))
+    """uid -> why its crop could not be scored; its similarities are all 0, its embedding too.
+
+    Raises:
+        DataError: the entry cannot be read.
+    """
+    found = parse_json(
+        header.get("quarantined", "{}"),
+        dict[UidHex, str],
+        where="the list of unusable crops in a score file",
+        remedy="delete the file and score again",
+    )
     return {uid_from_hex(uid): why for uid, why in found.items()}
 
 
@@ -130,6 +162,10 @@ def decode_scores(data: bytes, *, where: str) -> ShardScores:
     layout = _read_layout(data, len(data), where)
     arrays = {name: layout.array(name, data).copy() for name in _TYPES}
     _check_indptr(arrays["indptr"], layout, where)
+    if not np.abs(arrays["similarity"]).max(initial=0) <= LARGEST:  # a NaN is not
+        raise _damaged(where, "a similarity lies outside [-1, 1]")
+    if not np.isfinite(arrays["embedding"]).all():
+        raise _damaged(where, "an embedding is not finite")
     return ShardScores(header=layout.header, **arrays)
 
 
@@ -197,15 +233,19 @@ def finished_manifest(store: Store) -> dict[str, Any]:
         DataError: scoring has not finished there, or in another format.
     """
     try:
-        manifest: dict[str, Any] = json.loads(store.read("scores.json"))
+        data = store.read("scores.json")
     except NotFoundError:
         raise DataError(
             f"{store.url} holds no scores.json: vlal score has not finished there; repeat it, "
             "or correct the path"
         ) from None
+    where, remedy = f"{store.url}/scores.json", "restore it, or score again into a new root"
+    manifest: dict[str, Any] = parse_json(data, dict[str, Any], where=where, remedy=remedy)
     if manifest.get("format") != FORMAT:
-        raise DataError(f"{store.url}: scores format {manifest.get('format')}, expected {FORMAT}")
-    return manifest
+        raise DataError(
+            f"{store.url}: scores format {shown(manifest.get('format'))}, expected {FORMAT}"
+        )
+    return parse_json(data, _Manifest, where=where, remedy=remedy)  # type: ignore[no-any-return]
 
 
 def read_scores_manifest(
@@ -268,8 +308,13 @@ def _read_layout(head: bytes, size: int, where: str) -> _Layout:
     """
     try:
         start = 8 + int.from_bytes(head[:8], "little")
-        entries = json.loads(head[8:start])
-        header = json.loads(entries.pop("__metadata__")["header"])
+        parsed = parse_json(head[8:start], _Head, where="it", remedy="score again")
+        header = parse_json(
+            parsed.pop("__metadata__")["header"], dict[str, str], where="it", remedy="score again"
+        )
+        entries: dict[str, _Entry] = {name: parsed[name] for name in _TYPES}
+        if len(parsed) != len(entries):
+            raise ValueError(f"arrays {shown(sorted(parsed))}")
         place, shape = {}, {name: entry["shape"] for name, entry in entries.items()}
         for name, entry in entries.items():
             low, high = entry["data_offsets"]
@@ -284,8 +329,8 @@ def _read_layout(head: bytes, size: int, where: str) -> _Layout:
             and all(entries[name]["dtype"] == kind for name, (kind, _) in _TYPES.items())
         )
         missing = [name for name in DIGESTS if name not in header]
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise _damaged(where, f"its header cannot be read: {error!r}") from None
+    except (KeyError, ValueError, IndexError) as error:
+        raise _damaged(where, f"its header cannot be read: {bounded(repr(error))}") from None
     end = max(stop for _, stop in place.values())
     if end != size:
         raise _damaged(where, f"{size} bytes where {end} are stated")

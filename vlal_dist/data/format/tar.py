@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vlal_dist.data.hashing import uid_to_hex
-from vlal_dist.errors import DataError
+from vlal_dist.errors import DataError, bounded
 
 BLOCK = tarfile.BLOCKSIZE
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
@@ -93,6 +93,13 @@ def key_of(data: bytes) -> str:
 
 
 def list_members(data: bytes) -> list[tuple[str, int, int]]:
-    """Name, content offset and size of every member, by plain `tarfile` (for `verify`)."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        return [(member.name, member.offset_data, member.size) for member in tar]
+    """Name, content offset and size of every member, by plain `tarfile` (for `verify`).
+
+    Raises:
+        DataError: this is no tar.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            return [(member.name, member.offset_data, member.size) for member in tar]
+    except Exception as error:  # headers of others raise any type, zlib's and struct's too
+        raise DataError(f"no tar can be read ({bounded(str(error))}); pack again") from None

@@ -6,8 +6,6 @@ the rows of a batch and the `KEY.likelihood.npy` members of their samples, and r
 values: float32 [V], and indptr int64 [B + 1].
 """
 
-import io
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -22,7 +20,7 @@ from vlal_dist.data.hashing import I64
 from vlal_dist.data.loading.shard_reader import Data
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.errors import DataError
-from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.method.feasible import FeasibleSets, decode_npy
 from vlal_dist.method.likelihood import Float32, log_likelihood, rescale
 from vlal_dist.storage.store import Store
 
@@ -55,20 +53,10 @@ def join_likelihoods(members: Sequence[Data]) -> Ragged:
     values = []
     for member in members:
         try:
-            # pack writes one kind of header; reading it as numpy does takes 50 times as long.
-            if header := _HEADER.match(member):
-                array = np.frombuffer(member, "<f4", int(header[1]), header.end())
-            else:
-                array = np.lib.format.read_array(io.BytesIO(bytes(member)), allow_pickle=False)
-        except ValueError as error:
+            values.append(decode_npy(member, "<f4"))
+        except DataError as error:
             raise DataError(f"a likelihood cannot be read: {error}; merge again") from None
-        values.append(array.astype(np.float32, copy=False))
     return _ragged(values)
-
-
-_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': \((\d+),\), } *\n"
-)
 
 
 def _ragged(values: Sequence[Float32]) -> Ragged:
