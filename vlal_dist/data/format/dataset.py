@@ -346,11 +346,12 @@ def read_labels(
     chosen = list(LABELS_SCHEMA.names if columns is None else columns)
     schema = pa.schema([LABELS_SCHEMA.field(name) for name in chosen])
     samples = dataset.manifest["splits"][split]["samples"]
+    rows = range(samples) if rows is None else rows
     path = verified_file(dataset, split, "labels.parquet")
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             check_parquet(file, schema, rows=samples)
-            table = checked_table(_read_rows(file, chosen, rows or range(samples), where))
+            table = checked_table(_read_rows(file, chosen, rows, where))
     except ARROW_ERRORS as error:
         if isinstance(error, DataError):
             raise

@@ -137,7 +137,7 @@ class SampleReader:
         try:
             meta = parse_json(members["json"], _Meta, where="its json", remedy="pack again")
             if "likelihood.npy" in members:
-                likelihood = decode_npy(members["likelihood.npy"], "<f4")
+                likelihood = decode_npy(members["likelihood.npy"], "<f4").copy()
         except DataError as error:
             raise self._damaged(row, str(error)) from None
         if meta["object_id"] != int(self.split.index.object_id[row]):
