@@ -33,6 +33,7 @@ from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.shuffle import BlockRanges
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.processes import launcher_number
 from vlal_dist.vocabulary import Vocabulary
 
 Transform = Callable[[Image.Image], Any]
@@ -517,11 +518,11 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         else:
-            rank, world_size = (int(os.environ.get(n, d)) for n, d in _LAUNCHERS)
+            rank, world_size = (launcher_number(*one) for one in _LAUNCHERS)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}; ranks count from 0")
     return rank, world_size
 
 
-_LAUNCHERS = (("RANK", "0"), ("WORLD_SIZE", "1"))
+_LAUNCHERS = (("RANK", 0), ("WORLD_SIZE", 1))
 """Variables that torchrun sets, and their values without it."""

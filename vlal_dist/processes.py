@@ -12,10 +12,32 @@ from typing import Any
 import psutil
 from psutil import Process
 
-from vlal_dist.errors import VlalError
+from vlal_dist.errors import ConfigError, VlalError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+
+
+def launcher_number(name: str, default: int) -> int:
+    """The number in a variable that launchers of ranks set, such as WORLD_SIZE.
+
+    Args:
+        name: of the variable.
+        default: the number where it is absent or empty.
+
+    Raises:
+        ConfigError: it holds something else than a number from 0.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdecimal()):
+        raise ConfigError(
+            f"the environment variable {name} is {text!r}, but must be a number from 0: it is set "
+            f"by the launcher of the ranks; unset {name}, or start with vlal train --ranks N, "
+            "deepspeed or torchrun"
+        )
+    return int(text)
 
 
 def is_alive(process: Process) -> bool:

@@ -32,6 +32,7 @@ from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError, extra
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.pipeline import Flags, Inputs
+from vlal_dist.storage.checks import masked
 from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"
@@ -174,7 +175,7 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     try:
         line = parse_command_line(argv, flags=program.flags, sections=program.sections)
     except (VlalError, OSError) as error:
-        sys.stderr.write(f"{program.name}: error: {error}\n")
+        sys.stderr.write(masked(f"{program.name}: error: {error}\n"))
         return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code
     recorded = not (quiet or "plan" in line.flags)
     inputs = _begin_record(program, line) if recorded else None
@@ -222,8 +223,8 @@ def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | No
             counts = program.work(line.config, line.flags)
         return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
-        sys.stderr.write(f"{program.name}: error: {error}\n")
-        code, reason = error.exit_code, str(error)
+        sys.stderr.write(masked(f"{program.name}: error: {error}\n"))
+        code, reason = error.exit_code, masked(str(error))
     except KeyboardInterrupt:
         sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
         return Stopped.exit_code, None
@@ -233,11 +234,12 @@ def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | No
         return 0, None
     except OSError as error:
         # A full disk or a forbidden folder outside of any store, such as the temporary one.
-        sys.stderr.write(f"{program.name}: error: {error}; check disk space and permissions\n")
-        code, reason = StorageError.exit_code, str(error)
+        said = masked(f"{error}; check disk space and permissions")
+        sys.stderr.write(f"{program.name}: error: {said}\n")
+        code, reason = StorageError.exit_code, masked(str(error))
     except Exception as error:
         logger.exception("%s: unexpected error; please report it", program.name)
-        code, reason = 1, f"{type(error).__name__}: {error}"
+        code, reason = 1, masked(f"{type(error).__name__}: {error}")
     return code, {"code": code, "reason": reason}
 
 

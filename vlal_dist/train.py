@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except VlalError as error:
             sys.stderr.write(f"train: error: {error}\n")
             return error.exit_code
-    code = run_program(PROGRAM, argv, quiet=os.environ.get("RANK", "0") != "0")
+    code = run_program(PROGRAM, argv, quiet=(os.environ.get("RANK") or "0") != "0")
     # Here no frame of the run holds the engine any more; see leave_ranks.
     if engine := sys.modules.get("vlal_dist.training.engine"):
         engine.leave_ranks()
@@ -108,7 +108,7 @@ def _start_ranks(argv: Sequence[str]) -> list[str]:
     count = line.flags["ranks"]
     if not (count.isdecimal() and int(count)):
         raise UsageError(f"--ranks must be a number from 1, got {count!r}")
-    if found := {"RANK", "WORLD_SIZE"} & set(os.environ):
+    if found := [name for name in ("RANK", "WORLD_SIZE") if os.environ.get(name)]:
         raise UsageError(
             f"--ranks {count} starts ranks, but this process is one already ({min(found)} is set "
             "by a launcher): leave out --ranks, or start without the launcher"

@@ -13,6 +13,7 @@ from vlal_dist.config.load import (
     known_fields,
     load_config,
     parse_command_line,
+    without_flags,
 )
 from vlal_dist.config.sections import Config, PathsConfig
 from vlal_dist.errors import ConfigError, UsageError
@@ -136,6 +137,10 @@ def test_command_line(tmp_path: Path) -> None:
     argv = ["--config", path, "--training.seed=7", "--local_rank=1", "--plan", "--json", "out"]
     line = parse_command_line(argv, flags=("plan", "json"))
     assert line.config.training.seed == 7 and line.flags == {"plan": "true", "json": "out"}
+    for spelling in ("--local_rank=1", "--local_rank 1", "--local-rank=1", "--local-rank 1"):
+        rank = spelling.split()
+        same = parse_command_line([*rank, *argv], flags=("plan", "json"))
+        assert same == line and without_flags([*rank, "--plan"], ["plan"]) == rank
     for bad in (["--resume", "auto"], ["--training.seed"], ["word"]):
         with pytest.raises(UsageError):
             parse_command_line(["--config", path, *bad], flags=("plan",))

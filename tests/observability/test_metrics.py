@@ -1,17 +1,29 @@
 """Metrics of a training rank, and its endpoint under scrapers that misbehave."""
 
+import os
 import re
+import subprocess
+import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 
 from tests.fixtures.rank_exporter import BUILD, PROCESS, Exporter
-from tests.fixtures.rank_processes import free_port
+from tests.fixtures.rank_processes import ROOT, free_port
 from tests.fixtures.scrapers import hanging, scrape
 from vlal_dist.observability.metric_definitions import LOADER, STORAGE, TRAIN
 from vlal_dist.observability.metrics import TrainMetrics
 
+COUNTED = """
+import sys
+from prometheus_client import generate_latest
+from tests.fixtures.rank_exporter import Exporter
+metrics = Exporter().metrics
+metrics.step(epoch=0, step=1, rows=1, wait_s=0.0, duration_s=0.1)
+sys.stdout.buffer.write(generate_latest(metrics.registry))
+"""
 HALF = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
 WHOLE = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -110,6 +122,46 @@ def test_counters_are_there_before_anything_is_counted() -> None:
     assert found['vlal_train_label_terms_total{kind="positive"}'] == 0
     assert found["vlal_train_nonfinite_steps_total"] == 0
     assert "vlal_s3_requests_total" not in found  # `read` omits it
+
+
+@pytest.mark.parametrize("name", ["PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"])
+@pytest.mark.parametrize("folder", ["there", "absent", "a file", ""])
+def test_a_folder_for_several_processes_means_nothing_to_a_rank(
+    tmp_path: Path, name: str, folder: str
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "a file").touch()
+    place = str(tmp_path / folder) if folder else ""
+    variables = {name: place, "PROMETHEUS_DISABLE_CREATED_SERIES": "false"}
+    for _ in range(2):  # a second process of the same number would go on from the first's files
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTED],
+            env={**os.environ, **variables, "http_proxy": "http://127.0.0.1:1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "_created" not in done.stdout
+        found = values(done.stdout)
+        assert found["vlal_train_steps_total"] == 1
+        assert found["vlal_train_step_duration_seconds_count"] == 1
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["a..b", "nul\0", "x" * 300])
+def test_a_host_that_is_no_name_is_only_warned_of(
+    caplog: pytest.LogCaptureFixture, host: str
+) -> None:
+    assert Exporter().metrics.serve(host=host, port=9400) is None
+    assert "training goes on" in caplog.text
+
+
+def test_an_unknown_label_is_counted() -> None:
+    metrics = Exporter().metrics
+    metrics.stopped_by("SIGHUP")
+    name, label = "vlal_signal_received_total", {"signal": "SIGHUP"}
+    assert metrics.registry.get_sample_value(name, label) == 1
 
 
 def test_the_interval_between_checkpoints_is_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:

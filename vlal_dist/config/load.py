@@ -74,6 +74,8 @@ EXIT_CODES = (
     "            75 stopped and resumable, 1 other",
 )
 
+_LOCAL_RANK = ("local_rank", "local-rank")
+"""DeepSpeed's and older torch's spelling of the flag that they add; LOCAL_RANK says the same."""
 _VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 
 
@@ -99,7 +101,8 @@ def parse_command_line(
     """Parse the command line of a program and load its configuration.
 
     Args:
-        argv: arguments without the program's name. `--local_rank`, which launchers add, is ignored.
+        argv: arguments without the program's name. `--local_rank` and `--local-rank`,
+            which launchers add, are ignored.
         flags: names in `FLAGS` that the program accepts.
         sections: as in `load_config`.
 
@@ -121,7 +124,7 @@ def parse_command_line(
         if name in flags and name in SWITCHES:
             found[name] = "true"
             continue
-        if not (name in ("config", "local_rank") or name in flags or "." in name):
+        if not (name in ("config", *_LOCAL_RANK) or name in flags or "." in name):
             known = ", ".join(f"--{flag}" for flag in ("config", *flags))
             raise UsageError(
                 f"unknown flag {bounded(word)}; known: {known} and --section.key value"
@@ -134,7 +137,7 @@ def parse_command_line(
             path = value
         elif name in flags:
             found[name] = value
-        elif name != "local_rank":
+        elif name not in _LOCAL_RANK:
             overrides[name] = value
     default = DEFAULT_CONFIG if Path(DEFAULT_CONFIG).is_file() else Path(DEFAULT_CONFIG).stem
     path = path or os.environ.get("VLAL_CONFIG") or default

@@ -5,22 +5,33 @@ import os
 import sys
 import time
 
+from vlal_dist.storage.checks import masked
+
 QUIET = ("botocore", "boto3", "urllib3", "s3transfer", "PIL", "DeepSpeed", "matplotlib")
 
 
 def setup_logging() -> None:
     """Send the root logger to standard error; other ranks than 0 show warnings only."""
-    rank = int(os.environ.get("RANK", "0"))
-    where = f" rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    # As texts: what is no number is refused where ranks are joined, and means nothing to others.
+    rank, ranks = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    where = "" if ranks == "1" else f" rank {rank}"
     logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s{where} %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
+        level=logging.INFO if rank == "0" else logging.WARNING,
         stream=sys.stderr,
         force=True,
     )
+    line = f"%(asctime)s{where} %(levelname)s %(name)s: %(message)s"
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Masking(line, datefmt="%H:%M:%S"))
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _Masking(logging.Formatter):
+    """Lines without the user information of URLs, whichever library logs them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 BAR = 28

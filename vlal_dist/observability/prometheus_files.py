@@ -51,7 +51,7 @@ class Target:
         try:
             with replacing(self.path) as unfinished:
                 unfinished.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no name for a file
             logger.warning(
                 "%s: not announced to Prometheus: %s; set observability.targets", self.path, error
             )
@@ -71,7 +71,7 @@ class Target:
 def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s: not removed: %s; remove it by hand", path, error)
 
 
@@ -98,7 +98,7 @@ class TextFile:
         try:
             with replacing(self.path) as unfinished:
                 unfinished.write_text(exposition(table, readings), encoding="utf-8")
-        except OSError as error:
+        except (OSError, ValueError) as error:
             if not self._warned:
                 logger.warning(
                     "%s: not written for Prometheus: %s; set observability.textfiles",
@@ -111,7 +111,7 @@ class TextFile:
         """When the program last succeeded, as the file says, in seconds since 1970; 0: never."""
         try:
             text = self.path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             return 0.0
         found = re.search(rf"^{LAST_SUCCESS}{{.*}} ([0-9.e+]+)$", text, re.MULTILINE)
         return float(found[1]) if found else 0.0

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ TEMPORARY_PREFIX = ".vlal-tmp-"
 """Beginning of the names of unfinished files, which listings hide."""
 
 CHUNK_BYTES = 1 << 20
+_USER = re.compile(r"(?<=://)(?:[^\s/?#'\"<>]*|[^\s/@:'\"<>]*:(?!\d+[/?#])[^\s'\"<>]*)@")
 
 ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 """System errors that mean that there is no such file."""
@@ -40,6 +42,14 @@ class Digests:
     size_bytes: int
     sha256: str
     md5: bytes
+
+
+def masked(text: str) -> str:
+    """A text with the user information of every URL in it, `user:password@`, written `***@`.
+
+    A password may hold `@` and `/`, though a URL should have them encoded.
+    """
+    return _USER.sub("***@", text)
 
 
 def check_key(key: str) -> str:

@@ -15,16 +15,13 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import distributed_c10d
 
 from vlal_dist.errors import ConfigError, DataError, StorageError, VlalError
+from vlal_dist.training.rendezvous import PORT_REMEDY, meet, read_place
 
 T = TypeVar("T")
-
-LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-"""Variables with the number of processes of this machine: torchrun's, then DeepSpeed's."""
-FOREIGN_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""Variables with the number of tasks of other launchers."""
 
 
 @dataclass(frozen=True)
@@ -110,60 +107,49 @@ class Ranks:
         return [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
 
 
-def join_ranks(*, threads: int, timeout_s: float) -> Ranks:
+def join_ranks(*, threads: int, timeout_s: float, stopped: Callable[[], bool]) -> Ranks:
     """Join the process group that the launcher's variables describe; without them a single rank.
 
     Args:
         threads: torch threads of this process; 0: cores / processes on this machine.
         timeout_s: longest wait for another rank, at the start and in each collective.
+        stopped: whether this process was asked to stop; asked while it waits for the others.
 
     Raises:
-        ConfigError: the launcher's variables are incomplete.
-        StorageError: the ranks cannot connect.
+        ConfigError: the launcher's variables are incomplete or wrong.
+        StorageError: the ranks cannot connect, or not all of them come.
+        Stopped: `stopped` says so.
     """
-    for name in FOREIGN_SIZES:
-        if "WORLD_SIZE" not in os.environ and int(os.environ.get(name) or 1) > 1:
-            raise ConfigError(
-                f"{name} says {os.environ[name]} tasks, but no launcher set WORLD_SIZE: each task "
-                "would train alone into one run root; start with vlal train --ranks N, "
-                "deepspeed or torchrun"
-            )
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    rank, local_rank, world_size = (int(os.environ.setdefault(*one)) for one in defaults.items())
-    local_sizes = [int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name)]
-    local_size = max(1, local_sizes[0]) if local_sizes else world_size
-    torch.set_num_threads(threads or max(1, _cores() // local_size))
-    device = _device(local_rank)
+    place = read_place()
+    torch.set_num_threads(threads or max(1, _cores() // place.local_size))
+    device = _device(place.local_rank)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if world_size == 1:
+    if place.world_size == 1:
         # An in-process store, so that nothing listens on any port.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        return Ranks(0, 1, local_rank, device, None)
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size} but {' and '.join(missing)} are not set; start with "
-            "vlal train --ranks N, deepspeed or torchrun, or unset WORLD_SIZE for one process"
-        )
-    if local_sizes and local_size == world_size and sys.platform == "linux":
+        return Ranks(0, 1, place.local_rank, device, None)
+    if place.one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: stay on loopback
     timeout = timedelta(seconds=timeout_s)
     # DeepSpeed makes groups of its own with torch's default timeout, half an hour. torch has no
     # public way to change it; tests/reliability/test_peers.py tests this.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    rendezvous = meet(place, timeout_s=timeout_s, stopped=stopped)
     try:
         dist.init_process_group(
-            backend, timeout=timeout, device_id=device if device.type == "cuda" else None
+            backend,
+            store=PrefixStore("group", rendezvous),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
         )
     except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise StorageError(
-            f"ranks cannot connect at {where} ({error}); if another job uses the port, give the "
-            "launcher another one: deepspeed --master_port N"
-        ) from None
+        raise StorageError(f"ranks cannot connect: {error}; {PORT_REMEDY}") from None
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(rank, world_size, local_rank, device, control)
+    return Ranks(place.rank, place.world_size, place.local_rank, device, control)
 
 
 @contextmanager

@@ -111,7 +111,11 @@ class Trainer:
             self.stop = StopRequest(launcher)
             stack.enter_context(handled(SIGNALS, self.stop.receive))
             training = config.training
-            self.ranks = join_ranks(threads=training.threads, timeout_s=training.peer_timeout_s)
+            self.ranks = join_ranks(
+                threads=training.threads,
+                timeout_s=training.peer_timeout_s,
+                stopped=lambda: self.stop.requested,
+            )
             stack.enter_context(peers_needed())
             steps = self.ranks.texts(str(found.state.step) if found else "none")
             if len(set(steps)) > 1:
