@@ -34,7 +34,7 @@ _BASE = {"errors", "contents", "config", "vocabulary", "storage"}
 ALLOWED: dict[str, set[str]] = {
     "vlal_dist": {"losses", "datasets", "method", "release"},
     "losses": {"errors", "config", "method", "kernels"},
-    "datasets": _BASE | {"method", "data"},
+    "datasets": _BASE | {"method", "data", "processes"},
     "errors": set(),
     "contents": {"errors"},
     "vocabulary": {"errors", "contents"},
