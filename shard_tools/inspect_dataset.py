@@ -22,7 +22,7 @@ from vlal_dist.data.order.mixture import Mixture, open_mixture
 from vlal_dist.data.order.rank_split import choose_micro_batches, epoch_samples, plan_step
 from vlal_dist.data.order.shuffle import Shuffle, choose_lanes
 from vlal_dist.errors import UsageError
-from vlal_dist.program import Counts, Program
+from vlal_dist.program import Counts, Program, only_reads
 
 COLUMNS = (
     "step", "rank", "micro_batch", "position", "visit", "dataset", "shard", "row", "uid", "key",
@@ -212,5 +212,6 @@ PROGRAM = Program(
     sections=("paths", "data", "training", "observability"),
     flags=("order", *SELECTION_FLAGS, "json"),
     output=lambda config, flags: config.paths.run,
+    writes=only_reads,
     work=inspect,
 )

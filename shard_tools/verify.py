@@ -20,7 +20,7 @@ from vlal_dist.data.format.tar import list_members
 from vlal_dist.data.hashing import sample_uid, uid_to_hex
 from vlal_dist.errors import DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
-from vlal_dist.program import Counts, Program
+from vlal_dist.program import Counts, Program, only_reads
 
 TOLERANCE = 1e-4
 
@@ -119,5 +119,6 @@ PROGRAM = Program(
     "result beside the run.",
     sections=("paths", "observability"),
     output=lambda config, flags: config.paths.run,
+    writes=only_reads,
     work=verify,
 )

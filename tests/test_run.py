@@ -15,7 +15,7 @@ from vlal_dist.evaluate import PROGRAM as EVALUATE
 from vlal_dist.experimenting.jobs import EXECUTION
 from vlal_dist.pipeline import Stage, changed, decide, plan, plan_table, stages_of
 from vlal_dist.program import run_program
-from vlal_dist.run import OWN_FLAGS, closing, gpu_count, lock, main, result_table, select
+from vlal_dist.run import OWN_FLAGS, closing, gpu_count, main, result_table, select
 
 ALL = [
     "clean", "pack", "score", "merge", "train", "evaluate val", "evaluate test",
@@ -299,15 +299,6 @@ def test_the_closing_table(tmp_path: Path) -> None:
     lines = closing(config, {"evaluate", "report"})
     assert lines == [*result_table(result, better), "", f"page: {config.paths.run}/report.html"]
     assert closing(config, {"train"}) == []  # the results may be of the model before
-
-
-def test_the_lock_is_free_again(tmp_path: Path) -> None:
-    with lock(str(tmp_path / "run")) as (number,):
-        assert os.get_inheritable(number) is False  # run_child passes it
-    with lock(str(tmp_path / "run")):
-        pass
-    with lock("s3://bucket/run") as held:
-        assert held == ()
 
 
 def test_programs_record_their_inputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def run_table(table: str, config: Config, flags: Mapping[str, str]) -> Counts:
         cores = len(os.sched_getaffinity(0))
         where = places(config.experiments, devices=cuda_devices(), cores=cores)
         say(f"{table}: {len(missing)} of {len(jobs)} runs to do in {root}")
-        failures = run_queue(missing, where, root=root, ended=write)
+        failures = run_queue(missing, where, ended=write)
     say(page.with_suffix(".md").read_text(encoding="utf-8"))
     if failures:
         names = ", ".join(f"{title} (code {code})" for title, code in failures.items())

@@ -99,6 +99,7 @@ PROGRAM = Program(
     sections=("paths", "export", "data", "evaluation", "observability"),
     # Not the export itself: it is handed on, and a configuration names folders of this machine.
     output=lambda config, flags: config.paths.run,
+    writes=lambda config, flags: ((config.paths.export, ""), (config.paths.run, "export")),
     work=work,
     inputs=export_inputs,
 )

@@ -89,6 +89,9 @@ PROGRAM = Program(
     purpose=PURPOSE,
     sections=("predict", "paths", "observability"),
     output=lambda config, flags: str(Path(config.predict.output).parent),
+    writes=lambda config, flags: (
+        (str(Path(config.predict.output).parent), f"predict {Path(config.predict.output).stem}"),
+    ),
     work=work,
 )
 

@@ -29,10 +29,11 @@ from vlal_dist.config.load import (
 )
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError, extras_named
-from vlal_dist.observability.logs import setup_logging
+from vlal_dist.observability.logs import lasting_streams, setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.pipeline import Flags, Inputs
-from vlal_dist.storage.checks import masked
+from vlal_dist.storage.checks import masked, remedy
+from vlal_dist.storage.lock import writer_lock
 from vlal_dist.storage.store import open_store
 
 EXIT_FILE = "VLAL_EXIT_FILE"
@@ -83,6 +84,9 @@ class Program:
             it holds (pipeline.py); None: no stage of `vlal run`.
         record: folder below `output` in which the result is written as well, where one root holds
             the results of several commands.
+        writes: what one process at a time may write: roots, each with a name where its results have
+            a place of their own in the root (`writer_lock`); None: `record` in `output`, else
+            `output` as a whole; empty: the program only reads.
     """
 
     name: str
@@ -94,6 +98,12 @@ class Program:
     flags: tuple[str, ...] = ("json",)
     inputs: Callable[[Config, Flags], Inputs] | None = None
     record: Callable[[Config], str] | None = None
+    writes: Callable[[Config, Flags], Sequence[tuple[str, str]]] | None = None
+
+
+def only_reads(config: Config, flags: Flags) -> Sequence[tuple[str, str]]:
+    """`Program.writes` of a program that writes nothing but its result."""
+    return ()
 
 
 def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -> int:
@@ -104,7 +114,8 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         argv: command line without the program's name.
         quiet: no closing line and no result files (ranks other than 0).
     """
-    code = _run(program, argv, quiet=quiet)
+    with lasting_streams(output=program.writes is not only_reads):
+        code = _run(program, argv, quiet=quiet)
     exit_file = os.environ.get(EXIT_FILE)
     if exit_file and not quiet:
         # Launchers change exit codes. Without this file the supervisor uses theirs.
@@ -177,23 +188,54 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
     except (VlalError, OSError) as error:
         sys.stderr.write(masked(f"{program.name}: error: {error}\n"))
         return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code
-    recorded = not (quiet or "plan" in line.flags)
-    inputs = _begin_record(program, line) if recorded else None
-    code, result = _work(program, line)
-    if quiet:
-        return code
-    if result is not None and code == 0 and inputs is not None:
-        result["inputs"] = inputs
-    seconds = time.monotonic() - started
+    if quiet or "plan" in line.flags:  # a plan did nothing, and must not replace the last result
+        code, result = _work(program, line)
+        return code if quiet else _close(program, line, result, code=code, started=started)
+    with contextlib.ExitStack() as locks:
+        try:
+            for root, name in _writes(program, line):
+                locks.enter_context(writer_lock(root, name, program=program.name))
+        except KeyboardInterrupt:
+            sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
+            return Stopped.exit_code
+        except VlalError as error:  # another's root, whose result must stay
+            sys.stderr.write(f"{program.name}: error: {masked(str(error))}\n")
+            return error.exit_code
+        inputs = _begin_record(program, line)
+        code, result = _work(program, line)
+        if result is not None and code == 0 and inputs is not None:
+            result["inputs"] = inputs
+        return _close(program, line, result, code=code, started=started)
+
+
+def _writes(program: Program, line: CommandLine) -> Sequence[tuple[str, str]]:
+    """What the program locks; see `Program.writes`."""
+    if program.writes is not None:
+        return program.writes(line.config, line.flags)
+    name = "" if program.record is None else program.record(line.config)
+    return ((program.output(line.config, line.flags), name),)
+
+
+def _close(
+    program: Program,
+    line: CommandLine,
+    result: dict[str, Any] | None,
+    *,
+    code: int,
+    started: float,
+) -> int:
+    """Write the results, then the closing line, which may have no reader; the exit code."""
+    seconds, counts = time.monotonic() - started, None
     if result is not None and code == 0:
         counts = {**result["counts"], "seconds": round(seconds, 3)}
         result["counts"] = counts
-        summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
-        sys.stdout.write(f"{program.name}: done: {summary}\n")
         if (path := line.flags.get("json")) is not None:
             code = _write_counts(program, path, counts)
-    if recorded:  # a plan did nothing, and must not replace the last result
+    if "plan" not in line.flags:
         _write_result(program, line, result, code=code, seconds=seconds)
+    if counts is not None:
+        summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
+        sys.stdout.write(f"{program.name}: done: {summary}\n")
     return code
 
 
@@ -223,20 +265,18 @@ def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | No
             counts = program.work(line.config, line.flags)
         return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
-        sys.stderr.write(masked(f"{program.name}: error: {error}\n"))
         code, reason = error.exit_code, masked(str(error))
+        sys.stderr.write(f"{program.name}: error: {reason}\n")
     except KeyboardInterrupt:
         sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
         return Stopped.exit_code, None
-    except BrokenPipeError:
-        # The reader of our output (`| head`) is gone; Python must not flush into it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0, None
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and program.writes is only_reads:
+            return 0, None  # the reader of what it prints (`| head`) has seen enough
         # A full disk or a forbidden folder outside of any store, such as the temporary one.
-        said = masked(f"{error}; check disk space and permissions")
-        sys.stderr.write(f"{program.name}: error: {said}\n")
         code, reason = StorageError.exit_code, masked(str(error))
+        advice = remedy(error)
+        sys.stderr.write(f"{program.name}: error: {reason}{advice and '; '}{advice}\n")
     except Exception as error:
         logger.exception("%s: unexpected error; please report it", program.name)
         code, reason = 1, masked(f"{type(error).__name__}: {error}")

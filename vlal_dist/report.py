@@ -44,6 +44,7 @@ PROGRAM = Program(
     purpose=PURPOSE,
     sections=("paths", "evaluation", "training", "observability"),
     output=lambda config, flags: config.paths.run,
+    writes=lambda config, flags: ((config.paths.run, "report"),),
     work=work,
     inputs=report_inputs,
 )

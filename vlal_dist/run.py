@@ -4,15 +4,13 @@ Every stage is a command of its own, printed before it runs: `vlal run` adds not
 commands do one by one, and imports no torch.
 """
 
-import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +20,8 @@ from vlal_dist.errors import ConfigError, DataError, Stopped, UsageError, VlalEr
 from vlal_dist.pipeline import STAGES, Stage, decide, plan, plan_table, read_json, stages_of
 from vlal_dist.processes import run_child
 from vlal_dist.program import Counts, Program, run_program
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.checks import masked
+from vlal_dist.storage.lock import descriptors
 
 PURPOSE = """
 Run clean, pack, score, merge, train, evaluate (validation split, evaluation.split, constant
@@ -57,28 +56,27 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     ran = 0
-    with lock(config.paths.run) as held:
-        for stage in stages:
-            decision = decide(stage)
-            if decision.action == "skip":
-                say(f"{stage.title}: finished")
-                continue
-            command = [stage.command, *words, *stage.words]
-            if stage.command == "train":
-                command += _ranks(flags)
-            if decision.action == "stop":
-                raise ConfigError(_stopped(stage, decision.why, command))
-            say(f"\n=== {stage.title}: {decision.why}\n$ {shlex.join(['vlal', *command])}")
-            started = time.monotonic()
-            code = run_child(
-                [sys.executable, "-m", "vlal_dist", *command],
-                grace_s=config.supervise.grace_s + MARGIN_S,
-                inherited=held,
-            )
-            if code != 0:
-                raise _failure(stage, decision.why, code)
-            say(f"{stage.title}: {time.monotonic() - started:.1f} s")
-            ran += 1
+    for stage in stages:
+        decision = decide(stage)
+        if decision.action == "skip":
+            say(f"{stage.title}: finished")
+            continue
+        command = [stage.command, *words, *stage.words]
+        if stage.command == "train":
+            command += _ranks(flags)
+        if decision.action == "stop":
+            raise ConfigError(_stopped(stage, decision.why, command))
+        say(f"\n=== {stage.title}: {decision.why}\n$ {masked(shlex.join(['vlal', *command]))}")
+        started = time.monotonic()
+        code = run_child(
+            [sys.executable, "-m", "vlal_dist", *command],
+            grace_s=config.supervise.grace_s + MARGIN_S,
+            inherited=descriptors(),
+        )
+        if code != 0:
+            raise _failure(stage, decision.why, code)
+        say(f"{stage.title}: {time.monotonic() - started:.1f} s")
+        ran += 1
     if lines := closing(config, {stage.command for stage in stages}):
         say("\n".join(["", *lines]))
     return {"stages": len(stages), "run": ran}
@@ -101,27 +99,6 @@ def select(stages: Sequence[Stage], *, first: str | None, last: str | None) -> l
     if begin >= end:
         raise UsageError(f"--from {first} comes after --to {last}; exchange them")
     return list(stages[begin:end])
-
-
-@contextmanager
-def lock(root: str) -> Iterator[tuple[int, ...]]:
-    """Context in which no other `vlal run` works on a run root; yields what stages must inherit.
-
-    A stage that outlives a killed `vlal run` while it saves keeps the lock until it has ended.
-    Remote roots have none.
-    """
-    path = open_store(root).local_path("run.lock")
-    if path is None:
-        yield ()
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another vlal run on {root} to end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield (file.fileno(),)
 
 
 def gpu_count() -> int:
@@ -221,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections=("paths",),
         flags=OWN_FLAGS,
         output=lambda config, flags: config.paths.run,
+        writes=lambda config, flags: ((config.paths.run, "run"),),
         work=partial(work, without_flags(argv, OWN_FLAGS)),
     )
     return run_program(program, argv)

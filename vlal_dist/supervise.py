@@ -23,7 +23,7 @@ from psutil import Process
 from vlal_dist.config.load import help_text, parse_command_line
 from vlal_dist.config.sections import SuperviseConfig
 from vlal_dist.errors import ConfigError, DataError, Stopped, StorageError, UsageError, VlalError
-from vlal_dist.observability.logs import setup_logging
+from vlal_dist.observability.logs import lasting_streams, setup_logging
 from vlal_dist.processes import descendants, die_with_parent, prctl, variables
 from vlal_dist.program import EXIT_FILE
 
@@ -198,7 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: settings, `--`, the command; absent: this process's command line.
     """
-    own, command = list(sys.argv[1:] if argv is None else argv), list[str]()
+    with lasting_streams():
+        return _supervise(list(sys.argv[1:] if argv is None else argv))
+
+
+def _supervise(own: list[str]) -> int:
+    command: list[str] = []
     if "--" in own:
         place = own.index("--")
         own, command = own[:place], own[place + 1 :]

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.fixtures.rank_processes import ROOT
 from vlal_dist.config.sections import ExperimentsConfig
-from vlal_dist.errors import ConfigError, Stopped
+from vlal_dist.errors import ConfigError, StorageError
 from vlal_dist.experimenting.jobs import Command, Job, Place, places, state_of
 from vlal_dist.experimenting.queue import run_queue
+from vlal_dist.storage import lock
+from vlal_dist.storage.lock import writer_lock
 
 PLACE = Place(ranks=1, devices=(), cores=1)
 
@@ -32,7 +35,8 @@ def commands(one: Job, place: Place) -> list[Command]:
 
 def run(root: Path, jobs: list[Job], at_once: int = 1) -> dict[str, int]:
     """Failed runs and their exit codes."""
-    return run_queue(jobs, [PLACE] * at_once, root=root, ended=lambda: None, commands=commands)
+    with writer_lock(str(root), program="table1"):
+        return run_queue(jobs, [PLACE] * at_once, ended=lambda: None, commands=commands)
 
 
 def test_a_failure_is_recorded_and_stops_no_other(tmp_path: Path) -> None:
@@ -88,56 +92,48 @@ SLEEP = "import pathlib, time; pathlib.Path({path!r}).touch(); time.sleep(120)"
 
 
 @contextmanager
-def slow_queue(root: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A queue in a process of its own, whose run's grandchild sleeps."""
+def slow_queue(root: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A queue in a process of its own, and the group of its run, whose grandchild sleeps."""
     sleep = SLEEP.format(path=str(root / "sleeps"))
     front = subprocess.Popen([sys.executable, "-c", SCRIPT, str(root), sleep], cwd=ROOT)
+    group = 0
     try:
         deadline = time.monotonic() + 60
-        while not (root / "sleeps").exists() or not (root / "running.json").exists():
+        while not (root / "sleeps").exists():
             assert front.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
-        while not json.loads((root / "running.json").read_text()):
-            time.sleep(0.05)
-        yield front
+        (group,) = (child.pid for child in psutil.Process(front.pid).children())
+        yield front, group
     finally:
-        group = json.loads((root / "running.json").read_text()).get("slow seed 7")
         front.kill()
         front.wait()
-        if group is not None:
+        if group:
             with suppress(ProcessLookupError):
                 os.killpg(group, signal.SIGKILL)
 
 
-def test_a_run_left_by_a_killed_queue_locks_the_root(tmp_path: Path) -> None:
-    with slow_queue(tmp_path) as front:
+def test_a_run_left_by_a_killed_queue_locks_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "LEFT_BEHIND_S", 0.5)
+    with slow_queue(tmp_path) as (front, group):
         front.kill()
         front.wait()
-        group = json.loads((tmp_path / "running.json").read_text())["slow seed 7"]
         # Even without the process that the queue started: its own child still works.
         os.kill(group, signal.SIGKILL)
-        with pytest.raises(Stopped, match=rf"slow seed 7 \(process group {group}\)"):
+        with pytest.raises(StorageError, match=r"table1 .* was killed, .* still write here: \d+;"):
             run(tmp_path, [job(tmp_path, "other", "")])
         os.killpg(group, signal.SIGKILL)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                found = run(tmp_path, [job(tmp_path, "other", "")])
-                break
-            except Stopped:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-        assert found == {}
+        monkeypatch.setattr(lock, "LEFT_BEHIND_S", 20.0)
+        assert run(tmp_path, [job(tmp_path, "other", "")]) == {}
 
 
 def test_a_signal_ends_the_whole_group(tmp_path: Path) -> None:
-    with slow_queue(tmp_path) as front:
-        group = json.loads((tmp_path / "running.json").read_text())["slow seed 7"]
+    with slow_queue(tmp_path) as (front, group):
         front.send_signal(signal.SIGTERM)
         front.wait(40)
         with pytest.raises(ProcessLookupError):
             os.killpg(group, 0)
-        assert json.loads((tmp_path / "running.json").read_text()) == {}
         assert "seconds" in json.loads((tmp_path / "slow" / "seconds.json").read_text())
 
 

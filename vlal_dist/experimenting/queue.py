@@ -1,6 +1,5 @@
-"""Queue of runs: several at a time, one queue per root, failures kept, and a clean stop."""
+"""Queue of runs: several at a time, failures kept, and a clean stop."""
 
-import fcntl
 import json
 import os
 import re
@@ -9,12 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from threading import Event
 
-from vlal_dist.errors import Stopped, VlalError
+from vlal_dist.errors import VlalError
 from vlal_dist.experimenting.jobs import (
     FAILED,
     LOG,
@@ -28,9 +26,9 @@ from vlal_dist.experimenting.jobs import (
     read_json,
 )
 from vlal_dist.processes import set_on_stop_signal
+from vlal_dist.storage.lock import descriptors
 from vlal_dist.storage.store import open_store
 
-LOCK, RUNNING = "lock", "running.json"
 STOP_S = 30.0
 """Time that runs have to save and exit after a stop signal."""
 POLL_S = 0.2
@@ -42,7 +40,6 @@ def run_queue(
     jobs: Sequence[Job],
     places: Sequence[Place],
     *,
-    root: Path,
     ended: Callable[[], object],
     commands: Callable[[Job, Place], list[Command]] = commands_of,
 ) -> dict[str, int]:
@@ -51,7 +48,6 @@ def run_queue(
     Args:
         jobs: in the order of their start; a job waits for the run that gives its prior.
         places: resources of each of the jobs that run at a time.
-        root: root of the experiments, local.
         ended: called after each run.
         commands: the commands of a run that are still to do.
 
@@ -59,7 +55,6 @@ def run_queue(
         Failed run -> exit code of the command that failed.
 
     Raises:
-        Stopped: another queue, or a run that it left behind, still works in this root.
         KeyboardInterrupt: SIGTERM or SIGINT; running jobs were given time to save and exit.
     """
     waiting, free = list(jobs), list(places)
@@ -75,7 +70,7 @@ def run_queue(
         say(f"FAILED   {job.title}: code {code}, {job.root / LOG}")
 
     stop = Event()
-    with _locked(root) as lock, set_on_stop_signal(stop):
+    with set_on_stop_signal(stop):
         try:
             while waiting or active:
                 for job in list(waiting):
@@ -89,7 +84,7 @@ def run_queue(
                 for job, place in zip(ready, list(free), strict=False):
                     waiting.remove(job)
                     free.remove(place)
-                    active.append(_Attempt(job, place, commands(job, place), lock))
+                    active.append(_Attempt(job, place, commands(job, place)))
                     say(f"started  {job.title}; {len(waiting)} waiting")
                 for one in list(active):
                     code = one.poll()
@@ -102,13 +97,11 @@ def run_queue(
                     else:
                         say(f"finished {one.summary()}; {len(waiting) + len(active)} left")
                     ended()
-                _write_running(root, active)
                 if stop.is_set():
                     raise KeyboardInterrupt
                 time.sleep(POLL_S if active else 0)
         finally:
             _stop(active)
-            _write_running(root, [])
     return dict(failures.values())
 
 
@@ -121,17 +114,17 @@ def say(text: str) -> None:
 class _Attempt:
     """A run under way: its commands one after another, each in a process group of its own.
 
-    Every process inherits the descriptor `lock`.
+    Every process inherits the lock of the experiments' root as its standard input.
     """
 
-    def __init__(self, job: Job, place: Place, commands: Sequence[Command], lock: int) -> None:
+    def __init__(self, job: Job, place: Place, commands: Sequence[Command]) -> None:
         self.job, self.place = job, place
         self.process: subprocess.Popen[bytes] | None = None
         self._store = open_store(str(job.root))
         self._store.replace(QUEUED, job.config_text.encode())
         self._store.delete(FAILED)
         self._began = time.monotonic()
-        self.progress = self._run(commands, lock)
+        self.progress = self._run(commands)
 
     def poll(self) -> int | None:
         """Start the next command if the last one is done; the exit code once the run has ended."""
@@ -156,11 +149,11 @@ class _Attempt:
         lines = [line for line in text.split("\n") if line.strip()]
         return [line for line in lines if not _LAUNCHER_LINE.match(line)][-LAST_LINES:]
 
-    def _run(self, commands: Sequence[Command], lock: int) -> Generator[None, None, int]:
+    def _run(self, commands: Sequence[Command]) -> Generator[None, None, int]:
         """Yields while a command runs; returns 0 or the exit code of the one that failed."""
         for command in commands:
             began = time.monotonic()
-            self.process = self._start(command, lock)
+            self.process = self._start(command)
             try:
                 while self.process.poll() is None:
                     yield
@@ -175,14 +168,14 @@ class _Attempt:
                 return code if code > 0 else 128 - code  # as shells report a signal
         return 0
 
-    def _start(self, command: Command, lock: int) -> "subprocess.Popen[bytes]":
+    def _start(self, command: Command) -> "subprocess.Popen[bytes]":
         try:
             with (self.job.root / LOG).open("ab", buffering=0) as log:
                 log.write(f"\n$ {shlex.join(command.argv)}\n".encode())
                 return subprocess.Popen(
                     command.argv,
                     env=command.environment,
-                    stdin=lock,
+                    stdin=next(iter(descriptors()), subprocess.DEVNULL),
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
@@ -216,35 +209,3 @@ def _signal_group(process: "subprocess.Popen[bytes]", number: int) -> bool:
     except (ProcessLookupError, PermissionError):
         return False
     return True
-
-
-def _write_running(root: Path, active: Sequence[_Attempt]) -> None:
-    """Note process groups, for a later queue in case this program is killed."""
-    groups = {one.job.title: one.process.pid for one in active if one.process is not None}
-    if groups != read_json(root / RUNNING) or not (root / RUNNING).is_file():
-        open_store(str(root)).replace(RUNNING, (json.dumps(groups) + "\n").encode())
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[int]:
-    """The root's lock, held as long as this descriptor or a child's copy of it is open.
-
-    Raises:
-        Stopped: another process holds it; names the process groups that the holder noted.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    lock = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            groups = read_json(root / RUNNING)
-            who = ", ".join(f"{title} (process group {pid})" for title, pid in groups.items())
-            raise Stopped(
-                f"{root} is in use by another queue, or by a run that it left behind: "
-                f"{who or 'starting'}; wait for it, or end it (kill -TERM -GROUP), then repeat the "
-                "command"
-            ) from None
-        yield lock
-    finally:
-        os.close(lock)

@@ -4,6 +4,9 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
 from vlal_dist.storage.checks import masked
 
@@ -32,6 +35,71 @@ class _Masking(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return masked(super().format(record))
+
+
+STDERR = 2
+
+
+class _LastingStream:
+    """A text stream whose reader may go away (ssh ended, a pipe closed): the rest is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, if there is still a reader."""
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: closed by someone
+            self._drop()
+            return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush, if there is still a reader."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Lead what follows to nowhere, so that Python's own flush at the exit succeeds, too."""
+        with suppress(OSError, ValueError):
+            sink = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(sink, self._stream.fileno())
+            os.close(sink)
+
+
+@contextmanager
+def lasting_streams(*, output: bool = True) -> Iterator[None]:
+    """Context in which a closed standard error, or standard output, changes nothing.
+
+    Args:
+        output: standard output too; without it, a program that only prints ends with its reader.
+    """
+    # A descriptor that was closed before the start would be given to the next file opened.
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        pass
+    os.close(opened)
+    before = sys.stdout, sys.stderr
+    outputs = _LastingStream(before[0] or os.fdopen(1, "w", closefd=False))
+    errors = _LastingStream(before[1] or os.fdopen(STDERR, "w", closefd=False))
+    if output or before[0] is None:
+        sys.stdout = cast(TextIO, outputs)
+    sys.stderr = cast(TextIO, errors)
+    try:
+        yield
+    finally:
+        outputs.flush()
+        errors.flush()
+        sys.stdout, sys.stderr = before
 
 
 BAR = 28

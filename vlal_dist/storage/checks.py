@@ -109,6 +109,13 @@ def conflict(url: str, key: str, *, existing: str, given: str) -> ConflictError:
     )
 
 
+def remedy(error: OSError) -> str:
+    """What to do about a system error; empty where that is not known."""
+    if "AF_UNIX path" in str(error):
+        return "the temporary folder has too long a name for a socket: set TMPDIR to /tmp"
+    return _REMEDIES.get(error.errno or 0, "")
+
+
 def chunks_of(data: bytes | Path) -> Iterator[bytes]:
     """Yield bytes, or the content of a file, in pieces that bound memory."""
     if isinstance(data, bytes):
@@ -154,5 +161,5 @@ def translated_errors(path: Path) -> Iterator[None]:
         code = error.errno or 0
         if code in ABSENT:
             raise NotFoundError(f"{name}: no such file; check the root and the key") from error
-        remedy = _REMEDIES.get(code, "check the file system")
-        raise StorageError(f"{name}: {error.strerror or error}; {remedy}") from error
+        advice = remedy(error) or "check the file system"
+        raise StorageError(f"{name}: {error.strerror or error}; {advice}") from error

@@ -168,7 +168,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
     A killed process leaves it behind: harmless, hidden from listings, never reused.
     """
-    _make_folder(path.parent)
+    make_folder(path.parent)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -176,11 +176,11 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Like mkdir -p, but each new folder's entry is on disk before anything is put into it."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent)
+    make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     _sync(folder.parent)
 

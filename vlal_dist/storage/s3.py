@@ -7,6 +7,7 @@ never multipart.
 import base64
 import hashlib
 import logging
+import re
 from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
 from vlal_dist.storage.checks import (
+    TEMPORARY_PREFIX,
     Digests,
     check_key,
     check_prefix,
@@ -24,6 +26,7 @@ from vlal_dist.storage.checks import (
 )
 from vlal_dist.storage.s3_client import TRIES, S3Client
 from vlal_dist.storage.s3_counts import S3Counts
+from vlal_dist.storage.s3_lease import check_leases
 from vlal_dist.storage.s3_read import read_object
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ MAX_OBJECT_BYTES = 5 << 30
 LIST_PAGE = 1000
 """Keys in one reply of a listing."""
 _COMPARE_BYTES = 64 << 20
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
+"""What botocore sends; stores other than AWS allow more than AWS."""
 
 
 class S3Store:
@@ -50,8 +55,18 @@ class S3Store:
         scheme, _, rest = url.partition("://")
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.rstrip("/")
+        if ":" in bucket or "@" in bucket:  # not shown: it may hold a secret
+            raise ConfigError(
+                "root s3://***: an S3 root is written s3://bucket/prefix and holds no credentials; "
+                "give those by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
         if scheme.lower() != "s3" or not bucket:
             raise ConfigError(f"root {url!r}: an S3 root is written s3://bucket/prefix")
+        if not _BUCKET.fullmatch(bucket):
+            raise ConfigError(
+                f"root {url!r}: {bucket!r} cannot be the name of a bucket: letters, digits, '.', "
+                "'-' and '_' alone; a root is written s3://bucket/prefix"
+            )
         try:
             prefix = f"{check_key(prefix)}/" if prefix else ""
         except DataError as error:
@@ -124,7 +139,13 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        self._client.request("delete_object", check_key(key))
+        check_key(key)
+
+        def delete() -> Any:
+            check_leases()
+            return self._client.call("delete_object", key)
+
+        self._client.retry(delete)
         self._versions.pop(key, None)
 
     def list_keys(self, prefix: str = "") -> list[str]:
@@ -133,9 +154,9 @@ class S3Store:
         page: dict[str, Any] = {"MaxKeys": LIST_PAGE}
         while True:
             reply = self._client.request("list_objects_v2", check_prefix(prefix), **page)
-            names = [entry["Key"] for entry in reply.get("Contents", [])]
             root = len(self._client.prefix)
-            keys += [name[root:] for name in names if not name.endswith("/")]
+            names = [entry["Key"][root:] for entry in reply.get("Contents", [])]
+            keys += [name for name in names if not (name.endswith("/") or _is_hidden(name))]
             if not reply.get("IsTruncated"):
                 return sorted(keys)
             page["ContinuationToken"] = reply["NextContinuationToken"]
@@ -172,6 +193,7 @@ class S3Store:
         """A PUT, its bytes checked by the server through Content-MD5; returns the status."""
 
         def put() -> Any:
+            check_leases()
             with ExitStack() as stack:
                 body: Any = data
                 if isinstance(data, Path):
@@ -207,3 +229,8 @@ class S3Store:
             length = min(_COMPARE_BYTES, size_bytes - offset)
             digest.update(self.read(key, offset=offset, length=length))
         return digest.hexdigest()
+
+
+def _is_hidden(key: str) -> bool:
+    """Whether a key is reserved, such as a lease's."""
+    return any(part.startswith(TEMPORARY_PREFIX) for part in key.split("/"))

@@ -31,6 +31,7 @@ from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
 from vlal_dist.errors import NotFoundError, StorageError
+from vlal_dist.storage.checks import masked
 from vlal_dist.storage.s3_counts import Reason, S3Counts, S3Tally
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,11 @@ class S3Client:
     def counts(self) -> S3Counts:
         """S3Counts of this client in this process."""
         return self._process().tally.counts
+
+    @property
+    def endpoint(self) -> str:
+        """Where the requests of this process go; empty before the first."""
+        return masked(self._process().endpoint)
 
     def add(self, **more: Any) -> None:
         """Add to the counts; see `S3Counts`."""

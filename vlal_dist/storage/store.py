@@ -13,7 +13,7 @@ from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from vlal_dist.errors import ConfigError, DataError, NotFoundError, extras_named
-from vlal_dist.storage.checks import translated_errors
+from vlal_dist.storage.checks import masked, translated_errors
 from vlal_dist.storage.local import LocalStore, replacing
 
 FETCH_BYTES = 64 << 20
@@ -107,12 +107,12 @@ def open_store(url: str) -> Store:
     if re.match(r"file:", url, re.IGNORECASE):
         parts = urlsplit(url)
         if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise ConfigError(f"root {url!r}: a file URL is written file:///absolute/path")
+            raise ConfigError(f"root {masked(url)!r}: a file URL is written file:///absolute/path")
         return LocalStore(Path(unquote(parts.path)))
     if not url or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
         raise ConfigError(
-            f"root {url!r}: give a path, file:///path or s3://bucket/prefix; other schemes are not "
-            "supported (a path whose first part holds a colon is written ./a:b)"
+            f"root {masked(url)!r}: give a path, file:///path or s3://bucket/prefix; other schemes "
+            "are not supported (a path whose first part holds a colon is written ./a:b)"
         )
     return LocalStore(Path(url).expanduser())
 
