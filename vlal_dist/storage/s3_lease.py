@@ -107,6 +107,8 @@ class _Lease:
         self._lock = threading.Lock()
         self._etag, self._renewed_at, self._count = "", 0.0, 0
         self._taker: Holder | None = None
+        self._quote: str | None = None
+        """Around an ETag in `If-Match`: the standard's quotes; Ceph 16 knows it without alone."""
 
     def acquire(self, *, gone: Callable[[Mapping[str, Any]], bool], grace_s: float) -> None:
         """Create the lease, or take it over; see `lease`."""
@@ -134,7 +136,7 @@ class _Lease:
             if changed and _now() - began > grace_s:
                 raise self._refused(self._url, other)
             if gone(other) or _now() - since > EXPIRED_S:
-                if self._put(retried=True, IfMatch=seen) == 200:
+                if self._replace(seen, retried=True) == 200:
                     logger.warning("%s: took over the lease of %s", self._url, _who(other))
                     return
                 continue
@@ -178,7 +180,7 @@ class _Lease:
             for _ in range(3):
                 if self._taker is not None:
                     return
-                status = self._put(retried=False, IfMatch=self._etag)
+                status = self._replace(self._etag, retried=False)
                 if status == 200:
                     return
                 if status == 409:  # another request for the object is under way: the next one
@@ -197,12 +199,27 @@ class _Lease:
             ConfigError: it does not; the lease is removed.
         """
         kept = self._etag
-        for condition in ({"IfNoneMatch": "*"}, {"IfMatch": _NO_MATCH}):
-            status = self._put(retried=True, **condition)
-            if status in (200, 501):
-                self._client.request("delete_object", self._key)
-                raise self._unsafe(*condition)
-        self._etag = kept
+        try:
+            if self._put(retried=True, IfNoneMatch="*") == 200:
+                raise self._unsafe("IfNoneMatch")
+            if self._replace(_NO_MATCH, retried=True) == 200:
+                raise self._unsafe("IfMatch")
+            if self._replace(kept, retried=True) != 200:
+                raise self._unsafe("IfMatch")
+        except ConfigError:
+            self._client.request("delete_object", self._key)
+            raise
+
+    def _replace(self, etag: str, *, retried: bool) -> int:
+        """Write the lease if it has this ETag; the status."""
+        bare, status = etag.strip('"'), 412
+        for quote in ('"', "") if self._quote is None else (self._quote,):
+            status = self._put(retried=retried, IfMatch=f"{quote}{bare}{quote}")
+            if status == 200:
+                self._quote = quote
+            if status != 412:
+                break
+        return status
 
     def _put(self, *, retried: bool, **condition: str) -> int:
         """Write the lease if the condition holds; the status, without answers 404 and 412."""
