@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import S3Server
 from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.storage.conftest import DATA, MIB, name_of
-from vlal_dist.errors import ConflictError, DataError, StorageError
+from vlal_dist.errors import ConfigError, ConflictError, DataError, StorageError
 from vlal_dist.storage import s3, s3_client
 from vlal_dist.storage.s3 import S3Store
 from vlal_dist.storage.s3_client import TRIES
@@ -124,20 +124,85 @@ class TestRefusals:
         assert "no AWS credentials" in str(caught.value)
         assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(caught.value)
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "[default]\ns3 = foo\n",
+            "garbage\n[default\n",
+            "[default]\ns3 =\n  addressing_style = sideways\n",
+            "\udcff\udcfe[default]\n",
+        ],
+    )
+    def test_a_configuration_file_that_cannot_be_used_is_named(
+        self, moto_s3: S3Server, tmp_path: Path, text: str
+    ) -> None:
+        file = tmp_path / "aws-config"
+        file.write_text(text, errors="surrogateescape")
+        expected = pytest.raises(ConfigError, match=str(file))
+        with moto_s3.environment(AWS_CONFIG_FILE=str(file)), expected:
+            S3Store(moto_s3.url()).exists("k")
+
+    def test_a_credentials_file_that_cannot_be_used_is_named(
+        self, moto_s3: S3Server, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "credentials"
+        file.write_text("[default\naws_secret_access_key = leaked-if-printed\n")
+        with (
+            moto_s3.environment(AWS_SHARED_CREDENTIALS_FILE=str(file), AWS_ACCESS_KEY_ID=None),
+            pytest.raises(ConfigError, match=str(file)) as caught,
+        ):
+            S3Store(moto_s3.url()).exists("k")
+        assert "leaked" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "url", ["s3://key7:sec7/ret7@bucket/x", "s3://key7@bucket/x", "s3://key7:sec7"]
+    )
+    def test_credentials_in_a_root_are_refused_and_not_shown(self, url: str) -> None:
+        with pytest.raises(ConfigError, match="holds no credentials") as caught:
+            S3Store(url)
+        assert "7" not in str(caught.value)
+
+    def test_a_name_that_no_bucket_can_have(self) -> None:
+        with pytest.raises(ConfigError, match="'my bucket' cannot be the name of a bucket"):
+            S3Store("s3://my bucket/x")
+
+    def test_a_public_bucket_is_read_without_credentials(
+        self, ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        private, public = S3Store(ceph_s3.url()), S3Store(ceph_s3.url())
+        private.create("k", b"0123456789")
+        public.create("k", b"0123456789")
+        place = name_of(public, "k")
+        ceph_s3.client().put_object_acl(**place, ACL="public-read")
+        nothing = {"AWS_ACCESS_KEY_ID": None, "AWS_SECRET_ACCESS_KEY": None}
+        with ceph_s3.environment(**nothing):
+            with pytest.raises(StorageError, match="a public bucket AWS_NO_SIGN_REQUEST=yes"):
+                S3Store(public.url).read("k")
+            monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "YES")
+            store = S3Store(public.url)
+            assert store.read("k") == b"0123456789"
+            assert [store.read("k", offset=n, length=2) for n in (0, 4)] == [b"01", b"45"]
+            with pytest.raises(StorageError, match="does not allow this to everyone"):
+                S3Store(private.url).read("k")
+            monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "perhaps")
+            with pytest.raises(ConfigError, match="AWS_NO_SIGN_REQUEST=perhaps: give yes, or no"):
+                S3Store(public.url).read("k")
+
     def test_an_absent_profile(self, moto_s3: S3Server) -> None:
-        expected = pytest.raises(StorageError, match=r"ProfileNotFound.*AWS_PROFILE")
+        expected = pytest.raises(ConfigError, match=r"ProfileNotFound.*AWS_PROFILE")
         with moto_s3.environment(AWS_PROFILE="absent"), expected:
             S3Store(moto_s3.url()).exists("k")
 
     def test_no_bucket(self, moto_s3: S3Server) -> None:
         store = S3Store("s3://vlal-no-such-bucket/x")
-        for use in (store.read, store.list_keys, lambda key: store.create(key, b"x")):
-            with pytest.raises(StorageError, match="no bucket 'vlal-no-such-bucket'; create it"):
+        uses = (store.exists, store.read, store.list_keys, lambda key: store.create(key, b"x"))
+        for use in uses:
+            with pytest.raises(StorageError, match="no bucket 'vlal-no-such-bucket' at http"):
                 use("k")
 
     @pytest.mark.parametrize("endpoint", ["not a url", "ftp://"])
     def test_an_endpoint_that_is_no_url(self, moto_s3: S3Server, endpoint: str) -> None:
-        expected = pytest.raises(StorageError, match="check AWS_ENDPOINT_URL")
+        expected = pytest.raises(ConfigError, match="AWS_ENDPOINT_URL")
         with moto_s3.environment(AWS_ENDPOINT_URL=endpoint), expected:
             S3Store(moto_s3.url()).exists("k")
 
@@ -156,7 +221,7 @@ class TestRefusals:
             store = S3Store(ceph_s3.url())
             for use in (store.exists, store.read, lambda key: store.create(key, b"x")):
                 with pytest.raises(
-                    StorageError, match=r"\(403 .*check AWS_ACCESS_KEY_ID"
+                    StorageError, match=r"\(403 .*AWS_SECRET_ACCESS_KEY|know AWS_ACCESS_KEY_ID"
                 ) as caught:
                     use("k")
                 assert type(caught.value) is StorageError

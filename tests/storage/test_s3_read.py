@@ -508,8 +508,8 @@ def test_a_replacement_is_seen_in_a_store_that_ignores_if_match(
             root.read("shard.tar", offset=offset, length=length)
 
 
-class TestSignedReads:
-    """From its second range on, an object is read by a URL that was signed once."""
+class TestDirectReads:
+    """From its second range on, an object is read by requests that urllib3 sends."""
 
     def test_a_thread_whose_first_request_is_signed_meets_an_outage(
         self, moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
@@ -538,15 +538,30 @@ class TestSignedReads:
         assert "no answer from the store" in shown
         assert "token7" not in shown and "Signature" not in shown
 
-    def test_refused_signed_urls_fall_back_to_signed_requests(self, moto_s3: S3Server) -> None:
+    def test_refused_ones_fall_back_to_requests_of_botocore(self, moto_s3: S3Server) -> None:
         with (
             FaultProxy(moto_s3.endpoint) as proxy,
             moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
         ):
             store = S3Store(moto_s3.url())
             store.create("shard", bytes(range(100)))
-            proxy.faults = [Fault("refuse", match="X-Amz-Signature", times=99)]
+            proxy.faults = [Fault("refuse", agent="urllib3/", times=99)]
             data = [store.read("shard", offset=n, length=1)[0] for n in range(10)]
         assert data == list(range(10))
-        signed = [seen for seen in proxy.log if "X-Amz-Signature" in seen.line]
-        assert len(signed) == 1
+        assert [seen.fault for seen in proxy.log].count("refuse") == 1
+
+    def test_no_url_holds_a_signature_or_a_token(self, moto_s3: S3Server) -> None:
+        with (
+            FaultProxy(moto_s3.endpoint) as proxy,
+            moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint, AWS_SESSION_TOKEN="token7"),
+        ):
+            store = S3Store(moto_s3.url())
+            store.create("a b/ü.tar", bytes(range(100)))
+            data = [store.read("a b/ü.tar", offset=n, length=1)[0] for n in range(4)]
+        assert data == list(range(4))
+        direct = [seen for seen in proxy.log if "urllib3/" in seen.headers["user-agent"]]
+        assert len(direct) == 3
+        for seen in direct:
+            assert "?" not in seen.line and "token7" not in seen.line
+            assert seen.headers["x-amz-security-token"] == "token7"
+            assert "Signature=" in seen.headers["authorization"]

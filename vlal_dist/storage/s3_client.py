@@ -2,7 +2,7 @@
 
 botocore sends each request once; `S3Client.retry` is the only loop that repeats one. Credentials,
 region and endpoint come from the AWS variables and profiles; no message repeats one of their
-values.
+values. No URL is signed: signatures are headers, which logs of stores and proxies do not show.
 """
 
 import logging
@@ -17,10 +17,14 @@ from urllib.parse import urlsplit
 
 import botocore.session
 import urllib3
+from botocore import UNSIGNED
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConfigParseError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
@@ -30,13 +34,12 @@ from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 from urllib3.exceptions import HTTPError
 
-from vlal_dist.errors import NotFoundError, StorageError
+from vlal_dist.errors import ConfigError, NotFoundError, StorageError, VlalError
 from vlal_dist.storage.checks import masked
 from vlal_dist.storage.s3_counts import Reason, S3Counts, S3Tally
 
 logger = logging.getLogger(__name__)
-# At DEBUG, urllib3 logs the path and query of each request: signed URLs must not be shown.
-logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
+logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)  # else a line per request
 
 
 class OutageError(StorageError):
@@ -64,8 +67,22 @@ _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 60.0
 """Longest silence except in reads: a store may hash and replicate 5 GiB before it answers a PUT."""
 _CONNECTIONS = 32
-_SIGNED_S = 3600
-_DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"}
+_REFUSED_S = 1800
+"""How long an object is read through botocore after a direct read of it was refused."""
+NO_SIGN_REQUEST = "AWS_NO_SIGN_REQUEST"
+"""Environment variable: read public buckets without credentials (the name that GDAL uses)."""
+_SWITCH = {"": False, "0": False, "no": False, "false": False, "off": False} | dict.fromkeys(
+    ("1", "yes", "true", "on"), True
+)
+_DENIED = {
+    "InvalidAccessKeyId": "the store does not know AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "AWS_SECRET_ACCESS_KEY does not belong to AWS_ACCESS_KEY_ID",
+    "ExpiredToken": "the session has expired: get new credentials",
+    "InvalidToken": "AWS_SESSION_TOKEN is not valid: get new credentials",
+    "RequestTimeTooSkewed": "the clock of this machine is wrong: set it",
+}
+_CREDENTIALS_FILE = "AWS_SHARED_CREDENTIALS_FILE"
+_NO_BUCKET = {"NoSuchBucket", "InvalidBucketName"}
 _WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraint"}
 _answered: set[str] = set()
 """Endpoints that answered this process, whatever the bucket."""
@@ -80,7 +97,9 @@ class _Process:
     pid: int
     session: Any = field(default_factory=botocore.session.get_session)
     clients: dict[bool, Any] = field(default_factory=dict)
-    signed: dict[str, tuple[str | None, float]] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, float] = field(default_factory=dict)
+    bucket_seen: bool = False
     pool: Any = None
     endpoint: str = ""
     tally: S3Tally = field(default_factory=S3Tally)
@@ -189,11 +208,14 @@ class S3Client:
         try:
             reply = getattr(self._connected(process, reading), operation)(**arguments)
             _answered.add(process.endpoint)
+            process.bucket_seen = True
             return reply
+        except VlalError:
+            raise
         except ClientError as error:
             _answered.add(process.endpoint)
             status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-            if status in passing:
+            if status in passing and error.response["Error"]["Code"] not in _NO_BUCKET:
                 return {"status": status}
             raise self._refused(error, key, status) from error
         except (BotoCoreError, ValueError) as error:
@@ -203,10 +225,11 @@ class S3Client:
                 self.add(requests=sent, repeated={"redirected": sent - 1} if sent > 1 else {})
 
     def get_signed(self, key: str, *, extent: str, etag: str) -> Any:
-        """One ranged GET by a URL that is signed once per half hour, through urllib3 directly.
+        """One ranged GET that botocore signs and urllib3 sends.
 
-        botocore spends 1.5 ms of Python on each request, holding the interpreter's lock, most of it
-        on work that is the same for every range of an object.
+        botocore's own client spends 1.5 ms of Python on each request, holding the interpreter's
+        lock, most of it on work that is the same for every range of an object; signing takes a
+        tenth of it.
 
         Args:
             key: the object.
@@ -222,21 +245,24 @@ class S3Client:
         """
         process = self._process()
         try:
-            url = self._signed(process, key)
+            url = self._place(process, key)
             if url is None or (pool := self._pool(process, url)) is None:
                 return None
+            headers = self._sign(process, url, {"Range": extent, "If-Match": etag})
             self.add(requests=1)
             reply = pool.urlopen(
                 "GET",
                 url[url.index("/", url.index("://") + 3) :],
-                headers={"Range": extent, "If-Match": etag},
+                headers=headers,
                 redirect=False,
                 preload_content=False,
                 decode_content=False,
                 enforce_content_length=False,  # the reader keeps what a short body gives
             )
+        except VlalError:
+            raise
         except (BotoCoreError, HTTPError, ValueError) as error:
-            # Without its cause: no traceback may show the signed URL.
+            # Without its cause: no traceback may show the signature.
             raise self._unreachable(error) from None
         _answered.add(process.endpoint)
         status = reply.status
@@ -248,8 +274,8 @@ class S3Client:
                     "repeat the command later",
                     "throttled" if status in (429, 503) else "error",
                 )
-            # Expired credentials, or a policy against signed URLs: use `call` for a while.
-            process.signed[key] = (None, time.monotonic() + _SIGNED_S / 2)
+            # Another version, expired credentials or a redirect: `call` finds out which.
+            process.refused[key] = time.monotonic() + _REFUSED_S
             return None
         return {
             "Body": reply,
@@ -278,13 +304,28 @@ class S3Client:
         Stores other than AWS rarely have a host name per bucket, so they are addressed by path
         unless the AWS profile says otherwise.
         """
+        try:
+            return self._make_client(process, reading)
+        except VlalError:
+            raise
+        except Exception as error:  # no request is made yet: it is the settings, whatever is raised
+            raise _unusable(self.url, error) from None
+
+    def _make_client(self, process: _Process, reading: bool) -> Any:
         session = process.session
+        chosen = session.get_scoped_config().get("s3", {})
+        if not isinstance(chosen, dict):
+            raise ConfigError(
+                f"{self.url}: {_config_file()}: 's3 =' has no value of its own: its settings are "
+                "indented lines below it, such as addressing_style = path; correct the line, or "
+                "remove it"
+            )
         config = Config(
             retries={"mode": "standard", "total_max_attempts": 1},
             connect_timeout=_CONNECT_TIMEOUT_S,
             read_timeout=self._read_timeout_s if reading else _ANSWER_TIMEOUT_S,
             max_pool_connections=_CONNECTIONS,
-            signature_version="s3v4",
+            signature_version=UNSIGNED if _unsigned() else "s3v4",
             # We send Content-MD5 and check our own digests; older stores reject the newer trailers.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
@@ -292,7 +333,6 @@ class S3Client:
         client = session.create_client("s3", config=config)
         process.endpoint = client.meta.endpoint_url
         host = urlsplit(process.endpoint).hostname or ""
-        chosen = session.get_scoped_config().get("s3", {})
         if ".amazonaws.com" not in host and "addressing_style" not in chosen:
             by_path = Config(s3={"addressing_style": "path"})
             client = session.create_client("s3", config=config.merge(by_path))
@@ -304,20 +344,34 @@ class S3Client:
         client.meta.events.register("before-send.s3", count_request)
         return client
 
-    def _signed(self, process: _Process, key: str) -> str | None:
-        """A URL to read the object with, never shown; None while signed URLs are refused."""
-        url, until = process.signed.get(key, (None, 0.0))
-        if time.monotonic() >= until:
-            url = self._connected(process, True).generate_presigned_url(
-                "get_object",
-                {"Bucket": self.bucket, "Key": self.prefix + key},
-                ExpiresIn=_SIGNED_S,
+    def _place(self, process: _Process, key: str) -> str | None:
+        """The URL of an object, without a signature; None while direct reads of it are refused."""
+        if process.refused and time.monotonic() < process.refused.get(key, 0.0):
+            return None
+        if key not in process.places:
+            whole = self._connected(process, True).generate_presigned_url(
+                "get_object", {"Bucket": self.bucket, "Key": self.prefix + key}, ExpiresIn=1
             )
-            process.signed[key] = (url, time.monotonic() + _SIGNED_S / 2)
-        return url
+            process.places[key] = whole.partition("?")[0]
+        return process.places[key]
+
+    def _sign(self, process: _Process, url: str, headers: dict[str, str]) -> dict[str, str]:
+        """The headers with those of the signature."""
+        if _unsigned():
+            return headers
+        client = self._connected(process, True)
+        credentials = process.session.get_credentials()
+        if credentials is None:
+            raise NoCredentialsError()
+        request = AWSRequest("GET", url, headers=headers)
+        frozen = credentials.get_frozen_credentials()
+        region = client.meta.region_name
+        region = "us-east-1" if region in (None, "aws-global") else region
+        S3SigV4Auth(frozen, "s3", region).add_auth(request)
+        return dict(request.headers.items())
 
     def _pool(self, process: _Process, url: str) -> Any:
-        """Kept connections to the endpoint of signed URLs; None behind a proxy."""
+        """Kept connections to the endpoint; None behind a proxy."""
         with process.lock:
             if process.pool is None and not get_environ_proxies(url):
                 options: dict[str, Any] = {}
@@ -333,23 +387,45 @@ class S3Client:
                 )
             return process.pool
 
+    def _has_bucket(self) -> bool:
+        """Whether the bucket is there, asked once; a HEAD's 404 does not say what is absent."""
+        process = self._process()
+        if not process.bucket_seen:
+            try:
+                self._connected(process, True).head_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+                    return False
+            except BotoCoreError:
+                return True  # as far as is known
+            process.bucket_seen = True
+        return True
+
     def _refused(self, error: ClientError, key: str, status: int) -> StorageError:
         """The error for an answer; its text may hold a key id, so only its code is used."""
         code = error.response["Error"]["Code"]
         what = f"{self.url}: {key!r}: {error.operation_name} was refused ({status} {code})"
-        if code == "NoSuchBucket":
+        if code in _NO_BUCKET or (status == 404 and not self._has_bucket()):
             return StorageError(
-                f"{what}: there is no bucket {self.bucket!r}; create it, or check the name and "
-                "AWS_ENDPOINT_URL"
+                f"{self.url}: there is no bucket {self.bucket!r} at {self.endpoint}: check the "
+                "name, or create it"
             )
         if status == 404:
             return NotFoundError(f"{what}: no such object; check the root and the key")
         if code in _WRONG_REGION or status == 301:
             return StorageError(f"{what}: the bucket is in another region; set AWS_DEFAULT_REGION")
-        if status == 403 or code in _DENIED:
+        if code in _DENIED:
+            return StorageError(f"{what}: {_DENIED[code]}")
+        if status == 403 and _unsigned():
             return StorageError(
-                f"{what}: check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN or "
-                "AWS_PROFILE, and that they may list, read and write this bucket"
+                f"{what}: the bucket does not allow this to everyone: unset {NO_SIGN_REQUEST}, and "
+                "give credentials"
+            )
+        if status in (401, 403):
+            return StorageError(
+                f"{what}: the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "AWS_SESSION_TOKEN or AWS_PROFILE) do not allow this: use those of someone who may "
+                "list, read and write this bucket"
             )
         if status >= 500 or status == 429 or code == "RequestTimeout":
             reason: Reason = "throttled" if status in (429, 503) else "error"
@@ -367,7 +443,7 @@ class S3Client:
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
             return StorageError(
                 f"{self.url}: no AWS credentials ({kind}): set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+                f"AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a public bucket {NO_SIGN_REQUEST}=yes"
             )
         if isinstance(error, HTTPClientError | NoConnectionError | HTTPError):
             # By name, as botocore and urllib3 have classes of their own.
@@ -381,3 +457,30 @@ class S3Client:
             f"{self.url}: the request could not be made ({kind}): check AWS_ENDPOINT_URL, "
             "AWS_PROFILE, AWS_DEFAULT_REGION and the AWS configuration files"
         )
+
+
+def _unsigned() -> bool:
+    """Whether requests are sent without credentials."""
+    given = os.environ.get(NO_SIGN_REQUEST, "")
+    if given.lower() not in _SWITCH:
+        raise ConfigError(f"{NO_SIGN_REQUEST}={given}: give yes, or no")
+    return _SWITCH[given.lower()]
+
+
+def _config_file() -> str:
+    return os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config"
+
+
+def _unusable(url: str, error: Exception) -> ConfigError:
+    """The error for AWS settings from which no client can be made; shows none of their values."""
+    files = f"{_config_file()} and {os.environ.get(_CREDENTIALS_FILE) or '~/.aws/credentials'}"
+    if isinstance(error, ConfigParseError):
+        files = str(error.kwargs["path"])
+    return ConfigError(
+        f"{url}: the AWS settings cannot be used ({type(error).__name__}): correct {files}"
+        + (
+            ""
+            if isinstance(error, ConfigParseError)
+            else ", or the variables AWS_ENDPOINT_URL, AWS_PROFILE, AWS_DEFAULT_REGION"
+        )
+    )
