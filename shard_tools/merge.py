@@ -8,7 +8,7 @@ work is a shard; a killed merge continues.
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from shard_tools.shard_writer import (
     gather_index,
     open_source,
     open_splits,
+    reopen_dataset,
     report_key,
     run_tasks,
 )
@@ -32,11 +33,11 @@ from vlal_dist.data.format.dataset import Dataset, Split, open_dataset
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.format.scores import ShardScores, read_scores_manifest, read_shard_scores
 from vlal_dist.data.format.tar import encode_sample
-from vlal_dist.errors import DataError
+from vlal_dist.errors import ConflictError, DataError, NotFoundError
 from vlal_dist.method.likelihood import log_likelihood
 from vlal_dist.pipeline import merge_inputs
 from vlal_dist.program import Counts, Program
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
     temperature = config.scoring.temperature or float(scores["temperature"])
     target = open_store(paths.merged)
     settings = {"scorer_digest": scores["scorer_digest"], "temperature": temperature}
-    commit_settings(target, "merge.json", {**settings, "dataset_digest": dataset.digest})
     splits = open_splits(dataset)
     tasks = [
         MergeTask(
@@ -81,6 +81,18 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
         for name, split in splits.items()
         for shard in range(len(split.shards))
     ]
+    state = {**settings, "dataset_digest": dataset.digest}
+    if is_outdated(target, state):
+        if "retry-rejected" not in flags:
+            raise ConflictError(
+                f"{target.url} was merged when the dataset {dataset.url} was another one "
+                "(pack --retry-rejected changes it); repeat with --retry-rejected to merge the "
+                "shards that have changed, or give another paths.merged"
+            )
+        stale = {name: stale_shards(target, tasks, split) for name, split in splits.items()}
+        reopen_dataset(target, stale)
+        target.delete("merge.json")
+    commit_settings(target, "merge.json", state)
     reports = run_tasks(
         merge_shard,
         tasks,
@@ -107,6 +119,37 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
     return {**counts, "with_likelihood": list(scores["splits"]), "temperature": temperature}
 
 
+def is_outdated(target: Store, state: Mapping[str, Any]) -> bool:
+    """Whether a root was merged from an earlier state of the dataset, with the same scorer.
+
+    Args:
+        target: the merged root.
+        state: what `merge.json` is to say.
+    """
+    try:
+        present = json.loads(target.read("merge.json"))
+    except (NotFoundError, ValueError):
+        return False
+    if not isinstance(present, dict) or present == state:
+        return False
+    return {**present, "dataset_digest": state["dataset_digest"]} == state
+
+
+def stale_shards(target: Store, tasks: Sequence[MergeTask], split: Split) -> list[str]:
+    """Shards of a split that a merged root holds, made from another shard than the present one."""
+    stale = []
+    for task in tasks:
+        if task.split != split.name:
+            continue
+        shard = split.shards[task.shard]
+        report = find_report(target, split.name, shard.name)
+        if report is not None:
+            source = report.sha256 if task.scores is None else report.source
+            if source != shard.sha256:
+                stale.append(shard.name)
+    return stale
+
+
 def merge_shard(task: MergeTask) -> ShardReport:
     """Merge and commit one shard, unless its report says that it is there already."""
     dataset, split = open_source(task.source, task.cache, task.split)
@@ -128,6 +171,7 @@ def merge_shard(task: MergeTask) -> ShardReport:
             f"shard's {len(rows)}, in its order; delete that score file and score again"
         )
     with TarBuilder(shard.name) as builder:
+        builder.report.source = shard.sha256
         _merge_rows(builder, dataset, SampleReader(split), rows, scores, task.temperature)
         return builder.commit(target, task.split)
 
@@ -180,6 +224,7 @@ PROGRAM = Program(
     "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
     "interruption: finished shards are kept.",
     sections=("paths", "pack", "scoring", "observability"),
+    flags=("retry-rejected", "json"),
     output=lambda config, flags: config.paths.merged,
     work=merge,
     inputs=merge_inputs,

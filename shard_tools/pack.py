@@ -8,7 +8,9 @@ its own instances: any number of processes gives the same files, and a killed ru
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -26,6 +28,7 @@ from shard_tools.shard_writer import (
     commit_split,
     find_report,
     gather_index,
+    reopen_dataset,
     run_tasks,
     shard_name,
 )
@@ -33,7 +36,7 @@ from vlal_dist.config.sections import Config, PackConfig
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
 from vlal_dist.data.format.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
 from vlal_dist.data.format.index import LABELS_SCHEMA, REJECTS_SCHEMA, check_uids, encode_table
-from vlal_dist.data.format.photos import Limits, Photos
+from vlal_dist.data.format.photos import Limits, Photos, printable
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
 from vlal_dist.data.hashing import sample_uid
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
@@ -49,6 +52,14 @@ JPEG_SIDE = 65_500  # pixels; the encoder's limit
 # takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
 BYTES_PER_PIXEL = 0.5
 BYTES_PER_SAMPLE = 2560
+
+
+Crop = tuple[int, EncodedSample, dict[str, Any]]
+"""uid of a sample, its tar bytes, and what its `KEY.json` says."""
+Reject = dict[str, str]
+"""A row of `rejects.parquet`."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
             "crops": crops,
         },
     )
+    _open_places.cache_clear()
     _open_photos(settings)  # a wrong path fails before any work
     tasks = [
         task
@@ -113,6 +125,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
             settings,
         )
     ]
+    restored = {"restored": forget_restored(target, tasks)} if "retry-rejected" in flags else {}
     reports = run_tasks(
         build_shard,
         tasks,
@@ -140,7 +153,9 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         indexes.append(index)
     check_uids(indexes)
     counts = commit_dataset(target, manifest)
-    return {**counts, "rejected": _check_rejected(manifest, settings.max_rejected)}
+    rejects = [reject for report in reports for reject in report.rejects]
+    _check_rejected(rejects, settings.max_rejected, read=sum(len(t.instances) for t in tasks))
+    return {**counts, "rejected": len(rejects), **restored}
 
 
 def plan_shards(
@@ -166,20 +181,97 @@ def build_shard(task: ShardTask) -> ShardReport:
     store = open_store(task.root)
     if report := find_report(store, task.split, task.name):
         return report
-    photos = _open_photos(task.settings)
     with TarBuilder(task.name) as builder:
-        for image_id, group in groupby(task.instances, key=lambda one: one.image_id):
-            try:
-                photo = decode_photo(photos.read(image_id), task.settings)
-            except DataError as error:
-                builder.report.rejects += [_reject(task.split, one, error) for one in group]
-                continue
-            for instance in group:
-                try:
-                    builder.add(*make_sample(instance, photo, task.settings))
-                except DataError as error:
-                    builder.report.rejects.append(_reject(task.split, instance, error))
+        for crop in _crops(task, task.instances):
+            if isinstance(crop, dict):
+                builder.report.rejects.append(crop)
+            else:
+                builder.add(*crop)
         return builder.commit(store, task.split)
+
+
+def forget_restored(target: Store, tasks: Sequence[ShardTask]) -> int:
+    """Take back the shards with rejected instances that can be packed now.
+
+    Returns:
+        The number of those instances. Where none can be packed and none has another reason than
+        its shard's report says, nothing is changed.
+    """
+    outcomes = run_tasks(
+        retry_shard,
+        tasks,
+        label="retry",
+        unit="instances",
+        sizes=[len(task.instances) for task in tasks],
+        workers=tasks[0].settings.workers if tasks else 1,
+    )
+    stale: dict[str, list[str]] = {}
+    if any(outcome.changed for outcome in outcomes):
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            if not outcome.equal:
+                stale.setdefault(task.split, []).append(task.name)
+    restored, tried = sum(o.restored for o in outcomes), sum(o.tried for o in outcomes)
+    if stale:
+        shards = sum(map(len, stale.values()))
+        logger.info(
+            "%d of %d rejected instances can be packed now; %d of %d shards are written again",
+            restored,
+            tried,
+            shards,
+            len(tasks),
+        )
+        reopen_dataset(target, stale)
+    else:
+        logger.info("none of %d rejected instances can be packed now: nothing changes", tried)
+    return restored
+
+
+@dataclass(frozen=True)
+class Retried:
+    """Rejected instances of a shard, tried again.
+
+    Attributes:
+        tried: their number.
+        restored: those that can be packed now.
+        changed: whether one is restored or has another reason.
+        equal: whether the shard's rejects would be the same, details included.
+    """
+
+    tried: int = 0
+    restored: int = 0
+    changed: bool = False
+    equal: bool = True
+
+
+def retry_shard(task: ShardTask) -> Retried:
+    """Try the rejected instances of a finished shard again, without writing."""
+    report = find_report(open_store(task.root), task.split, task.name)
+    before = [] if report is None else report.rejects
+    wanted = {reject["instance_id"] for reject in before}
+    crops = list(_crops(task, [one for one in task.instances if one.instance_id in wanted]))
+    now = [crop for crop in crops if isinstance(crop, dict)]
+    return Retried(
+        tried=len(crops),
+        restored=len(crops) - len(now),
+        changed=[r["reason"] for r in now] != [r["reason"] for r in before],
+        equal=now == before,
+    )
+
+
+def _crops(task: ShardTask, instances: Iterable[InstanceRow]) -> Iterator[Crop | Reject]:
+    """The sample of each instance, or the reason why there is none; photos are decoded once."""
+    photos = _open_photos(task.settings)
+    for image_id, group in groupby(instances, key=lambda one: one.image_id):
+        try:
+            photo = decode_photo(photos.read(image_id), task.settings)
+        except DataError as error:
+            yield from (_reject(task, one, error) for one in group)
+            continue
+        for instance in group:
+            try:
+                yield make_sample(instance, photo, task.settings)
+            except DataError as error:
+                yield _reject(task, instance, error)
 
 
 def decode_photo(data: bytes, settings: PackConfig) -> Photo:
@@ -188,9 +280,7 @@ def decode_photo(data: bytes, settings: PackConfig) -> Photo:
     return Photo(data=data, image=image, plain_jpeg=is_plain_jpeg(data))
 
 
-def make_sample(
-    instance: InstanceRow, photo: Photo, settings: PackConfig
-) -> tuple[int, EncodedSample, dict[str, Any]]:
+def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Crop:
     """Crop, encode, and lay out one sample: its uid, its tar bytes, and what `KEY.json` says.
 
     The original file's bytes are kept when it is an upright RGB or grey JPEG and the crop is all
@@ -295,10 +385,14 @@ def _open_places(places: tuple[str, ...], limits: Limits) -> Photos:
     return Photos(places, limits)
 
 
-def _reject(split: str, instance: InstanceRow, error: DataError) -> dict[str, str]:
-    reason, _, detail = str(error).partition(":")
+def _reject(task: ShardTask, instance: InstanceRow, error: DataError) -> Reject:
+    # Without paths of places: equal photos give equal bytes wherever they lie.
+    wheres, text = [open_store(place).url for place in task.settings.images], str(error)
+    for where in (", ".join(wheres), *wheres):
+        text = text.replace(f" {printable(where)}", " pack.images")
+    reason, _, detail = text.partition(":")
     return {
-        "split": split,
+        "split": task.split,
         "instance_id": instance.instance_id,
         "reason": reason,
         "detail": detail.strip(),
@@ -349,19 +443,32 @@ def _by_photo(instances: Iterable[InstanceRow], seed: int) -> list[list[Instance
     return [photos[image] for image in order]
 
 
-def _check_rejected(manifest: Mapping[str, Any], max_rejected: float) -> int:
-    """The number of rejected instances; DataError when it is above the limit."""
-    splits = manifest["splits"].values()
-    rejected: int = sum(entry["rejected"] for entry in splits)
-    read = sum(entry["samples"] for entry in splits) + rejected
-    if rejected > max_rejected * read:
+def _check_rejected(rejects: Sequence[Reject], max_rejected: float, *, read: int) -> None:
+    """Say what was rejected; DataError when it is above the limit."""
+    if not rejects:
+        return
+    counts = Counter(reject["reason"] for reject in rejects)
+    first = {reject["reason"]: reject for reject in reversed(rejects)}
+    shown = "; ".join(
+        f"{count} {reason}, such as {first[reason]['instance_id'][:100]} of "
+        f"{first[reason]['split']}: {first[reason]['detail'][:200]}"
+        for reason, count in counts.most_common(3)
+    )
+    remedies = {
+        "correct boxes in the annotations, and clean and pack them below a new paths.root"
+        if RESULTS.get(reason) == "bad_box"
+        else "restore photos and repeat with --retry-rejected"
+        for reason in counts
+    }
+    text = f"{len(rejects)} of {read} instances rejected ({shown})"
+    remedy = "; ".join(sorted(remedies, reverse=True))
+    if len(rejects) > max_rejected * read:
         raise DataError(
-            f"pack: {rejected} of {read} instances rejected, more than pack.max_rejected "
-            f"{max_rejected}; the dataset is complete without them: see rejects.parquet of each "
-            "split for the reasons; correct the input and pack into a new paths.dataset, or raise "
-            "the limit"
+            f"pack: {text}, more than pack.max_rejected {max_rejected:g}; the dataset is complete "
+            f"without them, and rejects.parquet of each split lists them: {remedy}; or raise the "
+            "limit"
         )
-    return rejected
+    logger.warning("%s; %s", text, remedy)
 
 
 PROGRAM = Program(
@@ -371,6 +478,7 @@ PROGRAM = Program(
     "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
     "command after an interruption: finished shards are kept.",
     sections=("paths", "pack", "observability"),
+    flags=("retry-rejected", "json"),
     output=lambda config, flags: config.paths.dataset,
     work=pack,
     inputs=pack_inputs,

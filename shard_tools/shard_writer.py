@@ -45,7 +45,7 @@ from vlal_dist.data.format.index import (
     index_from_columns,
 )
 from vlal_dist.data.format.tar import MEMBERS, EncodedSample, tar_end
-from vlal_dist.errors import VlalError
+from vlal_dist.errors import ConflictError, VlalError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts
 from vlal_dist.storage.checks import sha256_of
@@ -54,6 +54,15 @@ from vlal_dist.storage.store import Store
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+SPLIT_FILES = (
+    "shards.parquet",
+    "index.arrow",
+    "blocks.arrow",
+    "labels.parquet",
+    "rejects.parquet",
+)
+"""Files beside the shards of a split, made from the reports of all of them."""
+
 REPORT_SCHEMA = pa.schema([*INDEX_TYPES.items(), *LABELS_SCHEMA])
 
 
@@ -61,7 +70,7 @@ REPORT_SCHEMA = pa.schema([*INDEX_TYPES.items(), *LABELS_SCHEMA])
 class ShardReport:
     """A finished shard: its tar's name, size and digest, and one entry per sample in `columns`.
 
-    `found`: an earlier run had finished it.
+    `source`: sha256 of the shard that merge made it from. `found`: an earlier run had finished it.
     """
 
     name: str
@@ -69,6 +78,7 @@ class ShardReport:
     sha256: str = ""
     columns: dict[str, list[Any]] = field(default_factory=dict)
     rejects: list[dict[str, str]] = field(default_factory=list)
+    source: str = ""
     found: bool = False
 
     @property
@@ -85,6 +95,8 @@ class ShardReport:
         """Parquet bytes, the shard's own facts in the schema's metadata."""
         facts = {"size_bytes": self.size_bytes, "name": self.name, "rejects": self.rejects}
         facts["sha256"] = self.sha256
+        if self.source:
+            facts["source"] = self.source
         schema = REPORT_SCHEMA.with_metadata({"part": json.dumps(facts, sort_keys=True)})
         return encode_table(self.columns, schema)
 
@@ -143,12 +155,23 @@ class TarBuilder:
         self._write(sample.data)
 
     def commit(self, store: Store, split: str) -> ShardReport:
-        """Commit the tar, then its report; a tar without samples leaves only the latter."""
+        """Commit the tar, then its report; a tar without samples leaves only the latter.
+
+        A tar of other bytes is replaced: no report vouches for it, so its build was killed, and
+        photos have changed since.
+        """
         self._write(tar_end(self.report.size_bytes))
         self._file.close()
         self.report.sha256 = self._sha.hexdigest()
+        key = shard_key(split, self.report.name)
         if self.report.samples:
-            store.create(f"{split}/shards/{self.report.name}", self._path)
+            try:
+                store.create(key, self._path)
+            except ConflictError:
+                store.delete(key)
+                store.create(key, self._path)
+        else:
+            store.delete(key)
         store.create(report_key(split, self.report.name), self.report.encode())
         return self.report
 
@@ -161,6 +184,11 @@ class TarBuilder:
 def report_key(split: str, shard: str) -> str:
     """Storage key of a shard's report."""
     return f"{split}/parts/{shard.removesuffix('.tar')}.parquet"
+
+
+def shard_key(split: str, shard: str) -> str:
+    """Storage key of a shard's tar."""
+    return f"{split}/shards/{shard}"
 
 
 def find_report(store: Store, split: str, shard: str) -> ShardReport | None:
@@ -253,6 +281,26 @@ def commit_settings(store: Store, name: str, settings: Mapping[str, Any]) -> Non
         ConflictError: a run with other settings began here; its shards must not be continued.
     """
     store.create(name, _json(settings))
+
+
+def reopen_dataset(store: Store, stale: Mapping[str, Sequence[str]]) -> None:
+    """Take a dataset's commit back, so that some of its shards are written again.
+
+    `dataset.json` goes first and the reports of stale shards last: killed at any moment, the next
+    run finds reports of finished shards only and no file that was made from others.
+
+    Args:
+        store: the dataset root.
+        stale: split -> shards; of each of these splits the files beside the shards go as well.
+    """
+    store.delete("dataset.json")
+    for split in stale:
+        for name in SPLIT_FILES:
+            store.delete(f"{split}/{name}")
+    for split, shards in stale.items():
+        for shard in shards:
+            store.delete(report_key(split, shard))
+            store.delete(shard_key(split, shard))
 
 
 def gather_index(reports: Sequence[ShardReport]) -> tuple[list[Shard], Index]:

@@ -231,6 +231,23 @@ def test_a_plan_names_what_changed(finished: Path) -> None:
     ]
 
 
+def test_rejected_instances_are_tried_again_on_demand(finished: Path) -> None:
+    config = resolve(finished)
+    stages = stages_of(config, retry_rejected=True)
+    assert {s.title for s in stages if "--retry-rejected" in s.words} == {"pack", "score", "merge"}
+    assert [(d.action, d.why) for d in plan(stages)[:4]] == [
+        ("skip", "finished"),
+        ("run", "--retry-rejected: rejected instances are tried again"),
+        ("maybe", "finished; to be seen after pack"),
+        ("maybe", "finished; to be seen after pack, score"),
+    ]
+    # Without the flag new photos make pack run, which leaves finished shards: the plan says so.
+    (finished / "photos/2.jpg").write_text("2")
+    record = Path(*stages[1].record)
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"counts": {"rejected": 3}}))
+    assert to_do(config)["pack"].endswith("; 3 rejected instances stay so without --retry-rejected")
+
+
 def test_the_keys_that_do_not_count_exist() -> None:
     assert set(_keys(Config())) >= EXECUTION
 

@@ -170,7 +170,7 @@ class Stage:
         title: its name in the plan, such as `evaluate test`.
         command: word after `vlal`.
         config: the configuration it runs with.
-        words: settings added to the command line.
+        words: settings and flags added to the command line.
         inputs: of this command.
         record: root, and key of the result that it writes there when it has finished.
         output: root and key of a file that is there when it has finished.
@@ -191,13 +191,22 @@ STAGES = ("clean", "pack", "score", "merge", "train", "evaluate", "report", "exp
 """Commands of `vlal run`, in order."""
 
 
-def stages_of(config: Config) -> list[Stage]:
+RETRY = "--retry-rejected"
+"""Flag of the stages `RETRYING`: pack what was rejected, and renew what that changes."""
+RETRYING = ("pack", "score", "merge")
+
+
+def stages_of(config: Config, *, retry_rejected: bool = False) -> list[Stage]:
     """The stages that a configuration needs, in order.
 
     merge is needed where training reads tars (`data.likelihood tar`), which also hold what losses
     without likelihoods read, unless `paths.merged` is `paths.dataset`; score where merge is, where
     training draws by score files, and for the zero-shot predictor. The model is evaluated on the
     validation split (the export's thresholds) and on `evaluation.split`, there also the constant.
+
+    Args:
+        config: the configuration.
+        retry_rejected: pack runs in any case, and the stages `RETRYING` with that flag.
     """
     paths, evaluation = config.paths, config.evaluation
     merged = config.data.likelihood == "tar" and paths.merged != paths.dataset
@@ -210,7 +219,8 @@ def stages_of(config: Config) -> list[Stage]:
     ) -> Stage:
         record = (root, "score_clip.result.json" if name == "score" else f"{name}.result.json")
         where = paths.export if name == "export" else root
-        return Stage(name, name, config, (), inputs, record, (where, output), after)
+        words = (RETRY,) if retry_rejected and name in RETRYING else ()
+        return Stage(name, name, config, words, inputs, record, (where, output), after)
 
     found = [
         stage("clean", clean_inputs, paths.instances, "clean.json"),
@@ -293,8 +303,15 @@ def decide(stage: Stage, *, running: Collection[str] = ()) -> Decision:
         return Decision("run", f"{'/'.join(stage.output)} is not there")
     if "inputs" not in record:
         return Decision("run", "finished, but by a version that did not record its inputs")
+    retried = RETRY in stage.words
     if changes := changed(record["inputs"], now):
-        return Decision("run", f"changed: {_named(changes, record['inputs'], now, stage.config)}")
+        why = f"changed: {_named(changes, record['inputs'], now, stage.config)}"
+        rejected = record.get("counts", {}).get("rejected", 0)
+        if "pack.images" in changes and rejected and not retried:
+            why += f"; {rejected} rejected instances stay so without {RETRY}"
+        return Decision("run", why)
+    if retried and stage.command == "pack":
+        return Decision("run", f"{RETRY}: rejected instances are tried again")
     if waits:
         return Decision("maybe", f"finished; to be seen after {', '.join(waits)}")
     return Decision("skip", "finished")

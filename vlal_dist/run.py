@@ -17,7 +17,17 @@ from typing import Any
 from vlal_dist.config.load import without_flags
 from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.errors import ConfigError, DataError, Stopped, UsageError, VlalError
-from vlal_dist.pipeline import STAGES, Stage, decide, plan, plan_table, read_json, stages_of
+from vlal_dist.pipeline import (
+    RETRY,
+    RETRYING,
+    STAGES,
+    Stage,
+    decide,
+    plan,
+    plan_table,
+    read_json,
+    stages_of,
+)
 from vlal_dist.processes import run_child
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.storage.checks import masked
@@ -30,7 +40,7 @@ there and the settings and files that decide it are those that its result record
 where the configuration needs no likelihoods. Repeat the command after any interruption. Takes every
 setting of these commands; vlal STAGE --help lists them.
 """
-OWN_FLAGS = ("from", "to", "plan", "ranks", "json")
+OWN_FLAGS = ("from", "to", "plan", "ranks", "retry-rejected", "json")
 MARGIN_S = 10.0
 """Seconds beyond `supervise.grace_s` after which a stage that was asked to stop is killed: the
 launcher of the ranks gives them that time itself."""
@@ -48,7 +58,8 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
         Stopped: a stage stopped by itself, and can be resumed.
         VlalError: a stage failed; with its exit code.
     """
-    stages = select(stages_of(config), first=flags.get("from"), last=flags.get("to"))
+    stages = stages_of(config, retry_rejected="retry-rejected" in flags)
+    stages = select(stages, first=flags.get("from"), last=flags.get("to"))
     if "plan" in flags:
         decisions = plan(stages)
         say(plan_table(stages, decisions))
@@ -179,6 +190,8 @@ def _failure(stage: Stage, why: str, code: int) -> VlalError:
             f"{stage.record[0]} was written before this ({why}), and finished data is never "
             f"edited: give another --paths.root FOLDER, or undo the change"
         )
+        if stage.command in RETRYING and RETRY not in stage.words:
+            remedy += f"; where pack {RETRY} changed the dataset, repeat with {RETRY}"
     error = VlalError(f"{stage.title} ended with code {code}, see above; {remedy}")
     error.exit_code = code
     return error

@@ -22,6 +22,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
             config.paths,
             plan_only="plan" in flags,
             retry_quarantined="retry-quarantined" in flags,
+            retry_rejected="retry-rejected" in flags,
         )
     path, instances = flags["object-vectors"], config.paths.instances
     refuse_relative_in_job("--object-vectors", path)
@@ -38,7 +39,7 @@ PROGRAM = Program(
         "one on this machine. Repeat the command to continue."
     ),
     sections=("paths", "scoring", "observability"),
-    flags=("plan", "json", "retry-quarantined", "object-vectors"),
+    flags=("plan", "json", "retry-quarantined", "retry-rejected", "object-vectors"),
     output=lambda config, flags: (
         config.paths.instances if "object-vectors" in flags else config.paths.scores
     ),

@@ -15,8 +15,10 @@ from sklearn.metrics import roc_auc_score
 
 from tests.conftest import S3Server
 from tests.fixtures.damaged_tars import upload
+from tests.fixtures.scored_dataset import copy_merged
 from tests.fixtures.tiny_vaw import run
 from tests.scoring.conftest import Model, make_tiny_model
+from tests.shard_tools.test_pack import tree
 from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.format.scores import read_scores_manifest, read_shard_scores
 from vlal_dist.method.likelihood import log_likelihood
@@ -333,3 +335,38 @@ def test_unusable_crops_are_listed_and_can_be_tried_again(
     assert run(PROGRAM, dataset, *call, "--retry-quarantined") == 0
     assert (counts(json_file)["shards_scored"], counts(json_file)["quarantined"]) == (1, {})
     assert data_files(root) == data_files(quiet)
+
+
+def test_shards_that_pack_renewed_are_scored_and_the_others_keep_their_scores(
+    small: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Photo missing, pack, score, merge; photo restored, the same with --retry-rejected."""
+    folder, photo = copy_merged(small, tmp_path / "data"), "photos/train3.jpg"
+    config, json_file = folder / "config.yaml", tmp_path / "counts.json"
+    for name in ("dataset", "merged"):
+        shutil.rmtree(folder / name)
+    (folder / photo).unlink()
+    root, retry = folder / "scored", ("--retry-rejected",)
+    call = flags(tiny, root, "--json", str(json_file))
+    scores = ("--paths.scores", str(root))
+    assert run("pack", config, "--pack.max_rejected", "1.0") == 0
+    assert run(PROGRAM, config, *call) == run("merge", config, *scores) == 0
+    before = data_files(root)
+
+    shutil.copy(small / photo, folder / photo)
+    assert run("pack", config, *retry) == 0
+    capsys.readouterr()
+    assert run(PROGRAM, config, *call) == 65
+    assert "repeat with --retry-rejected: shards that stayed keep" in capsys.readouterr().err
+    assert run(PROGRAM, config, *call, *retry, "--plan") == 0
+    assert counts(json_file)["shards_pending"] == 1 and (root / "scores.json").exists()
+    assert run(PROGRAM, config, *call, *retry) == 0
+    assert counts(json_file)["shards_scored"] == 1
+    after = data_files(root)
+    assert before.items() <= after.items() and len(after) == len(before) + 1
+    assert run(PROGRAM, config, *call) == 0  # from now on without the flag
+    assert run("merge", config, *scores, *retry) == 0
+
+    other = ("--paths.scores", str(tmp_path / "s"), "--paths.merged", str(tmp_path / "m"))
+    assert run(PROGRAM, config, *call, *other[:2]) == run("merge", config, *other) == 0
+    assert tree(folder / "merged") == tree(tmp_path / "m")

@@ -42,7 +42,7 @@ DEFAULT_CONFIG = "configs/vaw.yaml"
 INSTALLED = Path(__file__).parents[1] / "configs"
 """Folder of the configurations that come with the package."""
 
-SWITCHES = ("plan", "order", "retry-quarantined")
+SWITCHES = ("plan", "order", "retry-quarantined", "retry-rejected")
 FLAGS: dict[str, str] = {
     "plan": "print what would be done and stop",
     "from": "STAGE: first stage (default: the first one)",
@@ -58,6 +58,8 @@ FLAGS: dict[str, str] = {
     "first-ranks": "F: ranks of the run's first start (default: N)",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
     "retry-quarantined": "score shards with unusable crops again",
+    "retry-rejected": "pack: pack what was rejected and can be packed now, as if it had been there "
+    "from the beginning; score, merge: renew what that changed",
     "object-vectors": "FILE: write CLIP text vectors of the object names of paths.instances there, "
     "for clean.object_vectors, and stop",
 }

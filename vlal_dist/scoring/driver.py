@@ -55,6 +55,7 @@ def score_dataset(
     *,
     plan_only: bool = False,
     retry_quarantined: bool = False,
+    retry_rejected: bool = False,
 ) -> dict[str, object]:
     """Score the shards that have no score file, check the others, commit `scores.json`.
 
@@ -62,6 +63,8 @@ def score_dataset(
         scoring, paths: config sections.
         plan_only: only return what a run would do.
         retry_quarantined: first delete the score files that list unusable crops.
+        retry_rejected: the dataset may have changed since `scores.json` (pack --retry-rejected):
+            score the shards that are new, and write it again.
 
     Returns:
         Closing counts, for JSON.
@@ -84,7 +87,9 @@ def score_dataset(
     plan = make_plan(dataset, store, job)
     if retry_quarantined and not plan_only and forget_quarantined(dataset, store, plan, job):
         plan = make_plan(dataset, store, job)
-    finished = check_not_taken(store, manifest, scoring.splits)
+    finished = check_not_taken(store, manifest, scoring.splits, retry_rejected=retry_rejected)
+    if retry_rejected and not (finished or plan_only):
+        store.delete("scores.json")
     if plan_only:
         return planned(plan, job, stored_settings(store, job))
     known = known_settings(store, job)
@@ -220,13 +225,16 @@ def forget_quarantined(dataset: Dataset, store: Store, plan: ScoringPlan, job: S
     return bool(found)
 
 
-def check_not_taken(store: Store, wanted: dict[str, Any], splits: Sequence[str]) -> bool:
+def check_not_taken(
+    store: Store, wanted: dict[str, Any], splits: Sequence[str], *, retry_rejected: bool = False
+) -> bool:
     """Whether `scores.json` is there already, with the same content.
 
     Args:
         store: score root.
         wanted: digests and temperature of this run, by their names in `scores.json`.
         splits: splits of this run.
+        retry_rejected: one of an earlier state of the dataset counts as absent.
 
     Raises:
         ConflictError: it belongs to another dataset, scorer or temperature, or lacks a split.
@@ -235,12 +243,20 @@ def check_not_taken(store: Store, wanted: dict[str, Any], splits: Sequence[str])
         present = json.loads(store.read("scores.json"))
     except NotFoundError:
         return False
-    for name, value in wanted.items():
-        if present.get(name) != value:
-            raise ConflictError(
-                f"{store.url}/scores.json has {name} {present.get(name)}, this run has {value}; "
-                "give another paths.scores"
-            )
+    others = [name for name, value in wanted.items() if present.get(name) != value]
+    if others == ["dataset_digest"]:
+        if retry_rejected:
+            return False
+        raise ConflictError(
+            f"{store.url}/scores.json is of the dataset {present.get('dataset_digest')}, this one "
+            f"is {wanted['dataset_digest']}; if pack --retry-rejected has changed it, repeat with "
+            "--retry-rejected: shards that stayed keep their scores; else give another paths.scores"
+        )
+    for name in others:
+        raise ConflictError(
+            f"{store.url}/scores.json has {name} {present.get(name)}, this run has {wanted[name]}; "
+            "give another paths.scores"
+        )
     missing = [split for split in splits if split not in present["splits"]]
     if missing:
         raise ConflictError(
