@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
-from PIL import Image
 
 from shard_tools.shard_writer import (
     ShardReport,
@@ -34,8 +33,9 @@ from shard_tools.shard_writer import (
 )
 from vlal_dist.config.sections import Config, PackConfig
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
-from vlal_dist.data.format.images import crop_bounds, encode_jpeg, is_plain_jpeg, open_photo
+from vlal_dist.data.format.images import Photo, crop_bounds, encode_jpeg, read_photo
 from vlal_dist.data.format.index import LABELS_SCHEMA, REJECTS_SCHEMA, check_uids, encode_table
+from vlal_dist.data.format.jpeg import CROP_PIXELS
 from vlal_dist.data.format.photos import Limits, Photos, printable
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
 from vlal_dist.data.hashing import sample_uid
@@ -45,6 +45,9 @@ from vlal_dist.observability.prometheus_files import TextFile
 from vlal_dist.pipeline import pack_inputs
 from vlal_dist.program import Counts, Program
 from vlal_dist.storage.store import Store, open_store
+
+CROP_SETTINGS = {"jpeg_quality", "box_expansion", "max_pixels", "background", "keep_metadata"}
+"""Settings that the bytes of crops depend on, recorded in the manifest."""
 
 JPEG_SIDE = 65_500  # pixels; the encoder's limit
 
@@ -75,15 +78,6 @@ class InstanceRow:
 
 
 @dataclass(frozen=True)
-class Photo:
-    """A photo decoded once for all its instances."""
-
-    data: bytes
-    image: Image.Image
-    plain_jpeg: bool
-
-
-@dataclass(frozen=True)
 class ShardTask:
     """One shard to build in the dataset root `root`."""
 
@@ -103,7 +97,8 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     for name, data in copied.items():
         found = hashlib.sha256(data).hexdigest()
         check_digest(f"{source.url}/{name}", clean["files"][name], found)
-    crops = settings.model_dump(include={"jpeg_quality", "box_expansion", "max_pixels"})
+    crops = settings.model_dump(include=CROP_SETTINGS)
+    crops["background"] = settings.background.lower()
     commit_settings(
         target,
         "pack.json",
@@ -276,15 +271,19 @@ def _crops(task: ShardTask, instances: Iterable[InstanceRow]) -> Iterator[Crop |
 
 def decode_photo(data: bytes, settings: PackConfig) -> Photo:
     """Decode a whole photo; DataError with the reason when it cannot be."""
-    image = open_photo(data, max_pixels=settings.max_pixels)
-    return Photo(data=data, image=image, plain_jpeg=is_plain_jpeg(data))
+    return read_photo(
+        data,
+        max_pixels=settings.max_pixels,
+        background=settings.background.lower(),
+        keep_metadata=settings.keep_metadata,
+    )
 
 
 def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Crop:
     """Crop, encode, and lay out one sample: its uid, its tar bytes, and what `KEY.json` says.
 
-    The original file's bytes are kept when it is an upright RGB or grey JPEG and the crop is all
-    of it: nothing is lost to a second compression.
+    Where the crop is all of an upright JPEG, the file's own image data are stored, without its
+    metadata: nothing is lost to a second compression.
 
     Raises:
         DataError: the box has no size, lies wholly outside the photo, or is beyond any crop.
@@ -294,14 +293,16 @@ def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Cr
         instance.box, width=image.width, height=image.height, expansion=settings.box_expansion
     )
     width, height = bounds[2] - bounds[0], bounds[3] - bounds[1]
-    if max(width, height) > JPEG_SIDE or width * height > settings.max_pixels:
-        raise DataError(f"box too large: a crop of {width}x{height} pixels, see pack.max_pixels")
+    limit = min(settings.max_pixels, CROP_PIXELS)
+    if max(width, height) > JPEG_SIDE or width * height > limit:
+        raise DataError(
+            f"box too large: a crop of {width}x{height} pixels; allowed are {limit} pixels (the "
+            f"lower of pack.max_pixels and {CROP_PIXELS}) and {JPEG_SIDE} on a side"
+        )
     whole = bounds == (0, 0, image.width, image.height)
-    jpg = (
-        photo.data
-        if whole and photo.plain_jpeg
-        else encode_jpeg(image.crop(bounds), quality=settings.jpeg_quality)
-    )
+    jpg = photo.jpeg if whole else None
+    if jpg is None:
+        jpg = encode_jpeg(image.crop(bounds), quality=settings.jpeg_quality)
     x, y, w, h = instance.box
     meta = {
         "box_in_crop": [x - bounds[0], y - bounds[1], w, h],
@@ -322,6 +323,7 @@ RESULTS = {
     "not an image": "bad_image",
     "too large": "bad_image",
     "truncated or damaged": "bad_image",
+    "unsupported": "bad_image",
     "zero size": "bad_box",
     "box outside": "bad_box",
     "box too large": "bad_box",

@@ -13,8 +13,8 @@ import numpy as np
 from shard_tools.shard_writer import dataset_counts
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, Split, open_newest, open_split, read_labels
-from vlal_dist.data.format.images import decode_rgb
 from vlal_dist.data.format.index import check_uids
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import Sample, SampleReader
 from vlal_dist.data.format.tar import list_members
 from vlal_dist.data.hashing import sample_uid, uid_to_hex
@@ -99,7 +99,13 @@ def _check_sample(dataset: Dataset, split: Split, sample: Sample, row: Mapping[s
         raise DataError(f"{where}: labels overlap or leave 0..{width - 1}; clean and pack again")
     if any(getattr(sample, name) != stated for name, stated in row.items()):
         raise DataError(f"{where}: labels.parquet differs from the tar; pack again")
-    decode_rgb(sample.jpg)
+    try:
+        decode_jpeg(sample.jpg)
+    except DataError as error:
+        raise DataError(
+            f"{where}: {error}; pack the photos into a new paths.dataset, which rejects or repairs "
+            "those that do not decode"
+        ) from None
     if sample.log_likelihood is None:
         return
     expected = len(dataset.feasible.of(sample.object_id))

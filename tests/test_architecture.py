@@ -70,6 +70,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "boto3": "vlal_dist/storage/",
     "botocore": "vlal_dist/storage/",
     "tarfile": "vlal_dist/data/format/tar.py",
+    "simplejpeg": "vlal_dist/data/format/jpeg.py",
     "jinja2": "vlal_dist/reporting/page.py",
     "onnx": "vlal_dist/release/onnx_export.py",
     "onnxruntime": "vlal_dist/release/onnx_export.py",

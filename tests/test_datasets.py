@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import vlal_dist.datasets
 from tests.conftest import S3Server
-from tests.fixtures.damaged_tars import damaged_copy, upload
+from tests.fixtures.damaged_tars import damaged_copy, undecodable_copy, upload
 from vlal_dist.config.sections import (
     DataConfig,
     LossConfig,
@@ -532,18 +532,16 @@ class TestDamage:
         except DataError:
             return False
 
+    @pytest.mark.parametrize("transform", [None, smaller])
     def test_a_crop_that_does_not_decode(
-        self, merged: Dataset, monkeypatch: pytest.MonkeyPatch
+        self, merged: Dataset, tmp_path: Path, transform: Any
     ) -> None:
-        """Whole bytes that are no JPEG: what pack would have to store wrongly is simulated."""
-        dataset = ShardDataset(merged.url, transform=smaller)
-
-        def cut(file: io.BytesIO) -> Image.Image:
-            raise OSError("image file is truncated")
-
-        monkeypatch.setattr(Image, "open", cut)
-        with pytest.raises(DataError, match=r"uid \w+: a crop cannot be decoded: image file"):
+        uid = undecodable_copy(merged, tmp_path / "root", split="train", row=3)
+        dataset = ShardDataset(tmp_path / "root", image_size=SIZE, transform=transform)
+        said = rf"uid {uid:016x}: a crop cannot be decoded: .*; its bytes are as they were packed"
+        with pytest.raises(DataError, match=said):
             dataset[3]
+        assert dataset[2]
 
     def test_no_such_root_or_split(self, merged: Dataset, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"holds no dataset\.json"):

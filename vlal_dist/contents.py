@@ -29,6 +29,8 @@ Expansion = Annotated[float, Field(ge=0, le=100)]
 """Margin around a box, a share of its sides."""
 AtLeastOne = Field(min_length=1)
 """Annotation of a list that is not empty."""
+Colour = Annotated[str, Field(pattern=r"^#[0-9A-Fa-f]{6}$")]
+"""A colour, `#rrggbb`."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number in [0, 1]."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -6,7 +6,6 @@ crc32, and images hold the same bits.
 Shapes: B rows of a batch, A attributes, S image side.
 """
 
-import io
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset, IterableDataset, default_collate, get_work
 
 from vlal_dist.config.sections import DataConfig, TrainingConfig
 from vlal_dist.data.format.dataset import open_dataset, open_split
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.batch_builder import BatchBuilder, BatchRequest
 from vlal_dist.data.loading.likelihoods import tar_likelihoods
@@ -120,11 +120,11 @@ class _Shards:
         found = []
         for jpg, row in zip(batch.jpgs or [], batch.row, strict=True):
             try:
-                photo = Image.open(io.BytesIO(jpg)).convert("RGB")
-            except (OSError, SyntaxError, ValueError) as error:
+                photo = Image.fromarray(decode_jpeg(jpg))
+            except DataError as error:
                 at = builder.reader.locate(row.numpy()[None])
-                reason = f"a crop cannot be decoded: {error}"
-                raise _refusal(DamagedError(builder.reader.damage(at, 0, reason))) from None
+                damage = builder.reader.damage(at, 0, str(error), as_packed=True)
+                raise _refusal(DamagedError(damage)) from None
             found.append(self.transform(photo))
         return found
 
@@ -179,10 +179,7 @@ def likelihoods(
 
 def _refusal(error: DamagedError) -> DataError:
     """The error of a damaged sample, in a type that a DataLoader can raise again."""
-    return DataError(
-        f"{error.damage}; the shard or its index was altered or cut: restore it (`vlal verify` "
-        "checks all), or pack again"
-    )
+    return DataError(f"{error.damage}; {error.damage.remedy}")
 
 
 class ShardDataset(_Shards, Dataset[dict[str, Any]]):

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.data.format.dataset import open_dataset
+from vlal_dist.data.format.images import WHITE
 from vlal_dist.errors import NotFoundError
 from vlal_dist.evaluation.predictions import load_predictions
 from vlal_dist.evaluation.results import read_result
@@ -62,6 +63,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         vocabulary=dataset.vocabulary,
         dataset=dataset.name,
         box_expansion=float(dataset.manifest["crops"].get("box_expansion", 0.0)),
+        background=str(dataset.manifest["crops"].get("background", WHITE)),
     )
     result = _result(run, config.evaluation.split, model, dataset.digest)
     card = model_card(info, result=result, thresholds=thresholds, onnx_difference=difference)

@@ -26,7 +26,7 @@ import torch
 from benchmarks.common.harness import pin
 from benchmarks.scoring.data import CASES, Case, load
 from benchmarks.scoring.workers import Places, choose_cores
-from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds
 from vlal_dist.scoring.embed import box_crop
 from vlal_dist.scoring.ray_cluster import LOCAL_ENVIRONMENT
@@ -77,7 +77,7 @@ class Prepare:
 def crops_of(batch: Batch, encoder: ClipEncoder | Prepare) -> list[torch.Tensor]:
     """Decode, cut and preprocess, with the functions that our actors use."""
     return [
-        encoder.prepare(box_crop(decode_rgb(jpg), tuple(json.loads(meta)["box_in_crop"])))
+        encoder.prepare(box_crop(decode_jpeg(jpg), tuple(json.loads(meta)["box_in_crop"])))
         for jpg, meta in zip(batch["jpg"], batch["json"], strict=True)
     ]
 

@@ -29,7 +29,7 @@ from benchmarks.common.harness import pin
 from benchmarks.scoring.data import CASES, TEMPLATE, Case, load, prepared, weights_path
 from benchmarks.scoring.workers import PinnedActor, Places, choose_cores, settings_of
 from vlal_dist.data.format.dataset import open_dataset, open_split
-from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.scoring import ray_cluster
 from vlal_dist.scoring.clip import PhaseSeconds
@@ -129,7 +129,7 @@ def naively(folder: Path, case: Case, seconds: float) -> Found:
     started = time.perf_counter()
     while row < 2 or time.perf_counter() - started < seconds:
         sample = reader.read(row)
-        image = preprocess(box_crop(decode_rgb(sample.jpg), sample.box_in_crop))[None]
+        image = preprocess(box_crop(decode_jpeg(sample.jpg), sample.box_in_crop))[None]
         words, name = dataset.vocabulary.attributes, dataset.vocabulary.objects[sample.object_id]
         prompts = [
             TEMPLATE.format(attribute=words[n], object=name)

@@ -18,8 +18,8 @@ from PIL import Image
 
 from tests.scoring.conftest import Model
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
-from vlal_dist.data.format.images import decode_rgb
 from vlal_dist.data.format.index import Index, encode_index
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.format.scores import (
     ShardScores,
@@ -129,7 +129,7 @@ def test_equals_a_plain_open_clip_loop(dataset: Path, fashion: Model, tmp_path: 
     for row in rows:
         sample = reader.read(row)
         x, y, w, h = (int(value) for value in sample.box_in_crop)
-        crop = Image.fromarray(decode_rgb(sample.jpg)).crop((x, y, x + w, y + h))
+        crop = Image.fromarray(decode_jpeg(sample.jpg)).crop((x, y, x + w, y + h))
         name = data.vocabulary.objects[sample.object_id]
         attributes = data.feasible.of(sample.object_id)
         prompts = [f"a photo of {data.vocabulary.attributes[a]} {name}" for a in attributes]

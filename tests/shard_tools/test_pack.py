@@ -188,7 +188,7 @@ def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = decode_photo(jpeg(40, 30, exif=exif), SETTINGS)
-    assert turned.image.size == (30, 40) and not turned.plain_jpeg
+    assert turned.image.size == (30, 40) and turned.jpeg is None
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,10 @@ class PackConfig(Section):
     0)."""
     max_pixels: int = Field(64_000_000, ge=1)
     """Largest photo decoded (pixels; against decompression bombs)."""
+    background: str = Field("#ffffff", pattern="^#[0-9A-Fa-f]{6}$")
+    """Colour below transparent pixels (#rrggbb)."""
+    keep_metadata: bool = False
+    """Keep EXIF (position, serial numbers), comments and colour profiles of whole JPEGs."""
     workers: int = Field(0, ge=0)
     """Processes, 0: one per core."""
     seed: int = Field(0, ge=0)

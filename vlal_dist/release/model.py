@@ -14,7 +14,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ from PIL import Image
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from vlal_dist.contents import Expansion, Sha256, parse_json, shown
-from vlal_dist.data.format.images import open_photo, upright_rgb
+from vlal_dist.contents import Colour, Expansion, Sha256, parse_json, shown
+from vlal_dist.data.format.images import WHITE, open_photo, upright_rgb
 from vlal_dist.data.loading.batch import to_floats
 from vlal_dist.data.loading.decode import Box, square_into
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
@@ -48,6 +48,7 @@ class _Config(TypedDict):
     model: dict[str, Any]
     dataset: str
     box_expansion: Expansion
+    background: NotRequired[Colour]
     vocabulary: dict[str, Any]
 
 
@@ -60,12 +61,14 @@ class ExportInfo:
         vocabulary: object and attribute names in id order, and the attributes' groups.
         dataset: name of the dataset trained on.
         box_expansion: margin around a box, as its crops were packed with (`crop_bounds`).
+        background: colour below transparent pixels, likewise; white where none was recorded.
     """
 
     model: SavedModelInfo
     vocabulary: Vocabulary
     dataset: str
     box_expansion: float
+    background: str = WHITE
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ class ExportedModel:
         side = self.info.model.image_size
         square = np.empty((side, side, 3), dtype=np.uint8)
         expansion = self.info.box_expansion
-        square_into(_photo(image), box, square, expansion=expansion, max_pixels=MAX_PIXELS)
+        photo = _photo(image, self.info.background)
+        square_into(photo, box, square, expansion=expansion, max_pixels=MAX_PIXELS)
         return self.top(self.probabilities(torch.from_numpy(square[None]), object_id), k=top_k)[0]
 
     def object_id(self, name: str | None) -> int:
@@ -205,6 +209,7 @@ def write_export(
         "model": info.model.to_json(),
         "dataset": info.dataset,
         "box_expansion": info.box_expansion,
+        "background": info.background,
         **remarks,
         "vocabulary": info.vocabulary.to_json(),
     }
@@ -276,7 +281,13 @@ def _read_config(store: Store) -> tuple[ExportInfo, dict[str, str]]:
             f"{where}: the model is for {model.num_objects} objects and {model.num_attributes} "
             f"attributes, the vocabulary has {sizes[0]} and {sizes[1]}; {remedy}"
         )
-    info = ExportInfo(model, vocabulary, values["dataset"], float(values["box_expansion"]))
+    info = ExportInfo(
+        model,
+        vocabulary,
+        values["dataset"],
+        float(values["box_expansion"]),
+        values.get("background", WHITE),
+    )
     return info, values["files"]
 
 
@@ -287,10 +298,10 @@ def _nearest(name: str, objects: tuple[str, ...]) -> str:
     return ", ".join(map(repr, near))
 
 
-def _photo(image: Image.Image | Tensor | str | Path) -> Image.Image:
-    """The given photo as an upright RGB image."""
+def _photo(image: Image.Image | Tensor | str | Path, background: str) -> Image.Image:
+    """The given photo as an upright RGB image, transparent pixels on the background."""
     if isinstance(image, Image.Image):
-        return upright_rgb(image)
+        return upright_rgb(image, background=background)
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
             raise ConfigError(
@@ -300,7 +311,7 @@ def _photo(image: Image.Image | Tensor | str | Path) -> Image.Image:
         return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     path = Path(image)
     try:
-        return open_photo(path.read_bytes(), max_pixels=MAX_PIXELS)
+        return open_photo(path.read_bytes(), max_pixels=MAX_PIXELS, background=background)
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such file; correct the path") from None
     except DataError as error:

@@ -58,6 +58,7 @@ PHOTOS{" --predict.object NAME" if gated else ""}`.
 
 Input: the crop of the object's box, margin {info.box_expansion:g} of its shorter side, squashed \
 to {model.image_size}x{model.image_size} (bilinear, antialiased), RGB, \
+transparent pixels on {info.background}, \
 {"normalised with ImageNet's mean and deviation" if model.normalize else "not normalised"}.
 
 ## Training

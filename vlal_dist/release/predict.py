@@ -110,7 +110,9 @@ def _crops_of_photo(
         pixels = np.empty((side, side, 3), dtype=np.uint8)
         try:
             if image is None:
-                image = open_photo(photos.read(one.image), max_pixels=max_pixels)
+                image = open_photo(
+                    photos.read(one.image), max_pixels=max_pixels, background=info.background
+                )
             square_into(image, one.box, pixels, expansion=info.box_expansion, max_pixels=max_pixels)
             made.append(Crop(one, pixels))
         except DataError as error:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.vocabulary import Vocabulary
@@ -59,7 +59,7 @@ def build_example(
         not known).
     """
     sample = reader.read(int(predictions.row[position]))
-    image = Image.fromarray(decode_rgb(sample.jpg))
+    image = Image.fromarray(decode_jpeg(sample.jpg))
     image.thumbnail((CROP_SIDE, CROP_SIDE), Image.Resampling.LANCZOS)
     jpg = io.BytesIO()
     image.save(jpg, "JPEG", quality=JPEG_QUALITY)

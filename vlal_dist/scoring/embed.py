@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from vlal_dist.data.format.dataset import Split
-from vlal_dist.data.format.images import decode_rgb
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.format.scores import quarantined_of, read_shard_scores
 from vlal_dist.data.hashing import I64, U64
@@ -211,7 +211,7 @@ def prepare_crop(reader: SampleReader, row: int, encoder: ClipEncoder) -> Prepar
     read = time.perf_counter()
     pixels, problem = None, ""
     try:
-        pixels = encoder.prepare(box_crop(decode_rgb(sample.jpg), sample.box_in_crop))
+        pixels = encoder.prepare(box_crop(decode_jpeg(sample.jpg), sample.box_in_crop))
     except (DataError, OSError, ValueError) as error:
         problem = " ".join(str(error).split())[:200] or type(error).__name__
     return PreparedCrop(pixels, problem, read - started, time.perf_counter() - read)

@@ -112,7 +112,7 @@ def test_a_device_decodes_close_to_the_cpu() -> None:
         out = np.zeros((64, 64, 3), np.uint8)
         decode_into(jpg, out)
         assert np.abs(one.permute(1, 2, 0).numpy() - out).max() <= 1.01
-    with pytest.raises(DataError, match="cannot be decoded on cpu"):
+    with pytest.raises(DataError, match="cannot be decoded: "):
         decode_on([jpgs[0][:100]], side=64, device=torch.device("cpu"))
     later = batch_of(torch.zeros((0, 3, 64, 64), dtype=torch.uint8), [], normalize=False)
     later = replace(later, flip=torch.tensor([True, False, False]), jpgs=jpgs)

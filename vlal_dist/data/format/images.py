@@ -1,22 +1,22 @@
-"""Decoding, cropping and encoding of images with Pillow, for tools and scoring.
+"""Photos from strangers: the only place that opens image files.
 
-Truncated files raise instead of being decoded in part, and the header is checked against a pixel
-limit before any pixel is decoded.
+Formats are told apart by content, so that no decoder runs that is not named here, and sizes are
+checked on the header before any pixel is decoded. What cannot be decoded whole and with a defined
+brightness raises with the reason; nothing is decoded in part.
 """
 
 import io
 import math
-import struct
 import warnings
-import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
+from vlal_dist.data.format.jpeg import check_pixels, read_jpeg
 from vlal_dist.errors import DataError
-
-Pixels = npt.NDArray[np.uint8]
 
 # The limit is set per call; Pillow's global one would only warn.
 Image.MAX_IMAGE_PIXELS = None
@@ -24,19 +24,8 @@ Image.MAX_IMAGE_PIXELS = None
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# What Pillow raises on damaged files, EXIF blocks included, besides its own type.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    OverflowError,
-    LookupError,
-    TypeError,
-    struct.error,
-    zlib.error,
-)
-
+WHITE = "#ffffff"
+"""Colour below transparent pixels where none is given, or was recorded."""
 
 OPENED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats of `photo_format` that `open_photo` reads."""
@@ -73,6 +62,18 @@ _BRANDS = {
     b"crx ": "CR3",
 }
 """Brand of an ISO media file (ISO/IEC 14496-12, 23008-12) -> format."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what turns the image upright."""
+_SUBFILE, _BITS, _PHOTOMETRIC, _COLOUR_MAP, _TILE_WIDTH, _TILE_HEIGHT = 254, 258, 262, 320, 322, 323
+_SAMPLE_FORMAT, _MINIMUM, _MAXIMUM, _DNG_VERSION = 339, 340, 341, 50706
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 
 
@@ -98,50 +99,204 @@ def photo_format(head: bytes) -> str | None:
     return next((name for magic, name in _MAGIC if head.startswith(magic)), None)
 
 
-def open_photo(data: bytes, *, max_pixels: int) -> Image.Image:
-    """Decode a whole photo, as RGB, turned upright by its EXIF orientation.
+@dataclass(frozen=True)
+class Photo:
+    """A decoded photo.
+
+    Attributes:
+        image: RGB, upright, without transparency.
+        jpeg: bytes that every stage decodes to `image` exactly, without metadata; None where there
+            are none (other formats, turned photos, inks).
+    """
+
+    image: Image.Image
+    jpeg: bytes | None
+
+
+def open_photo(data: bytes, *, max_pixels: int, background: str = WHITE) -> Image.Image:
+    """`read_photo`'s image."""
+    return read_photo(data, max_pixels=max_pixels, background=background).image
+
+
+def read_photo(
+    data: bytes, *, max_pixels: int, background: str = WHITE, keep_metadata: bool = False
+) -> Photo:
+    """Decode a whole photo of one of the formats `OPENED`, told apart by content.
+
+    Of animations and files of several pages the first image is taken. The size is checked on the
+    header, before a pixel is decoded.
+
+    Args:
+        data: the file.
+        max_pixels: limit of width times height.
+        background: colour below transparent pixels, `#rrggbb`.
+        keep_metadata: leave EXIF, comments and what follows the image in `Photo.jpeg`.
 
     Raises:
-        DataError: not an image, truncated, or larger than `max_pixels`.
+        DataError: `not an image: ...`, `too large: ...`, `truncated or damaged: ...`, or
+            `unsupported: ...` where pixel values have no defined brightness.
     """
+    name = photo_format(data[:HEAD_BYTES])
+    if name == "JPEG":
+        photo = read_jpeg(data, max_pixels=max_pixels, keep_metadata=keep_metadata)
+        upright = photo.orientation == 1
+        image = _turned(Image.fromarray(photo.pixels), photo.orientation)
+        return Photo(image, photo.stored if upright else None)
+    if name not in OPENED:
+        if not data:
+            raise DataError("not an image: the file is empty")
+        if name is None:
+            raise DataError(f"not an image: it begins as no {', '.join(OPENED)} file does")
+        raise DataError(f"not an image: {name} is not read; convert it to JPEG or PNG")
+    return Photo(_open_with_pillow(data, name, max_pixels, background), None)
+
+
+def upright_rgb(image: Image.Image, *, background: str = WHITE) -> Image.Image:
+    """The image as RGB, on a background, turned by its EXIF orientation.
+
+    Raises:
+        DataError: its pixel values have no defined brightness.
+    """
+    orientation = image.getexif().get(0x0112, 1)
+    return _turned(_to_rgb(image, background), orientation)
+
+
+def _open_with_pillow(data: bytes, name: str, max_pixels: int, background: str) -> Image.Image:
+    if name == "WEBP":  # Pillow takes memory for the canvas when it opens the file
+        check_pixels(*_webp_size(data), max_pixels)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette warnings say nothing of pixels
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > max_pixels:
-                raise DataError(
-                    f"too large: {image.width}x{image.height} pixels, limit {max_pixels}; "
-                    "raise max_pixels (of pack, of predict) if the photo is meant"
-                )
+            image = Image.open(io.BytesIO(data), formats=(name,))
+            check_pixels(image.width, image.height, max_pixels)
+            if name == "TIFF":
+                _check_tiff(image, max_pixels)
             image.load()
-            return upright_rgb(image)
+            if name == "PNG" and "transparency" in image.info:
+                _scale_key(image, depth=data[24])
+            upright = upright_rgb(image, background=background)
+            upright.info.clear()  # comments, which Pillow would write into crops
+            return upright
     except UnidentifiedImageError:
-        raise DataError("not an image") from None
+        raise DataError(
+            f"truncated or damaged: a {name} whose header is damaged or of a kind that is not "
+            "read; save it as JPEG or PNG"
+        ) from None
     except DataError:
         raise
-    except DAMAGE as error:
-        raise DataError(f"truncated or damaged: {error}") from None
+    except Exception as error:  # Pillow raises any type on damaged files
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"truncated or damaged: {why}") from None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as RGB, turned by its EXIF orientation."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the canvas (RFC 9649)."""
+    kind, body = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    width, height = (int.from_bytes(body[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    return width, height
 
 
-def is_plain_jpeg(data: bytes) -> bool:
-    """Whether the file is an RGB or grey JPEG that needs no turning, so that its bytes can stay.
+def _check_tiff(image: Image.Image, max_pixels: int) -> None:
+    """DataError where the first image is not the photo, tiles are too large, or bytes signed."""
+    tags = _tags(image)
+    if _DNG_VERSION in tags:
+        raise DataError("not an image: a camera's raw file is not read; convert it to JPEG or PNG")
+    if tags.get(_SUBFILE, 0) & 1:
+        raise DataError("unsupported: the first page is a thumbnail; save the photo as JPEG or PNG")
+    if _TILE_WIDTH in tags and _TILE_HEIGHT in tags:
+        check_pixels(tags[_TILE_WIDTH], tags[_TILE_HEIGHT], max_pixels)
+    if image.mode == "L" and _first(tags.get(_SAMPLE_FORMAT, 1)) == 2:
+        raise DataError("unsupported: signed bytes; save it as JPEG or PNG")
+    if image.mode == "P" and max(tags[_COLOUR_MAP]) < 256:
+        # Meant are 16 bits; some programs write 8, of which Pillow would make black.
+        planes = np.asarray(tags[_COLOUR_MAP], dtype=np.uint8).reshape(3, -1)
+        image.load()
+        image.putpalette(planes.T.tobytes(), "RGB")
 
-    Raises:
-        DataError: its EXIF block is damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data))
-            turned = image.getexif().get(0x0112, 1) != 1
-            return image.format == "JPEG" and image.mode in ("RGB", "L") and not turned
-    except DAMAGE as error:
-        raise DataError(f"truncated or damaged: {error}") from None
+
+def _scale_key(image: Image.Image, *, depth: int) -> None:
+    """Bring a PNG's transparent colour to the 8 bits that its pixels were brought to."""
+    if image.mode == "L" and depth < 8:
+        image.info["transparency"] *= 255 // ((1 << depth) - 1)
+    elif image.mode == "RGB" and depth == 16:
+        raise DataError(
+            "unsupported: 16-bit colours of which one is transparent; save it with an alpha channel"
+        )
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image turned upright; values that EXIF does not define leave it as it is."""
+    method = _TURNS.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    """The image as 8-bit RGB: deep pixels scaled, transparent ones on the background."""
+    key = image.info.get("transparency")
+    deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    if deep or (image.mode in ("1", "L", "RGB") and key is not None):
+        rgb = (_scaled(image) if deep else image).convert("RGB")
+        if key is None:
+            return rgb
+        clear = np.asarray(image) == (bool(key) if image.mode == "1" else np.asarray(key))
+        clear = clear.all(axis=-1) if clear.ndim == 3 else clear
+        alpha = Image.fromarray(np.where(clear, 0, 255).astype(np.uint8))
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(
+            image, lab, srgb, outputMode="RGB", flags=ImageCms.Flags.NOOPTIMIZE
+        )
+        assert converted is not None  # None only where it works in place
+        return converted
+    elif image.has_transparency_data:
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        rgb, alpha = rgba.convert("RGB"), rgba.getchannel("A")
+    else:
+        return image.convert("RGB")
+    canvas = Image.new("RGB", rgb.size, background)
+    canvas.paste(rgb, mask=alpha)
+    return canvas
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits scaled to 8: 16 bits by their range, others by the declared one."""
+    tags, values = _tags(image), np.asarray(image)
+    # Pillow 11 opens a PNG of 16 bits as "I"; other integers without tags have no known range.
+    bits = _first(tags.get(_BITS, 32 if image.mode == "I" and image.format != "PNG" else 16))
+    if bits <= 16 and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1 and image.mode != "F":
+        low, high = 0.0, float(2**bits - 1)
+    elif _MINIMUM in tags and _MAXIMUM in tags:
+        low, high = float(_first(tags[_MINIMUM])), float(_first(tags[_MAXIMUM]))
+        unsigned = image.mode == "I" and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1
+        values = values.view(np.uint32) if unsigned else values
+    else:
+        kind = "floats" if image.mode == "F" else f"{bits}-bit integers"
+        raise DataError(
+            f"unsupported: grey {kind} without a declared range (TIFF's SMinSampleValue and "
+            "SMaxSampleValue); save it with 8 or 16 bits"
+        )
+    if not low < high or np.isnan(values).any():
+        raise DataError(f"unsupported: a range of {low:g} to {high:g}, or pixels without a value")
+    share = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
+    if tags.get(_PHOTOMETRIC) == 0:
+        share = 1 - share  # white is zero
+    return Image.fromarray((share * 255 + 0.5).astype(np.uint8))
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    """A TIFF's tags by number."""
+    tags: Mapping[int, Any] = getattr(image, "tag_v2", {})
+    return tags
+
+
+def _first(value: Any) -> Any:
+    """The first of a tag's values, which Pillow gives bare or as a tuple."""
+    return value[0] if isinstance(value, tuple) else value
 
 
 def crop_bounds(
@@ -181,16 +336,3 @@ def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=quality, subsampling=0)
     return sink.getvalue()
-
-
-def decode_rgb(jpg: bytes) -> Pixels:
-    """Decode a shard's JPEG to uint8 [H, W, 3].
-
-    Raises:
-        DataError: the bytes are no whole JPEG.
-    """
-    try:
-        image = Image.open(io.BytesIO(jpg))
-        return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"a crop cannot be decoded: {error}") from None

@@ -73,7 +73,10 @@ def decoded(batch: Batch, device: torch.device) -> Batch:
             try:
                 decode_on([jpg], side=side, device=device)
             except DataError as error:
-                raise DataError(f"sample uid {uid_to_hex(uid)}: {error}; pack again") from None
+                raise DataError(
+                    f"sample uid {uid_to_hex(uid)}: {error}; set data.decode cpu, or pack the "
+                    "photos into a new paths.dataset"
+                ) from None
         raise
     return replace(batch, image=image.round().clamp(0, 255).to(torch.uint8), jpgs=None)
 

@@ -23,7 +23,7 @@ import torch
 
 from vlal_dist.config.sections import DataConfig
 from vlal_dist.data.format.dataset import Dataset
-from vlal_dist.data.format.images import Pixels
+from vlal_dist.data.format.jpeg import Pixels
 from vlal_dist.data.hashing import I64, signed_uids, uid_to_hex
 from vlal_dist.data.loading.batch import Batch
 from vlal_dist.data.loading.decode import ImageCache, decode_into
@@ -129,6 +129,7 @@ class BatchBuilder:
         self.reader, self.config, self.read_likelihoods = reader, config, read_likelihoods
         self.num_attributes = len(dataset.vocabulary.attributes)
         self.set_size = np.diff(dataset.feasible.indptr)
+        self.training = training
         self.quarantines = training and config.damage == "quarantine"
         self.decode_later = training and config.decode == "gpu"
         side = config.image_size
@@ -221,7 +222,8 @@ class _Job:
             try:
                 self._decode(place, memoryview(data)[start:stop])
             except DataError as error:
-                self._leave_out(place, builder.reader.damage(self.at, place, str(error)))
+                damage = builder.reader.damage(self.at, place, str(error), as_packed=True)
+                self._leave_out(place, damage)
         with builder.lock:
             builder.counts.samples += high - low
             builder.counts.sample_bytes += int(self.at.length[low:high].sum())
@@ -240,7 +242,7 @@ class _Job:
 
     def _leave_out(self, place: int, damage: Damage) -> None:
         if not self.builder.quarantines:
-            raise DamagedError(damage)
+            raise DamagedError(damage, may_quarantine=self.builder.training)
         self.damage[place] = damage
 
     def _build(self) -> BuiltBatch:
@@ -282,7 +284,7 @@ class _Job:
                 if builder.read_likelihoods is not None:
                     builder.read_likelihoods(one.rows, _members(data, one.likelihood))
             except (DataError, LookupError, TypeError, ValueError) as error:
-                return DamagedError(builder.reader.damage(at, place, str(error)))
+                return DamagedError(builder.reader.damage(at, place, str(error), as_packed=True))
         return None
 
     def _weights(self, at: SampleLocations, data: list[Data]) -> tuple[torch.Tensor, torch.Tensor]:

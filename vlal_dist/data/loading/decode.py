@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from vlal_dist.data.format.images import Pixels, crop_bounds
+from vlal_dist.data.format.images import crop_bounds
+from vlal_dist.data.format.jpeg import Pixels, check_jpeg, decode_jpeg
 from vlal_dist.errors import DataError
 
 _resize: Callable[..., torch.Tensor] = torch._C._nn._upsample_bilinear2d_aa
@@ -31,13 +31,9 @@ def decode_into(jpg: bytes | memoryview, out: Pixels) -> None:
         out: uint8 [S, S, 3], contiguous.
 
     Raises:
-        DataError: the bytes are no whole JPEG.
+        DataError: the bytes are no whole JPEG, or larger than any crop.
     """
-    try:
-        pixels = simplejpeg.decode_jpeg(jpg, "RGB")
-    except ValueError as error:
-        raise DataError(f"a crop cannot be decoded: {error}") from None
-    resize_into(pixels, out)
+    resize_into(decode_jpeg(jpg), out)
 
 
 def resize_into(pixels: Pixels, out: Pixels) -> None:
@@ -105,14 +101,17 @@ def decode_on(jpgs: Sequence[bytes], *, side: int, device: torch.device) -> Tens
         float32 [B, 3, S, S], 0 to 255.
 
     Raises:
-        DataError: one of them is no whole JPEG.
+        DataError: one of them is no whole JPEG, or larger than any crop.
     """
     # Imported where it is used: torchvision takes as long to import as torch does.
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_jpeg as decode_on_device
 
+    for jpg in jpgs:
+        check_jpeg(jpg)
     files = [torch.frombuffer(bytearray(jpg), dtype=torch.uint8) for jpg in jpgs]
     try:
-        images = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+        images = decode_on_device(files, mode=ImageReadMode.RGB, device=device)
     except RuntimeError as error:
         raise DataError(f"a crop cannot be decoded on {device}: {error}") from None
     squares = [

@@ -66,11 +66,26 @@ class Damage:
         uid: unsigned.
         where: URL of its shard.
         check: the check that failed.
+        as_packed: the bytes have their checksum, so that the fault is in what was packed.
     """
 
     uid: int
     where: str
     check: str
+    as_packed: bool = False
+
+    @property
+    def remedy(self) -> str:
+        """What helps."""
+        if self.as_packed:
+            return (
+                "its bytes are as they were packed: pack the photos into a new paths.dataset "
+                "(photos that do not decode are rejected or repaired there), then score and merge"
+            )
+        return (
+            "the shard or its index was altered or cut: restore it (vlal verify checks all), or "
+            "pack into a new paths.dataset"
+        )
 
     def __str__(self) -> str:
         return f"{self.where}: sample uid {uid_to_hex(self.uid)}: {self.check}"
@@ -79,11 +94,9 @@ class Damage:
 class DamagedError(DataError):
     """A sample failed its check twice."""
 
-    def __init__(self, damage: Damage) -> None:
-        super().__init__(
-            f"{damage}; the shard or its index was altered or cut: restore it (vlal verify "
-            "checks all), pack again, or set data.damage quarantine"
-        )
+    def __init__(self, damage: Damage, *, may_quarantine: bool = False) -> None:
+        more = "; or set data.damage quarantine, which leaves it out" if may_quarantine else ""
+        super().__init__(f"{damage}; {damage.remedy}{more}")
         self.damage = damage
 
 
@@ -206,12 +219,14 @@ class ShardReader:
             if self._shards[shard].path is None:
                 self.prefetcher.request((first, stop, until), shard)
 
-    def damage(self, at: SampleLocations, place: int, check: str) -> Damage:
-        """Count a damaged row, and describe it."""
+    def damage(
+        self, at: SampleLocations, place: int, check: str, *, as_packed: bool = False
+    ) -> Damage:
+        """Count a damaged row, and describe it (see `Damage`)."""
         with self._lock:
             self.damaged += 1
         shard = self._shards[at.shard[place]]
-        return Damage(int(at.uid[place]), f"{shard.store.url}/{shard.key}", check)
+        return Damage(int(at.uid[place]), f"{shard.store.url}/{shard.key}", check, as_packed)
 
     def close(self) -> None:
         """End the threads and close the files."""
