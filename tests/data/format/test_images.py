@@ -47,7 +47,7 @@ LIMIT = 10_000_000
 
 
 @pytest.mark.parametrize("name", OPENED)
-def test_formats_that_are_read_are_told_apart_by_content(name: str) -> None:
+def test_formats_that_are_read_are_known_by_content(name: str) -> None:
     sink = io.BytesIO()
     Image.new("RGB", (9, 7)).save(sink, name)
     assert photo_format(sink.getvalue()[:HEAD_BYTES]) == name
@@ -148,7 +148,7 @@ def test_numbers_without_a_range_are_refused(mode: str) -> None:
 
 
 def test_an_eps_named_jpg_starts_no_process(tmp_path: Path) -> None:
-    """Pillow would run Ghostscript, unless told which formats to open: a stand-in lies ready."""
+    """Pillow would run Ghostscriptwithout a list of formats: a stand-in lies ready."""
     started, ghostscript, photo = (tmp_path / name for name in ("started", "gs", "evil.jpg"))
     ghostscript.write_text(f"#!/bin/sh\ntouch {started}\nexit 1\n")
     ghostscript.chmod(0o755)

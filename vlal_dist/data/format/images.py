@@ -1,6 +1,6 @@
 """Photos from strangers: the only place that opens image files.
 
-Formats are told apart by content, so that no decoder runs that is not named here, and sizes are
+A format is known by its content, so that no decoder runs that is not named here, and sizes are
 checked on the header before any pixel is decoded. What cannot be decoded whole and with a defined
 brightness raises with the reason; nothing is decoded in part.
 """
@@ -121,7 +121,7 @@ def open_photo(data: bytes, *, max_pixels: int, background: str = WHITE) -> Imag
 def read_photo(
     data: bytes, *, max_pixels: int, background: str = WHITE, keep_metadata: bool = False
 ) -> Photo:
-    """Decode a whole photo of one of the formats `OPENED`, told apart by content.
+    """Decode a whole photo of one of the formats `OPENED`, known by content.
 
     Of animations and files of several pages the first image is taken. The size is checked on the
     header, before a pixel is decoded.
