@@ -144,7 +144,8 @@ class FeasibleSets:
             with zipfile.ZipFile(io.BytesIO(data)) as file:
                 arrays = {}
                 for name, dtype in _DTYPES.items():
-                    arrays[name] = decode_npy(_stored(file, f"{name}.npy", len(data)), dtype)
+                    stored = _stored(file, f"{name}.npy", len(data))
+                    arrays[name] = decode_npy(stored, dtype).copy()
         except Exception as error:  # a damaged zip raises many types, zlib's and struct's too
             raise DataError(
                 f"feasible.npz cannot be read ({bounded(str(error))}); run vlal clean again"
