@@ -362,7 +362,7 @@ def test_other_row_groups_are_not_read(scored: Dataset) -> None:
         found = read_labels(scored, "train", columns=["negative"], rows=range(start, stop))
         assert found.equals(labels.select(["negative"]).slice(start, stop - start))
     for start, stop in [(29, 31), (39, 40)]:
-        with pytest.raises(DataError, match="labels.parquet is damaged"):
+        with pytest.raises(DataError, match=r"labels\.parquet is damaged"):
             read_labels(scored, "train", columns=["negative"], rows=range(start, stop))
 
 
