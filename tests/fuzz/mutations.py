@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from types import FrameType
 from typing import Any
 
@@ -92,20 +93,20 @@ def mutate_json(data: bytes, ops: TreeOps) -> bytes:
         holder, key = places[first % len(places)]
         value = holder[key]
         if kind == "put":
-            holder[key] = VALUES[second % len(VALUES)]
+            holder[key] = deepcopy(VALUES[second % len(VALUES)])
         elif kind == "drop" and holder is not tree:
             del holder[key]
         elif kind == "rename" and isinstance(holder, dict):
             holder[(key + "s", key[:-1], "", key.upper())[second % 4]] = holder.pop(key)
         elif kind == "swap":
             other, name = places[second % len(places)]
-            holder[key], other[name] = other[name], json.loads(json.dumps(value))
+            holder[key], other[name] = deepcopy(other[name]), deepcopy(value)
         elif kind == "wrap":
             holder[key] = [value] if second % 2 else {"x": value}
         elif kind == "double" and isinstance(holder, list) and holder is not tree:
-            holder.insert(key, value)
+            holder.insert(key, deepcopy(value))
         elif kind == "longer" and isinstance(value, list):
-            holder[key] = [*value, VALUES[second % len(VALUES)]]
+            holder[key] = [*value, deepcopy(VALUES[second % len(VALUES)])]
     text = json.dumps(tree[0]) if tree else ""
     return text.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000).encode()
 
