@@ -2,14 +2,21 @@
 
 import importlib
 import json
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from vlal_dist.config.load import CommandLine, load_config
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import DataError
-from vlal_dist.program import EXIT_FILE, Counts, Program, run_program
+from vlal_dist.program import EXIT_FILE, Counts, Program, locked_places, run_program
+from vlal_dist.storage import lock
+from vlal_dist.storage.lock import writer_lock
 
 
 def outcome(folder: Path, work: object, *more: str) -> tuple[int, dict[str, object]]:
@@ -78,6 +85,104 @@ def test_counts_that_cannot_be_written_end_with_an_io_error(tmp_path: Path) -> N
     assert code == 74 and result["code"] == 0
     assert outcome(tmp_path, None, "--json", str(tmp_path / "n.json"))[0] == 0
     assert json.loads((tmp_path / "n.json").read_text())["samples"] == 170407
+
+
+LOUD = """
+import logging, sys
+from vlal_dist.observability.logs import Progress
+from vlal_dist.program import Program, run_program
+
+def work(config, flags):
+    with Progress("try", total=3, unit="things", every_s=0) as progress:
+        for number in range(3):
+            logging.getLogger("x").warning("x" * 5000)
+            print("y" * 70_000)
+            sys.stderr.write("z")
+            progress.advance()
+    return {"things": 3}
+
+program = Program("try", "try", "try", ("paths",), lambda config, flags: config.paths.run, work)
+sys.exit(run_program(program, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("how", ["2>&-", "<&- >&- 2>&-", "gone", "full"])
+def test_closed_streams_change_nothing(tmp_path: Path, how: str) -> None:
+    (tmp_path / "c.yaml").write_text("training: {seed: 1}\n")
+    text, file = tmp_path / "text", tmp_path / "code"
+    words = ["--config", str(tmp_path / "c.yaml"), "--paths.run", str(tmp_path / "run")]
+    words += ["--observability.textfiles", str(text)]
+    call = shlex.join([sys.executable, "-c", LOUD, *words])
+    # The reader has left before anything is written; or there is no room for what is written.
+    shell = {"gone": f"({call}) 2>&1 | true", "full": f"{call} > /dev/full 2> /dev/full"}
+    script = f"set -o pipefail; {shell.get(how, f'{call} {how}')}"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, EXIT_FILE: str(file)},
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert file.read_text() == "0"
+    result = json.loads((tmp_path / "run/try.result.json").read_text())
+    assert result["code"] == 0 and result["counts"]["things"] == 3
+    assert "vlal_job_exit_code" in textfile(text)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "try.result.json",
+        "try.config.yaml",
+    }
+
+
+def test_a_root_in_use_is_refused_and_keeps_its_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome(tmp_path, None)
+    before = (tmp_path / "try.result.json").read_bytes()
+    monkeypatch.setattr(lock, "GRACE_S", 0.1)
+    with writer_lock(str(tmp_path), program="train"):
+        text = ("--observability.textfiles", str(tmp_path / "text"))
+        assert outcome(tmp_path, ValueError("was begun"), *text)[0] == 74
+        assert outcome(tmp_path, None, "--plan")[0] == 0  # only reads
+    assert f"train (process {os.getpid()} on " in capsys.readouterr().err
+    assert (tmp_path / "try.result.json").read_bytes() == before
+    assert textfile(tmp_path / "text") == ""
+
+
+def test_remedies_are_printed_only_where_they_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(error: OSError) -> str:
+        assert outcome(tmp_path, error)[0] == 74
+        return capsys.readouterr().err
+
+    assert "disk is full" in shown(OSError(28, "No space left on device"))
+    assert "set TMPDIR to" in shown(OSError("AF_UNIX path too long"))
+    assert shown(OSError(5, "Input/output error")).endswith("Input/output error\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "places"),
+    [
+        ("vlal_dist.train", [("ROOT/run", "")]),
+        ("vlal_dist.evaluate", [("ROOT/run", "evaluation/test-model")]),
+        ("vlal_dist.report", [("ROOT/run", "report")]),
+        ("vlal_dist.export", [("ROOT/export", ""), ("ROOT/run", "export")]),
+        ("vlal_dist.score_clip", [("ROOT/scores", "")]),
+        ("vlal_dist.predict", [("out", "predict here")]),
+        ("shard_tools.pack", [("ROOT/dataset", "")]),
+        ("shard_tools.clean.program", [("ROOT/instances", "")]),
+        ("shard_tools.merge", [("ROOT/merged", "")]),
+        ("shard_tools.reshard", [("ROOT/resharded", "")]),
+        ("shard_tools.verify", []),
+        ("shard_tools.inspect_dataset", []),
+    ],
+)
+def test_what_each_program_locks(module: str, places: list[tuple[str, str]]) -> None:
+    chosen = importlib.import_module(module).PROGRAM
+    config = load_config(
+        None, {"paths.root": "ROOT", "predict.output": "out/here.csv"}, sections=()
+    )
+    assert [tuple(one) for one in locked_places(chosen, CommandLine(config, {}))] == places
 
 
 def textfile(folder: Path) -> str:

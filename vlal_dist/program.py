@@ -193,7 +193,7 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
         return code if quiet else _close(program, line, result, code=code, started=started)
     with contextlib.ExitStack() as locks:
         try:
-            for root, name in _writes(program, line):
+            for root, name in locked_places(program, line):
                 locks.enter_context(writer_lock(root, name, program=program.name))
         except KeyboardInterrupt:
             sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")
@@ -208,7 +208,7 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
         return _close(program, line, result, code=code, started=started)
 
 
-def _writes(program: Program, line: CommandLine) -> Sequence[tuple[str, str]]:
+def locked_places(program: Program, line: CommandLine) -> Sequence[tuple[str, str]]:
     """What the program locks; see `Program.writes`."""
     if program.writes is not None:
         return program.writes(line.config, line.flags)
@@ -263,6 +263,8 @@ def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | No
     try:
         with extras_named():
             counts = program.work(line.config, line.flags)
+        if program.writes is only_reads:
+            sys.stdout.flush()  # its output is its result
         return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
         code, reason = error.exit_code, masked(str(error))

@@ -284,3 +284,11 @@ def test_help_describes_every_key() -> None:
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
             assert field.description, name
+
+
+@pytest.mark.parametrize("url", ["s3://key7:sec7/ret7@bucket/x", "s3://key7@bucket", "S3://key7:7"])
+@pytest.mark.parametrize(("key", "form"), [("paths.run", "{}"), ("pack.images", "[photos, '{}']")])
+def test_credentials_in_s3_urls_are_refused_and_not_shown(url: str, key: str, form: str) -> None:
+    with pytest.raises(ConfigError, match="holds no credentials") as caught:
+        load_config(None, {key: form.format(url)})
+    assert key in str(caught.value) and "7" not in str(caught.value)

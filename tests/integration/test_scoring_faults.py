@@ -328,15 +328,17 @@ def test_the_shards_of_a_paused_actor_are_handed_out_again(
 
 @seeds
 def test_two_drivers(seed: int, quiet: Files, begin: Callable[..., Scene], tmp_path: Path) -> None:
+    """The second is refused, names the first, and changes nothing."""
     rng, total, scores = random.Random(seed), len(quiet) - 3, tmp_path / "scores"
     one = begin(scores)
+    wait_until(lambda: scores.is_dir() or one.ended(), one.log)
     time.sleep(rng.choice([0.0, rng.random() * 2]))
-    both = [one, begin(scores)]
-    found = [scene.counts() for scene in both]
-    for counted in found:
-        assert_exact(counted, scores, quiet)
-    assert sum(x["shards_scored"] for x in found) == total
-    print(f"shards scored by each {[x['shards_scored'] for x in found]} of {total}")
+    two = begin(scores)
+    found = one.counts()
+    assert two.driver.wait(WAIT_S) == 74, two.log.read_text()
+    assert f"score_clip (process {one.driver.pid} on " in two.log.read_text()
+    assert_exact(found, scores, quiet)
+    assert found["shards_scored"] == total
 
 
 def s3_faults(rng: random.Random) -> list[Fault]:

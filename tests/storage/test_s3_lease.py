@@ -164,6 +164,19 @@ def test_a_stopped_holder_that_was_not_replaced_goes_on(server: S3Server) -> Non
 
 
 @pytest.mark.slow
+def test_the_named_time(ceph_s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real times: 30 s after the last renewal of a killed holder of another machine."""
+    root = ceph_s3.url()
+    monkeypatch.undo()
+    with ceph_s3.environment(), holding(root) as process:
+        process.kill()
+        process.wait()
+        began = time.monotonic()
+        with writer_lock(root, program="pack"):
+            assert 30 <= time.monotonic() - began < 40
+
+
+@pytest.mark.slow
 def test_of_many_newcomers_one_takes_it_over(server: S3Server) -> None:
     root = server.url()
     with holding(root) as process:

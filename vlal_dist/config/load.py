@@ -78,6 +78,7 @@ EXIT_CODES = (
 
 _LOCAL_RANK = ("local_rank", "local-rank")
 """DeepSpeed's and older torch's spelling of the flag that they add; LOCAL_RANK says the same."""
+_S3_KEYS = re.compile(r"s3://[^/]*[:@]", re.IGNORECASE)
 _VARIABLE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 
 
@@ -187,6 +188,7 @@ def load_config(
         section: _expand(keys, section, required=sections is None or section in sections)
         for section, keys in values.items()
     }
+    _refuse_credentials(values)
     root = values.get("paths", {}).get("root", PathsConfig().root)
     values.setdefault("pack", {}).setdefault("name", root_name(str(root)))
     profile = values.get("method", {}).get("profile", "paper")
@@ -197,6 +199,18 @@ def load_config(
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("; ".join(dict.fromkeys(_messages(error)))) from None
+
+
+def _refuse_credentials(values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse S3 URLs with keys in them before any is opened, printed or recorded."""
+    for section, keys in values.items():
+        for key, value in keys.items():
+            if any(_S3_KEYS.match(str(x)) for x in (value if isinstance(value, list) else [value])):
+                raise ConfigError(
+                    f"{section}.{key}: an S3 URL is written s3://bucket/prefix and holds no "
+                    "credentials; give those by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+                    "AWS_PROFILE"
+                )
 
 
 def config_yaml(config: Config) -> str:
