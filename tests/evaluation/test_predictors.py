@@ -164,7 +164,7 @@ def test_clip_scores_feasible_attributes_only(dataset: Dataset, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"splits": ["train"]}, "cover the splits train, not test"),
+        ({"splits": {"train": {"samples": 5, "shards": 1}}}, "cover the splits train, not test"),
         ({"feasible_digest": "0" * 64}, "feasible"),
         ({"vocabulary_digest": "0" * 64}, "vocabulary"),
     ],

@@ -24,7 +24,7 @@ MANIFEST = {
     "scorer_digest": SCORER,
     "feasible_digest": FEASIBLE,
     "vocabulary_digest": VOCABULARY,
-    "splits": ["train"],
+    "splits": {"train": {"samples": 5, "shards": 1}},
 }
 TEMPERATURE = 0.03
 DIM = 64

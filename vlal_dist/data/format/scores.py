@@ -46,6 +46,11 @@ LARGEST = 1.001
 _MAPPED = ("uid", "indptr", "similarity")
 
 
+class _SplitCounts(TypedDict):
+    samples: Count
+    shards: Count
+
+
 class _Manifest(TypedDict):
     """`scores.json` (docs/formats.md)."""
 
@@ -53,7 +58,7 @@ class _Manifest(TypedDict):
     feasible_digest: Sha256
     vocabulary_digest: Sha256
     temperature: Positive
-    splits: list[str]
+    splits: dict[str, _SplitCounts]
 
 
 class _Entry(TypedDict):
