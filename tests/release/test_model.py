@@ -61,6 +61,8 @@ def test_it_answers_like_the_network_for_every_kind_of_image(store: Store, tmp_p
     assert found == model(tmp_path / "photo.png", "box", top_k=3)
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert found == model(planes, "box", top_k=3)
+    assert found == model(np.array(image), "box", top_k=3)
+    assert found == model(np.array(image)[:, ::-1][:, ::-1], "box", top_k=3)  # strides of its own
 
     small = image.resize((64, 64))
     pixels = to_floats(torch.from_numpy(np.array(small)).permute(2, 0, 1)[None], normalize=False)
@@ -110,8 +112,42 @@ def test_bad_arguments_are_refused_with_the_reason(store: Store, tmp_path: Path)
         model(photo(), "bal")
     with pytest.raises(DataError, match="needs the object's name"):
         model(photo())
-    with pytest.raises(ConfigError, match=r"uint8 \[3, H, W\]"):
-        model(torch.rand(3, 64, 64), "ball")
+    for array in (
+        torch.rand(3, 64, 64),
+        torch.zeros(64, 64, 3, dtype=torch.uint8),
+        np.zeros((64, 64, 3), np.float32),
+        np.zeros((3, 64, 64), np.uint8),
+        np.zeros((64, 64), np.uint8),
+        np.zeros((0, 64, 3), np.uint8),
+    ):
+        with pytest.raises(ConfigError, match=r"array \[H, W, 3\] or a tensor \[3, H, W\]"):
+            model(array, "ball")
+    for other in (None, b"bytes", 7, [photo()], io.BytesIO()):
+        with pytest.raises(ConfigError, match=r"is no photo; give a path, an image of Pillow"):
+            model(other, "ball")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"is a folder; .* --predict\.images"):
+        model(tmp_path, "ball")
+    for box in ((1, 2, 3), "1234", 5, (1, 2, 3, None), [[1], 2, 3, 4]):
+        with pytest.raises(ConfigError, match="give x, y, width, height"):
+            model(photo(), "ball", box=box)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="overflow"):
+        model(photo(), "ball", box=(0, 0, float("nan"), 9))
+    for top_k in (-1, None, 2.0, "3"):
+        with pytest.raises(ConfigError, match="top_k"):
+            model(photo(), "ball", top_k=top_k)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="by its name"):
+        model(photo(), ["ball"])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes a path or URL"):
+        load_model(None)  # type: ignore[arg-type]
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(DataError, match="not a file"):
+        model(tmp_path / "pipe.jpg", "ball")
+    photo().save(tmp_path / "cut.png")
+    data = (tmp_path / "cut.png").read_bytes()
+    with pytest.raises(DataError, match="truncated or damaged"):
+        model(Image.open(io.BytesIO(data[: len(data) // 2])), "ball")
+    with pytest.raises(DataError, match="too large: 9000x9000 pixels"):
+        model(Image.new("1", (9000, 9000)), "ball")
     with pytest.raises(NotFoundError):
         model(tmp_path / "none.jpg", "ball")
     (tmp_path / "bad.jpg").write_bytes(b"no image")

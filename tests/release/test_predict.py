@@ -228,6 +228,127 @@ def test_bad_rows_are_listed_and_the_others_answered_in_order(
     assert result["counts"]["objects"] == 2 and result["counts"]["rejected"] == 15
 
 
+def test_a_folder_s_files_are_photos_by_content_and_what_is_left_out_is_counted(
+    trained: Trained,
+    crops: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    jpg, root = Path(crops[0]["image"]).read_bytes(), tmp_path / "photos"
+    (root / "linked").mkdir(parents=True)
+    (root / "linked").rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "loop").symlink_to(root)
+    Image.open(crops[0]["image"]).save(root / "moving.gif")
+    for path in (
+        root / "A.JFIF",
+        root / "bare",
+        root / "text.dat",
+        root.parent / "elsewhere/b.JPG",
+    ):
+        path.write_bytes(jpg)
+    with open(os.fsencode(root) + b"/\xe9.jpg", "wb") as file:
+        file.write(jpg)
+    (root / "notes.txt").write_text("no photo")
+    (root / ".hidden.jpg").write_bytes(jpg)
+    os.mkfifo(root / "pipe.jpg")
+    (root / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    (root / "evil.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    flags = ("--predict.images", str(root), "--predict.object", "ball")
+    expected = ["A.JFIF", "bare", "linked/b.JPG", "moving.gif", "text.dat", "\\udce9.jpg"]
+    for name in ("o.jsonl", "o.parquet", "o.CSV"):
+        out = tmp_path / name
+        assert call(trained, *flags, "--predict.output", str(out), "--predict.top_k", "1") == 0
+        assert "objects 6, rejected 2" in (closing := capsys.readouterr().out)
+        for part in ("not a photo 1", "hidden 1", "special file 1", "folder that is listed 1"):
+            assert part in closing
+        rejects = lines(tmp_path / "o.rejects.jsonl")
+        assert [row["image"] for row in rejects] == ["evil.jpg", "phone.HEIC"]
+    assert [row["image"] for row in lines(tmp_path / "o.jsonl")] == expected
+    assert pyarrow.parquet.read_table(tmp_path / "o.parquet")["image"].to_pylist() == expected
+    rows = csv.DictReader((tmp_path / "o.CSV").read_text("utf-8").splitlines())
+    assert [row["image"] for row in rows] == expected
+
+    assert call(trained, *flags[2:], "--predict.images", str(root / "bare"), "--predict.output",
+                str(tmp_path / "one.jsonl")) == 0  # fmt: skip
+    assert [row["image"] for row in lines(tmp_path / "one.jsonl")] == ["bare"]
+
+
+def test_a_table_reads_nothing_outside_of_the_named_folder(
+    trained: Trained, crops: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    jpg, root = Path(crops[0]["image"]).read_bytes(), tmp_path / "photos"
+    root.mkdir()
+    for path in (root / "ok.jpg", tmp_path / "secret.jpg"):
+        path.write_bytes(jpg)
+    os.mkfifo(root / "pipe.jpg")
+    (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    names = ["ok", str(root / "ok.jpg"), "/dev/zero", "/dev/stdin", "../secret.jpg"]
+    names += [str(tmp_path / "secret.jpg"), "pipe.jpg", "link.jpg"]
+    rows = [{"image": name, "object": "ball"} for name in names]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "o.jsonl"
+    flags = ("--predict.images", str(root), "--predict.table", str(tmp_path / "t.jsonl"))
+    assert call(trained, *flags, "--predict.output", str(out)) == 0
+    assert [row["row"] for row in lines(out)] == [0, 1]
+    rejects = lines(tmp_path / "o.rejects.jsonl")
+    assert [row["reason"] for row in rejects] == [*["outside"] * 4, "not a file", "outside"]
+    assert "predict.follow_links: true" in rejects[-1]["detail"]
+    assert call(trained, *flags, "--predict.output", str(out), "--predict.follow_links", "1") == 0
+    assert [row["row"] for row in lines(out)] == [0, 1, 7]
+    flags = ("--predict.images", str(tmp_path), "--predict.table", str(tmp_path / "t.jsonl"))
+    assert call(trained, *flags, "--predict.output", str(out), "--predict.max_bytes", "100") == 65
+    assert {"too large", "missing", "outside"} == {
+        row["reason"] for row in lines(tmp_path / "o.rejects.jsonl")
+    }
+
+
+def test_cells_that_are_no_text_cost_no_other_row(
+    trained: Trained, crops: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "a b.jpg").write_bytes(Path(crops[0]["image"]).read_bytes())
+    good = {"image": "a b.jpg", "object": "ball"}
+    rows = [{**good, key: "x\ud83d"} for key in ("image", "object", "id", "box")]
+    rows += [good, {**good, "id": "\ud83d\ude00"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.csv").write_bytes(
+        b"image,object,id\n\xff,ball,0\na b.jpg,b\xff,1\na b.jpg,ball,\xff\na b.jpg,ball,3\n"
+    )
+    for table, answered, rejected in (
+        ("a.jsonl", [("4", 4), ("\U0001f600", 5)], ["not text"] * 3 + ["bad box"]),
+        ("b.csv", [("3", 3)], ["not text"] * 3),
+    ):
+        for suffix in ("jsonl", "parquet", "csv"):
+            out = tmp_path / f"o.{suffix}"
+            flags = ("--predict.table", str(tmp_path / table), "--predict.output", str(out))
+            assert call(trained, *flags, "--predict.top_k", "1") == 0
+            rejects = lines(tmp_path / "o.rejects.jsonl")
+            assert [row["reason"] for row in rejects] == rejected
+            assert "\\ud" in rejects[0]["detail"]
+        assert [(row["id"], row["row"]) for row in lines(tmp_path / "o.jsonl")] == answered
+    assert call(trained, "--predict.table", str(tmp_path / "b.csv"), "--predict.object", "\udce9",
+                "--predict.output", str(tmp_path / "o.jsonl")) == 64  # fmt: skip
+
+
+def test_a_spreadsheet_runs_no_cell(
+    trained: Trained, crops: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "+1.jpg").write_bytes(Path(crops[0]["image"]).read_bytes())
+    ids = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "plain", "a=1", "'=1"]
+    rows = [{"image": "+1.jpg", "object": "ball", "id": one, "box": [-1, 0, 9, 9]} for one in ids]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "o.csv"
+    flags = ("--predict.table", str(tmp_path / "t.jsonl"), "--predict.top_k", "1")
+    assert call(trained, *flags, "--predict.output", str(out)) == 0
+    with out.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["id"] for row in found] == [f"'{one}" for one in ids[:6]] + ids[6:]
+    assert {row["image"] for row in found} == {"'+1.jpg"} and found[0]["x"] == "-1.0"
+    assert call(trained, *flags, "--predict.output", str(tmp_path / "o.jsonl")) == 0
+    assert [row["id"] for row in lines(tmp_path / "o.jsonl")] == ids
+
+
 def test_only_bad_rows_are_an_error_and_leave_no_answers(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,7 +362,11 @@ def test_only_bad_rows_are_an_error_and_leave_no_answers(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     (tmp_path / "bad.png").unlink()
     assert call(trained, *flags, "--predict.output", str(out)) == 65
-    assert "no rows and no photos" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no rows and no photos; left out: not a photo 2" in error
+    assert call(trained, *flags[2:], "--predict.table", write_csv(tmp_path / "t.csv", [
+        {"image": "none.jpg"}]), "--predict.output", str(out)) == 65  # fmt: skip
+    assert "the first: row 0: missing: no such photo in" in capsys.readouterr().err
 
 
 def test_a_photo_is_turned_as_its_exif_says(trained: Trained, tmp_path: Path) -> None:

@@ -373,3 +373,40 @@ def test_verify_and_the_reader_find_damage_that_tarfile_does_not(
     with pytest.raises((DataError, OSError), match=path.name):
         for row in range(split.shards[0].samples):
             reader.read(row)
+
+
+def test_image_ids_name_photos_of_any_suffix_below_the_named_folder_only(tmp_path: Path) -> None:
+    config = write_small_vaw(tmp_path)
+    photos, records = tmp_path / "photos", json.loads((tmp_path / "train.json").read_text())
+    ids = list(dict.fromkeys(record["image_id"] for record in records))
+    (photos / "sub").mkdir()
+    Image.open(photos / f"{ids[0]}.jpg").save(photos / f"{ids[0]}.WEBP")
+    (photos / f"{ids[0]}.jpg").unlink()
+    (photos / f"{ids[1]}.jpg").rename(photos / f"{ids[1]}.JPG")
+    (photos / f"{ids[2]}.jpg").rename(photos / "sub/named.jpg")
+    Image.open(photos / f"{ids[3]}.jpg").save(photos / f"{ids[3]}.png")
+    (photos / f"{ids[4]}.jpg").rename(tmp_path / "secret.jpg")
+    (photos / f"{ids[5]}.jpg").rename(tmp_path / "linked.jpg")
+    (photos / f"{ids[5]}.jpg").symlink_to(tmp_path / "linked.jpg")
+    os.mkfifo(photos / "pipe.jpg")
+    names = {ids[2]: "sub/named.jpg", ids[4]: str(tmp_path / "secret"), ids[6]: "pipe",
+             ids[7]: "../secret"}  # fmt: skip
+    for record in records:
+        record["image_id"] = names.get(record["image_id"], record["image_id"])
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    assert run("clean", config) == 0
+    assert run("pack", config, "--pack.max_rejected", "1") == 0
+    rows = pq.read_table(tmp_path / "dataset/train/rejects.parquet").to_pylist()
+    reasons = {row["detail"].split()[0]: row["reason"] for row in rows}
+    assert reasons == {
+        ids[3]: "ambiguous",
+        str(tmp_path / "secret"): "outside",
+        f"{ids[5]}.jpg": "outside",
+        str(photos / "pipe.jpg"): "not a file",
+        "../secret": "outside",
+    }
+    data = str(tmp_path / "linked")
+    assert run("pack", config, "--pack.max_rejected", "1", "--pack.follow_links", "true",
+               "--paths.dataset", data) == 0  # fmt: skip
+    rows = pq.read_table(tmp_path / "linked/train/rejects.parquet").to_pylist()
+    assert f"{ids[5]}.jpg" not in {row["detail"].split()[0] for row in rows}

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any, NotRequired
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from vlal_dist.contents import Colour, Expansion, Sha256, parse_json, shown
-from vlal_dist.data.format.images import WHITE, open_photo, upright_rgb
+from vlal_dist.data.format.images import DAMAGE, WHITE, open_photo, upright_rgb
+from vlal_dist.data.format.photos import Limits, printable, read_file
 from vlal_dist.data.loading.batch import to_floats
 from vlal_dist.data.loading.decode import Box, square_into
-from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
 from vlal_dist.method.model import AttributeClassifier
 from vlal_dist.release.saved_model import SavedModelInfo, decode_weights, read_verified
 from vlal_dist.release.thresholds import Thresholds, decode_thresholds
@@ -39,6 +41,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 THRESHOLDS, ONNX = "thresholds.json", "model.onnx"
 MAX_PIXELS = 64_000_000
 """Largest photo that `ExportedModel` opens by itself (pixels); `predict.max_pixels` is separate."""
+
+Photo = Image.Image | npt.NDArray[np.uint8] | Tensor | str | Path
+"""What `ExportedModel` takes: an image, uint8 [H, W, 3], uint8 [3, H, W], or a file's path."""
 
 
 class _Config(TypedDict):
@@ -102,7 +107,7 @@ class ExportedModel:
 
     def __call__(
         self,
-        image: Image.Image | Tensor | str | Path,
+        image: Photo,
         object_name: str | None = None,
         *,
         box: Box | None = None,
@@ -111,15 +116,21 @@ class ExportedModel:
         """The likeliest attributes of one object.
 
         Args:
-            image: a photo: of Pillow, uint8 [3, H, W], or the path of a file.
+            image: a photo: the path of a file, an image of Pillow, a uint8 array [H, W, 3] or a
+                uint8 tensor [3, H, W], RGB.
             object_name: one of the vocabulary's; needed unless the model has no object gate.
             box: x, y, width, height in pixels of the upright photo; None: all of it.
             top_k: how many; 0: all.
 
         Raises:
-            DataError: an unknown object, a box outside, no image.
+            ConfigError: arguments of another type, shape or range; it is a ValueError.
+            DataError: an unknown object, a box outside, a file that is no photo.
             NotFoundError: no such file.
         """
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+            raise ConfigError(f"top_k {top_k!r}: give a number of attributes, 0 for all")
+        if box is not None:
+            box = _checked_box(box)
         object_id = torch.tensor([self.object_id(object_name)])
         side = self.info.model.image_size
         square = np.empty((side, side, 3), dtype=np.uint8)
@@ -136,6 +147,8 @@ class ExportedModel:
         """
         if not self.info.model.layers.object_gate:
             return 0
+        if not isinstance(name, str | None):
+            raise ConfigError(f"an object is given by its name, as text, not {type(name).__name__}")
         if name is None:
             raise DataError("no object: this model needs the object's name beside the image")
         known = self.info.vocabulary.object_ids
@@ -227,6 +240,7 @@ def load_model(folder: str | Path) -> ExportedModel:
         by `.network.cuda()`.
 
     Raises:
+        ConfigError: not a path or URL.
         NotFoundError: no export lies there.
         DataError: damaged or altered files, or a format of another version.
 
@@ -239,6 +253,8 @@ def load_model(folder: str | Path) -> ExportedModel:
         >>> 0.0 <= found[2].probability <= found[0].probability <= 1.0
         True
     """
+    if not isinstance(folder, str | Path):
+        raise ConfigError(f"load_model takes a path or URL, not {type(folder).__name__}")
     store = open_store(str(folder))
     info, digests = _read_config(store)
 
@@ -298,21 +314,61 @@ def _nearest(name: str, objects: tuple[str, ...]) -> str:
     return ", ".join(map(repr, near))
 
 
-def _photo(image: Image.Image | Tensor | str | Path, background: str) -> Image.Image:
-    """The given photo as an upright RGB image, transparent pixels on the background."""
-    if isinstance(image, Image.Image):
-        return upright_rgb(image, background=background)
-    if isinstance(image, Tensor):
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ConfigError(
-                f"a tensor of {image.dtype} {list(image.shape)} was given; an image is uint8 "
-                "[3, H, W], RGB"
-            )
-        return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    path = Path(image)
+def _checked_box(box: object) -> Box:
+    """Four numbers; whether they lie in the photo is seen when it is cropped."""
     try:
-        return open_photo(path.read_bytes(), max_pixels=MAX_PIXELS, background=background)
-    except FileNotFoundError:
+        if isinstance(box, str | bytes):
+            raise TypeError
+        x, y, w, h = map(float, box)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(
+            f"box {printable(repr(box))}: give x, y, width, height in pixels, or None for the "
+            "whole photo"
+        ) from None
+    return x, y, w, h
+
+
+def _photo(image: Photo, background: str) -> Image.Image:
+    """The given photo as an upright RGB image, transparent pixels on the background.
+
+    Raises:
+        ConfigError: none of the types, dtypes and shapes of `Photo`.
+        DataError, NotFoundError: a file that is not there or no photo.
+    """
+    if isinstance(image, Image.Image):
+        if image.width * image.height > MAX_PIXELS:  # a file may be opened but not decoded yet
+            raise DataError(f"too large: {image.width}x{image.height} pixels, limit {MAX_PIXELS}")
+        try:
+            return upright_rgb(image, background=background)
+        except DAMAGE as error:
+            raise DataError(f"truncated or damaged: {error}") from None
+    if isinstance(image, Tensor | np.ndarray):
+        channels = 0 if isinstance(image, Tensor) else 2
+        whole = image.ndim == 3 and image.shape[channels] == 3 and 0 not in image.shape
+        if not whole or image.dtype not in (torch.uint8, np.uint8):
+            raise ConfigError(
+                f"an array of {image.dtype} {list(image.shape)} was given; an image is uint8, RGB: "
+                "an array [H, W, 3] or a tensor [3, H, W]"
+            )
+        if isinstance(image, Tensor):
+            image = image.permute(1, 2, 0).cpu().numpy()
+        return Image.fromarray(np.ascontiguousarray(image))
+    if not isinstance(image, str | Path):
+        raise ConfigError(
+            f"{type(image).__name__} is no photo; give a path, an image of Pillow, a uint8 array "
+            "[H, W, 3] or a uint8 tensor [3, H, W]; bytes: PIL.Image.open(io.BytesIO(data))"
+        )
+    path = printable(str(image))
+    try:
+        data = read_file(str(image), Limits(""))
+        return open_photo(data, max_pixels=MAX_PIXELS, background=background)
+    except IsADirectoryError:
+        raise ConfigError(
+            f"{path} is a folder; give one photo, or run vlal predict --predict.images {path}"
+        ) from None
+    except (FileNotFoundError, NotADirectoryError):
         raise NotFoundError(f"{path}: no such file; correct the path") from None
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:  # no permission; a NUL in the path
+        raise StorageError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -134,7 +134,7 @@ def _text(value: object, column: str) -> str | None:
         raise DataError(f"not text: {column} is {_shown(value)}")
     text = str(value).strip() if column == "object" else str(value)
     if printable(text, length=len(text)) != text:
-        raise DataError(f"not text: {column} is {printable(text)!r}, which is not UTF-8")
+        raise DataError(f"not text: {column} is '{printable(text)}', which is not UTF-8")
     return text
 
 

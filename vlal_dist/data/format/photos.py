@@ -47,7 +47,7 @@ class Limits:
     """What may be read.
 
     Attributes:
-        setting: the key of the configuration that names the places, for errors.
+        setting: the key of the configuration that names the places, for errors; may be empty.
         max_bytes: of a photo's file.
         follow_links: whether links of a folder may lead out of all named places.
     """
@@ -63,9 +63,10 @@ class Limits:
     def check_size(self, name: str, size_bytes: int) -> None:
         """Raise `too large: ...` above the limit."""
         if size_bytes > self.max_bytes:
+            meant = f"raise {self.option('max_bytes')}" if self.setting else "open it with Pillow"
             raise DataError(
                 f"too large: {printable(name)} has {size_bytes} bytes, limit {self.max_bytes}; "
-                f"raise {self.option('max_bytes')} if the photo is meant"
+                f"{meant} if the photo is meant"
             )
 
 
