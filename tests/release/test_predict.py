@@ -363,7 +363,7 @@ def test_only_bad_rows_are_an_error_and_leave_no_answers(
     (tmp_path / "bad.png").unlink()
     assert call(trained, *flags, "--predict.output", str(out)) == 65
     error = capsys.readouterr().err
-    assert "no rows and no photos; left out: not a photo 2" in error
+    assert "no rows and no photos; left out: " in error and "not a photo 2" in error
     assert call(trained, *flags[2:], "--predict.table", write_csv(tmp_path / "t.csv", [
         {"image": "none.jpg"}]), "--predict.output", str(out)) == 65  # fmt: skip
     assert "the first: row 0: missing: no such photo in" in capsys.readouterr().err

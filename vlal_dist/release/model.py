@@ -322,8 +322,7 @@ def _checked_box(box: object) -> Box:
         x, y, w, h = map(float, box)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(
-            f"box {printable(repr(box))}: give x, y, width, height in pixels, or None for the "
-            "whole photo"
+            f"box {shown(box)}: give x, y, width, height in pixels, or None for the whole photo"
         ) from None
     return x, y, w, h
 

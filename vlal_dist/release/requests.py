@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlal_dist.config.sections import PredictConfig
+from vlal_dist.contents import shown
 from vlal_dist.data.format.photos import Limits, Photos, printable
 from vlal_dist.data.loading.decode import Box
 from vlal_dist.errors import ConfigError, DataError
@@ -131,7 +132,7 @@ def _text(value: object, column: str) -> str | None:
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"not text: {column} is {_shown(value)}")
+        raise DataError(f"not text: {column} is {shown(value)}")
     text = str(value).strip() if column == "object" else str(value)
     if printable(text, length=len(text)) != text:
         raise DataError(f"not text: {column} is '{printable(text)}', which is not UTF-8")
@@ -153,12 +154,12 @@ def _box(record: Record) -> Box | None:
     numbers = [_number(side) for side in value] if isinstance(value, list | tuple) else []
     if len(numbers) != 4 or not all(math.isfinite(number) for number in numbers):
         form = ", ".join(sides or SIDES[0])
-        raise DataError(f"bad box: {_shown(value)} is not {form} in pixels")
+        raise DataError(f"bad box: {shown(value)} is not {form} in pixels")
     x, y, w, h = numbers
     if "x2" in sides:
         w, h = w - x, h - y
         if w <= 0 or h <= 0:
-            raise DataError(f"bad box: {_shown(value)}: the second corner is not below the first")
+            raise DataError(f"bad box: {shown(value)}: the second corner is not below the first")
     return x, y, w, h
 
 
@@ -172,10 +173,3 @@ def _number(value: object) -> float:
         return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
-
-
-def _shown(value: object) -> str:
-    try:
-        return printable(repr(value))
-    except (RecursionError, ValueError):  # nested as deeply as JSON may be; 4,300 digits
-        return f"a {type(value).__name__}"
