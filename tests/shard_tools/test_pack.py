@@ -402,7 +402,7 @@ def test_image_ids_name_photos_of_any_suffix_below_the_named_folder_only(tmp_pat
         ids[3]: "ambiguous",
         str(tmp_path / "secret"): "outside",
         f"{ids[5]}.jpg": "outside",
-        str(photos / "pipe.jpg"): "not a file",
+        "pack.images/pipe.jpg": "not a file",
         "../secret": "outside",
     }
     data = str(tmp_path / "linked")

@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from vlal_dist.contents import Colour, Expansion, Sha256, parse_json, shown
-from vlal_dist.data.format.images import DAMAGE, WHITE, open_photo, upright_rgb
+from vlal_dist.data.format.images import WHITE, open_photo, upright_rgb
 from vlal_dist.data.format.photos import Limits, printable, read_file
 from vlal_dist.data.loading.batch import to_floats
 from vlal_dist.data.loading.decode import Box, square_into
@@ -339,7 +339,9 @@ def _photo(image: Photo, background: str) -> Image.Image:
             raise DataError(f"too large: {image.width}x{image.height} pixels, limit {MAX_PIXELS}")
         try:
             return upright_rgb(image, background=background)
-        except DAMAGE as error:
+        except DataError:
+            raise
+        except Exception as error:  # Pillow raises any type on damaged files
             raise DataError(f"truncated or damaged: {error}") from None
     if isinstance(image, Tensor | np.ndarray):
         channels = 0 if isinstance(image, Tensor) else 2
