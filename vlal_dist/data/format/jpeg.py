@@ -88,7 +88,7 @@ def _check_cost(jpg: bytes | memoryview, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise ValueError(f"too large: {width}x{height} pixels, limit {max_pixels}")
     # The search takes longer than a small file is worth.
-    if height * width * len(jpg) > 10**10 and len(_SCAN.findall(jpg)) > MAX_SCANS:
+    if height * width * len(jpg) > 10**11 and len(_SCAN.findall(jpg)) > MAX_SCANS:
         raise ValueError(f"more than {MAX_SCANS} scans")
 
 
