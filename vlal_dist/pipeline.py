@@ -112,7 +112,7 @@ def merge_inputs(config: Config, flags: Flags) -> Inputs:
 def train_inputs(config: Config, flags: Flags) -> Inputs:
     """Data and everything that decides what is learned.
 
-    Section `evaluation` is not in it: the best model is selected by mAP, which has no setting.
+    Of section `evaluation` what unannotated pairs count as: the best model is selected by mAP.
     """
     read = ["merged/dataset.json"]
     if config.data.likelihood == "scores":
@@ -123,7 +123,7 @@ def train_inputs(config: Config, flags: Flags) -> Inputs:
 
 def evaluate_inputs(config: Config, flags: Flags) -> Inputs:
     """One split and predictor."""
-    names = ("split", "predictor", "batch_size", "top_k", "threshold", "truth")
+    names = ("split", "predictor", "unannotated", "batch_size", "top_k", "threshold", "truth")
     read = {"model": ["run/best/model.json"], "clip": ["scores/scores.json"], "constant": []}
     return {
         **_settings(config, *(f"evaluation.{name}" for name in names)),
@@ -396,8 +396,18 @@ def _trained_inputs(config: Config, record: Mapping[str, Any], now: Inputs) -> I
     return {**now, **_train_settings(started)}
 
 
+def shared_settings(config: Config) -> Inputs:
+    """Settings of training that must be equal on all ranks, files among them by content.
+
+    The paths of `data.mix` may differ between machines, and the weights of rank 0 win.
+    """
+    found = _train_settings(config)
+    return {k: v for k, v in found.items() if k not in ("data.mix", "model.weights")}
+
+
 def _train_settings(config: Config) -> Inputs:
-    return _settings(config, "data", "method", "model", "training", "scoring.temperature")
+    names = ("data", "method", "model", "training", "scoring.temperature")
+    return _settings(config, *names, "evaluation.unannotated")
 
 
 def _settings(config: Config, *names: str) -> Inputs:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from vlal_dist.config.load import config_yaml, parse_command_line, without_flags
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import UsageError, VlalError, require_modules
-from vlal_dist.pipeline import train_inputs
+from vlal_dist.pipeline import shared_settings, train_inputs
 from vlal_dist.program import Counts, Program, run_program
 
 PURPOSE = """
@@ -47,6 +47,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         evaluation=config.evaluation,
         observability=config.observability,
         text=config_yaml(config),
+        shared=shared_settings(config),
     )
     trainer = Trainer(run, resume=flags.get("resume", "auto"), launcher=launcher)
     trainer.train()
@@ -55,10 +56,17 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         "epochs": state.epoch,
         "steps": state.step,
         "ranks": trainer.ranks.world_size,
-        "best_mAP": "none" if state.best_map is None else state.best_map,
+        "best_mAP": _best(state.best_map, state.best_step),
         "best_step": "none" if state.best_step is None else state.best_step,
         "model": f"{config.paths.run}/best",
     }
+
+
+def _best(best_map: float | None, best_step: int | None) -> float | str:
+    """The best mAP as the closing line shows it."""
+    if best_map is not None:
+        return best_map
+    return "none" if best_step is None else "undefined (the latest model is kept)"
 
 
 PROGRAM = Program(

@@ -397,6 +397,10 @@ class EvaluationConfig(Section):
     """Split evaluated."""
     predictor: Literal["model", "constant", "clip"] = "model"
     """The run's best model, a constant score, or zero-shot CLIP similarity."""
+    unannotated: Literal["excluded", "negative"] = "excluded"
+    """Pairs without an annotation, in every metric, here and where training selects its best model:
+    left out (Sec. 3.1), or all counted as absent, for data that lists only what is present (tags).
+    """
     batch_size: int = Field(128, ge=1)
     """Samples per forward pass and rank."""
     top_k: int = Field(15, ge=1)
@@ -419,9 +423,14 @@ class EvaluationConfig(Section):
     paths)."""
 
 
-def evaluation_folder(split: str, predictor: str) -> str:
-    """Where the evaluation of a split and predictor lies below the run's root."""
-    return f"evaluation/{split}-{predictor}"
+def evaluation_folder(split: str, predictor: str, *, other: str = "") -> str:
+    """Where the evaluation of a split and predictor lies below the run's root.
+
+    Args:
+        split, predictor: what was evaluated.
+        other: name and digest of another dataset than the run's own.
+    """
+    return f"evaluation/{split}-{predictor}" + (f"@{other}" if other else "")
 
 
 class ExportConfig(Section):

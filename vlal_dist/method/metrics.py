@@ -29,6 +29,20 @@ Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
+def counted_labels(label: NDArray[np.int8], unannotated: str) -> NDArray[np.int8]:
+    """Labels as a metric counts them.
+
+    Args:
+        label: int8 [N, A].
+        unannotated: `excluded`, or `negative`: every unannotated pair, of any object and attribute,
+            is absent. Data of tags alone has no other negatives.
+
+    Returns:
+        int8 [N, A].
+    """
+    return np.where(label == 0, np.int8(-1), label) if unannotated == "negative" else label
+
+
 @dataclass(frozen=True)
 class AttributeScores:
     """Per attribute, in attribute order.

@@ -37,7 +37,8 @@ class SavedModelInfo:
         feasible_digest: the feasible sets it was trained with; a record, not a condition of use.
         profile, loss, seed: the training configuration's.
         step, epoch: optimizer steps and finished epochs behind these weights.
-        validation_map: `mAP` on the validation split, a share of 1.
+        validation_map: `mAP` on the validation split, a share of 1; None where it is undefined: of
+            such a run the latest model is saved.
     """
 
     layers: ModelConfig
@@ -52,7 +53,7 @@ class SavedModelInfo:
     seed: Count
     step: Count
     epoch: Count
-    validation_map: Share
+    validation_map: Share | None
 
     def to_json(self) -> dict[str, Any]:
         """The values of `model.json`."""

@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -38,6 +38,10 @@ MODEL, OPTIMIZER, STATE, COMPLETE = (
     "state.json",
     "COMPLETE",
 )
+
+
+ADDED = {"unannotated"}
+"""Fields of `TrainState` that the first checkpoints of this format lack."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,9 @@ class TrainState:
         ledger, left_out: visits of the epoch so far: trained on, and of quarantined samples.
         quarantined: uid (16 hex digits) -> where and why.
         step: optimizer steps since the start.
-        best_map: best validation mAP so far, a share of 1.
-        best_step: step of that validation.
+        best_map: best validation mAP so far, a share of 1; None: no validation yet, or undefined.
+        best_step: step of that validation; of the latest where the mAP is undefined.
+        unannotated: what unannotated pairs counted as in these validations.
         schedule: `Schedule.state()`.
         batch: batch_size, accumulation, reference_batch, world_size of the last start; these may
             change at a resume and are only logged.
@@ -98,6 +103,7 @@ class TrainState:
     step: Count = 0
     best_map: Share | None = None
     best_step: Count | None = None
+    unannotated: Literal["excluded", "negative"] = "excluded"
     schedule: dict[str, Any] = field(default_factory=dict)
     batch: dict[str, int] = field(default_factory=dict)
 
@@ -283,7 +289,8 @@ def read_checkpoint(store: Store, prefix: str) -> Checkpoint:
                 f"{where} has format {shown(values['format'])}; this version reads {FORMAT}"
             )
         state: TrainState = parse_json(files[STATE], TrainState, where=named, remedy=remedy)
-        missing = [item.name for item in fields(TrainState) if item.name not in values]
+        needed = {item.name for item in fields(TrainState)} - ADDED
+        missing = sorted(needed - set(values))
         if missing:
             raise DataError(f"{named} lacks {', '.join(missing)}; {remedy}")
         model, optimizer = (safetensors.torch.load(files[name]) for name in (MODEL, OPTIMIZER))

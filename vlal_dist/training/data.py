@@ -1,5 +1,6 @@
 """Training and validation data of a run: datasets, likelihoods, batch builders, loader."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vlal_dist.config.sections import (
     ScoringConfig,
     TrainingConfig,
 )
-from vlal_dist.data.format.dataset import Split, open_split
+from vlal_dist.data.format.dataset import Split, open_split, read_labels
 from vlal_dist.data.format.scores import read_scores_manifest
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.disk_cache import DiskCache
@@ -34,6 +35,7 @@ from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.mixture import Mixture, open_mixture
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import open_store, read_url
 from vlal_dist.training.checkpoint import Binding
 from vlal_dist.training.ranks import Ranks
@@ -49,11 +51,44 @@ class TrainingData(Mixture):
         config: image size, decoding, damage, caches.
         validation: split that selects the best model.
         read_likelihoods: reads the log-likelihoods that weigh the draw; None: nothing is drawn.
+        scores: digest of the manifest of the score files; empty: none are read.
     """
 
     config: DataConfig
     validation: Split
     read_likelihoods: ReadLikelihoods | None
+    scores: str
+
+    def digests(self) -> dict[str, str]:
+        """What is read, by content: equal on all ranks, wherever their copies lie."""
+        found = {"dataset digest": self.dataset.digest, "scores digest": self.scores}
+        return found | {"digests of data.mix": self.mix, "digest of data.subset": self.subset}
+
+    def check_validation(self, unannotated: str) -> None:
+        """Warn where no attribute of the validation split can be scored (`counted_labels`)."""
+        table = read_labels(self.dataset, self.validation.name, columns=["positive", "negative"])
+        width = len(self.dataset.vocabulary.attributes)
+        has, lacks = (
+            np.bincount(table[column].combine_chunks().flatten(), minlength=width)
+            for column in ("positive", "negative")
+        )
+        if unannotated == "negative":
+            lacks = len(table) - has
+        if ((has > 0) & (lacks > 0)).any():
+            return
+        remedy = "annotate some, or name another data.validation_split"
+        if unannotated == "excluded" and not lacks.any():
+            remedy = (
+                "if the data lists only what is present (tags), set evaluation.unannotated "
+                f"negative; else {remedy}"
+            )
+        logger.warning(
+            "split %s: no attribute has both a positive and a negative, so the validation mAP is "
+            "undefined: the latest model is kept as the best, and the plateau schedule never cuts; "
+            "%s",
+            self.validation.name,
+            remedy,
+        )
 
     def make_builder(self, ranks: Ranks, *, train: bool) -> BatchBuilder:
         """Make the batch builder of the training corpus (`train`), or of the validation split.
@@ -133,7 +168,10 @@ def open_data(
     """
     url = paths.merged if data.likelihood == "tar" else paths.dataset
     mixture = open_mixture(url, data, cache=Path(paths.cache))
+    validation = open_split(mixture.dataset, data.validation_split)
+    _check_not_empty(mixture, validation, data)
     read: ReadLikelihoods | None
+    scores = ""
     if loss.loss != "selective" or loss.num_ignore in ("all", 0):
         read = None  # none or all of a set: nothing is drawn
     elif loss.draw_weights != "likelihood":
@@ -145,13 +183,36 @@ def open_data(
     elif data.likelihood == "tar":
         read = _tar_likelihoods(mixture, data.train_split, scoring.temperature)
     else:
-        read = _score_likelihoods(mixture, paths.scores, scoring.temperature)
+        read, scores = _score_likelihoods(mixture, paths.scores, scoring.temperature)
     return TrainingData(
         **vars(mixture),
         config=data,
-        validation=open_split(mixture.dataset, data.validation_split),
+        validation=validation,
         read_likelihoods=read,
+        scores=scores,
     )
+
+
+def _check_not_empty(mixture: Mixture, validation: Split, data: DataConfig) -> None:
+    """Refuse to train or select by a split without samples.
+
+    Raises:
+        DataError: naming the split.
+    """
+    remedy = "see rejects.parquet of clean and pack, or name another split"
+    if len(mixture.corpus) == 0:
+        roots = ", ".join(one.url for one in mixture.trained)
+        raise DataError(
+            f"{roots}: split {data.train_split} holds no samples, so there is nothing to train on; "
+            f"{remedy} (data.train_split)"
+        )
+    if mixture.num_samples == 0:
+        raise DataError("data.subset leaves no samples to train on; list other keys, or unset it")
+    if validation.num_samples == 0:
+        raise DataError(
+            f"{mixture.dataset.url}: split {validation.name} holds no samples, so no model can be "
+            f"selected; {remedy} (data.validation_split)"
+        )
 
 
 def _tar_likelihoods(mixture: Mixture, split: str, temperature: float | None) -> ReadLikelihoods:
@@ -173,7 +234,10 @@ def _tar_likelihoods(mixture: Mixture, split: str, temperature: float | None) ->
     return rescaled_tar_likelihoods(merged_at=merged_at, temperature=temperature or merged_at)
 
 
-def _score_likelihoods(mixture: Mixture, url: str, temperature: float | None) -> ReadLikelihoods:
+def _score_likelihoods(
+    mixture: Mixture, url: str, temperature: float | None
+) -> tuple[ReadLikelihoods, str]:
+    """The likelihoods of score files, and the digest of their manifest."""
     if len(mixture.corpus.splits) > 1:
         raise ConfigError("data.mix needs data.likelihood tar: score files belong to one dataset")
     dataset, store = mixture.dataset, open_store(url)
@@ -182,13 +246,14 @@ def _score_likelihoods(mixture: Mixture, url: str, temperature: float | None) ->
         feasible_digest=dataset.feasible.digest,
         vocabulary_digest=dataset.vocabulary.digest,
     )
-    return ScoreLikelihoods(
+    read = ScoreLikelihoods(
         mixture.corpus.splits[0],
         scores=store,
         manifest=manifest,
         temperature=temperature or float(manifest["temperature"]),
         cache=dataset.cache,
     )
+    return read, sha256_of(json.dumps(manifest, sort_keys=True).encode())
 
 
 def read_prior(url: str | None, attributes: Sequence[str], *, micro_batches: int) -> Tensor:

@@ -4,9 +4,10 @@ Works the same under `deepspeed`, `torchrun` and plain `python`. Flags and count
 of their own, so that they need no accelerator. No object is pickled.
 """
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -84,6 +85,28 @@ class Ranks:
         data = torch.tensor(list(own.encode()), dtype=torch.uint8, device=self.device)
         return [bytes(part.cpu().numpy()).decode() for part in self.gather(data)]
 
+    def check_equal(self, values: Mapping[str, object], *, remedy: str) -> None:
+        """Refuse to go on where the ranks have different values; every rank must call.
+
+        Args:
+            values: name -> value of this rank, as JSON.
+            remedy: closes the message.
+
+        Raises:
+            DataError: on every rank the same, naming what differs and which ranks have what.
+        """
+        all_values = [json.loads(text) for text in self.texts(json.dumps(values))]
+        differing = []
+        for name in dict.fromkeys(name for one in all_values for name in one):
+            holders: dict[str, list[int]] = {}
+            for rank, one in enumerate(all_values):
+                holders.setdefault(json.dumps(one.get(name)), []).append(rank)
+            if len(holders) > 1:
+                groups = (f"{_ranks_named(ranks)} {text}" for text, ranks in holders.items())
+                differing.append(f"{name}: {'; '.join(groups)}")
+        if differing:
+            raise DataError(f"the ranks do not train the same: {'. '.join(differing)}. {remedy}")
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place, on `device`."""
         if self.world_size > 1:
@@ -150,6 +173,14 @@ def join_ranks(*, threads: int, timeout_s: float, stopped: Callable[[], bool]) -
         raise StorageError(f"ranks cannot connect: {error}; {PORT_REMEDY}") from None
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(place.rank, place.world_size, place.local_rank, device, control)
+
+
+def _ranks_named(ranks: Sequence[int]) -> str:
+    """Such as `ranks 0, 2 have`; of many the first ones and their number."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]} has"
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"ranks {shown}{'' if len(ranks) <= 8 else f' and {len(ranks) - 8} more'} have"
 
 
 @contextmanager

@@ -150,27 +150,52 @@ class RunLog:
         self._samples, self._started = 0, time.monotonic()
 
     def validation(
-        self, state: TrainState, evaluation: Evaluation, *, split: str, mean_ap: float, best: bool
+        self,
+        state: TrainState,
+        evaluation: Evaluation,
+        *,
+        split: str,
+        mean_ap: float | None,
+        best: bool,
     ) -> None:
-        """Report the scores of the validation split; `best`: the highest mAP so far."""
+        """Report the scores of the validation split; `best`: the highest mAP so far.
+
+        Of an undefined mAP (None) the latest model is the best.
+        """
         groups, overall = evaluation.groups, evaluation.groups["overall"]
         by_group = {name: float(g["mAP"]) for name, g in groups.items() if g["mAP"] is not None}
         self._metrics.validation(
             split=split, mean_ap=by_group, attributes=attribute_status(evaluation.attributes)
         )
         if self._file is not None:
-            record = {"kind": "validation", "epoch": state.epoch, "step": state.step, **overall}
-            self._file.write({**record, "mAP": mean_ap, "groups": by_group, "best": best})
+            record: dict[str, object] = {
+                "kind": "validation",
+                "epoch": state.epoch,
+                "step": state.step,
+                **overall,
+            }
+            record |= {"mAP": mean_ap, "groups": by_group, "best": best}
+            self._file.write({**record, "unannotated": state.unannotated})
             self.flush()
+        place = f"epoch {state.epoch + 1}, step {state.step}"
+        if mean_ap is None:
+            logger.info("%s: mAP undefined on %s, the latest model is kept", place, split)
+            return
         logger.info(
-            "epoch %d, step %d: mAP %.4f on %s over %s attributes%s",
-            state.epoch + 1,
-            state.step,
+            "%s: mAP %.4f on %s over %s attributes%s%s",
+            place,
             mean_ap,
             split,
             overall["num_classes"],
+            ", unannotated pairs as negatives" if state.unannotated == "negative" else "",
             ", the best so far" if best else f", best {state.best_map:.4f}",
         )
+
+    def cut(self, rates: Mapping[str, float]) -> None:
+        """Log that the plateau schedule has cut rates; `rates`: of each parameter group, now."""
+        named = ((SHOWN_RATES[group], rates[group]) for group in SHOWN_RATES if group in rates)
+        shown = ", ".join(f"{name} {rate:.3g}" for name, rate in named)
+        logger.info("plateau: learning rates cut: %s", shown)
 
     def flush(self) -> None:
         """Upload metrics.jsonl to a remote run root; a failure is logged and stops nothing."""

@@ -37,8 +37,13 @@ class Schedule:
         share = (1 + math.cos(math.pi * min(done, 1.0))) / 2
         return {name: rate * share for name, rate in self._rates.items()}
 
-    def observe(self, score: float) -> bool:
-        """Take the score of a validation, higher is better; True if the rates were cut."""
+    def observe(self, score: float | None) -> bool:
+        """Take the score of a validation, higher is better; True if a rate was cut.
+
+        None, a score that is not defined, counts neither as a gain nor as a lack of one.
+        """
+        if score is None:
+            return False
         if self._best is None or score > self._best:
             self._best, self._bad = score, 0
             return False
@@ -46,11 +51,16 @@ class Schedule:
         if self._config.schedule != "plateau" or self._bad <= self._config.plateau_patience:
             return False
         self._bad = 0
-        for name, rate in self._rates.items():
+        before = dict(self._rates)
+        for name, rate in before.items():
             lower = rate * self._config.plateau_factor
             if rate - lower > SMALLEST_CUT:
                 self._rates[name] = lower
-        return True
+        return self._rates != before
+
+    def forget(self) -> None:
+        """Forget the best score, which scores to come cannot be compared with; rates stay."""
+        self._best, self._bad = None, 0
 
     def state(self) -> dict[str, Any]:
         """Plain values that `restore` takes."""

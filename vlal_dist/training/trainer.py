@@ -6,9 +6,9 @@ read, a loss that is not finite, a save that failed) is agreed upon before any o
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,6 +68,7 @@ class RunConfig:
     Attributes:
         loss: section `method`.
         text: the whole configuration as YAML, written to the run root.
+        shared: settings that must be equal on all ranks (`pipeline.shared_settings`).
     """
 
     paths: PathsConfig
@@ -79,6 +80,7 @@ class RunConfig:
     evaluation: EvaluationConfig
     observability: ObservabilityConfig
     text: str
+    shared: Mapping[str, object] = field(default_factory=dict)
 
 
 class Trainer:
@@ -117,22 +119,34 @@ class Trainer:
                 stopped=lambda: self.stop.requested,
             )
             stack.enter_context(peers_needed())
+            self.ranks.check_equal(
+                {**self.data.digests(), **config.shared},
+                remedy="Give every machine the same copy of the data and the same settings (vlal "
+                "verify checks a copy), or train on one root that all of them see",
+            )
             steps = self.ranks.texts(str(found.state.step) if found else "none")
             if len(set(steps)) > 1:
                 raise DataError(
                     f"the ranks find checkpoints of different steps ({', '.join(steps)}); "
                     "paths.run must be one place that all ranks see"
                 )
+            self.ranks.together(self._check_shards)
             self.ranks.together(lambda: self._prepare(resume) if self.ranks.rank == 0 else None)
             self._build(found, stack)
             self._resources = stack.pop_all()
 
-    def _prepare(self, resume: str) -> None:
-        """Check trackers and shards, and prepare the run root; on rank 0."""
-        check_trackers(self.config.observability.trackers)
+    def _check_shards(self) -> None:
+        """Check the sizes of the shards; of local ones on each machine, which has its own copy."""
         for split in self.data.corpus.splits:
-            check_shard_sizes(split, may_be_damaged=self.config.data.damage == "quarantine")
-        check_shard_sizes(self.data.validation)
+            if self.ranks.rank == 0 or (self.ranks.local_rank == 0 and not self.data.corpus.remote):
+                check_shard_sizes(split, may_be_damaged=self.config.data.damage == "quarantine")
+        if self.ranks.local_rank == 0:
+            check_shard_sizes(self.data.validation)
+
+    def _prepare(self, resume: str) -> None:
+        """Check trackers and labels, and prepare the run root; on rank 0."""
+        check_trackers(self.config.observability.trackers)
+        self.data.check_validation(self.config.evaluation.unannotated)
         if resume == "none":
             remove_run(self.store)
         self.store.sweep(BEST)
@@ -226,15 +240,27 @@ class Trainer:
         if found is None:
             lanes, micro_batches = self.loader.lanes, self.loader.micro_batches
             binding = replace(self._binding(), lanes=lanes, micro_batches=micro_batches)
-            return TrainState(binding=binding, batch=batch)
+            unannotated = self.config.evaluation.unannotated
+            return TrainState(binding=binding, batch=batch, unannotated=unannotated)
         load_weights(self.engine.module, found.model, where=found.where)
         self.engine.restore_optimizer(found.optimizer, where=found.where)
         state = found.state
         self.schedule.restore(state.schedule)
         state.batch = batch
-        if not holds_best(self.store, state):
-            # Another run's, or cut while being written: the first validation makes a best model.
+        unannotated = self.config.evaluation.unannotated
+        same = state.unannotated == unannotated
+        if not same or not holds_best(self.store, state):
+            # Another run's, cut while being written, or judged by another rule: the first
+            # validation makes a best model.
             state.best_map = state.best_step = None
+        if not same:
+            logger.warning(
+                "evaluation.unannotated is %s, and was %s before: the best model is selected anew",
+                unannotated,
+                state.unannotated,
+            )
+            self.schedule.forget()
+            state.unannotated = unannotated
         return state
 
     def _binding(self) -> Binding:
@@ -297,8 +323,7 @@ class Trainer:
                     # A run cut by max_steps has not reached the end that the schedule waits for; an
                     # epoch shorter than a batch (a small mixture) has trained nothing.
                     if state.consumed and self.schedule.observe(mean_ap):
-                        rates = self.schedule.rates_at(self._progress())
-                        logger.info("plateau: learning rates cut to %s", rates)
+                        self.log.cut(self.schedule.rates_at(self._progress()))
                     state.begin_epoch(state.epoch + 1)
                 if self._finished() or state.epoch % training.checkpoint_epochs == 0:
                     saved = self._save()
@@ -379,8 +404,11 @@ class Trainer:
         )
         return stopping
 
-    def _validate(self) -> float:
+    def _validate(self) -> float | None:
         """Score the validation split, keep the model if it is the best; returns mAP.
+
+        Where the mAP is undefined (None), which lies in the labels of the split, each validation
+        keeps the model: the latest is the best.
 
         Signals are obeyed before each batch. A validation that fails leaves a checkpoint, so that
         the steps of the epoch are not lost: the same command validates again.
@@ -394,13 +422,8 @@ class Trainer:
         except VlalError:
             self._save()
             raise
-        found = evaluation.groups["overall"]["mAP"]
-        if found is None:
-            logger.warning(
-                "no attribute of split %s has a positive and a negative: mAP counts as 0", split
-            )
-        mean_ap = float(found or 0.0)
-        is_best = state.best_map is None or mean_ap > state.best_map
+        mean_ap = evaluation.mAP
+        is_best = state.best_map is None or (mean_ap is not None and mean_ap > state.best_map)
         if is_best:
             state.best_map, state.best_step = mean_ap, state.step
             self._on_rank_0(lambda: self.best.keep(state), "the best model")

@@ -21,7 +21,7 @@ from vlal_dist.data.loading.loader import evaluation_batches
 from vlal_dist.errors import DataError, NotFoundError, Stopped, StorageError
 from vlal_dist.evaluation.predictions import Predictions, merge_predictions
 from vlal_dist.evaluation.predictors import predict
-from vlal_dist.method.metrics import Evaluation, evaluate
+from vlal_dist.method.metrics import Evaluation, counted_labels, evaluate
 from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, write_model
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store
@@ -40,7 +40,7 @@ class Validator:
         model: the model in training, on the ranks' device.
         ranks: this process among its peers.
         groups: group name -> attribute ids.
-        config: `batch_size`, `top_k`, `threshold`.
+        config: `batch_size`, `top_k`, `threshold`, `unannotated`.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Validator:
         merged = merge_predictions(self._gather(own), num_samples=self._num_samples)
         return evaluate(
             merged.score,
-            merged.label,
+            counted_labels(merged.label, self._config.unannotated),
             groups=self._groups,
             top_k=self._config.top_k,
             threshold=self._config.threshold,
@@ -118,7 +118,7 @@ class BestModel:
         self._unwritten: tuple[bytes, SavedModelInfo] | None = None
 
     def keep(self, state: TrainState) -> None:
-        """Copy the present model, whose score is `state.best_map`, and write it.
+        """Copy the present model, whose score is `state.best_map` (None: undefined), and write it.
 
         Raises:
             StorageError: it could not be written; the copy is kept for `write`.
@@ -127,7 +127,7 @@ class BestModel:
             self._info,
             step=state.step,
             epoch=state.epoch + 1,
-            validation_map=state.best_map or 0.0,
+            validation_map=state.best_map,
         )
         self._unwritten = encode_weights(self._model), info
         self.write()
