@@ -9,8 +9,8 @@ from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.data.format.images import WHITE
 from vlal_dist.errors import NotFoundError
-from vlal_dist.evaluation.predictions import load_predictions
-from vlal_dist.evaluation.results import read_result
+from vlal_dist.evaluation.predictions import as_counted, load_predictions
+from vlal_dist.evaluation.results import read_result, unannotated_of
 from vlal_dist.pipeline import export_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.model import ONNX, THRESHOLDS, WEIGHTS, ExportInfo, write_export
@@ -46,7 +46,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     else:
         key = f"{evaluation_folder(split, 'model')}/predictions.safetensors"
         thresholds = learn_thresholds(
-            load_predictions(run, key),
+            as_counted(load_predictions(run, key), unannotated_of(validation)),
             dataset.vocabulary.attributes,
             split=split,
             min_annotated=config.export.min_annotated,

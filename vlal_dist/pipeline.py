@@ -139,7 +139,9 @@ def report_inputs(config: Config, flags: Flags) -> Inputs:
         for predictor in ("model", "constant", "clip")
     )
     roots = ("dataset/dataset.json", "merged/dataset.json", "run/train.result.json")
-    read = _digests(config, *roots, *results)
+    others = open_store(config.paths.run).list_keys("evaluation/")
+    beside = (f"run/{key}" for key in others if "@" in key and key.endswith("/result.json"))
+    read = _digests(config, *roots, *results, *sorted(beside))
     if (root := config.evaluation.experiments) is not None:
         keys = [f"{table}/{table}.json" for table in ("table1", "table2", "ablations")]
         read |= {f"evaluation.experiments/{key}": _digest(root, key) for key in keys}

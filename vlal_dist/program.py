@@ -326,6 +326,8 @@ def _write_result(
 
 def _short(value: object) -> str:
     """A count as the closing line shows it: measured values with five significant figures."""
+    if value is None:
+        return "undefined"
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, dict):

@@ -17,6 +17,7 @@ from vlal_dist.reporting.page import MAX_PAGE_BYTES, Context, render_page
 from vlal_dist.reporting.result_table import (
     Column,
     ExperimentTable,
+    OtherDataset,
     Row,
     result_columns,
     result_row,
@@ -71,6 +72,7 @@ def hostile_page(image: str = PIXEL) -> Context:
         "seed": 99,
         "result": {
             "predictor": "clip",
+            "settings": {"top_k": 15},
             "groups": [{"mA": -1}],
             "truth": {"unknown_names": [HOSTILE]},
             "excluded": [HOSTILE],
@@ -79,7 +81,13 @@ def hostile_page(image: str = PIXEL) -> Context:
         "card": [(HOSTILE, HOSTILE)],
         "digests": {HOSTILE: HOSTILE},
         "columns": [Column(HOSTILE, HOSTILE, HOSTILE)],
-        "rows": [Row(HOSTILE, [HOSTILE], HOSTILE, main=True)],
+        "note": HOSTILE,
+        "rows": [Row(HOSTILE, ["-"], HOSTILE, main=True), Row(HOSTILE, [HOSTILE], HOSTILE)],
+        "others": [
+            OtherDataset(
+                HOSTILE, HOSTILE, [Column(HOSTILE, HOSTILE)], [Row(HOSTILE, [HOSTILE], HOSTILE)]
+            )
+        ],
         "photos": 2,
         "replicates": 1000,
         "attributes": [LINE, LINE | {"ap": None, "lift": None}],
@@ -197,6 +205,31 @@ def make_result(name: str, count: int = 5) -> dict:  # type: ignore[type-arg]
         "groups": [{"name": "overall", **group}, {"name": "head", **group}],
         "truth": None,
     }
+
+
+@pytest.mark.parametrize("undefined", ["mA", "mR@15", "mAP"])
+def test_the_footnote_explains_every_dash(undefined: str) -> None:
+    main = make_result("main")
+    for group in main["groups"]:
+        group |= {"mA": 0.5} | {undefined: None if undefined == "mAP" else -1}
+    page = hostile_page() | {
+        "columns": result_columns(main, {}),
+        "rows": [result_row(main, main, where="m", is_main=True)],
+    }
+    assert "-: not defined." in render_page(page).decode()
+    for group in main["groups"]:
+        group |= {undefined: 0.25}
+    page["rows"] = [result_row(main, main, where="m", is_main=True)]
+    assert "-: not defined." not in render_page(page).decode()
+
+
+def test_rows_name_another_protocol() -> None:
+    main, other = make_result("main"), make_result("other")
+    other["settings"] = {**other["settings"], "unannotated": "negative"}
+    note = result_row(other, main, where="o").note
+    assert note == "9 crops, unannotated pairs count as negative"
+    assert result_row(main, other, where="m").note == "9 crops, unannotated pairs excluded"
+    assert result_row(main, main, where="m").note == "9 crops"
 
 
 def test_compared_rows_say_what_differs() -> None:

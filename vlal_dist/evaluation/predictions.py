@@ -4,7 +4,7 @@ VAW's test split, 21,082 x 591, takes 62 MB of memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from vlal_dist.contents import shown
 from vlal_dist.errors import DataError, VlalError, bounded
+from vlal_dist.method.metrics import counted_labels
 from vlal_dist.storage.store import Store
 
 Float32 = npt.NDArray[np.float32]
@@ -95,6 +96,11 @@ def concatenate(parts: Sequence[Predictions]) -> Predictions:
         score=np.concatenate([part.score for part in parts]),
         label=np.concatenate([part.label for part in parts]),
     )
+
+
+def as_counted(predictions: Predictions, unannotated: str) -> Predictions:
+    """The same with the labels that metrics count (`method.metrics.counted_labels`)."""
+    return replace(predictions, label=counted_labels(predictions.label, unannotated))
 
 
 def label_matrix(positive: pa.ChunkedArray, negative: pa.ChunkedArray, *, width: int) -> Int8:

@@ -3,9 +3,11 @@
 Shares are of 1 in the files and percent in print. Sec. 3.1; Table 1.
 """
 
+import contextlib
 import io
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet
 from typing_extensions import TypedDict
 
-from vlal_dist.config.sections import EvaluationConfig
+from vlal_dist.config.sections import EvaluationConfig, evaluation_folder
 from vlal_dist.contents import AtLeastOne, Count, Finite, parse_json
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.format.index import decode_table
+from vlal_dist.errors import NotFoundError
 from vlal_dist.evaluation.dense_labels import DenseLabels
 from vlal_dist.evaluation.predictions import Predictions
 from vlal_dist.method.metrics import AttributeScores, Evaluation, evaluate
@@ -24,6 +27,8 @@ from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
+TRAINED_ON = "trained_on.json"
+"""File of a run's root: `digests` of the dataset that is its own, written by train."""
 _NAMES = {"constant": "constant 0.5", "clip": "CLIP, zero-shot"}
 ROW_CELLS = 15  # columns of the printed row before it is folded: VAW's groups fit on one line
 ATTRIBUTES_SCHEMA = pa.schema(
@@ -62,6 +67,7 @@ class _DatasetEntry(TypedDict):
 class _Settings(TypedDict):
     top_k: Count
     threshold: Finite
+    unannotated: NotRequired[Literal["excluded", "negative"]]
 
 
 class _Truth(TypedDict):
@@ -72,7 +78,7 @@ class _Truth(TypedDict):
 class _Model(TypedDict):
     step: Count
     epoch: Count
-    validation_map: Finite
+    validation_map: Finite | None
 
 
 class _Result(TypedDict):
@@ -108,7 +114,7 @@ def build_result(
     """The content of result.json.
 
     Args:
-        config: split, predictor, top_k and threshold.
+        config: split, predictor, top_k, threshold, and what unannotated pairs count as.
         dataset: the dataset of the split.
         predictions: of all rows of the split, in order.
         evaluation: `evaluate` of the predictions.
@@ -148,7 +154,11 @@ def build_result(
         "num_samples": len(predictions.row),
         "num_positive": int(evaluation.attributes.num_positive.sum()),
         "num_negative": int(evaluation.attributes.num_negative.sum()),
-        "settings": {"top_k": config.top_k, "threshold": config.threshold},
+        "settings": {
+            "top_k": config.top_k,
+            "threshold": config.threshold,
+            "unannotated": config.unannotated,
+        },
         "groups": [
             {"name": name, "num_attributes": len(ids), **evaluation.groups[name]}
             for name, ids in groups.items()
@@ -208,6 +218,42 @@ def headline_metrics(top_k: int) -> tuple[str, str, str, str]:
     return ("mAP_vaw", "mA", f"mR@{top_k}", f"F1@{top_k}")
 
 
+def unannotated_of(result: Mapping[str, Any]) -> str:
+    """What unannotated pairs count as in a result; `excluded` in those of older versions."""
+    return str(result.get("settings", {}).get("unannotated", "excluded"))
+
+
+def protocol_note(unannotated: str) -> str:
+    """What every figure says of unannotated pairs; empty for the protocol of Sec. 3.1."""
+    return "unannotated pairs count as negative" if unannotated == "negative" else ""
+
+
+def find_folder(store: Store, dataset: Dataset, *, split: str, predictor: str) -> str:
+    """Where an evaluation belongs below the run's root.
+
+    The run's own dataset is what it was trained on, or what `paths.dataset` named then
+    (`trained_on.json`). Where training left no such record, it is that of an evaluation that is
+    there. Results of another dataset stand beside it, under its name and digest.
+
+    Args:
+        store: the run root.
+        dataset: that is evaluated.
+        split, predictor: of `EvaluationConfig`.
+    """
+    own, remedy = evaluation_folder(split, predictor), "repeat the training command"
+    digests = [dataset.digest]
+    with contextlib.suppress(NotFoundError):
+        data, where = store.read(f"{own}/result.json"), f"{store.url}: {own}/result.json"
+        digests = [read_result(data, where=where)["dataset"]["digest"]]
+    with contextlib.suppress(NotFoundError):
+        data, where = store.read(TRAINED_ON), f"{store.url}: {TRAINED_ON}"
+        digests = parse_json(data, dict[str, list[str]], where=where, remedy=remedy)["digests"]
+    if dataset.digest in digests:
+        return own
+    readable = re.sub(r"[^\w.-]+", "-", dataset.name)[:60]
+    return evaluation_folder(split, predictor, other=f"{readable}-{dataset.digest[:8]}")
+
+
 def percent(value: float | None) -> str:
     """A share of 1 as percent; `-` where it is not defined (None, or VAW's -1)."""
     return "-" if value is None or value < 0 else f"{100 * value:.2f}"
@@ -230,7 +276,9 @@ def format_row(result: dict[str, Any]) -> str:
     if result["truth"] is not None:
         whole = result["truth"]["groups"][0]
         cells.append(("mAP_complete", str(whole["num_classes"]), percent(whole["mAP"])))
+    note = protocol_note(unannotated_of(result))
     lines = [f"{result['name']} on {result['dataset']['name']}, {result['split']}"]
+    lines[0] += f"; {note}" if note else ""
     for start in range(0, len(cells), ROW_CELLS):
         block = cells[start : start + ROW_CELLS]
         widths = [max(map(len, cell)) for cell in block]

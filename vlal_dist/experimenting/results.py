@@ -24,7 +24,8 @@ from vlal_dist.evaluation.bootstrap import (
     mean_average_precision,
     weighted_average_precision,
 )
-from vlal_dist.evaluation.predictions import load_predictions
+from vlal_dist.evaluation.predictions import as_counted, load_predictions
+from vlal_dist.evaluation.results import unannotated_of
 from vlal_dist.experimenting.grid import REFERENCE, Variant
 from vlal_dist.experimenting.jobs import SECONDS, TEST, Job, is_done, read_json
 from vlal_dist.storage.store import open_store
@@ -45,7 +46,7 @@ class RunResult:
         maps: group -> mAP, a share of 1, None where no AP is defined; `COMPLETE` too if known.
         num_classes: group -> attributes behind it.
         replicates: group -> float64 [R], mAP in each bootstrap replicate; not of `COMPLETE`.
-        validation_map: of the best model, a share of 1.
+        validation_map: of the best model, a share of 1; None where it is undefined.
         best_epoch: the epoch that ended with it, from 1.
         seconds: of its commands, over all attempts that were not killed; None if unknown.
     """
@@ -53,7 +54,7 @@ class RunResult:
     maps: dict[str, float | None]
     num_classes: dict[str, int]
     replicates: dict[str, Float64]
-    validation_map: float
+    validation_map: float | None
     best_epoch: int
     seconds: float | None
 
@@ -91,16 +92,17 @@ class ResultReader:
         return RunResult(
             maps={name: group["mAP"] for name, group in groups.items()},
             num_classes={name: group["num_classes"] for name, group in groups.items()},
-            replicates=self.replicates(folder),
+            replicates=self.replicates(folder, unannotated_of(result)),
             validation_map=result["model"]["validation_map"],
             best_epoch=result["model"]["epoch"],
             seconds=read_json(job.root / SECONDS).get("seconds"),
         )
 
-    def replicates(self, folder: Path) -> dict[str, Float64]:
-        """Group -> float64 [R] of the predictions in a folder."""
+    def replicates(self, folder: Path, unannotated: str = "excluded") -> dict[str, Float64]:
+        """Group -> float64 [R] of the predictions in a folder, labels as `as_counted`."""
         stat = (folder / "predictions.safetensors").stat()
         key = f"{self.dataset.digest} {self.count} {SEED} {stat.st_size} {stat.st_mtime_ns}"
+        key += "" if unannotated == "excluded" else f" {unannotated}"
         try:
             with safetensors.safe_open(folder / CACHE, "numpy") as file:
                 if (file.metadata() or {}).get("of") == key:
@@ -109,6 +111,7 @@ class ResultReader:
             pass  # absent or damaged
         store = open_store(str(folder))
         predictions = load_predictions(store, "predictions.safetensors")
+        predictions = as_counted(predictions, unannotated)
         if not np.array_equal(predictions.uid, open_split(self.dataset, "test").index.uid):
             raise DataError(f"{folder} names other samples than {self.dataset.url}; evaluate again")
         ap = weighted_average_precision(predictions.score, predictions.label, self._weight)
@@ -195,6 +198,7 @@ def summarise(
             for seed in have
             if (REFERENCE, seed) in runs and variant.name != REFERENCE
         ]
+        defined = [run.validation_map for run in own if run.validation_map is not None]
         seconds = [run.seconds for run in own if run.seconds is not None]
         rows.append(
             SummaryRow(
@@ -203,7 +207,7 @@ def summarise(
                 failed=[seed for seed in seeds if (variant.name, seed) in failed],
                 maps=_estimates(own),
                 differences=_estimates(changes),
-                validation_map=statistics.fmean(run.validation_map for run in own) if own else None,
+                validation_map=statistics.fmean(defined) if defined else None,
                 seconds=statistics.fmean(seconds) if seconds else None,
             )
         )

@@ -16,20 +16,28 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from vlal_dist.config.sections import EvaluationConfig, PathsConfig, evaluation_folder
+from vlal_dist.config.sections import EvaluationConfig, PathsConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
 from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.evaluation.bootstrap import REPLICATES, group_intervals
 from vlal_dist.evaluation.dense_labels import read_dense_labels
-from vlal_dist.evaluation.predictions import Predictions, load_predictions
-from vlal_dist.evaluation.results import percent, read_attributes, read_result
+from vlal_dist.evaluation.predictions import Predictions, as_counted, load_predictions
+from vlal_dist.evaluation.results import (
+    find_folder,
+    percent,
+    protocol_note,
+    read_attributes,
+    read_result,
+    unannotated_of,
+)
 from vlal_dist.reporting.charts import IntervalChart, draw_curve, draw_pr_curves
 from vlal_dist.reporting.fig4 import build_example, choose_rows, tally
 from vlal_dist.reporting.result_table import (
     ExperimentTable,
     Row,
+    other_datasets,
     read_tables,
     result_columns,
     result_row,
@@ -58,7 +66,7 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Co
     store = open_store(paths.run)
     dataset = open_dataset(paths.dataset, cache=Path(paths.cache))
     split = open_split(dataset, config.split)
-    folder = evaluation_folder(config.split, config.predictor)
+    folder = find_folder(store, dataset, split=config.split, predictor=config.predictor)
     result = _read_result(store, folder)
     predictions = _read_predictions(store, folder, result, dataset, split)
     truth = None
@@ -69,10 +77,15 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Co
     photo = image_numbers(split)
     photos = int(photo.max(initial=-1)) + 1
     groups = dataset.vocabulary.groups()
-    intervals = group_intervals(predictions, photo, groups) if photos > 1 else {}
+    unannotated = unannotated_of(result)
+    counted = as_counted(predictions, unannotated)
+    intervals = group_intervals(counted, photo, groups) if photos > 1 else {}
+    selected_by = protocol_note(run.config.get("evaluation", {}).get("unannotated", "excluded"))
     curves = (
         draw_curve(
-            series(run.lines, "validation", "mAP"), title="Validation mAP, %", is_share=True
+            series(run.lines, "validation", "mAP"),
+            title="Validation mAP, %" + (f" ({selected_by})" if selected_by else ""),
+            is_share=True,
         ),
         draw_curve(series(run.lines, "train", "loss"), title="Training loss", is_share=False),
     )
@@ -91,14 +104,14 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Co
             "vocabulary": dataset.vocabulary.digest,
             "feasible sets": dataset.feasible.digest,
         },
+        "note": protocol_note(unannotated),
         "columns": result_columns(result, intervals),
-        "rows": list(_rows(config, store, result)),
+        "rows": list(_rows(config, store, result, dataset)),
+        "others": other_datasets(store, result),
         "photos": photos,
         "replicates": REPLICATES,
         "attributes": attributes,
-        "pr_curves": draw_pr_curves(
-            attributes, predictions.score, predictions.label, count=config.curves
-        ),
+        "pr_curves": draw_pr_curves(attributes, counted.score, counted.label, count=config.curves),
         "curves": [curve for curve in curves if curve is not None],
         "ignored_mean": statistics.fmean(left_out) if left_out else None,
         "ignored": ignored,
@@ -158,6 +171,7 @@ def _render(template: str, **values: object) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = percent
+    environment.tests["contains_dash"] = lambda cells: "-" in cells
     return environment.get_template(template).render(**values)
 
 
@@ -177,7 +191,7 @@ def _read_result(store: Store, folder: str) -> dict[str, Any]:
     except NotFoundError:
         raise DataError(
             f"{store.url} holds no {folder}/result.json; run vlal evaluate with the "
-            "same --paths.run, --evaluation.split and --evaluation.predictor"
+            "same --paths.run, --paths.dataset, --evaluation.split and --evaluation.predictor"
         ) from None
     return read_result(data, where=f"{store.url}: {folder}/result.json")
 
@@ -203,11 +217,13 @@ def _read_predictions(
     return predictions
 
 
-def _rows(config: EvaluationConfig, store: Store, main: dict[str, Any]) -> Iterator[Row]:
+def _rows(
+    config: EvaluationConfig, store: Store, main: dict[str, Any], dataset: Dataset
+) -> Iterator[Row]:
     """The run's own row, then constant and CLIP of the same run, then `evaluation.compare`."""
     yield result_row(main, main, where="this run", is_main=True)
     for predictor in ("model", "constant", "clip"):
-        folder = evaluation_folder(config.split, predictor)
+        folder = find_folder(store, dataset, split=config.split, predictor=predictor)
         if predictor != config.predictor and store.exists(f"{folder}/result.json"):
             yield result_row(_read_result(store, folder), main, where=folder)
     for url in config.compare:

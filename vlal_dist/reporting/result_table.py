@@ -9,9 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlal_dist.errors import DataError
-from vlal_dist.evaluation.results import headline_metrics, percent
+from vlal_dist.evaluation.results import (
+    headline_metrics,
+    percent,
+    protocol_note,
+    read_result,
+    unannotated_of,
+)
 from vlal_dist.reporting.charts import IntervalChart, IntervalPoint
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import Store, open_store
 
 EXPERIMENT_TABLES = ("table1", "table2", "ablations")
 
@@ -119,11 +125,60 @@ def result_row(result: Any, main: dict[str, Any], *, where: str, is_main: bool =
             note.append(f"split {result['split']}")
         if result["dataset"]["digest"] != main["dataset"]["digest"]:
             note.append(f"another dataset: {result['dataset']['name']}")
+        unannotated = unannotated_of(result)
+        if unannotated == "negative" or unannotated != unannotated_of(main):
+            note.append(protocol_note(unannotated) or "unannotated pairs excluded")
         return Row(result["name"], cells, note=", ".join(note), main=is_main)
     except (KeyError, TypeError, IndexError) as error:
         raise DataError(
             f"{where} is not a result.json of this version ({error!r}); evaluate that run again"
         ) from None
+
+
+@dataclass(frozen=True)
+class OtherDataset:
+    """Results of a run on another dataset or split than its page is about.
+
+    Attributes:
+        title: names dataset and split.
+        digest: of the dataset.
+        columns, rows: as those of the page's own result.
+    """
+
+    title: str
+    digest: str
+    columns: list[Column]
+    rows: list[Row]
+
+
+def other_datasets(store: Store, main: dict[str, Any]) -> list[OtherDataset]:
+    """The evaluations of a run on other datasets than that of `main`.
+
+    Args:
+        store: the run root.
+        main: `result.json` of the page.
+
+    Raises:
+        DataError: a result is damaged.
+    """
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for key in sorted(store.list_keys("evaluation/")):
+        if not key.endswith("/result.json"):
+            continue
+        result = read_result(store.read(key), where=f"{store.url}: {key}")
+        dataset = result["dataset"]
+        if dataset["digest"] != main["dataset"]["digest"]:
+            place = (dataset["name"], dataset["digest"], result["split"])
+            found.setdefault(place, []).append(result)
+    return [
+        OtherDataset(
+            title=f"{name}, {split}",
+            digest=digest,
+            columns=result_columns(results[0], {}),
+            rows=[result_row(one, results[0], where=f"evaluation of {name}") for one in results],
+        )
+        for (name, digest, split), results in found.items()
+    ]
 
 
 def read_tables(url: str) -> list[ExperimentTable]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from vlal_dist.contents import parse_json, parse_yaml
 from vlal_dist.errors import DataError
+from vlal_dist.evaluation.results import protocol_note, unannotated_of
 from vlal_dist.storage.store import Store
 
 CARD_KEYS = (
@@ -129,7 +130,11 @@ def run_card(result: Mapping[str, Any], manifest: Mapping[str, Any], run: RunFil
     model = result["model"]
     if model is not None:
         card.append(("Best model", f"step {model['step']:,}, epoch {model['epoch']}"))
-        card.append(("Its validation mAP", f"{100 * model['validation_map']:.2f} %"))
+        value = model["validation_map"]
+        shown = "undefined" if value is None else f"{100 * value:.2f} %"
+        card.append(("Its validation mAP", shown))
+    if note := protocol_note(unannotated_of(result)):
+        card.append(("Protocol", note))
     steps = series(run.lines, "train", "loss")
     if steps:
         card.append(("Trained", f"{steps[-1][0]:,.0f} steps"))

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,18 @@ class TrainingData(Mixture):
         """What is read, by content: equal on all ranks, wherever their copies lie."""
         found = {"dataset digest": self.dataset.digest, "scores digest": self.scores}
         return found | {"digests of data.mix": self.mix, "digest of data.subset": self.subset}
+
+    def own_digests(self, packed: str) -> list[str]:
+        """Digests of the run's own dataset: as trained on, its source, and what `packed` holds.
+
+        Args:
+            packed: `paths.dataset`, which evaluate reads.
+        """
+        likelihood = self.dataset.manifest.get("likelihood") or {}
+        found = [self.dataset.digest, str(likelihood.get("source_digest", ""))]
+        with suppress(NotFoundError):
+            found.append(sha256_of(open_store(packed).read("dataset.json")))
+        return sorted({digest for digest in found if digest})
 
     def check_validation(self, unannotated: str) -> None:
         """Warn where no attribute of the validation split can be scored (`counted_labels`)."""

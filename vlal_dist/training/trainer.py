@@ -4,6 +4,7 @@ All ranks take the same path: whatever may differ between them (a signal, a samp
 read, a loss that is not finite, a save that failed) is agreed upon before any of them acts on it.
 """
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ from vlal_dist.data.format.dataset import check_shard_sizes
 from vlal_dist.data.loading.batch import decoded
 from vlal_dist.data.loading.loader import Step
 from vlal_dist.errors import ConflictError, DataError, Stopped, StorageError, VlalError
+from vlal_dist.evaluation.results import TRAINED_ON
 from vlal_dist.kernels.backend import Chosen, choose
 from vlal_dist.method.model import build_model, parameter_groups
 from vlal_dist.processes import handled
@@ -151,6 +153,8 @@ class Trainer:
             remove_run(self.store)
         self.store.sweep(BEST)
         self.store.replace("config.yaml", self.config.text.encode())
+        own = {"digests": self.data.own_digests(self.config.paths.dataset)}
+        self.store.replace(TRAINED_ON, (json.dumps(own, indent=2) + "\n").encode())
 
     def _build(self, found: Checkpoint | None, stack: ExitStack) -> None:
         """Make model, optimizer, loaders and reports, and fill them from a checkpoint."""
@@ -255,7 +259,8 @@ class Trainer:
             state.best_map = state.best_step = None
         if not same:
             logger.warning(
-                "evaluation.unannotated is %s, and was %s before: the best model is selected anew",
+                "evaluation.unannotated is %s, and was %s before: scores cannot be compared, so "
+                "the best model is chosen from here on",
                 unannotated,
                 state.unannotated,
             )
