@@ -67,7 +67,9 @@ _CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 60.0
 """Longest silence except in reads: a store may hash and replicate 5 GiB before it answers a PUT."""
 _CONNECTIONS = 32
-_REFUSED_S = 1800
+_SIGNED_S = 300.0
+"""How long a signature is used: stores take it for 15 minutes from its time on."""
+_REFUSED_S = 1800.0
 """How long an object is read through botocore after a direct read of it was refused."""
 NO_SIGN_REQUEST = "AWS_NO_SIGN_REQUEST"
 """Environment variable: read public buckets without credentials (the name that GDAL uses)."""
@@ -97,8 +99,7 @@ class _Process:
     pid: int
     session: Any = field(default_factory=botocore.session.get_session)
     clients: dict[bool, Any] = field(default_factory=dict)
-    places: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, float] = field(default_factory=dict)
+    signed: dict[str, tuple[str, dict[str, str] | None, float]] = field(default_factory=dict)
     bucket_seen: bool = False
     pool: Any = None
     endpoint: str = ""
@@ -225,11 +226,10 @@ class S3Client:
                 self.add(requests=sent, repeated={"redirected": sent - 1} if sent > 1 else {})
 
     def get_signed(self, key: str, *, extent: str, etag: str) -> Any:
-        """One ranged GET that botocore signs and urllib3 sends.
+        """One ranged GET by headers that are signed every few minutes, through urllib3 directly.
 
-        botocore's own client spends 1.5 ms of Python on each request, holding the interpreter's
-        lock, most of it on work that is the same for every range of an object; signing takes a
-        tenth of it.
+        botocore spends 1.5 ms of Python on each request, holding the interpreter's lock, most of it
+        on work that is the same for every range of an object.
 
         Args:
             key: the object.
@@ -245,15 +245,16 @@ class S3Client:
         """
         process = self._process()
         try:
-            url = self._place(process, key)
-            if url is None or (pool := self._pool(process, url)) is None:
+            if (signed := self._signed(process, key)) is None:
                 return None
-            headers = self._sign(process, url, {"Range": extent, "If-Match": etag})
+            url, headers = signed
+            if (pool := self._pool(process, url)) is None:
+                return None
             self.add(requests=1)
             reply = pool.urlopen(
                 "GET",
                 url[url.index("/", url.index("://") + 3) :],
-                headers=headers,
+                headers={**headers, "Range": extent, "If-Match": etag},
                 redirect=False,
                 preload_content=False,
                 decode_content=False,
@@ -275,7 +276,7 @@ class S3Client:
                     "throttled" if status in (429, 503) else "error",
                 )
             # Another version, expired credentials or a redirect: `call` finds out which.
-            process.refused[key] = time.monotonic() + _REFUSED_S
+            process.signed[key] = (url, None, time.monotonic() + _REFUSED_S)
             return None
         return {
             "Body": reply,
@@ -344,31 +345,31 @@ class S3Client:
         client.meta.events.register("before-send.s3", count_request)
         return client
 
-    def _place(self, process: _Process, key: str) -> str | None:
-        """The URL of an object, without a signature; None while direct reads of it are refused."""
-        if process.refused and time.monotonic() < process.refused.get(key, 0.0):
-            return None
-        if key not in process.places:
-            whole = self._connected(process, True).generate_presigned_url(
-                "get_object", {"Bucket": self.bucket, "Key": self.prefix + key}, ExpiresIn=1
-            )
-            process.places[key] = whole.partition("?")[0]
-        return process.places[key]
+    def _signed(self, process: _Process, key: str) -> tuple[str, dict[str, str]] | None:
+        """The URL of an object and headers of a signature; None while direct reads are refused.
 
-    def _sign(self, process: _Process, url: str, headers: dict[str, str]) -> dict[str, str]:
-        """The headers with those of the signature."""
-        if _unsigned():
-            return headers
-        client = self._connected(process, True)
-        credentials = process.session.get_credentials()
-        if credentials is None:
-            raise NoCredentialsError()
-        request = AWSRequest("GET", url, headers=headers)
-        frozen = credentials.get_frozen_credentials()
-        region = client.meta.region_name
-        region = "us-east-1" if region in (None, "aws-global") else region
-        S3SigV4Auth(frozen, "s3", region).add_auth(request)
-        return dict(request.headers.items())
+        Only the address and the time are signed, so one signature serves every range.
+        """
+        url, headers, until = process.signed.get(key, ("", None, 0.0))
+        if time.monotonic() >= until:
+            client = self._connected(process, True)
+            url = (
+                url
+                or client.generate_presigned_url(
+                    "get_object", {"Bucket": self.bucket, "Key": self.prefix + key}, ExpiresIn=1
+                ).partition("?")[0]
+            )
+            request = AWSRequest("GET", url)
+            if not _unsigned():
+                credentials = process.session.get_credentials()
+                if credentials is None:
+                    raise NoCredentialsError()
+                region = client.meta.region_name
+                region = "us-east-1" if region in (None, "aws-global") else region
+                S3SigV4Auth(credentials.get_frozen_credentials(), "s3", region).add_auth(request)
+            headers = dict(request.headers.items())
+            process.signed[key] = (url, headers, time.monotonic() + _SIGNED_S)
+        return None if headers is None else (url, headers)
 
     def _pool(self, process: _Process, url: str) -> Any:
         """Kept connections to the endpoint; None behind a proxy."""
