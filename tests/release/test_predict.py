@@ -172,12 +172,16 @@ def test_photos_in_a_bucket(
     url = moto_s3.url()
     store = open_store(url)
     store.create("a/one.jpg", Path(crops[0]["image"]).read_bytes())
+    store.create("bare", Path(crops[1]["image"]).read_bytes())
     store.create("two.txt", b"no photo")
+    store.create(".hidden.jpg", b"no photo")
     out = tmp_path / "o.jsonl"
     flags = ("--predict.images", url, "--predict.object", "ball", "--predict.output", str(out))
     assert call(trained, *flags) == 0
-    assert [row["image"] for row in lines(out)] == ["a/one.jpg"]
-    table = write_csv(tmp_path / "t.csv", [{"image": n} for n in ("a/one.jpg", "b.jpg", "../c")])
+    assert [row["image"] for row in lines(out)] == ["a/one.jpg", "bare"]
+    counts = json.loads((tmp_path / "predict.result.json").read_text())["counts"]
+    assert counts["left_out"] == {"hidden": 1, "not a photo": 1} and counts["rejected"] == 0
+    table = write_csv(tmp_path / "t.csv", [{"image": n} for n in ("a/one", "b.jpg", "../c")])
     assert call(trained, *flags, "--predict.table", table) == 0
     reasons = [row["reason"] for row in lines(tmp_path / "o.rejects.jsonl")]
     assert len(lines(out)) == 1 and reasons == ["missing", "outside"]

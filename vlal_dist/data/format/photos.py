@@ -20,6 +20,7 @@ from typing import Protocol
 
 from vlal_dist.data.format.images import HEAD_BYTES, photo_format
 from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
+from vlal_dist.storage.checks import TEMPORARY_PREFIX
 from vlal_dist.storage.store import Store, open_store
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -237,14 +238,14 @@ class _Folder:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 kind = _kind(entry)
                 if _is_hidden(entry.name):
-                    left_out["hidden"] += 1
+                    left_out["hidden"] += not entry.name.startswith(TEMPORARY_PREFIX)
                 elif kind == stat.S_IFDIR:
                     (links if entry.is_symlink() else folders).append(path)
                 elif kind == stat.S_IFREG:
                     names.append(path)
                 else:
                     left_out["special file"] += 1
-        return names, left_out
+        return names, +left_out
 
     def candidates(self, name: str, *, anywhere: bool) -> list[str]:
         below = self._below(name)
