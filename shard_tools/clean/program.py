@@ -208,12 +208,12 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> None:
             "clean.attribute_parent_types groups the types of clean.attribute_types, which is not "
             "set; give both, or the types alone"
         )
-    if settings.merge_table is not None and settings.merge != "table":
-        logger.warning(
-            "clean.merge_table %s is not read: clean.merge is %s, not table",
-            settings.merge_table,
-            settings.merge,
-        )
+    for name, used, why in (
+        ("merge_table", settings.merge == "table", f"clean.merge is {settings.merge}, not table"),
+        ("object_vectors", settings.feasible_top_k > 0, "clean.feasible_top_k is 0"),
+    ):
+        if getattr(settings, name) is not None and not used:
+            logger.warning("clean.%s is not read: %s", name, why)
     if settings.merge == "table" and settings.merge_table is None:
         raise ConfigError(
             "clean.merge is table, but clean.merge_table is not set; give a JSON of name -> "

@@ -95,3 +95,7 @@ def test_datasets_that_do_not_belong_together_are_refused(
     (tmp_path / "none.txt").write_text("no-such-key\n")
     with pytest.raises(ConfigError, match="1 of 1 keys are of no sample"):
         opened({}, subset=str(tmp_path / "none.txt"))
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for name in ("bytes.txt", "absent.txt"):
+        with pytest.raises(ConfigError, match=rf"data\.subset: .*{name} cannot be read"):
+            opened({}, subset=str(tmp_path / name))

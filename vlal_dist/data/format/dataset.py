@@ -152,7 +152,7 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
     except NotFoundError:
         raise DataError(
             f"{url} holds no dataset.json: vlal pack (or merge) has not finished there; run it, "
-            "or correct paths.dataset / paths.merged"
+            "or correct paths.dataset, paths.merged or data.mix"
         ) from None
     where, remedy = f"{url}/dataset.json", "restore it, or pack again"
     manifest = parse_json(data, dict[str, Any], where=where, remedy=remedy)

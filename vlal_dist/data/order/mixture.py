@@ -13,7 +13,7 @@ from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split, rea
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import ONE, fixed_rate
 from vlal_dist.data.order.sampling_rates import repeat_factors, subset_factors
-from vlal_dist.errors import DataError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.storage.store import read_url
 
 
@@ -111,7 +111,13 @@ def _factors(
     tables = [read_labels(one, data.train_split, columns=columns) for one in trained]
     kept, digest = np.ones(sum(len(table) for table in tables), dtype=np.bool_), ""
     if subset is not None:
-        wanted = sorted(set(read_url(subset).decode().split()))
+        try:
+            wanted = sorted(set(read_url(subset).decode().split()))
+        except (NotFoundError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"data.subset: {subset} cannot be read ({error}); give a text file (UTF-8) with a "
+                "sample's key per line"
+            ) from None
         kept = subset_factors([table["key"] for table in tables], wanted)
         digest = hashlib.sha256("\n".join(wanted).encode()).hexdigest()
     if threshold == 0:
