@@ -211,10 +211,12 @@ def _copy_shard(dataset: Dataset, split: Split, task: MergeTask) -> ShardReport:
             f"{dataset.url}/{split.shard_key(task.shard)}: sha256 {found} where {shard.sha256} is "
             "expected; the shard was altered or cut: restore it, or pack again"
         )
-    report = dataset.store.read(report_key(split.name, shard.name))
+    key = report_key(split.name, shard.name)
+    report = dataset.store.read(key)
+    found_report = ShardReport.decode(report, where=f"{dataset.url}/{key}")
     target.create(split.shard_key(task.shard), data)
-    target.create(report_key(split.name, shard.name), report)
-    return ShardReport.decode(report)
+    target.create(key, report)
+    return found_report
 
 
 PROGRAM = Program(

@@ -6,7 +6,6 @@ its own instances: any number of processes gives the same files, and a killed ru
 """
 
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
@@ -15,10 +14,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow.parquet
+from typing_extensions import TypedDict
 
+from shard_tools.clean.files import INSTANCE_SCHEMA
 from shard_tools.shard_writer import (
     ShardReport,
     TarBuilder,
@@ -32,9 +32,16 @@ from shard_tools.shard_writer import (
     shard_name,
 )
 from vlal_dist.config.sections import Config, PackConfig
+from vlal_dist.contents import Count, Sha256, parse_json
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
 from vlal_dist.data.format.images import Photo, crop_bounds, encode_jpeg, read_photo
-from vlal_dist.data.format.index import LABELS_SCHEMA, REJECTS_SCHEMA, check_uids, encode_table
+from vlal_dist.data.format.index import (
+    LABELS_SCHEMA,
+    REJECTS_SCHEMA,
+    check_uids,
+    decode_table,
+    encode_table,
+)
 from vlal_dist.data.format.jpeg import CROP_PIXELS
 from vlal_dist.data.format.photos import Limits, Photos, printable
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
@@ -91,8 +98,7 @@ class ShardTask:
 def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     """Pack every split of the instances root into the dataset root."""
     source, target = open_store(config.paths.instances), open_store(config.paths.dataset)
-    settings, cleaned = config.pack, _read_cleaned(source)
-    clean = json.loads(cleaned)
+    settings, (cleaned, clean) = config.pack, _read_cleaned(source)
     copied = {name: source.read(name) for name in ROOT_FILES}
     for name, data in copied.items():
         found = hashlib.sha256(data).hexdigest()
@@ -132,7 +138,8 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     )
     manifest: dict[str, Any] = {"name": settings.name, "likelihood": None, "splits": {}}
     manifest["crops"] = {**crops, "seed": settings.seed}
-    manifest |= {name: clean[name] for name in ("vocabulary_digest", "feasible_digest")}
+    manifest["vocabulary_digest"] = clean["vocabulary_digest"]
+    manifest["feasible_digest"] = clean["feasible_digest"]
     manifest["files"] = {name: clean["files"][name] for name in ROOT_FILES}
     for name, data in copied.items():
         target.create(name, data)
@@ -415,24 +422,42 @@ def _tables(reports: list[ShardReport]) -> dict[str, bytes | Path]:
     }
 
 
-def _read_cleaned(source: Store) -> bytes:
+class _Cleaned(TypedDict):
+    """`clean.json` (docs/formats.md)."""
+
+    vocabulary_digest: Sha256
+    feasible_digest: Sha256
+    splits: dict[Literal["train", "val", "test"], Count]
+    files: dict[str, Sha256]
+
+
+def _read_cleaned(source: Store) -> tuple[bytes, _Cleaned]:
+    """`clean.json`, as bytes and parsed; it names every file that pack reads."""
     try:
-        return source.read("clean.json")
+        data = source.read("clean.json")
     except NotFoundError:
         raise DataError(
             f"{source.url} holds no clean.json: run vlal clean first, or correct paths.instances"
         ) from None
+    where, remedy = f"{source.url}/clean.json", "run vlal clean into a new paths.instances"
+    cleaned: _Cleaned = parse_json(data, _Cleaned, where=where, remedy=remedy)
+    files = (*ROOT_FILES, *(f"{split}.parquet" for split in cleaned["splits"]))
+    missing = [name for name in files if name not in cleaned["files"]]
+    if missing:
+        raise DataError(f"{where} has no digest of {', '.join(missing)}; {remedy}")
+    return data, cleaned
 
 
 def read_instances(source: Store, split: str, *, sha256: str) -> Iterator[InstanceRow]:
     """The instances of a split, in the order of the table.
 
     Raises:
-        DataError: the table is not the one that clean committed.
+        DataError: the table is not the one that clean committed, or is none of clean's.
     """
-    data = source.read(f"{split}.parquet")
-    check_digest(f"{source.url}/{split}.parquet", sha256, hashlib.sha256(data).hexdigest())
-    for row in pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist():
+    data, where = source.read(f"{split}.parquet"), f"{source.url}/{split}.parquet"
+    check_digest(where, sha256, hashlib.sha256(data).hexdigest())
+    remedy = "run vlal clean into a new paths.instances"
+    for row in decode_table(data, INSTANCE_SCHEMA, where=where, remedy=remedy).to_pylist():
         x, y, w, h = row.pop("box")
         yield InstanceRow(box=(x, y, w, h), **row)
 

@@ -17,11 +17,12 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet
+from typing_extensions import TypedDict
 
+from vlal_dist.contents import Count, parse_json
 from vlal_dist.data.format.dataset import (
     FORMAT,
     ROOT_FILES,
@@ -37,6 +38,7 @@ from vlal_dist.data.format.index import (
     LABELS_SCHEMA,
     Index,
     Shard,
+    decode_table,
     encode_blocks,
     encode_index,
     encode_shards,
@@ -101,11 +103,24 @@ class ShardReport:
         return encode_table(self.columns, schema)
 
     @classmethod
-    def decode(cls, data: bytes) -> "ShardReport":
-        """Read `encode`'s bytes."""
-        table = pyarrow.parquet.read_table(pa.BufferReader(data))
-        facts = json.loads(table.schema.metadata[b"part"])
+    def decode(cls, data: bytes, *, where: str) -> "ShardReport":
+        """Read `encode`'s bytes; `where` names them in the DataError if they are damaged."""
+        remedy = "delete it and repeat the command: that shard is written again"
+        table = decode_table(data, REPORT_SCHEMA, where=where, remedy=remedy)
+        facts: _Facts = parse_json(
+            (table.schema.metadata or {}).get(b"part", b"null"), _Facts, where=where, remedy=remedy
+        )
         return cls(columns=table.to_pydict(), found=True, **facts)
+
+
+class _Facts(TypedDict):
+    """A shard's own facts in its report's metadata."""
+
+    name: str
+    size_bytes: Count
+    sha256: str
+    rejects: list[dict[str, str]]
+    source: NotRequired[str]
 
 
 class TarBuilder:
@@ -194,7 +209,9 @@ def shard_key(split: str, shard: str) -> str:
 def find_report(store: Store, split: str, shard: str) -> ShardReport | None:
     """The report of a shard that is there already; None: the shard is still to be written."""
     key = report_key(split, shard)
-    return ShardReport.decode(store.read(key)) if store.exists(key) else None
+    if not store.exists(key):
+        return None
+    return ShardReport.decode(store.read(key), where=f"{store.url}/{key}")
 
 
 def shard_name(split: str, number: int) -> str:

@@ -5,7 +5,6 @@ written; the files are create-only and depend on the input alone, so the command
 after any interruption.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +47,8 @@ from shard_tools.clean.steps import Cleaned, attribute_names, clean_instances
 from shard_tools.clean.vocabulary import make_feasible, make_vocabulary
 from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig, Config
-from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.contents import parse_json
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, bounded
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.pipeline import clean_inputs
 from vlal_dist.program import Counts, Program
@@ -153,14 +153,17 @@ def open_like(url: str, settings: CleanConfig) -> tuple[Vocabulary, FeasibleSets
     """
     store = open_store(url)
     try:
-        values = json.loads(store.read("vocabulary.json"))
-        feasible = FeasibleSets.from_npz(store.read("feasible.npz"))
+        data, sets = store.read("vocabulary.json"), store.read("feasible.npz")
     except NotFoundError as error:
         raise DataError(
             f"--like {url}: {error}; give the root that clean, pack or merge wrote"
         ) from None
+    where, remedy = f"--like {url}: vocabulary.json", "write that root again"
+    values = parse_json(data, dict[str, Any], where=where, remedy=remedy)
+    try:
+        feasible = FeasibleSets.from_npz(sets)
     except ValueError as error:
-        raise DataError(f"--like {url} cannot be read: {error}; write that root again") from None
+        raise DataError(f"--like {url} cannot be read: {error}; {remedy}") from None
     vocabulary = Vocabulary.from_json(values)
     if feasible.num_objects != len(vocabulary.objects):
         raise DataError(
@@ -168,10 +171,11 @@ def open_like(url: str, settings: CleanConfig) -> tuple[Vocabulary, FeasibleSets
             f"{len(vocabulary.objects)}; the files do not belong together: write that root again"
         )
     if any(values.get(key) != value for key, value in _hide_rule(settings).items()):
-        seed = f" with seed {values['hide_seed']}" if "hide_seed" in values else ""
+        theirs = str(values.get("hide", "none"))
+        theirs += f" with seed {values['hide_seed']}" if "hide_seed" in values else ""
         raise ConfigError(
-            f"--like {url} was cleaned with clean.hide {values.get('hide', 'none')}{seed}, this is "
-            f"clean.hide {settings.hide} with seed {settings.hide_seed}: its feasible sets may "
+            f"--like {url} was cleaned with clean.hide {bounded(theirs)}, this is clean.hide "
+            f"{settings.hide} with seed {settings.hide_seed}: its feasible sets may "
             "come from labels that are hidden here; give a root cleaned with the same clean.hide "
             "and clean.hide_seed, or set clean.hide none"
         )

@@ -410,3 +410,43 @@ def test_image_ids_name_photos_of_any_suffix_below_the_named_folder_only(tmp_pat
                "--paths.dataset", data) == 0  # fmt: skip
     rows = pq.read_table(tmp_path / "linked/train/rejects.parquet").to_pylist()
     assert f"{ids[5]}.jpg" not in {row["detail"].split()[0] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"splits": {"../x": 1}}, "Input should be 'train', 'val' or 'test'"),
+        ({"splits": ["train"]}, "splits: Input should be"),
+        ({"files": {}}, "has no digest of vocabulary.json, feasible.npz, test.parquet"),
+        ({"vocabulary_digest": 3}, "vocabulary_digest: Input should be a valid string"),
+        (None, "is damaged"),
+    ],
+)
+def test_a_damaged_instances_root_is_an_error(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: object, message: str
+) -> None:
+    shutil.copytree(packed / "instances", tmp_path / "i")
+    path = tmp_path / "i/clean.json"
+    text = json.loads(path.read_text())
+    path.write_text(json.dumps({**text, **change} if isinstance(change, dict) else "[" * 9999))
+    roots = (f"--paths.instances={tmp_path / 'i'}", f"--paths.dataset={tmp_path / 'd'}")
+    assert run("pack", packed / "config.yaml", *roots) == 65
+    error = capsys.readouterr().err
+    assert message in error and "run vlal clean into a new paths.instances" in error
+
+
+def test_a_damaged_report_is_named_and_its_removal_helps(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "dataset"
+    shutil.copytree(packed / "dataset", root)
+    report = sorted((root / "train/parts").iterdir())[0]
+    report.chmod(0o644)
+    report.write_bytes(report.read_bytes()[:-20])
+    arguments = ("--paths.dataset", str(root))
+    assert run("pack", packed / "config.yaml", *arguments) == 65
+    error = capsys.readouterr().err
+    assert f"{report} is damaged" in error and "delete it and repeat the command" in error
+    report.unlink()
+    assert run("pack", packed / "config.yaml", *arguments) == 0
+    assert tree(root) == tree(packed / "dataset")
