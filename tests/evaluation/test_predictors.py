@@ -140,7 +140,8 @@ def write_scores(dataset: Dataset, root: Path, **changes: object) -> Store:
         )
         key = score_key("test", shard_sha256=shard.sha256, scorer_digest=SCORER)
         store.create(key, encode_scores(scores))
-    manifest = {**digests, "dataset_digest": dataset.digest, "splits": ["test"]}
+    manifest = {**digests, "dataset_digest": dataset.digest}
+    manifest["splits"] = {"test": {"samples": 5, "shards": 1}}
     manifest |= {"temperature": 0.01, **changes}
     write_scores_manifest(store, manifest)
     return store
