@@ -58,6 +58,10 @@ CROP_SETTINGS = {"jpeg_quality", "box_expansion", "max_pixels", "background", "k
 
 JPEG_SIDE = 65_500  # pixels; the encoder's limit
 
+MAX_RATIO = 500
+"""Longest side of a crop by its shortest. CLIP's preprocessing brings the shortest to the model's
+input size before it cuts: one of 1x65500 would take 10 GB."""
+
 # Bytes of a sample, estimated from its box alone so that a plan reads no photo: JPEG at quality 95
 # takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
 BYTES_PER_PIXEL = 0.5
@@ -306,6 +310,11 @@ def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Cr
             f"box too large: a crop of {width}x{height} pixels; allowed are {limit} pixels (the "
             f"lower of pack.max_pixels and {CROP_PIXELS}) and {JPEG_SIDE} on a side"
         )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise DataError(
+            f"box too narrow: a crop of {width}x{height} pixels; one side may be at most "
+            f"{MAX_RATIO} times the other"
+        )
     whole = bounds == (0, 0, image.width, image.height)
     jpg = photo.jpeg if whole else None
     if jpg is None:
@@ -334,6 +343,7 @@ RESULTS = {
     "zero size": "bad_box",
     "box outside": "bad_box",
     "box too large": "bad_box",
+    "box too narrow": "bad_box",
 }
 """Reason of a reject -> label `result`; any other reason is `other`."""
 

@@ -24,6 +24,7 @@ from vlal_dist.release.model import (
     CONFIG,
     THRESHOLDS,
     WEIGHTS,
+    ExportedModel,
     ExportInfo,
     load_model,
     write_export,
@@ -153,6 +154,35 @@ def test_bad_arguments_are_refused_with_the_reason(store: Store, tmp_path: Path)
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"bad\.jpg: not an image"):
         model(tmp_path / "bad.jpg", "ball")
+
+
+def test_transparent_pixels_lie_on_the_background_of_the_dataset(
+    store: Store, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (90, 120, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "cut-out.png")
+    share = pixels[..., 3:] / 255
+
+    def on(colour: tuple[int, int, int]) -> np.ndarray:
+        return np.rint(pixels[..., :3] * share + colour * (1 - share)).astype(np.uint8)
+
+    def close(model: ExportedModel, colour: tuple[int, int, int]) -> bool:
+        found = model(tmp_path / "cut-out.png", "box", top_k=0)
+        assert found == model(Image.open(tmp_path / "cut-out.png"), "box", top_k=0)
+        expected = {one.name: one.probability for one in model(on(colour), "box", top_k=0)}
+        return all(abs(one.probability - expected[one.name]) < 0.002 for one in found)
+
+    files = {WEIGHTS: encode_weights(tiny_model(3))}
+    write_export(store, replace(EXPORT, background="#0a64c8"), files, card="", remarks={})
+    model = load_model(store.url)
+    assert close(model, (10, 100, 200)) and not close(model, (255, 255, 255))
+    values = json.loads(store.read("config.json"))
+    del values["background"]  # as earlier versions wrote it
+    store.replace("config.json", json.dumps(values).encode())
+    assert close(load_model(store.url), (255, 255, 255))
+    store.replace("config.json", json.dumps(values | {"background": "sky"}).encode())
+    with pytest.raises(DataError, match="background"):
+        load_model(store.url)
 
 
 def test_without_an_object_gate_no_object_is_needed(tmp_path: Path) -> None:

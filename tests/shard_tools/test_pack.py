@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 from PIL import Image
 
 from shard_tools.pack import InstanceRow, decode_photo, make_sample
+from tests.fixtures.odd_photos import odd_photos
 from tests.fixtures.scored_dataset import write_scores
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from vlal_dist.config.sections import PackConfig
@@ -191,6 +193,43 @@ def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
     assert turned.image.size == (30, 40) and turned.jpeg is None
 
 
+def stored(photo: bytes, box: tuple[float, float, float, float], settings: PackConfig) -> bytes:
+    """The crop that pack stores."""
+    crop = make_sample(instance(box), decode_photo(photo, settings), settings)
+    offset, length = crop[1].members["jpg"]
+    return crop[1].data[offset : offset + length]
+
+
+@pytest.mark.parametrize("name", ["jpeg_private", "jpeg_trailing", "gif_animated"])
+def test_no_crop_holds_metadata_unless_they_are_asked_for(name: str) -> None:
+    (odd,) = (one for one in odd_photos() if one.name == name)
+    assert b"SECRET" in odd.data
+    for box in ((0, 0, 96, 72), (3, 3, 50, 40)):
+        assert not re.search(rb"SECRET|SERIAL|Exif", stored(odd.data, box, SETTINGS))
+    keeping = SETTINGS.model_copy(update={"keep_metadata": True})
+    if name != "gif_animated":
+        assert stored(odd.data, (0, 0, 96, 72), keeping) == odd.data
+    assert b"SECRET" not in stored(odd.data, (3, 3, 50, 40), keeping)
+
+
+def test_background_and_metadata_are_part_of_the_dataset(packed: Path, tmp_path: Path) -> None:
+    crops = json.loads((packed / "dataset/dataset.json").read_text())["crops"]
+    assert (crops["background"], crops["keep_metadata"]) == ("#ffffff", False)
+    (odd,) = (one for one in odd_photos() if one.name == "png_rgba")
+    black = SETTINGS.model_copy(update={"background": "#000000"})
+    corner = [
+        np.asarray(Image.open(io.BytesIO(stored(odd.data, (0, 0, 96, 72), one))))[:, 0].mean()
+        for one in (SETTINGS, black)
+    ]
+    assert corner[0] > 250 and corner[1] < 5  # fully transparent there
+    other = ("--paths.dataset", str(tmp_path), "--pack.background")
+    assert run("pack", packed / "config.yaml", *other, "white") == 64
+    assert run("pack", packed / "config.yaml", *other, "#0A64C8") == 0
+    crops = json.loads((tmp_path / "dataset.json").read_text())["crops"]
+    assert crops["background"] == "#0a64c8"
+    assert run("pack", packed / "config.yaml", *other, "#ffffff") == 65  # begun with another one
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -219,6 +258,7 @@ def test_a_pixel_bomb_is_refused_by_its_header() -> None:
         ((0, 0, 1e12, 20), "box too large"),
         ((1e308, 0, 1e308, 20), "box too large"),
         ((0, 0, 60_000, 60_000), "box too large"),
+        ((0, 0, 1, 501), "box too narrow"),
         ((10, 10, 0.5, 20), "zero size"),
         ((40, 0, 10, 10), "box outside"),
     ],
