@@ -29,7 +29,7 @@ def load(defines: tuple[str, ...], extra: tuple[str, ...] = ()):
 
     path = kept(f"emulated-{digest_of(FLAGS, extra, defines, own)}.so", make)
     function = ctypes.CDLL(str(path)).emulated
-    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_int64], None
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_int64], ctypes.c_char_p
     return function
 
 
@@ -40,5 +40,7 @@ def run(tensors, mode, loss, largest=0, *, most_shared=232_448):
         return losses.zero_(), gradient, sums.zero_(), counts.zero_()
     call = prepare(tensors, mode, loss, largest, most_shared=most_shared)
     load(call.defines)(call.arguments, call.launch.blocks)
-    load(cuda.TOTALS)(call.arguments, call.launch.blocks)
+    failed = load(cuda.TOTALS)(call.arguments, call.launch.blocks)
+    if failed is not None:  # on a device the next call of CUDA would fail
+        raise ValueError(failed.decode())
     return call.outputs

@@ -1,6 +1,7 @@
 """The draw of the compiled backends: the oracle's, bit for bit; and the same bits every time."""
 
 import hashlib
+import math
 from functools import partial
 
 import pytest
@@ -126,23 +127,12 @@ def test_equal_keys_go_to_the_lower_id(backend, size):
 
 
 @on_fused
-def test_keys_that_vanish_are_ties_too(backend):
-    """Denormal weights: products round to a few steps above 0, or to 0 itself."""
-    case = weighted([1e-45] * 100)
-    for num_ignore in (1, 5, 20, 50, 99, 100, 200):
-        found = drawn_by(backend, case, num_ignore=num_ignore)
-        assert found.sum() == min(num_ignore, 100)
-        assert torch.equal(found, oracle_mask(case, num_ignore=num_ignore))
-
-
-@on_fused
 def test_what_cannot_be_drawn(backend):
-    inf, nan = float("inf"), float("nan")
-    case = weighted([1.0, 0.0, inf, nan, -1.0, 3.0, 1e-42, 3.4e38, -0.0, -inf, -nan])
-    wanted = [True, False, False, False, False, True, True, True, False, False, False]
-    for num_ignore in (4, 8, 1000, 2**31, 2**40):
+    case = weighted([1.0, math.inf, 3.0, math.inf, 1.0, 3.4e38])
+    wanted = [True, False, True, False, True, True]
+    for num_ignore in (4, 8, 1000, 2**31, 2**40, 2**70):
         assert drawn_by(backend, case, num_ignore=num_ignore)[0].tolist() == wanted
-    assert not drawn_by(backend, weighted([0.0] * 9), num_ignore=3).any()
+    assert not drawn_by(backend, weighted([math.inf] * 9), num_ignore=3).any()
 
 
 @on_backends
@@ -151,7 +141,7 @@ def test_what_cannot_be_drawn(backend):
 def test_dense_weights_draw_as_ragged_ones_do(backend, density, over_unannotated):
     case = make(rows=21, attributes=803, density=density, annotated=0.05, seed=12)
     feasible = feasible_mask(case)
-    dense = torch.full(feasible.shape, 1e-3)  # would be drawn first
+    dense = torch.full(feasible.shape, 1e-3)  # would be drawn first, and is no inverse weight
     dense[feasible] = case.inverse_weight
     given = {**tensors(case, "draw"), "weight_indptr": None, "inverse_weight": dense}
     moved = {n: None if t is None else t.to(backend.device) for n, t in given.items()}
@@ -241,7 +231,7 @@ def golden_case() -> Case:
         object_id=torch.zeros(rows, dtype=torch.int64),
         feasible=FeasibleTable(indptr([len(feasible)]), feasible),
         weight_indptr=indptr([len(feasible)] * rows),
-        inverse_weight=(picked + 1).float() / 64,
+        inverse_weight=(picked + 1).float(),
         uid=torch.tensor([0, 1, -1, 2**32]),
         visit=torch.tensor([0, 1, 2, 2**31]),
         seed=torch.tensor([-7]),

@@ -252,3 +252,25 @@ def test_loss_needs_no_gradient():
         loss = loss_config(detach_focal=True)
         assert not selective_loss(logits, term, loss=loss).per_row.requires_grad
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor itself
+def test_inductor():
+    """The whole table with a sum inside, forward and backward, for batches of several sizes."""
+    torch._dynamo.reset()
+    loss = loss_config(margin=0.05, detach_focal=True)
+
+    def step(logits, term):
+        found = selective_loss(logits * 2, term, loss=loss)
+        return found.per_row.sum(), found.sums, found.counts
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for rows in (9, 5, 17):
+        logits, term = random_case(rows=rows, attributes=33, spread=3.0)
+        slopes = []
+        for one in (compiled, step):
+            leaf = logits.clone().requires_grad_()
+            total, sums, counts = one(leaf, term)
+            slopes.append((*torch.autograd.grad(total, leaf), total.detach(), sums, counts))
+        torch.testing.assert_close(*slopes, rtol=1e-9, atol=1e-12)
+    torch._dynamo.reset()

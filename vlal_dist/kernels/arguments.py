@@ -3,13 +3,17 @@
 Legend: B rows, A attributes, O objects, S feasible pairs, F feasible pairs of the batch's rows.
 """
 
+import re
 import struct
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from vlal_dist.config.sections import LossConfig
+
+SOURCES = Path(__file__).with_name("src")
 
 
 class FeasibleTable(NamedTuple):
@@ -33,9 +37,9 @@ class Draw(NamedTuple):
     Attributes:
         weight_indptr: int64 [B + 1]; each row is as long as its object's feasible set; None: the
             weights are dense.
-        inverse_weight: float32 [F], max likelihood / likelihood (`inverse_weights`); attributes
-            whose weight is not positive and finite cannot be drawn. Dense: [B, A], of which the
-            object's feasible attributes are read.
+        inverse_weight: float32 [F], max likelihood / likelihood of the row (`inverse_weights`),
+            >= 1; infinite: cannot be drawn. Dense: [B, A], of which the object's feasible
+            attributes are read.
         uid, visit: int64 [B].
         seed: int64 [1].
     """
@@ -73,7 +77,7 @@ _POINTERS = (
     *("seed", "drawn", "ignored", "row_weight", "per_row", "sums", "counts", "drawn_out"),
     *("keys", "partial"),
 )
-LAYOUT = struct.Struct(f"@{len(_POINTERS)}P7q4i")
+LAYOUT = struct.Struct(f"@{len(_POINTERS)}P11q4i")
 """`struct Arguments` of arguments.h; packed, as a ctypes structure takes three times as long."""
 
 
@@ -103,7 +107,11 @@ def pack(
         attributes,
         *(t.stride(0) if t is not None and rows > 1 else attributes for t in (logits, gradient)),
         0 if drawn is None else drawn.shape[1],
-        -1 if loss.num_ignore == "all" else loss.num_ignore,
+        _length(tensors, "feasible_indptr") - 1,
+        _length(tensors, "feasible_index"),
+        _length(tensors, "label_code"),
+        _length(tensors, "inverse_weight"),
+        -1 if loss.num_ignore == "all" else min(loss.num_ignore, attributes),
         largest,
         MODES[mode],
         KINDS[logits.dtype],
@@ -116,15 +124,39 @@ OPTIONS = f"-DVLAL_OPTIONS={''.join(f'OPTION({name})' for name in LossConfig().o
 """Define of the names of `LossConfig.options`, which `struct Loss` of focal.h expands."""
 
 
+def _length(tensors: Tensors, name: str) -> int:
+    tensor = tensors.get(name)
+    return 0 if tensor is None else tensor.shape[0]
+
+
+PROBLEMS: tuple[str, ...] = tuple(
+    re.findall(r'^PROBLEM\(\w+, "(.*)"\)$', (SOURCES / "problems.h").read_text(), re.M)
+)
+"""What can be wrong with a row's values, `enum Problem` of arguments.h from 1 on."""
+
+
+def refuse(row: int, problem: int) -> NoReturn:
+    """Raise for a row whose values are not allowed.
+
+    Args:
+        row: its number.
+        problem: `enum Problem`, not kFine.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(f"{PROBLEMS[problem - 1]} (row {row})")
+
+
 TYPES = {
     "label": (torch.int8, "[B, A]"),
     "label_indptr": (torch.int64, "[B + 1]"),
-    "label_code": (torch.int32, ""),
+    "label_code": (torch.int32, "[N]"),
     "object_id": (torch.int64, "[B]"),
-    "feasible_indptr": (torch.int64, ""),
-    "feasible_index": (torch.int32, ""),
+    "feasible_indptr": (torch.int64, "[O + 1]"),
+    "feasible_index": (torch.int32, "[S]"),
     "weight_indptr": (torch.int64, "[B + 1]"),
-    "inverse_weight": (torch.float32, ""),
+    "inverse_weight": (torch.float32, "[F]"),
     "uid": (torch.int64, "[B]"),
     "visit": (torch.int64, "[B]"),
     "seed": (torch.int64, "[1]"),
@@ -132,21 +164,39 @@ TYPES = {
     "ignored": (torch.bool, "[B, A]"),
     "row_weight": (torch.float32, "[B]"),
 }
-"""Inputs beside the logits: type, and shape where it follows from the logits'."""
+"""Inputs beside the logits: type and shape."""
+_SETS = ("object_id", "feasible_indptr", "feasible_index")
+_NEEDED = {
+    "draw": (*_SETS, "inverse_weight", "uid", "visit", "seed"),
+    "list": (*_SETS, "drawn"),
+    "mask": (*_SETS, "ignored"),
+    "ignore": _SETS,
+    "negatify": _SETS,
+}
+"""Inputs that a mode needs beside the labels."""
 
 
-def check(logits: Tensor, tensors: Tensors) -> None:
-    """Check shapes, types and devices; values (ids within their tables) are the caller's to check.
+def check(logits: Tensor, tensors: Tensors, mode: str) -> None:
+    """Check presence, shapes, types and devices; the backends check values.
 
     Args:
         logits: [B, A].
         tensors: entries of `TYPES`.
+        mode: a name of `MODES`.
 
     Raises:
+        TypeError: no tensor, or none where one is needed.
         ValueError: a tensor does not fit.
     """
-    if logits.dim() != 2 or logits.dtype not in (*KINDS, torch.float64):
-        raise ValueError(f"logits: {logits.dtype} {list(logits.shape)}; give floating [B, A]")
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits: {type(logits).__name__}; give a tensor, floating [B, A]")
+    device, layout = logits.device, torch.strided
+    fits = logits.dim() == 2 and (logits.dtype in KINDS or logits.dtype == torch.float64)
+    if not fits or logits.layout != layout:
+        form = f"{logits.dtype} {list(logits.shape)} {logits.layout}"
+        raise ValueError(f"logits: {form}; give floating [B, A], not sparse")
+    if device.type == "meta":
+        raise ValueError("logits: on meta, where tensors have no values; give them on a device")
     rows, attributes = logits.shape
     shapes = {
         "[B, A]": (rows, attributes),
@@ -154,15 +204,28 @@ def check(logits: Tensor, tensors: Tensors) -> None:
         "[B + 1]": (rows + 1,),
         "[1]": (1,),
     }
+    labels = ("label",) if tensors.get("label_indptr") is None else ("label_indptr", "label_code")
+    for name in (*labels, *_NEEDED[mode]):
+        if tensors.get(name) is None:
+            raise TypeError(f"{name}: None; give a tensor, {' '.join(map(str, TYPES[name]))}")
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if type(tensor) is not Tensor and not isinstance(tensor, Tensor):  # the first is fast
+            raise TypeError(f"{name}: {type(tensor).__name__}; give a tensor, {TYPES[name][0]}")
         dtype, form = TYPES[name]
         if name == "inverse_weight" and tensors.get("weight_indptr") is None:
             form = "[B, A]"
-        wanted = (rows, tensor.shape[-1]) if form == "[B, k]" else shapes.get(form, tensor.shape)
-        if tensor.dtype != dtype or tensor.shape != wanted or tensor.device != logits.device:
+        shape = tensor.shape
+        if form in shapes:
+            fits = shape == shapes[form]
+        elif form == "[B, k]":
+            fits = len(shape) == 2 and shape[0] == rows
+        else:
+            fits = len(shape) == 1 and shape[0] >= (form == "[O + 1]")
+        same = tensor.dtype == dtype and tensor.device == device and tensor.layout == layout
+        if not (fits and same):
             raise ValueError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)} on {tensor.device}; give {dtype} "
-                f"{form} with B = {rows}, A = {attributes} on {logits.device}"
+                f"{name}: {tensor.dtype} {list(shape)} on {tensor.device}; give {dtype} "
+                f"{form} with B = {rows}, A = {attributes} on {device}, not sparse"
             )

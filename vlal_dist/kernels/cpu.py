@@ -1,7 +1,7 @@
 """CPU backend of the selective loss: a C++ library, compiled at first use.
 
 g++ (or $CXX) builds it under a file lock; it includes no header of torch or Python, so that it
-works with all their versions. Inputs were checked by `operator.selective_loss`.
+works with all their versions. Shapes were checked by `operator.selective_loss`, values are here.
 """
 
 import ctypes
@@ -21,9 +21,8 @@ import torch
 
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import OPTIONS, Outputs, Tensors, pack
+from vlal_dist.kernels.arguments import OPTIONS, PROBLEMS, SOURCES, Outputs, Tensors, pack, refuse
 
-SOURCES = Path(__file__).with_name("src")
 # No contraction: the draw's bits are single multiplications and additions. The loss calls fma
 # explicitly, so that AVX2 and AVX-512 agree.
 FLAGS = (
@@ -138,10 +137,10 @@ WORTH_A_THREAD = 16_384
 
 
 @functools.cache
-def load(variant: str) -> Callable[[Any, Any], None]:
+def load(variant: str) -> Callable[[Any, Any], int]:
     """The C function of a variant, compiled if need be."""
     function: Any = ctypes.CDLL(str(build(variant))).vlal_selective_loss
-    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_char_p], None
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_char_p], ctypes.c_int64
     return function  # type: ignore[no-any-return]
 
 
@@ -162,6 +161,9 @@ def run(
         loss: exponents, margin, and how the draw is made.
         threads: most threads used; None: torch's number.
         variant: instruction set; None: the widest of this processor.
+
+    Raises:
+        ValueError: values that are not allowed; outputs that were given then hold anything.
     """
     logits = tensors["logits"]
     assert logits is not None
@@ -180,5 +182,8 @@ def run(
         threads=max(1, min(most, logits.numel() // WORTH_A_THREAD)),
     )
     options = loss.options.values()
-    load(variant or instruction_set())(arguments, struct.pack(f"{len(options)}f", *options))
+    function = load(variant or instruction_set())
+    refused = function(arguments, struct.pack(f"{len(options)}f", *options))
+    if refused:
+        refuse(*divmod(refused, len(PROBLEMS) + 1))
     return per_row, gradient, sums, counts

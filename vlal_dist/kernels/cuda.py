@@ -4,7 +4,8 @@ Compiling needs no GPU and no toolkit. The options of a loss are constants of th
 become a few multiplications, and unused branches disappear.
 
 Nothing waits for the device: a launch can be captured in a CUDA graph once its program is loaded,
-which the first call does. Inputs were checked by `operator.selective_loss`.
+which the first call does. Shapes were checked by `operator.selective_loss`; the programs check
+values, and end in a device-side assertion that names what is wrong.
 """
 
 import ctypes
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
-from vlal_dist.kernels.arguments import KINDS, MODES, OPTIONS, Outputs, Tensors, pack
-from vlal_dist.kernels.cpu import SOURCES, digest_of, kept
+from vlal_dist.kernels.arguments import KINDS, MODES, OPTIONS, SOURCES, Outputs, Tensors, pack
+from vlal_dist.kernels.cpu import digest_of, kept
 
 WARP, BLOCK = 32, 256
 """Lanes of a team: short rows get a warp each, long ones a block."""
@@ -229,7 +230,7 @@ def prepare(
     )
     outputs = outputs_for(logits, tensors.get("gradient"))
     made = dict(zip(("per_row", "gradient", "sums", "counts"), outputs, strict=True))
-    made["partial"] = logits.new_empty(launch.blocks, 9, dtype=torch.float32)
+    made["partial"] = logits.new_empty(launch.blocks, 10, dtype=torch.float32)
     if not launch.keys_shared:
         made["keys"] = logits.new_empty(rows, drawable, dtype=torch.int32)
     arguments = pack({**tensors, **made}, mode, loss, largest=drawable)
@@ -256,6 +257,8 @@ def run(tensors: Tensors, mode: str, loss: LossConfig, largest: int = 0) -> Outp
 
     Raises:
         ConfigError: the program cannot be compiled or loaded, or a row is too long.
+        RuntimeError: values that are not allowed, at the next call that waits for the device
+            ("device-side assert triggered"); standard error then holds what is wrong.
     """
     logits = tensors["logits"]
     assert logits is not None

@@ -8,7 +8,7 @@ Legend: B rows, A attributes.
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from vlal_dist.kernels.backend import choose
 from vlal_dist.method.selective_loss import LossTerms
 
 Kernel = Literal["auto", "reference"]
+KERNELS = get_args(Kernel)
 
 
 def selective_loss(
@@ -45,28 +46,47 @@ def selective_loss(
 ) -> LossTerms:
     """Losses of all rows; their gradient is computed in the same pass.
 
+    All values but the logits' are checked where they are read: on a GPU by the programs, which end
+    in a device-side assertion, as torch's own do.
+
     Args:
         logits: float32, bfloat16 or float16 [B, A], or float64, which the reference computes; rows
             may be strided.
         label: int8 [B, A] (+1 present, -1 absent, 0 unannotated), or CSR.
         object_id: int64 [B].
-        feasible: Omega_o of all objects.
+        feasible: Omega_o of all objects; sets of objects that no row has may be left unchecked.
         ignored: the draw of Fig. 3; or drawn attributes, int32 [B, k], -1 where there are fewer;
             or a mask, bool [B, A]; or None where all unannotated pairs are ignored or none, as
             `loss.unannotated` says.
         loss: exponents, margin, and how the draw is made.
-        row_weight: float32 [B], or None for 1; a row of weight 0 has no loss, whatever its logits.
+        row_weight: float32 [B], >= 0, or None for 1; a row of weight 0 has no loss, whatever its
+            logits.
         kernel: `auto` takes the fastest backend (`backend.choose`), `reference` the readable one.
-        in_place: the gradient takes the logits' memory; torch refuses a backward pass that needs
-            them. No effect under torch.compile.
+        in_place: the gradient takes the logits' memory, and so may a call that is refused; torch
+            refuses a backward pass that needs them. No effect under torch.compile.
 
     Returns:
         Losses [B] (float32, float64 of float64 logits), sums and counts of the terms.
 
     Raises:
-        ConfigError: `ignored` is None, but `loss.unannotated` is neither `ignore` nor `negatify`.
-        ValueError: tensors whose shapes or types do not fit; `in_place` of a leaf.
+        ConfigError: `ignored` is None, but `loss.unannotated` is neither `ignore` nor `negatify`;
+            another kernel.
+        TypeError: an argument of another type, or missing.
+        ValueError: tensors whose shapes or types do not fit, or values that are not allowed: an
+            object outside of the table, a label that is none, an inverse weight below 1 or NaN,
+            an attribute beyond A, a negative or infinite row weight; `in_place` of a leaf, or of
+            logits that share memory. On a GPU values end in a device-side assertion (RuntimeError).
     """
+    if not isinstance(feasible, FeasibleTable):
+        raise TypeError(f"feasible: {type(feasible).__name__}; give a FeasibleTable")
+    if not isinstance(loss, LossConfig):
+        raise TypeError(f"loss: {type(loss).__name__}; give a LossConfig")
+    if not 0 <= feasible.largest < 2**31:
+        raise ValueError(
+            f"feasible.largest is {feasible.largest}; give the largest set's size, or 0"
+        )
+    if kernel not in KERNELS:
+        raise ConfigError(f"kernel is {kernel!r}; give one of {', '.join(KERNELS)}")
     tensors: Tensors = {
         "object_id": object_id,
         "feasible_indptr": feasible.indptr,
@@ -81,9 +101,11 @@ def selective_loss(
     if isinstance(ignored, Draw):
         mode = "draw"
         tensors |= ignored._asdict()
-    elif ignored is not None:
+    elif isinstance(ignored, Tensor):
         mode, name = ("mask", "ignored") if ignored.dtype == torch.bool else ("list", "drawn")
         tensors[name] = ignored
+    elif ignored is not None:
+        raise TypeError(f"ignored: {type(ignored).__name__}; give a Draw, a tensor or None")
     elif mode not in ("ignore", "negatify"):
         raise ConfigError(f"ignored is None, but the loss needs `{mode}`; give a Draw or a mask")
     if torch.compiler.is_compiling():  # which turns errors of the traced part into its own
@@ -91,12 +113,22 @@ def selective_loss(
         options, sizes = _numbers(loss, feasible.largest)
         per_row, _, sums, counts = compiled_loss(logits, listed, options, sizes, mode, kernel)
     else:
-        check(logits, tensors)
-        if in_place and logits.requires_grad and logits.is_leaf:
-            raise ValueError("in_place: the logits are a leaf, which keeps its values; give a copy")
+        check(logits, tensors, mode)
+        if in_place:
+            _check_in_place(logits)
         given = (tensors, mode, loss, feasible.largest, kernel)
         per_row, sums, counts = EagerLoss.apply(logits, in_place, *given)  # type: ignore[no-untyped-call]
     return LossTerms(per_row, sums, counts)
+
+
+def _check_in_place(logits: Tensor) -> None:
+    """Raise where the gradient cannot take the logits' memory."""
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError("in_place: the logits are a leaf, which keeps its values; give a copy")
+    (rows, attributes), (row, column) = logits.shape, logits.stride()
+    apart = (rows < 2 or row > column * (attributes - 1)) and (attributes < 2 or column > 0)
+    if not apart and not (row > 0 and column > row * (rows - 1)):
+        raise ValueError("in_place: elements of the logits share memory; give a copy")
 
 
 def _run(
@@ -110,6 +142,9 @@ def _run(
 ) -> Outputs:
     """Compute losses and gradient on the backend of the logits' device."""
     laid = {n: None if t is None else t.contiguous() for n, t in tensors.items()}
+    for name in ("inverse_weight", "row_weight"):
+        laid[name] = _with_signs(laid.get(name))
+    logits = _with_signs(logits)
     # Rows may be strided, elements of a row may not.
     laid["logits"] = logits if logits.stride(1) == 1 else logits.contiguous()
     if in_place and logits.stride(0) >= logits.shape[1]:  # rows do not overlap
@@ -118,6 +153,11 @@ def _run(
     if backend == "reference" or logits.dtype == torch.float64:
         return reference.run(laid, mode, loss)
     return cpu.run(laid, mode, loss) if backend == "cpu" else cuda.run(laid, mode, loss, largest)
+
+
+def _with_signs(tensor: Any) -> Any:
+    """The tensor with the memory of its values: a view may have their signs changed."""
+    return tensor.resolve_neg() if tensor is not None and tensor.is_neg() else tensor
 
 
 class EagerLoss(torch.autograd.Function):
@@ -181,7 +221,7 @@ def compiled_loss(
         kernel: as `selective_loss` takes it.
     """
     named = dict(zip(TYPES, tensors, strict=True))
-    check(logits, named)
+    check(logits, named, mode)
     loss = _loss_of(tuple(options), *sizes[:2])
     return _run(logits, False, named, mode, loss, sizes[2], kernel)
 

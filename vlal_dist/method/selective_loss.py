@@ -106,7 +106,7 @@ def selective_loss(
     if row_weight is not None:
         pairs = pairs * row_weight.detach().to(dtype)[:, None]
         term = torch.where((row_weight == 0)[:, None], len(Term), term)  # counted nowhere
-    per_term = [term == int(kind) for kind in Term]
+    per_term = [term == kind for kind in range(len(Term))]
     sums = torch.stack([torch.where(mask, pairs.detach(), 0.0).sum() for mask in per_term])
     return LossTerms(pairs.sum(dim=1), sums, torch.stack([mask.sum() for mask in per_term]))
 

@@ -53,7 +53,7 @@ def seed_bits(seed: int, device: torch.device) -> Tensor:
 
 
 def undrawable(batch: Batch, set_size: Tensor) -> Batch:
-    """The batch with weights of 0, by which nothing can be drawn.
+    """The batch with infinite inverse weights, by which nothing can be drawn.
 
     Args:
         batch: on the CPU.
@@ -61,7 +61,7 @@ def undrawable(batch: Batch, set_size: Tensor) -> Batch:
     """
     indptr = torch.zeros(len(batch) + 1, dtype=torch.int64)
     torch.cumsum(set_size[batch.object_id], 0, out=indptr[1:])
-    return replace(batch, weight_indptr=indptr, inverse_weight=torch.zeros(int(indptr[-1])))
+    return replace(batch, weight_indptr=indptr, inverse_weight=torch.full((int(indptr[-1]),), torch.inf))
 
 
 def dummy_batch(empty: Batch) -> Batch:

@@ -7,11 +7,16 @@
 #ifdef VLAL_TOTALS
 #include "totals.h"
 
-extern "C" void emulated(const Arguments* a, vlal_i64 blocks) { totals_block(*a, blocks); }
+// The text of a failed assertion, else null.
+extern "C" const char* emulated(const Arguments* a, vlal_i64 blocks) {
+  failed = nullptr;
+  totals_block(*a, blocks);
+  return failed;
+}
 #else
 #include "rows.h"
 
-extern "C" void emulated(const Arguments* a, vlal_i64 blocks) {
+extern "C" const char* emulated(const Arguments* a, vlal_i64 blocks) {
   const size_t bytes = (size_t)kTeams * (size_t)team_bytes(*a);
   // Exactly as large as what is launched with, so that a sanitizer sees what lies beyond.
   unsigned char* space = (unsigned char*)std::aligned_alloc(16, bytes);
@@ -22,5 +27,6 @@ extern "C" void emulated(const Arguments* a, vlal_i64 blocks) {
     rows_block(*a, block, space, done);
   }
   std::free(space);
+  return nullptr;
 }
 #endif

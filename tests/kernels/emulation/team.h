@@ -83,6 +83,10 @@ inline unsigned short to_float16(float value) {
   return __builtin_bit_cast(unsigned short, (_Float16)value);
 }
 
+// The device's assertion: its text is kept for whoever asks.
+inline const char* failed = nullptr;
+inline void fail(const char* text) { failed = text; }
+
 struct alignas(16) Words {
   vlal_u32 word[4];
 };

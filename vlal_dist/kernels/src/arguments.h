@@ -9,6 +9,13 @@ typedef long long vlal_i64;
 enum Term : unsigned char { kPositive, kNegative, kFeasible, kInfeasible, kIgnored, kTerms };
 enum Mode : int { kDraw, kList, kMask, kIgnoreAll, kIgnoreNone };
 enum Kind : int { kFloat32, kBfloat16, kFloat16 };
+#define PROBLEM(name, text) name,
+enum Problem : int {
+  kFine,
+#include "problems.h"
+  kProblems
+};
+#undef PROBLEM
 
 // Packed field by field in arguments.py. Pointers may be null where the mode or the form of the
 // labels does not need them.
@@ -35,8 +42,11 @@ struct Arguments {
   vlal_i64* counts;                 // [5]
   int* drawn_out;                   // as drawn, -1 before; null: not wanted; rows of weight 0 keep -1
   vlal_u32* keys;                   // CUDA: [rows, largest], null where they fit shared memory
-  float* partial;                   // CUDA: [blocks, 9], sums of four terms and five counts
+  float* partial;                   // CUDA: [blocks, 10], sums of four terms, five counts and the
+                                    // greatest Problem
   vlal_i64 rows, attributes, stride, gradient_stride, drawn_per_row;
+  vlal_i64 objects;                 // and the lengths of feasible_index, label_code and
+  vlal_i64 set_size, label_size, weight_size;  // inverse_weight
   vlal_i64 num_ignore;              // -1: all
   vlal_i64 largest;                 // CUDA: no feasible set has more attributes
   int mode, kind, over_unannotated, threads;

@@ -2,6 +2,7 @@
 #ifndef VLAL_CODES_H
 #define VLAL_CODES_H
 
+#include "checks.h"
 #include "draw.h"
 
 // Bytes of shared memory that the codes of a row take: whole words, the last ones idle.
@@ -14,7 +15,26 @@ VLAL_INLINE void clear_codes(unsigned char* code, int size) {
   END_LANES
 }
 
-VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, unsigned char* code, int size) {
+// Codes of the object's attributes; `problem` of each lane if these are no set.
+VLAL_INLINE void mark_feasible(const Arguments& a, vlal_i64 row, unsigned char* code, int size,
+                               PerLane<vlal_u32>& problem) {
+  const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
+  const int members = (int)(a.feasible_indptr[object + 1] - start);
+  const int* index = a.feasible_index + start;
+  EACH_LANE(lane)
+    for (int n = lane; n < members; n += kTeam) {
+      const int attribute = index[n];
+      if (attribute < 0 || attribute >= size || (n > 0 && attribute <= index[n - 1])) {
+        problem[lane] = kBadSet;
+      } else {
+        code[attribute] = kFeasible;
+      }
+    }
+  END_LANES
+}
+
+VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, unsigned char* code, int size,
+                          PerLane<vlal_u32>& problem) {
   if (a.label) {
     const signed char* label = a.label + row * size;
     const int lead = (int)((4 - (vlal_u64)label % 4) % 4);  // bytes before the first whole word
@@ -26,11 +46,13 @@ VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, unsigned char* code,
         for (int k = 0; k < 4; ++k) {
           const signed char one = (signed char)(four >> 8 * k);
           if (one) code[first + 4 * n + k] = one > 0 ? kPositive : kNegative;
+          if (one < -1 || one > 1) problem[lane] = kBadLabel;
         }
       }
       for (int n = lane; n < size - 4 * words; n += kTeam) {
         const int at = n < first ? n : 4 * words + n;
         if (label[at]) code[at] = label[at] > 0 ? kPositive : kNegative;
+        if (label[at] < -1 || label[at] > 1) problem[lane] = kBadLabel;
       }
     END_LANES
     return;
@@ -40,7 +62,11 @@ VLAL_INLINE void annotate(const Arguments& a, vlal_i64 row, unsigned char* code,
   EACH_LANE(lane)
     for (int n = lane; n < annotated; n += kTeam) {
       const int pair = a.label_code[start + n];
-      code[pair >> 1] = pair & 1 ? kPositive : kNegative;
+      if (pair < 0 || pair >> 1 >= size) {
+        problem[lane] = kBadLabel;
+      } else {
+        code[pair >> 1] = pair & 1 ? kPositive : kNegative;
+      }
     }
   END_LANES
 }
@@ -53,7 +79,8 @@ struct Race {
   vlal_u32 threshold, ties;  // drawn: below the threshold, and so many of those that equal it
 };
 
-VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code, Race& race) {
+// Problem, the same for all lanes.
+VLAL_INLINE vlal_u32 run_race(const Arguments& a, vlal_i64 row, unsigned char* code, Race& race) {
   const bool dense = a.weight_indptr == nullptr;
   const float* weight = a.inverse_weight + (dense ? row * a.attributes : a.weight_indptr[row]);
   const vlal_u64 uid = (vlal_u64)a.uid[row], seed = (vlal_u64)*a.seed;
@@ -68,8 +95,10 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code,
       vlal_u32 k0 = (vlal_u32)seed, k1 = (vlal_u32)(seed >> 32);
       VLAL_PHILOX(c0, c1, c2, c3, k0, k1)
       const vlal_u32 low = attribute & 1 ? c1 : c0, high = attribute & 1 ? c3 : c2;
-      vlal_u32 key = vlal_key_bits(attribute & 2 ? high : low, weight[dense ? (int)attribute : n]);
-      if (a.over_unannotated && code[attribute] != kFeasible) key = VLAL_NOT_DRAWN;
+      const float one = weight[dense ? (int)attribute : n];
+      vlal_u32 key = vlal_key_bits(attribute & 2 ? high : low, one);
+      const bool taken = a.over_unannotated && code[attribute] != kFeasible;
+      if (taken && key != VLAL_REFUSED) key = VLAL_NOT_DRAWN;
       race.keys[n] = key;
       if (key == VLAL_NOT_DRAWN) continue;
       least[lane] = key < least[lane] ? key : least[lane];
@@ -78,12 +107,13 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code,
     }
   END_LANES
   vlal_u32 low = team_reduce<Least>(least), high = team_reduce<Most>(most);
+  if (high == VLAL_REFUSED) return kBadWeight;
   const vlal_u32 able = team_sum(usable);
   const vlal_u32 wanted = (vlal_u64)a.num_ignore < able ? (vlal_u32)a.num_ignore : able;
   race.threshold = race.ties = 0;
-  if (wanted == 0) return;
+  if (wanted == 0) return kFine;
   race.threshold = high + 1;
-  if (wanted == able) return;
+  if (wanted == able) return kFine;
   // The wanted-th smallest key, by halving the range of its bits.
   PerLane<vlal_u32> count;
   while (low < high) {
@@ -94,7 +124,7 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code,
     END_LANES
     const vlal_u32 found = team_sum(count);
     race.threshold = middle + 1;
-    if (found == wanted) return;
+    if (found == wanted) return kFine;
     if (found < wanted) {
       low = middle + 1;
     } else {
@@ -108,24 +138,29 @@ VLAL_INLINE void run_race(const Arguments& a, vlal_i64 row, unsigned char* code,
   END_LANES
   race.threshold = high;
   race.ties = wanted - team_sum(count);
+  return kFine;
 }
 
-VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys) {
+// Problem, the same for all lanes. `listed`: whether the drawn attributes are written out, where
+// that is wanted.
+VLAL_INLINE vlal_u32 draw(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys,
+                          bool listed) {
   const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
   Race race = {keys, a.feasible_index + start, (int)(a.feasible_indptr[object + 1] - start), 0, 0};
-  if (a.num_ignore == 0 || race.size == 0) return;
+  if (a.num_ignore == 0 || race.size == 0) return kFine;
   if (a.num_ignore < 0) {
     EACH_LANE(lane)
       for (int n = lane; n < race.size; n += kTeam) {
         if (code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
       }
     END_LANES
-    return;
+    return kFine;
   }
-  run_race(a, row, code, race);
+  const vlal_u32 problem = run_race(a, row, code, race);
+  if (problem) return problem;
   // Lower attributes go first, in the list and among equal keys, so that places are counted.
   PerLane<vlal_u32> drawn, tied;
-  vlal_u32 listed = 0, ties = 0;
+  vlal_u32 place_of_next = 0, ties = 0;
   for (int start = 0; start < race.size; start += kTeam) {
     EACH_LANE(lane)
       const int n = start + lane;
@@ -139,32 +174,38 @@ VLAL_INLINE void draw(const Arguments& a, vlal_i64 row, unsigned char* code, vla
       if (drawn[lane] && code[race.index[n]] == kFeasible) code[race.index[n]] = kIgnored;
     END_LANES
     ties += tied_here;
-    if (!a.drawn_out) continue;
+    if (!a.drawn_out || !listed) continue;
     PerLane<vlal_u32> place = drawn;
     const vlal_u32 drawn_here = team_before(place);
     EACH_LANE(lane)
-      int* list = a.drawn_out + row * a.drawn_per_row + listed;
+      int* list = a.drawn_out + row * a.drawn_per_row + place_of_next;
       if (drawn[lane]) list[place[lane]] = race.index[start + lane];
     END_LANES
-    listed += drawn_here;
+    place_of_next += drawn_here;
   }
+  return kFine;
 }
 
-VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys) {
+// Problem, the same for all lanes; `listed` as in `draw`.
+VLAL_INLINE vlal_u32 lay_out(const Arguments& a, vlal_i64 row, unsigned char* code, vlal_u32* keys,
+                             bool listed) {
   const int size = (int)a.attributes;
-  clear_codes(code, size);
-  const vlal_i64 object = a.object_id[row], start = a.feasible_indptr[object];
-  const int members = (int)(a.feasible_indptr[object + 1] - start);
+  PerLane<vlal_u32> problem;
   EACH_LANE(lane)
-    for (int n = lane; n < members; n += kTeam) code[a.feasible_index[start + n]] = kFeasible;
+    problem[lane] = kFine;
   END_LANES
-  annotate(a, row, code, size);
-  if (VLAL_MODE == kDraw) draw(a, row, code, keys);
+  clear_codes(code, size);
+  mark_feasible(a, row, code, size, problem);
+  annotate(a, row, code, size, problem);
   if (VLAL_MODE == kList) {
     EACH_LANE(lane)
       for (int n = lane; n < (int)a.drawn_per_row; n += kTeam) {
         const int one = a.drawn[row * a.drawn_per_row + n];
-        if (one >= 0 && code[one] >= kFeasible) code[one] = kIgnored;
+        if (one < -1 || one >= size) {
+          problem[lane] = kBadDrawn;
+        } else if (one >= 0 && code[one] >= kFeasible) {
+          code[one] = kIgnored;
+        }
       }
     END_LANES
   }
@@ -176,6 +217,9 @@ VLAL_INLINE void lay_out(const Arguments& a, vlal_i64 row, unsigned char* code, 
       }
     END_LANES
   }
+  const vlal_u32 found = team_reduce<Most>(problem);
+  if (found || VLAL_MODE != kDraw) return found;
+  return draw(a, row, code, keys, listed);
 }
 
 #endif

@@ -44,24 +44,39 @@ void count_terms(const uint8_t* code, int64_t size, int64_t* counts) {
   counts[kIgnored] = size - counts[0] - counts[1] - counts[2] - counts[3];
 }
 
-// Places of the labels above 0, ascending. Eight labels at a time: most are 0.
-void find_positives(const int8_t* label, int64_t size, std::vector<int32_t>& found) {
+// Places of the labels above 0, ascending; false if one is not -1, 0 or 1. Eight labels at a time:
+// most are 0.
+bool find_positives(const int8_t* label, int64_t size, std::vector<int32_t>& found) {
+  constexpr uint64_t kOnes = 0x0101010101010101u;
+  uint64_t wrong = 0;
   int64_t i = 0;
   for (; i + 8 <= size; i += 8) {
     uint64_t eight;
     std::memcpy(&eight, label + i, 8);
     if (!eight) continue;
+    const uint64_t negative = eight >> 7 & kOnes;
+    wrong |= eight ^ (negative * 255 | (eight & kOnes));
     for (int64_t n = i; n < i + 8; ++n) {
       if (label[n] > 0) found.push_back((int32_t)n);
     }
   }
   for (; i < size; ++i) {
     if (label[i] > 0) found.push_back((int32_t)i);
+    wrong |= label[i] < -1 || label[i] > 1;
   }
+  return wrong == 0;
+}
+
+// Whether the attributes of a set are below `size`, ascending and distinct.
+bool is_set(const int32_t* index, int64_t members, int64_t size) {
+  uint32_t wrong = 0;
+#pragma omp simd reduction(+ : wrong)
+  for (int64_t n = 1; n < members; ++n) wrong += index[n] <= index[n - 1];
+  return members == 0 || (wrong == 0 && index[0] >= 0 && index[members - 1] < size);
 }
 
 // Lays out the codes of all attributes of a row, lists its positives and counts its terms.
-void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
+Problem lay_out(const Arguments& a, int64_t row, Scratch& s, bool listed, RowResult& result) {
   uint8_t* code = s.code.data();
   const int64_t size = a.attributes;
   std::memset(code, kInfeasible, size);
@@ -69,6 +84,10 @@ void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
   const int64_t object = a.object_id[row], first = a.feasible_indptr[object];
   const int64_t members = a.feasible_indptr[object + 1] - first;
   const int32_t* feasible = a.feasible_index + first;
+  if (!s.known[object]) {
+    if (!is_set(feasible, members, size)) return kBadSet;
+    s.known[object] = 1;
+  }
   for (int64_t n = 0; n < members; ++n) code[feasible[n]] = kFeasible;
   s.positives.clear();
   if (a.label) {
@@ -78,20 +97,29 @@ void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
       const uint8_t unannotated = label[i] < 0 ? (uint8_t)kNegative : code[i];
       code[i] = label[i] > 0 ? (uint8_t)kPositive : unannotated;
     }
-    find_positives(label, size, s.positives);
+    if (!find_positives(label, size, s.positives)) return kBadLabel;
   } else {
     const int32_t* annotated = a.label_code + a.label_indptr[row];
     const int64_t number = a.label_indptr[row + 1] - a.label_indptr[row];
     for (int64_t n = 0; n < number; ++n) {
-      code[annotated[n] >> 1] = annotated[n] & 1 ? kPositive : kNegative;
-      if (annotated[n] & 1) s.positives.push_back(annotated[n] >> 1);
+      const int32_t attribute = annotated[n] >> 1;
+      if (attribute < 0 || attribute >= size || code[attribute] < kFeasible) return kBadLabel;
+      code[attribute] = annotated[n] & 1 ? kPositive : kNegative;
+      if (annotated[n] & 1) s.positives.push_back(attribute);
     }
   }
-  if (a.mode == kDraw) draw(a, row, s);
+  if (a.mode == kDraw) {
+    const Problem problem = draw(a, row, s, listed);
+    if (problem) return problem;
+  }
   if (a.mode == kList) {
     const int32_t* drawn = a.drawn + row * a.drawn_per_row;
     for (int64_t n = 0, width = a.drawn_per_row; n < width; ++n) {
-      if (drawn[n] >= 0 && code[drawn[n]] >= kFeasible) code[drawn[n]] = kIgnored;
+      if ((uint64_t)drawn[n] < (uint64_t)size) {
+        if (code[drawn[n]] >= kFeasible) code[drawn[n]] = kIgnored;
+      } else if (drawn[n] != -1) {
+        return kBadDrawn;
+      }
     }
   }
   if (a.mode == kIgnoreAll) {
@@ -106,6 +134,7 @@ void lay_out(const Arguments& a, int64_t row, Scratch& s, RowResult& result) {
     }
   }
   count_terms(code, size, result.counts);
+  return kFine;
 }
 
 using RowLoss = void (*)(const float*, float*, int64_t, const Loss&, float, Scratch&, RowResult&);
@@ -131,16 +160,20 @@ uint16_t to_bfloat16(float value) {
   return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-void one_row(const Arguments& a, int64_t row, const Loss& loss, RowLoss row_loss, Scratch& s,
-             RowResult& result) {
+int one_row(const Arguments& a, int64_t row, const Loss& loss, RowLoss row_loss, Scratch& s,
+            RowResult& result) {
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
   const int64_t from = row * a.stride, to = row * a.gradient_stride, size = a.attributes;
+  const int problem = check_row(a, row, weight);
+  if (problem) return problem;
+  const int unfit = lay_out(a, row, s, weight != 0, result);
+  if (unfit) return unfit;
   if (weight == 0) {
     const size_t width = a.kind == kFloat32 ? 4 : 2;
     std::memset((char*)a.gradient + to * width, 0, size * width);
-    return;
+    result = RowResult();
+    return kFine;
   }
-  lay_out(a, row, s, result);
   if (a.kind == kFloat32) {
     row_loss((const float*)a.logits + from, (float*)a.gradient + to, size, loss, weight, s, result);
   } else {
@@ -165,22 +198,30 @@ void one_row(const Arguments& a, int64_t row, const Loss& loss, RowLoss row_loss
     result.sums[t] *= weight;
     result.loss += result.sums[t];
   }
+  return kFine;
 }
 
 }  // namespace
 
-extern "C" void vlal_selective_loss(const Arguments* arguments, const Loss* loss) {
+// Losses, gradient, sums and counts; or of the first row whose values are refused, its number times
+// kProblems plus what is wrong. Then the outputs are not to be used.
+extern "C" int64_t vlal_selective_loss(const Arguments* arguments, const Loss* loss) {
   const Arguments& a = *arguments;
   const RowLoss row_loss = choose(*loss);
   std::vector<RowResult> results(a.rows);
-#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  const int ends = check_ends(a);
+  if (ends) return ends;
+  int64_t refused = INT64_MAX;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1) reduction(min : refused)
   {
     Scratch scratch(a);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < a.rows; ++row) {
-      one_row(a, row, *loss, row_loss, scratch, results[row]);
+      const int problem = one_row(a, row, *loss, row_loss, scratch, results[row]);
+      if (problem && row * kProblems + problem < refused) refused = row * kProblems + problem;
     }
   }
+  if (refused != INT64_MAX) return refused;
   for (int t = 0; t < kTerms; ++t) a.sums[t] = a.counts[t] = 0;
   for (int64_t row = 0; row < a.rows; ++row) {
     a.per_row[row] = (float)results[row].loss;
@@ -189,4 +230,5 @@ extern "C" void vlal_selective_loss(const Arguments* arguments, const Loss* loss
       a.counts[t] += results[row].counts[t];
     }
   }
+  return 0;
 }

@@ -16,6 +16,8 @@
 #define VLAL_LN2_LOW -2.12194440e-4f
 // Orders after every key that can be drawn, infinite ones included.
 #define VLAL_NOT_DRAWN 0x7FFFFFFFu
+// Orders after that: the key of a weight that is no max g / g, below 1 or NaN.
+#define VLAL_REFUSED 0xFFFFFFFFu
 
 #ifdef __CUDACC__
 #define vlal_as_float(bits) __int_as_float(bits)
@@ -89,11 +91,12 @@ VLAL_INLINE float vlal_unit_exponential(vlal_u32 word) {
   return vlal_minus_log(vlal_half_open(~word), -uniform, (1.0f - uniform) >= VLAL_SQRT_HALF);
 }
 
-// Bits of a race key; VLAL_NOT_DRAWN for a weight that is not positive and finite.
+// Bits of a race key; VLAL_NOT_DRAWN for an infinite weight.
 VLAL_INLINE vlal_u32 vlal_key_bits(vlal_u32 word, float inverse_weight) {
-  const int usable = inverse_weight > 0.0f && inverse_weight <= 3.402823466e+38f;
   const float key = vlal_unit_exponential(word) * inverse_weight;
-  return usable ? (vlal_u32)vlal_as_int(key) : VLAL_NOT_DRAWN;
+  const int finite = inverse_weight <= 3.402823466e+38f;
+  const vlal_u32 bits = finite ? (vlal_u32)vlal_as_int(key) : VLAL_NOT_DRAWN;
+  return inverse_weight >= 1.0f ? bits : VLAL_REFUSED;
 }
 
 #endif

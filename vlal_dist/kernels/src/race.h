@@ -11,19 +11,20 @@
 #include <immintrin.h>
 #endif
 
+#include "checks.h"
 #include "draw.h"
 #include "lanes.h"
 
 namespace {
 
-// Buffers of a thread, kept from row to row.
+// Buffers of a thread, kept from row to row. `known`: objects whose sets were checked.
 struct Scratch {
-  std::vector<uint8_t> code;
+  std::vector<uint8_t> code, known;
   std::vector<float> logits, gradient, gathered;
   std::vector<int32_t> positives, taken;
   std::vector<uint32_t> words, word, keys;
 
-  explicit Scratch(const Arguments& a) : code(a.attributes + kLanes) {
+  explicit Scratch(const Arguments& a) : code(a.attributes + kLanes), known(a.objects) {
     if (a.kind != kFloat32) {
       logits.resize(a.attributes);
       gradient.resize(a.attributes);
@@ -211,8 +212,9 @@ uint32_t smallest(const uint32_t* keys, const int32_t* index, int32_t size, uint
   return number;
 }
 
-// Marks kIgnored what is drawn of row `row` (Fig. 3); codes are laid out.
-void draw(const Arguments& a, int64_t row, Scratch& s) {
+// Marks kIgnored what is drawn of row `row` (Fig. 3); codes are laid out. `listed`: whether the
+// drawn attributes are written out, where that is wanted.
+Problem draw(const Arguments& a, int64_t row, Scratch& s, bool listed) {
   const int64_t object = a.object_id[row], first = a.feasible_indptr[object];
   const int32_t size = (int32_t)(a.feasible_indptr[object + 1] - first);
   const int32_t* index = a.feasible_index + first;
@@ -221,16 +223,16 @@ void draw(const Arguments& a, int64_t row, Scratch& s) {
     for (int32_t n = 0; n < size; ++n) {
       if (code[index[n]] == kFeasible) code[index[n]] = kIgnored;
     }
-    return;
+    return kFine;
   }
-  if (a.num_ignore == 0 || size == 0) return;
+  if (a.num_ignore == 0 || size == 0) return kFine;
   s.keys.resize(size + kLanes);
   uint32_t* keys = s.keys.data();
   draw_keys(a, row, index, size, s);
   std::fill_n(keys + size, kLanes, VLAL_NOT_DRAWN);
   if (a.over_unannotated) {
     for (int32_t n = 0; n < size; ++n) {
-      if (code[index[n]] != kFeasible) keys[n] = VLAL_NOT_DRAWN;
+      if (code[index[n]] != kFeasible && keys[n] != VLAL_REFUSED) keys[n] = VLAL_NOT_DRAWN;
     }
   }
   uint32_t least = VLAL_NOT_DRAWN, most = 0, usable = 0;
@@ -242,17 +244,19 @@ void draw(const Arguments& a, int64_t row, Scratch& s) {
     most = real > most ? real : most;
     usable += drawable;
   }
+  if (most == VLAL_REFUSED) return kBadWeight;
   const uint32_t wanted = (uint64_t)a.num_ignore < usable ? (uint32_t)a.num_ignore : usable;
-  if (wanted == 0) return;
+  if (wanted == 0) return kFine;
   s.taken.resize(size + kLanes);
   int32_t* taken = s.taken.data();
   const uint32_t number = smallest(keys, index, size, wanted, least, most, usable, taken);
   for (uint32_t n = 0; n < number; ++n) {
     if (code[taken[n]] == kFeasible) code[taken[n]] = kIgnored;
   }
-  if (a.drawn_out) {
+  if (a.drawn_out && listed) {
     std::memcpy(a.drawn_out + row * a.drawn_per_row, taken, number * sizeof(int32_t));
   }
+  return kFine;
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ VLAL_INLINE void work(const Element* logits, Element* gradient, const unsigned c
 // Result of a row: its loss by term, and the number of attributes of each term.
 struct RowSums {
   float sum[4];
-  vlal_u32 count[5];
+  vlal_u32 count[5], problem;
 };
 
 VLAL_INLINE vlal_u32 bytes_of(vlal_u32 four) {
@@ -181,14 +181,20 @@ VLAL_INLINE RowSums one_row(const Arguments& a, vlal_i64 row, unsigned char* cod
   const Element* logits = (const Element*)a.logits + row * a.stride;
   Element* gradient = (Element*)a.gradient + row * a.gradient_stride;
   const float weight = a.row_weight ? a.row_weight[row] : 1.0f;
-  if (weight == 0) {
+  result.problem = row == 0 ? (vlal_u32)check_ends(a) : kFine;
+  if (!result.problem) result.problem = (vlal_u32)check_row(a, row, weight);
+  if (!result.problem) result.problem = lay_out(a, row, code, keys, weight != 0);
+  if (result.problem || weight == 0) {
     EACH_LANE(lane)
       for (int n = lane; n < size; n += kTeam) gradient[n] = from_float(0.0f);
     END_LANES
     return result;
   }
-  lay_out(a, row, code, keys);
   count_codes(code, size, result);
+  const vlal_u32 annotated = result.count[kPositive] + result.count[kNegative];
+  if (a.label_indptr && annotated != (vlal_u32)(a.label_indptr[row + 1] - a.label_indptr[row])) {
+    result.problem = kBadLabel;  // a pair is annotated twice
+  }
   PerLane<float> gathered[4];
   EACH_LANE(lane)
     float sum[4] = {};
@@ -231,12 +237,14 @@ VLAL_INLINE void rows_block(const Arguments& a, vlal_i64 block, unsigned char* s
   END_TEAMS
   EACH_TEAM(team)
     EACH_LANE(lane)
-      if (team == 0 && lane < 9) {
+      if (team == 0 && lane < 10) {
         float sum = 0;
         for (int n = 0; n < kTeams; ++n) {
-          sum += lane < 4 ? done[n].sum[lane] : (float)done[n].count[lane - 4];
+          if (lane < 4) sum += done[n].sum[lane];
+          if (lane >= 4 && lane < 9) sum += (float)done[n].count[lane - 4];
+          if (lane == 9 && (float)done[n].problem > sum) sum = (float)done[n].problem;
         }
-        a.partial[block * 9 + lane] = sum;
+        a.partial[block * 10 + lane] = sum;
       }
     END_LANES
   END_TEAMS

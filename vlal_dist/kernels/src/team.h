@@ -148,6 +148,13 @@ VLAL_INLINE unsigned short to_float16(float value) {
   return result;
 }
 
+// As `assert` does: its text goes to standard error, and the next call of CUDA fails.
+extern "C" __device__ void __assertfail(const char* message, const char* file, unsigned int line,
+                                        const char* function, decltype(sizeof(0)) char_size);
+VLAL_INLINE void fail(const char* text) {
+  __assertfail(text, "vlal_dist/kernels", 0, "selective_loss", 1);
+}
+
 struct alignas(16) Words {
   vlal_u32 word[4];
 };
