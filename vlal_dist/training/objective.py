@@ -61,7 +61,8 @@ def undrawable(batch: Batch, set_size: Tensor) -> Batch:
     """
     indptr = torch.zeros(len(batch) + 1, dtype=torch.int64)
     torch.cumsum(set_size[batch.object_id], 0, out=indptr[1:])
-    return replace(batch, weight_indptr=indptr, inverse_weight=torch.full((int(indptr[-1]),), torch.inf))
+    weight = torch.full((int(indptr[-1]),), torch.inf)
+    return replace(batch, weight_indptr=indptr, inverse_weight=weight)
 
 
 def dummy_batch(empty: Batch) -> Batch:
