@@ -1,6 +1,7 @@
 """Building the library, and what happens where that cannot be done."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -184,3 +185,86 @@ def test_processes_that_build_at_once_compile_once(tmp_path):
     left = sorted(path.name for path in cpu.cache_folder().iterdir())
     assert left == [Path(outputs[0].decode().strip()).name, "lock"]
     assert log.read_text() == "one\n"
+
+
+def test_the_cache_is_its_users_alone():
+    made = cpu.build("baseline")
+    folder = cpu.cache_folder()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(made.stat().st_mode) == 0o644
+    folder.chmod(0o777)  # as older versions left it, under a wide umask
+    assert cpu.build("baseline") == made and stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def planted(path):
+    """A library whose constructor tells that it was loaded."""
+    source = path.with_suffix(".c")
+    code = "extern int setenv(const char*, const char*, int);__attribute__((constructor))"
+    source.write_text(f'{code} static void f(void) {{ setenv("PLANTED", "1", 1); }}')
+    subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", source, "-o", path], check=True)
+
+
+LOADS = """
+import ctypes, os, sys
+from vlal_dist.kernels import cpu
+cpu.load("baseline")
+libc = ctypes.CDLL(None)
+libc.getenv.restype = ctypes.c_char_p
+sys.exit(3 if libc.getenv(b"PLANTED") else 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "writable",
+        *(pytest.param(how, marks=pytest.mark.slow) for how in ("link", "foreign", "none")),
+        pytest.param("foreign folder", marks=pytest.mark.slow),
+    ],
+)
+def test_a_planted_library_is_not_loaded(how, tmp_path, monkeypatch):
+    """Of another user, open to others, or a link: compiled again; only one's own is loaded."""
+    monkeypatch.undo()
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    environment["CXX"] = script(tmp_path / "cc", 'exec g++ "$@" -O0')
+    find = "from vlal_dist.kernels import cpu; print(cpu.build('baseline'))"
+    first = [sys.executable, "-c", find]
+    done = subprocess.run(first, env=environment, capture_output=True, text=True, check=True)
+    target = Path(done.stdout.strip())
+    target.unlink()
+    planted(target)
+    if how == "writable":
+        target.chmod(0o666)
+    elif how == "link":
+        target.rename(tmp_path / "elsewhere.so")
+        target.symlink_to(tmp_path / "elsewhere.so")
+    elif how.startswith("foreign"):
+        if os.geteuid() != 0:
+            pytest.skip("only root gives files away")
+        os.chown(target if how == "foreign" else target.parent, 12345, 12345)
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS], env=environment, capture_output=True, text=True, check=False
+    )
+    if how == "none":  # the plant works: what is one's own is loaded, here without the function
+        assert "undefined symbol" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    named = target.parent if how == "foreign folder" else target
+    assert f"{named} " in done.stderr and "no code is loaded from it" in done.stderr
+    again = subprocess.run(first, env=environment, capture_output=True, text=True, check=True)
+    assert (again.stdout == f"{target}\n") == (how != "foreign folder")
+
+
+def test_a_lock_that_is_a_link_harms_nothing(tmp_path):
+    victim = tmp_path / "precious"
+    victim.write_text("precious")
+    folder = cpu.cache_folder()
+    folder.mkdir(mode=0o700, parents=True)
+    (folder / "lock").symlink_to(victim)
+    with pytest.raises(ConfigError, match=r"cannot be written .*/lock.*set XDG_CACHE_HOME"):
+        cpu.build("baseline")
+    assert victim.read_text() == "precious"
+    (folder / "lock").unlink()
+    (folder / "lock").write_text("not ours to empty")
+    assert cpu.build("baseline").exists()
+    assert (folder / "lock").read_text() == "not ours to empty"

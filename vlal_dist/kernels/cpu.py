@@ -4,15 +4,19 @@ g++ (or $CXX) builds it under a file lock; it includes no header of torch or Pyt
 works with all their versions. Shapes were checked by `operator.selective_loss`, values are here.
 """
 
+import atexit
 import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import shlex
 import shutil
+import stat
 import struct
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,8 @@ import torch
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.kernels.arguments import OPTIONS, PROBLEMS, SOURCES, Outputs, Tensors, pack, refuse
+
+logger = logging.getLogger(__name__)
 
 # No contraction: the draw's bits are single multiplications and additions. The loss calls fma
 # explicitly, so that AVX2 and AVX-512 agree.
@@ -105,6 +111,10 @@ def digest_of(*settings: object) -> str:
 def kept(name: str, make: Callable[[Path], None]) -> Path:
     """The file of that name in the cache, written unless it is there.
 
+    What is loaded as code must belong to this user or to root, and no one else may write to it or
+    to its folder: a folder of another user is not used, such a file is made again. No digest is
+    compared: who can write the file can write its digest as well.
+
     Args:
         name: must differ wherever the content does.
         make: writes the file to the path given.
@@ -113,23 +123,74 @@ def kept(name: str, make: Callable[[Path], None]) -> Path:
         ConfigError: the cache cannot be written; and what `make` raises.
     """
     folder = cache_folder()
-    target = folder / name
-    if target.exists():  # an image may bring it, without a compiler
-        return target
-    partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # ranks of one node start together
-            try:
-                if not target.exists():
-                    make(partial)
-                    partial.replace(target)
-            finally:
-                partial.unlink(missing_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid == os.geteuid() and status.st_mode & 0o022:
+            folder.chmod(0o700)  # an older version made it as wide as the umask
+        problem = _not_ours(folder.stat(), stat.S_ISDIR)
+        if problem is not None:
+            _say_unsafe(folder, problem)
+            folder = _private_folder()
+        target = folder / name
+        if not _is_there(target):  # an image may bring it, without a compiler
+            _write_once(target, make)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error}); set XDG_CACHE_HOME") from None
     return target
+
+
+def _write_once(target: Path, make: Callable[[Path], None]) -> None:
+    """Write the file under its folder's lock: ranks of one node start together."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = os.open(target.parent / "lock", flags, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _is_there(target):
+            return
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as making:
+            partial = Path(making) / target.name
+            make(partial)
+            partial.chmod(0o644)
+            partial.replace(target)
+    finally:
+        os.close(lock)
+
+
+def _is_there(target: Path) -> bool:
+    """Whether the file exists and may be loaded."""
+    try:
+        status = target.lstat()
+    except FileNotFoundError:
+        return False
+    problem = _not_ours(status, stat.S_ISREG)
+    if problem is not None:
+        _say_unsafe(target, problem)
+    return problem is None
+
+
+def _not_ours(status: os.stat_result, is_kind: Callable[[int], bool]) -> str | None:
+    """Why code is not loaded from what has that status; None: it may be."""
+    if not is_kind(status.st_mode):
+        return "is a link or a file of another kind"
+    if status.st_uid not in (os.geteuid(), 0):
+        return f"belongs to user {status.st_uid}"
+    if status.st_mode & 0o022:
+        return f"can be written by other users (mode {stat.S_IMODE(status.st_mode):o})"
+    return None
+
+
+@functools.cache
+def _say_unsafe(path: Path, problem: str) -> None:
+    logger.warning("%s %s: no code is loaded from it, the kernel is compiled again", path, problem)
+
+
+@functools.cache
+def _private_folder() -> Path:
+    """A folder of mode 0700 that ends with the process."""
+    folder = tempfile.mkdtemp(prefix="vlal-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 WORTH_A_THREAD = 16_384

@@ -77,16 +77,7 @@ def selective_loss(
             an attribute beyond A, a negative or infinite row weight; `in_place` of a leaf, or of
             logits that share memory. On a GPU values end in a device-side assertion (RuntimeError).
     """
-    if not isinstance(feasible, FeasibleTable):
-        raise TypeError(f"feasible: {type(feasible).__name__}; give a FeasibleTable")
-    if not isinstance(loss, LossConfig):
-        raise TypeError(f"loss: {type(loss).__name__}; give a LossConfig")
-    if not 0 <= feasible.largest < 2**31:
-        raise ValueError(
-            f"feasible.largest is {feasible.largest}; give the largest set's size, or 0"
-        )
-    if kernel not in KERNELS:
-        raise ConfigError(f"kernel is {kernel!r}; give one of {', '.join(KERNELS)}")
+    _check_settings(feasible, loss, kernel)
     tensors: Tensors = {
         "object_id": object_id,
         "feasible_indptr": feasible.indptr,
@@ -119,6 +110,20 @@ def selective_loss(
         given = (tensors, mode, loss, feasible.largest, kernel)
         per_row, sums, counts = EagerLoss.apply(logits, in_place, *given)  # type: ignore[no-untyped-call]
     return LossTerms(per_row, sums, counts)
+
+
+def _check_settings(feasible: FeasibleTable, loss: LossConfig, kernel: str) -> None:
+    """Raise for what is no tensor."""
+    if not isinstance(feasible, FeasibleTable):
+        raise TypeError(f"feasible: {type(feasible).__name__}; give a FeasibleTable")
+    if not isinstance(loss, LossConfig):
+        raise TypeError(f"loss: {type(loss).__name__}; give a LossConfig")
+    if not 0 <= feasible.largest < 2**31:
+        raise ValueError(
+            f"feasible.largest is {feasible.largest}; give the largest set's size, or 0"
+        )
+    if kernel not in KERNELS:
+        raise ConfigError(f"kernel is {kernel!r}; give one of {', '.join(KERNELS)}")
 
 
 def _check_in_place(logits: Tensor) -> None:
