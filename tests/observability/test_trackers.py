@@ -9,6 +9,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
     EventAccumulator as PluginEventAccumulator,
 )
 
-from tests.fixtures.rank_processes import ROOT, environment
+from tests.fixtures.rank_processes import ROOT, environment, free_port
 from tests.fixtures.tracker_servers import MARK, black_hole, left_behind, mlflow_server
-from vlal_dist.observability import trackers
+from vlal_dist.observability import tracker_process, trackers
 from vlal_dist.observability.event_files import EventFiles
 from vlal_dist.observability.tracker_process import ProcessTracker
 from vlal_dist.observability.trackers import Record, Tracker, Trackers, numbers
@@ -410,6 +411,58 @@ def test_a_process_that_dies_is_told(
     with pytest.raises(ConnectionError, match="ended with code -9"):
         tracker.log(record(2, 0.5))
     tracker.abandon()
+
+
+def test_a_server_that_does_not_answer_is_named_with_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracker_process, "ANSWER_S", 0.2)
+    assert tracker_process.watched(lambda: 1, name="wandb") == 1
+    with black_hole() as hole:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", hole.address.replace("//", "//u:hunter2@"))
+        with pytest.raises(OSError):
+            tracker_process.watched(
+                partial(urllib.request.urlopen, hole.address, timeout=1), name="mlflow"
+            )
+        host = hole.address.removeprefix("http://")
+    assert f"no answer from http://***@{host} (MLFLOW_TRACKING_URI)" in caplog.text
+    assert "take it off observability.trackers" in caplog.text and "hunter2" not in caplog.text
+    assert "wandb" not in caplog.text
+
+
+def test_secrets_of_clients_are_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    said = f"key {'k' * 40} at https://me:hunter2@host/x"
+    assert tracker_process.without_secrets(said) == "key *** at https://***@host/x"
+
+
+@pytest.mark.slow
+def test_no_password_of_a_tracker_is_printed(tmp_path: Path) -> None:
+    """A trainer whose MLflow is gone: its line names the server, and nothing has the password."""
+    uri = f"http://me:hunter2@127.0.0.1:{free_port()}"
+    code = f"""
+import pathlib, time
+from vlal_dist.observability.logs import setup_logging
+from vlal_dist.observability.tracker_process import ProcessTracker
+from vlal_dist.observability.trackers import Record
+setup_logging()
+tracker = ProcessTracker("mlflow", identity="a" * 16, folder=pathlib.Path({str(tmp_path)!r}))
+tracker.log(Record("train", 1, 1e9, {{"loss": 0.5}}))
+time.sleep(40)
+tracker.abandon()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment() | {"MLFLOW_TRACKING_URI": uri, "MLFLOW_TRACKING_TOKEN": "t0ken"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"no answer from http://***@127.0.0.1:{uri[-5:]}"[:40] in done.stderr, done.stderr
+    written = "".join(p.read_text(errors="replace") for p in tmp_path.rglob("*") if p.is_file())
+    assert "hunter2" not in done.stderr + done.stdout + written
+    assert "t0ken" not in done.stderr + done.stdout + written
 
 
 def test_the_trainer_imports_no_client() -> None:

@@ -6,6 +6,7 @@ they cost training nothing and can be killed when they hang. Records are lines o
 standard input; when that ends, however the trainer ended, it has some seconds to deliver the rest.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -15,17 +16,25 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from vlal_dist.observability.logs import setup_logging
 from vlal_dist.observability.trackers import CLOSE_S, Record, Tracker, one_line, persist
+from vlal_dist.storage.checks import masked
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 GAVE_UP = 3
 NICE = 5
 """Importing a client takes seconds of CPU; training gets three times its share of a core."""
+ANSWER_S = 30.0
+"""Wait for a server after which a line names it; clients themselves wait for minutes."""
+SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Variables whose values are kept out of what the clients print."""
 ENVIRONMENT = {
     # Only records are sent: no usage statistics, console output, code, packages, hardware.
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -60,11 +69,14 @@ class ProcessTracker(Tracker):
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],
             stdin=subprocess.PIPE,
-            stdout=2,  # standard output is the program's own
+            stdout=subprocess.PIPE,  # standard output is the program's own
+            stderr=subprocess.STDOUT,
             bufsize=0,
             env={**ENVIRONMENT, **os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,  # Ctrl-C is for the trainer, which still has to log
         )
+        self._said = threading.Thread(target=self._forward, name=f"output {name}", daemon=True)
+        self._said.start()
         where = None if folder is None else str(folder)
         # A second less than the trainer's own wait, so that it can log how the process ended.
         self._seconds = CLOSE_S - 1
@@ -88,7 +100,9 @@ class ProcessTracker(Tracker):
         self._send({"done": done})
         assert self._process.stdin is not None
         self._process.stdin.close()
-        if code := self._process.wait():
+        code = self._process.wait()
+        self._said.join(0.5)  # a client's own process may hold the pipe for longer
+        if code:
             raise ConnectionError(f"{self._ended(code)}; the server may lack records")
 
     def abandon(self) -> None:
@@ -97,6 +111,18 @@ class ProcessTracker(Tracker):
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()
+
+    def _forward(self) -> None:
+        """Pass on what the clients print, without secrets, until the last process has ended."""
+        assert self._process.stdout is not None
+        with (
+            self._process.stdout as pipe,
+            open(pipe.fileno(), errors="replace", closefd=False) as said,
+        ):
+            for line in said:
+                with contextlib.suppress(OSError, ValueError):  # if read no more, go on emptying
+                    sys.stderr.write(without_secrets(line))
+                    sys.stderr.flush()
 
     def _send(self, message: dict[str, object]) -> None:
         assert self._process.stdin is not None
@@ -125,19 +151,49 @@ def main() -> int:
     threading.Thread(target=_redirect_output_when_stderr_closes, daemon=True).start()
     settings, name, done = begin["settings"], begin["settings"]["name"], False
     pause = threading.Event().wait  # never set: retries go on until the input ends
-    tracker = persist(partial(_open, **settings), name=name, wait=pause)
+    watch = partial(watched, name=name)
+    tracker = persist(partial(watch, partial(_open, **settings)), name=name, wait=pause)
     for line in sys.stdin:
         message = json.loads(line)
         if "done" in message:
             done = message["done"]
         else:
-            persist(partial(tracker.log, Record(**message)), name=name, wait=pause)
+            persist(partial(watch, partial(tracker.log, Record(**message))), name=name, wait=pause)
     try:
         tracker.close(done=done)
     except Exception as error:
         logger.warning("tracker %s: %s", name, one_line(error))
         os._exit(GAVE_UP)  # the client's own hooks would only fail again
     return 0
+
+
+def without_secrets(text: str) -> str:
+    """A text without user information in URLs, and without the values of `SECRETS`."""
+    for name in SECRETS:
+        if value := os.environ.get(name):
+            text = text.replace(value, "***")
+    return masked(text)
+
+
+def address_of(name: str) -> str:
+    """The server of a tracker, and the variable that names it."""
+    variable = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}[name]
+    return f"{masked(os.environ.get(variable) or 'https://api.wandb.ai')} ({variable})"
+
+
+def watched(action: Callable[[], T], *, name: str) -> T:
+    """Do something that needs the server of a tracker; log where no answer comes for long."""
+    line = (
+        "tracker %s: no answer from %s for %.0f s; training goes on, records wait; check the "
+        "address and the network, or take it off observability.trackers"
+    )
+    timer = threading.Timer(ANSWER_S, logger.warning, (line, name, address_of(name), ANSWER_S))
+    timer.daemon = True
+    timer.start()
+    try:
+        return action()
+    finally:
+        timer.cancel()
 
 
 def _open(*, name: str, identity: str, folder: str | None) -> Tracker:
