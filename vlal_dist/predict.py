@@ -74,10 +74,10 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     counts: Counts = {
         "objects": objects,
         "rejected": rejected.total(),
-        "output": printable(str(output), length=len(str(output))),
+        "output": printable(str(output), length=4096),
     }
     if rejected:
-        counts |= {"reasons": dict(rejected), "rejects": str(rejects)}
+        counts |= {"reasons": dict(rejected), "rejects": printable(str(rejects), length=4096)}
     if photos.left_out:
         counts["left_out"] = dict(photos.left_out)
     return counts

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -333,6 +334,22 @@ def test_cells_that_are_no_text_cost_no_other_row(
         assert [(row["id"], row["row"]) for row in lines(tmp_path / "o.jsonl")] == answered
     assert call(trained, "--predict.table", str(tmp_path / "b.csv"), "--predict.object", "\udce9",
                 "--predict.output", str(tmp_path / "o.jsonl")) == 64  # fmt: skip
+
+
+def test_a_column_is_left_out_as_the_message_says(
+    trained: Trained,
+    crops: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(Path(crops[0]["image"]).read_bytes())
+    flags = ["--predict.table", str(tmp_path / "t.csv"), "--predict.output"]
+    flags.append(str(tmp_path / "o.jsonl"))
+    for column in ("", "Unnamed: 0", "caption"):
+        (tmp_path / "t.csv").write_text(f"{column},image,object\n0,a.jpg,ball\n")
+        assert call(trained, *flags) == 65
+        remedy = capsys.readouterr().err.partition("leave it out: ")[2]
+        assert call(trained, *flags, *shlex.split(remedy)) == 0
 
 
 def test_a_spreadsheet_runs_no_cell(

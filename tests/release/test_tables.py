@@ -74,7 +74,10 @@ def test_columns_are_known_by_their_usual_names(
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("image,object,boxx", r"unknown column: 'boxx' .* predict\.ignore_columns"),
+        (
+            "image,object,boxx",
+            r"unknown column: 'boxx' .* --predict\.ignore_columns \"\['boxx'",
+        ),
         ("image,object,segmentation", "unknown column: 'segmentation'"),
         (",image,object", "unknown column: ''"),
         ("image,object,box,bbox", r"two columns: 'box' and 'bbox' .* predict\.ignore_columns"),

@@ -122,7 +122,7 @@ class _Columns:
             if meaning is None:
                 raise DataError(
                     f"unknown column: {_quoted(name)} is not understood; known are {_ALLOWED}; "
-                    "rename it, or leave it out by predict.ignore_columns"
+                    f'rename it, or leave it out: --predict.ignore_columns "[{_quoted(name)}]"'
                 )
             if meaning in found and meaning:
                 raise _two_columns(names[found[meaning]], name, what=meaning)
