@@ -1,6 +1,7 @@
 """The runner of programs: closing line, exit codes, result files, the outcome for Prometheus."""
 
 import importlib
+import io
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ import pytest
 from vlal_dist.config.load import CommandLine, load_config
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import DataError
+from vlal_dist.observability.logs import lasting_streams
 from vlal_dist.program import EXIT_FILE, Counts, Program, locked_places, run_program
 from vlal_dist.storage import lock
 from vlal_dist.storage.lock import writer_lock
@@ -96,7 +98,7 @@ def work(config, flags):
     with Progress("try", total=3, unit="things", every_s=0) as progress:
         for number in range(3):
             logging.getLogger("x").warning("x" * 5000)
-            print("y" * 70_000)
+            print("y" * 70_000, "\\udcff")
             sys.stderr.write("z")
             progress.advance()
     return {"things": 3}
@@ -131,6 +133,15 @@ def test_closed_streams_change_nothing(tmp_path: Path, how: str) -> None:
         "try.result.json",
         "try.config.yaml",
     }
+
+
+def test_what_cannot_be_encoded_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    with lasting_streams():
+        print("photo \udcff.jpg")
+        print("and on")
+    assert written.getvalue() == b"photo \\udcff.jpg\nand on\n"
 
 
 def test_a_root_in_use_is_refused_and_keeps_its_result(

@@ -17,6 +17,7 @@ import yaml
 
 from vlal_dist.config.load import INSTALLED
 from vlal_dist.errors import Stopped, VlalError, require_modules
+from vlal_dist.observability.logs import lasting_streams
 from vlal_dist.processes import run_child
 
 ROOT = "runs/demo"
@@ -44,8 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Ctrl-C and a supervisor's SIGTERM end the commands in the same order.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    with lasting_streams():
+        return _code(given.root or (f"{ROOT}-quick" if given.quick else ROOT), quick=given.quick)
+
+
+def _code(root: str, *, quick: bool) -> int:
+    """Run the demo; errors become a line and an exit code."""
     try:
-        run_demo(given.root or (f"{ROOT}-quick" if given.quick else ROOT), quick=given.quick)
+        run_demo(root, quick=quick)
     except VlalError as error:
         sys.stderr.write(f"demo: error: {error}\n")
         return error.exit_code

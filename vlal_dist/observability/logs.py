@@ -50,9 +50,12 @@ class _LastingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, if there is still a reader."""
+        """Write, if there is still a reader; what cannot be encoded is escaped."""
         try:
             return self._stream.write(text)
+        except UnicodeError:
+            encoding = self._stream.encoding or "ascii"
+            return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError):  # ValueError: closed by someone
             self._drop()
             return len(text)

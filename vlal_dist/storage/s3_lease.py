@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from vlal_dist.errors import ConfigError, NotFoundError, StorageError
+from vlal_dist.errors import ConfigError, NotFoundError, StorageError, VlalError
 from vlal_dist.storage.s3_client import OutageError, S3Client
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class _Lease:
         while not stop.wait(RENEW_S) and self._taker is None:
             try:
                 self._renew()
-            except StorageError as error:
+            except VlalError as error:
                 logger.debug("%s: the lease was not renewed: %s", self._url, error)
 
     def release(self) -> None:
@@ -167,7 +167,7 @@ class _Lease:
             self._renew()  # so that nothing takes it over before the next request
             if self._taker is None:
                 self._client.call("delete_object", self._key)
-        except StorageError as error:
+        except VlalError as error:
             logger.warning(
                 "%s: the lease stays, and the next writer waits for %.0f s: %s",
                 self._url,
