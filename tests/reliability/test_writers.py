@@ -1,21 +1,23 @@
 """Two trainers, packers or scorers on one root: the second is refused, the first is undisturbed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import S3Server
 from tests.fixtures.fault_proxy import Fault, FaultProxy
-from tests.fixtures.rank_processes import ROOT, environment
+from tests.fixtures.rank_processes import ROOT, environment, free_port
 from tests.scoring.conftest import make_tiny_model
 from tests.scoring.test_score_clip import flags
+from vlal_dist.storage.lock import writer_lock
 from vlal_dist.storage.store import Store, open_store
 
 pytestmark = pytest.mark.slow
@@ -131,3 +133,32 @@ def test_on_s3(command: Command, ceph_s3: S3Server, tmp_path: Path) -> None:
             refused(command(root), tmp_path / "second", first)
             assert first.wait(240) == 0, log.read_text()
     assert content(store) == content(open_store(calm))
+
+
+def test_the_other_ranks_of_a_refused_one_end(small: Path, tmp_path: Path) -> None:
+    words = ["--config", str(small / "config.yaml"), "--paths.run", str(tmp_path / "run")]
+    with writer_lock(str(tmp_path / "run"), program="pack"):
+        shown = finish(["-m", "vlal_dist", "train", "--ranks", "2", *words], tmp_path / "log", 74)
+    assert f"pack (process {os.getpid()} on " in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.deepspeed
+def test_two_launches_by_mistake(small: Path, tmp_path: Path) -> None:
+    """As `srun deepspeed ...` with two tasks does: each is rank 0 of 1."""
+    program = str(Path(sys.executable).parent / "deepspeed")
+    run, logs = tmp_path / "run", [tmp_path / "one", tmp_path / "two"]
+    words = ["vlal_dist/train.py", "--config", str(small / "config.yaml"), "--paths.run", str(run)]
+    words += ["--training.epochs", "40", "--training.log_steps", "1"]
+    with ExitStack() as stack:
+        both = [
+            stack.enter_context(
+                started([program, "--num_accelerators", "1", "--master_port", port, *words], log)
+            )
+            for log, port in zip(logs, (str(free_port()), str(free_port())), strict=True)
+        ]
+        codes = [process.wait(280) for process in both]
+    assert sorted(codes) == [0, 74], [log.read_text() for log in logs]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == sorted(set(steps)) and len(steps) == 160

@@ -224,9 +224,9 @@ def _read(descriptor: int) -> Holder:
 
 def _users(path: Path) -> str:
     """Ids of the processes of this user that have a file open."""
-    found = []
+    found, real = [], os.path.realpath(path)
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            if any(os.readlink(link) == str(path) for link in (folder / "fd").iterdir()):
+            if any(os.readlink(link) == real for link in (folder / "fd").iterdir()):
                 found.append(folder.name)
     return ", ".join(found) or "not to be found"
