@@ -30,7 +30,7 @@ from shard_tools.shard_writer import (
 )
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset
-from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.format.sample_reader import SampleReader, parse_meta
 from vlal_dist.data.format.scores import ShardScores, read_scores_manifest, read_shard_scores
 from vlal_dist.data.format.tar import encode_sample
 from vlal_dist.errors import ConflictError, DataError, NotFoundError
@@ -187,9 +187,9 @@ def _merge_rows(
     likelihoods = log_likelihood(scores.similarity, scores.indptr, temperature=temperature)
     for place, row in enumerate(rows):
         key, members = reader.read_members(row)
-        meta = json.loads(members["json"])
+        meta = parse_meta(members["json"])
         values = likelihoods[scores.indptr[place] : scores.indptr[place + 1]]
-        expected = len(dataset.feasible.of(meta["object_id"]))
+        expected = len(dataset.feasible.of(int(reader.split.index.object_id[row])))
         if len(values) != expected:
             raise DataError(
                 f"sample {key}: {len(values)} similarities, its object has {expected} feasible "

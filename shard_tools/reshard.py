@@ -6,7 +6,6 @@ index alone. The result depends on the samples and the sizes, not on how they we
 unit of work is a shard of the target; a killed reshard continues.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +25,7 @@ from shard_tools.shard_writer import (
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, Split, open_newest, read_labels
 from vlal_dist.data.format.index import Array, Index, Shard
-from vlal_dist.data.format.sample_reader import read_again
+from vlal_dist.data.format.sample_reader import parse_meta, read_again
 from vlal_dist.data.format.tar import EncodedSample, key_of
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.program import Counts, Program
@@ -206,7 +205,7 @@ def _add(builder: TarBuilder, index: Index, row: int, data: bytes) -> None:
     members = index.members(row)
     offset, length = members["json"]
     sample = EncodedSample(key_of(data), data, members, int(index.crc32[row]))
-    builder.add(int(index.uid[row]), sample, json.loads(data[offset : offset + length]))
+    builder.add(int(index.uid[row]), sample, parse_meta(data[offset : offset + length]))
 
 
 PROGRAM = Program(

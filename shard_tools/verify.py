@@ -110,7 +110,9 @@ def _check_sample(dataset: Dataset, split: Split, sample: Sample, row: Mapping[s
         return
     expected = len(dataset.feasible.of(sample.object_id))
     total = float(np.exp(sample.log_likelihood.astype(np.float64)).sum())
-    if len(sample.log_likelihood) != expected or (expected and abs(total - 1) > TOLERANCE):
+    if len(sample.log_likelihood) != expected or (
+        expected and not abs(total - 1) <= TOLERANCE  # a NaN is not
+    ):
         raise DataError(
             f"{where}: likelihood over {len(sample.log_likelihood)} attributes summing to "
             f"{total:.6f}, expected {expected} and 1; merge again"

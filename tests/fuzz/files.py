@@ -149,3 +149,8 @@ def changed_index(index: Index, column: str, row: int, value: int) -> bytes:
     limit = np.iinfo(columns[column].dtype).max
     columns[column][row % len(index)] = min(max(value, 0), limit)
     return encode_index(Index(**columns))
+
+
+MEMBERS = make_members()
+FILES = build(MEMBERS)
+"""The files of the root that is mutated; `seal` makes its `dataset.json`."""

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from shard_tools.verify import verify
 from tests.fixtures.tiny_dataset import VOCABULARY
 from tests.fuzz.files import (
+    FILES,
     HALF,
+    MEMBERS,
     SAMPLES,
     SHARDS,
     SPLIT,
     build,
     changed_index,
-    make_members,
     seal,
     write,
 )
@@ -66,10 +67,6 @@ WIDTH, OBJECTS = len(VOCABULARY.attributes), len(VOCABULARY.objects)
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = build(MEMBERS)
     return write(tmp_path_factory.mktemp("fuzz") / "root", files | {"dataset.json": seal(files)})
-
-
-MEMBERS = make_members()
-FILES = build(MEMBERS)
 
 
 def use(root: Path) -> Dataset:

@@ -13,7 +13,8 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from vlal_dist.data.format.dataset import Dataset, read_labels
-from vlal_dist.errors import DataError
+from vlal_dist.data.format.index import ARROW_ERRORS
+from vlal_dist.errors import DataError, VlalError, bounded
 from vlal_dist.storage.store import read_url
 from vlal_dist.vocabulary import Vocabulary
 
@@ -45,8 +46,11 @@ def read_dense_labels(url: str, dataset: Dataset, split: str) -> DenseLabels:
     """
     try:
         table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
-    except pa.ArrowInvalid as error:
-        raise DataError(f"truth {url} is no Parquet file: {error}") from None
+        table.validate(full=True)
+    except VlalError:
+        raise
+    except ARROW_ERRORS as error:
+        raise DataError(f"truth {url} is no Parquet file: {bounded(str(error))}") from None
     for name, kind in (("instance_id", pa.string()), ("positive", pa.list_(pa.string()))):
         if name not in table.column_names or table[name].type != kind:
             raise DataError(

@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty if there is none, or it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -3,11 +3,11 @@
 Tables of experiments are read from `ROOT/TABLE/TABLE.json`, for table1, table2 and ablations.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vlal_dist.contents import parse_json
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.results import (
     headline_metrics,
@@ -205,7 +205,10 @@ def parse_table(data: bytes, *, where: str) -> ExperimentTable:
         DataError: other content; `where` is named.
     """
     try:
-        return experiment_table(json.loads(data))
+        remedy = "run vlal_dist.experiments again"
+        return experiment_table(parse_json(data, dict[str, Any], where=where, remedy=remedy))
+    except DataError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{where} is not a table of this version ({error!r}); run vlal_dist.experiments again"

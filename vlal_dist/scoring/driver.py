@@ -1,7 +1,6 @@
 """The scoring driver: plan the shards that are left, hand them to workers, sum up the results."""
 
 import contextlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -240,9 +239,10 @@ def check_not_taken(
         ConflictError: it belongs to another dataset, scorer or temperature, or lacks a split.
     """
     try:
-        present = json.loads(store.read("scores.json"))
+        store.size("scores.json")
     except NotFoundError:
         return False
+    present = finished_manifest(store)
     others = [name for name, value in wanted.items() if present.get(name) != value]
     if others == ["dataset_digest"]:
         if retry_rejected:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlal_dist.config.sections import ScoringConfig
+from vlal_dist.contents import parse_json
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.format.scores import score_key
-from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
+from vlal_dist.errors import ConfigError, ConflictError, NotFoundError
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
 
@@ -175,13 +176,12 @@ def stored_settings(store: Store, job: ScoringJob) -> ScoreSettings | None:
     """
     key = settings_key(job.identity.digest)
     try:
-        stored = ScoreSettings(**json.loads(store.read(key)))
+        data = store.read(key)
     except NotFoundError:
         return None
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{store.url}/{key} is damaged ({error}); score into a new paths.scores"
-        ) from None
+    stored: ScoreSettings = parse_json(
+        data, ScoreSettings, where=f"{store.url}/{key}", remedy="score into a new paths.scores"
+    )
     if stored.temperature != job.temperature:
         raise ConflictError(
             f"{store.url} was created with temperature {stored.temperature}, this run has "

@@ -5,14 +5,15 @@ anything is packed. They need only names, so a first `clean` without neighbours 
 and a second one, into another root, reads the file.
 """
 
-import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 from vlal_dist.config.sections import ScoringConfig
+from vlal_dist.contents import parse_json
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
@@ -84,23 +85,17 @@ def read_vocabulary(root: str) -> Vocabulary:
         StorageError: the root cannot be read.
     """
     try:
-        values = json.loads(open_store(root).read("vocabulary.json"))
+        data = open_store(root).read("vocabulary.json")
     except NotFoundError:
         raise DataError(
             f"paths.instances: {root} holds no vocabulary.json; object vectors need the names that "
             "a first clean finds: run `vlal clean "
             f"--clean.feasible_top_k 0 --paths.instances {root}`"
         ) from None
-    except ValueError as error:
-        raise DataError(
-            f"paths.instances: {root}/vocabulary.json is not JSON ({error}); run vlal clean again"
-        ) from None
-    if not isinstance(values, dict):
-        raise DataError(
-            f"paths.instances: {root}/vocabulary.json holds a JSON {type(values).__name__}, not an "
-            "object; run vlal clean again"
-        )
-    return Vocabulary.from_json(values)
+    where = f"paths.instances: {root}/vocabulary.json"
+    return Vocabulary.from_json(
+        parse_json(data, dict[str, Any], where=where, remedy="run vlal clean again")
+    )
 
 
 def encode_object_vectors(encoder: ClipEncoder, vocabulary: Vocabulary) -> bytes:

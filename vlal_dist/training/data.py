@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from vlal_dist.config.sections import (
     TrainingConfig,
 )
 from vlal_dist.data.format.dataset import Split, open_split, read_labels
+from vlal_dist.data.format.index import decode_table
 from vlal_dist.data.format.scores import read_scores_manifest
 from vlal_dist.data.loading.batch_builder import BatchBuilder
 from vlal_dist.data.loading.disk_cache import DiskCache
@@ -296,18 +296,25 @@ def read_prior(url: str | None, attributes: Sequence[str], *, micro_batches: int
             "as at the first start"
         )
     try:
-        table = pyarrow.parquet.read_table(pa.BufferReader(read_url(url)))
-        listed, mean_score = (table[column] for column in ("attribute", "mean_score"))
+        data = read_url(url)
     except NotFoundError:
         raise ConfigError(
             f"method.psl_prior {url} does not exist; train loss ce_ignoring with this seed and run "
             "evaluate --evaluation.split train on it"
         ) from None
-    except (pa.ArrowInvalid, KeyError) as error:
-        raise DataError(f"method.psl_prior {url} is no attributes.parquet: {error}") from None
-    if listed.to_pylist() != list(attributes):
+    schema = pa.schema([("attribute", pa.string()), ("mean_score", pa.float64())])
+    table = decode_table(
+        data,
+        schema,
+        where=f"method.psl_prior {url}",
+        remedy="give an attributes.parquet that evaluate wrote",
+    )
+    mean_score = table["mean_score"].to_numpy()
+    if not ((mean_score >= 0) & (mean_score <= 1)).all():
+        raise DataError(f"method.psl_prior {url} has a mean score outside [0, 1]; evaluate again")
+    if table["attribute"].to_pylist() != list(attributes):
         raise DataError(
             f"method.psl_prior {url} lists other attributes than the dataset; evaluate a model of "
             "this dataset"
         )
-    return torch.from_numpy(mean_score.to_numpy().astype(np.float32))
+    return torch.from_numpy(mean_score.astype(np.float32))

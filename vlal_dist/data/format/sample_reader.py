@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,11 @@ class _Meta(TypedDict):
     box_in_crop: tuple[Finite, Finite, Finite, Finite]
     positive: list[Count]
     negative: list[Count]
+
+
+def parse_meta(data: bytes) -> dict[str, Any]:
+    """The `KEY.json` of a sample; a DataError unless it holds what pack writes there."""
+    return parse_json(data, _Meta, where="its json", remedy="pack again")  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class SampleReader:
         key, members = self.read_members(row)
         likelihood = None
         try:
-            meta = parse_json(members["json"], _Meta, where="its json", remedy="pack again")
+            meta = parse_meta(members["json"])
             if "likelihood.npy" in members:
                 likelihood = decode_npy(members["likelihood.npy"], "<f4").copy()
         except DataError as error:
