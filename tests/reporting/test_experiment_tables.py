@@ -67,7 +67,7 @@ def test_none_or_another_version_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"evaluation\.experiments: .* holds no table1"):
         read_tables(str(tmp_path))
     for data in (b"{", b"[]", b"{}", b'{"reference": "a", "title": "t"}'):
-        with pytest.raises(DataError, match="w is not a table of this version"):
+        with pytest.raises(DataError, match=r"^w is (damaged|not a table of this version)"):
             parse_table(data, where="w")
 
 

@@ -90,8 +90,8 @@ def test_only_a_local_file_will_do(path: str) -> None:
     ("text", "message"),
     [
         (None, r"holds no vocabulary\.json.*--clean\.feasible_top_k 0"),
-        ("{", r"vocabulary\.json is not JSON"),
-        ("[]", "holds a JSON list"),
+        ("{", r"vocabulary\.json is damaged"),
+        ("[]", r"should be an object, got \[\]"),
         ('{"objects": []}', "missing or malformed"),
     ],
 )

@@ -99,7 +99,7 @@ def test_a_number_of_the_index_out_of_range(
 
 def test_more_samples_in_a_shard_than_it_states(root: Path) -> None:
     columns = {name: np.array(one) for name, one in vars(map_index(root / INDEX)).items()}
-    fewer = {name: one[:-1] for name, one in columns.items()}
+    fewer = {name: np.array(one[:-1]) for name, one in columns.items()}
     columns["shard"][3] = 1
     with pytest.raises(DataError, match="it lies before the end"):
         open_with(root, INDEX, encode_index(Index(**columns)))
