@@ -138,7 +138,7 @@ def test_block_numbers(root: Path, times: int) -> None:
     def check(column: str, row: int, value: int) -> None:
         columns = {name: np.array(values) for name, values in vars(blocks).items()}
         limit = int(np.iinfo(columns[column].dtype).max)
-        columns[column][row % len(blocks)] = min(value, limit)
+        columns[column][row % len(blocks)] = min(max(value, 0), limit)
         data = encode_blocks(Blocks(**columns))
         given = changed(root, f"{SPLIT}/blocks.arrow", data, use)
         assert given is None or data == FILES[f"{SPLIT}/blocks.arrow"]
