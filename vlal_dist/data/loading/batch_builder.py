@@ -36,7 +36,7 @@ from vlal_dist.data.loading.shard_reader import (
     ShardReader,
 )
 from vlal_dist.data.order.ledger import Ledger
-from vlal_dist.errors import DataError
+from vlal_dist.errors import DataError, bounded
 from vlal_dist.method.likelihood import inverse_weights
 
 _LARGEST_PIECE = 64
@@ -348,12 +348,16 @@ def label_rows(jsons: Sequence[Data], num_attributes: int) -> npt.NDArray[np.int
     """
     try:
         samples: list[dict[str, Any]] = orjson.loads(b"[" + b",".join(jsons) + b"]")
-    except ValueError as error:
-        raise DataError(f"a sample's json cannot be read: {error}; pack again") from None
-    label = np.zeros((len(samples), num_attributes), dtype=np.int8)
-    lists = [sample["positive"] for sample in samples] + [sample["negative"] for sample in samples]
-    counts = [len(one) for one in lists]
-    ids = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=sum(counts))
+        lists = [one["positive"] for one in samples] + [one["negative"] for one in samples]
+        counts = [len(one) for one in lists]
+        ids = np.fromiter(chain.from_iterable(lists), dtype=np.int64, count=sum(counts))
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
+        raise DataError(
+            f"a sample's json cannot be read: {bounded(repr(error))}; pack again"
+        ) from None
+    label = np.zeros((len(jsons), num_attributes), dtype=np.int8)
+    if len(samples) != len(jsons):
+        raise DataError(f"{len(jsons)} samples hold {len(samples)} JSON values; pack again")
     if len(ids) and not 0 <= ids.min() <= ids.max() < num_attributes:
         raise DataError(f"a sample names attribute {ids.max()} of {num_attributes}; pack again")
     places = np.repeat(np.arange(len(lists)) % len(samples) * num_attributes, counts) + ids
