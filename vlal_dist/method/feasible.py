@@ -182,7 +182,8 @@ class FeasibleSets:
 
 
 _NPY = re.compile(
-    rb"\x93NUMPY(?:\x01\x00v|\x02\x00t\x00\x00)\x00{'descr': '(<[fi][48])', 'fortran_order': False, "
+    rb"\x93NUMPY(?:\x01\x00v|\x02\x00t\x00\x00)\x00"
+    rb"{'descr': '(<[fi][48])', 'fortran_order': False, "
     rb"'shape': \((\d+),\), } *\n"
 )
 
