@@ -83,7 +83,7 @@ def make_feasible(
     Raises:
         DataError: the file of object vectors is absent, damaged, or of another vocabulary.
     """
-    table = pa.concat_tables([tables[split] for split in settings.feasible_splits])
+    table = pa.concat_tables([tables[split] for split in dict.fromkeys(settings.feasible_splits)])
     positive, negative = (table[name].combine_chunks() for name in ("positive", "negative"))
     feasible = feasible_sets(
         object_id=table["object_id"].to_numpy(),

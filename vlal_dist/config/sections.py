@@ -170,7 +170,7 @@ class ScoringConfig(Section):
     """Temperature tau of Eq. (2); absent: the model's own 1/exp(logit_scale)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Encoder arithmetic; similarities and softmax are always fp32."""
-    splits: Texts = ["train"]
+    splits: Annotated[Texts, Field(min_length=1)] = ["train"]
     """Splits scored (the loss needs train only)."""
     batch_size: int | None = Field(None, ge=1)
     """Crops per encoder call (samples); absent: a short warm-up chooses."""

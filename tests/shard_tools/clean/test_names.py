@@ -148,6 +148,11 @@ def test_groups_of_deleted_attributes_match(
     assert not [line for line in warnings(capsys) if "clean.attribute_types" in line]
 
 
+def test_a_split_that_is_named_twice_counts_once(place: Workplace) -> None:
+    assert place.run() == 0
+    assert place.run(feasible_splits=["train", "train"]) == 0  # the same bytes
+
+
 def test_names_that_differ_in_spelling_alone_are_named(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
