@@ -7,6 +7,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tests.conftest import S3Server
@@ -318,3 +320,38 @@ def test_a_single_photo_is_a_place(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("no photo")
     with pytest.raises(ConfigError, match=r"no photo and no zip"):
         photos(tmp_path / "text.jpg")
+
+
+MEMBERS = {name: name.encode() * 50 for name in ("a.jpg", "sub/b.png", "c.gif")}
+EDITS = st.tuples(
+    st.floats(0, 1, exclude_max=True),
+    st.sampled_from([b"\0", b"\xff", b"\xff\xff\xff\xff", b"PK\1\2", b"../", b"\\"]) | st.binary(),
+    st.booleans(),
+)
+
+
+@given(deflated=st.booleans(), edits=st.lists(EDITS, min_size=1, max_size=4))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_edited_zip_gives_a_member_s_bytes_or_an_error(
+    tmp_path: Path, deflated: bool, edits: list[tuple[float, bytes, bool]]
+) -> None:
+    sink = io.BytesIO()
+    method = zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED
+    with zipfile.ZipFile(sink, "w", method) as archive:
+        for name, content in MEMBERS.items():
+            archive.writestr(name, content)
+    data = bytearray(sink.getvalue())
+    for where, value, inserted in edits:
+        at = int(where * len(data))
+        data[at : at if inserted else at + len(value)] = value
+    (tmp_path / "edited.zip").write_bytes(data)
+    try:
+        reader = photos(tmp_path / "edited.zip")
+    except (ConfigError, DataError):
+        return
+    for name in ["a", "b", *MEMBERS, *reader.list_names()]:
+        try:
+            assert reader.read(name) in MEMBERS.values()
+        except DataError as error:
+            str(error).encode()
