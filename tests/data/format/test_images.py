@@ -207,7 +207,7 @@ def test_a_foreign_crop_with_endless_scans_is_refused_at_once() -> None:
 @given(st.data())
 def test_a_changed_jpeg_is_refused_or_decoded_strictly(data: st.DataObject) -> None:
     """Cut, flipped and removed bytes: what is stored is what every stage can read."""
-    jpg = saved(RGB, progressive=data.draw(st.booleans()), restart_marker_rows=1)
+    jpg = whole = saved(RGB, progressive=data.draw(st.booleans()), restart_marker_rows=1)
     at = data.draw(st.integers(0, len(jpg) - 1))
     kind = data.draw(st.sampled_from(["cut", "flip", "remove", "cut with end"]))
     if kind == "flip":
@@ -224,4 +224,8 @@ def test_a_changed_jpeg_is_refused_or_decoded_strictly(data: st.DataObject) -> N
     if photo.jpeg is not None:
         stored = simplejpeg.decode_jpeg(photo.jpeg, "RGB")
         assert np.array_equal(stored, np.asarray(photo.image))
-        assert np.array_equal(stored, simplejpeg.decode_jpeg(jpg, "RGB", strict=False))
+        try:
+            lenient = simplejpeg.decode_jpeg(jpg, "RGB", strict=False)
+        except ValueError:  # its header is read strictly all the same
+            lenient = simplejpeg.decode_jpeg(whole, "RGB")
+        assert np.array_equal(stored, lenient)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from vlal_dist.data.format.jpeg import check_pixels, read_jpeg
+from vlal_dist.data.format.jpeg import check_fragments, check_pixels, read_jpeg
 from vlal_dist.errors import DataError
 
 # The limit is set per call; Pillow's global one would only warn.
@@ -73,6 +73,7 @@ _TURNS = {
 }
 """EXIF orientation -> what turns the image upright."""
 _SUBFILE, _BITS, _PHOTOMETRIC, _COLOUR_MAP, _TILE_WIDTH, _TILE_HEIGHT = 254, 258, 262, 320, 322, 323
+_COMPRESSION, _JPEG_TABLES = 259, 347
 _SAMPLE_FORMAT, _MINIMUM, _MAXIMUM, _DNG_VERSION = 339, 340, 341, 50706
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)
 
@@ -167,11 +168,15 @@ def _open_with_pillow(data: bytes, name: str, max_pixels: int, background: str) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF or palette warnings say nothing of pixels
-            image = Image.open(io.BytesIO(data), formats=(name,))
+            file = _without_profile(data) if name == "PNG" else data
+            image: Image.Image = Image.open(io.BytesIO(file), formats=(name,))
             check_pixels(image.width, image.height, max_pixels)
             if name == "TIFF":
                 _check_tiff(image, max_pixels)
+                _check_jpeg_inside(image, data)
             image.load()
+            if name == "BMP" and image.mode == "RGBA" and not image.getchannel("A").getbbox():
+                image = image.convert("RGB")  # many writers leave the alpha of a BMP at 0
             if name == "PNG" and "transparency" in image.info:
                 _scale_key(image, depth=data[24])
             upright = upright_rgb(image, background=background)
@@ -187,6 +192,30 @@ def _open_with_pillow(data: bytes, name: str, max_pixels: int, background: str) 
     except Exception as error:  # Pillow raises any type on damaged files
         why = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"truncated or damaged: {why}") from None
+
+
+def _without_profile(data: bytes) -> bytes:
+    """A PNG without its colour profile, which is not applied, but unpacked by Pillow."""
+    at = len(b"\x89PNG\r\n\x1a\n")
+    while (name := data[at + 4 : at + 8]) and name != b"IDAT":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if name == b"iCCP":
+            return data[:at] + data[end:]
+        at = end
+    return data
+
+
+def _check_jpeg_inside(image: Image.Image, data: bytes) -> None:
+    """DataError where a TIFF's strips or tiles are damaged JPEGs, of which libtiff only warns."""
+    tags = _tags(image)
+    compression = tags.get(_COMPRESSION)
+    if compression == 6:
+        raise DataError("unsupported: a TIFF of the old JPEG compression; save it as JPEG or PNG")
+    if compression == 7:
+        places = (324, 325) if _TILE_WIDTH in tags else (273, 279)
+        starts, lengths = (tags[tag] for tag in places)
+        fragments = (data[at : at + n] for at, n in zip(starts, lengths, strict=True))
+        check_fragments(fragments, tags.get(_JPEG_TABLES, b""))
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
@@ -269,8 +298,11 @@ def _scaled(image: Image.Image) -> Image.Image:
     # Pillow 11 opens a PNG of 16 bits as "I"; other integers without tags have no known range.
     bits = _first(tags.get(_BITS, 32 if image.mode == "I" and image.format != "PNG" else 16))
     if bits <= 16 and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1 and image.mode != "F":
-        low, high = 0.0, float(2**bits - 1)
-    elif _MINIMUM in tags and _MAXIMUM in tags:
+        brightness = np.arange(1 << 16) * 255 / (2**bits - 1) + 0.5
+        table = np.clip(brightness, 0, 255).astype(np.uint8)
+        grey = table[values]
+        return Image.fromarray(255 - grey if tags.get(_PHOTOMETRIC) == 0 else grey)
+    if _MINIMUM in tags and _MAXIMUM in tags:
         low, high = float(_first(tags[_MINIMUM])), float(_first(tags[_MAXIMUM]))
         unsigned = image.mode == "I" and _first(tags.get(_SAMPLE_FORMAT, 1)) == 1
         values = values.view(np.uint32) if unsigned else values

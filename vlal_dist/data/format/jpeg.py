@@ -7,6 +7,7 @@ read. Sources: ITU T.81 (JPEG), T.871 (JFIF), T.872 (Adobe's APP14).
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -129,9 +130,9 @@ class JpegPhoto:
 def read_jpeg(data: bytes, *, max_pixels: int, keep_metadata: bool = False) -> JpegPhoto:
     """Decode a photo's JPEG strictly; what provably is no part of the image is repaired.
 
-    Repaired, without touching a coefficient: bytes between segments, wrong spectral parameters of
-    sequential scans, unknown versions and colour transforms in JFIF and Adobe segments, a missing
-    end marker after complete data, and padding before the end marker.
+    Repaired, without touching a coefficient: bytes behind segments of metadata, wrong spectral
+    parameters of sequential scans, unknown versions and colour transforms in JFIF and Adobe
+    segments, a missing end marker after complete data, and padding before the end marker.
 
     Args:
         data: the file.
@@ -158,6 +159,25 @@ def read_jpeg(data: bytes, *, max_pixels: int, keep_metadata: bool = False) -> J
         raise DataError(f"truncated or damaged: {error}") from None
     kept = parts.frame in _HUFFMAN and colours in ("YCbCr", "Gray") and subsampling in _SUBSAMPLINGS
     return JpegPhoto(pixels, parts.orientation(), jpg if kept else None)
+
+
+def check_fragments(fragments: Iterable[bytes], tables: bytes) -> None:
+    """Decode the JPEGs inside a TIFF strictly, which libtiff does not.
+
+    Args:
+        fragments: its strips or tiles.
+        tables: tag JPEGTables, which they share; empty: none.
+
+    Raises:
+        DataError: one of them is damaged.
+    """
+    for fragment in fragments:
+        try:
+            parts = _Parts(tables[:-2] + fragment[2:] if tables else fragment, keep_metadata=True)
+            parts.check_complete()
+            _decode(parts.join(), parts.components)
+        except (ValueError, IndexError, struct.error) as error:
+            raise DataError(f"truncated or damaged: {error}") from None
 
 
 def _decode_repaired(jpg: bytes, components: int) -> tuple[bytes, Pixels]:
@@ -217,9 +237,13 @@ class _Parts:
         self._exif, self._xmp = b"", b""
         self._missing: dict[int, list[int]] = {}
         self._scans = 0
-        at = 2
+        at, metadata = 2, True
         while found := _MARKER.search(data, at):
+            if found.start() > at and not metadata:
+                # Tables that have lost a byte would end too early, and decode to other pixels.
+                raise ValueError(f"{found.start() - at} bytes between segments")
             marker, at = found[1][0], found.end()
+            metadata = _APP0 <= marker <= _APP15 or marker == _COM
             if marker == _EOI:
                 self.end = at
                 break
@@ -285,7 +309,7 @@ class _Parts:
                 return  # libjpeg ignores it
             payload, self._adobe = payload if self._keep else payload[:12], len(self._parts)
         elif _APP0 <= marker <= _APP15 or marker == _COM:
-            if marker == _APP1 and payload.startswith(b"Exif\0"):
+            if marker == _APP1 and payload.startswith(b"Exif\0\0"):
                 self._exif = self._exif or payload
             elif marker == _APP1 and b"adobe.com/xap" in payload[:40]:
                 self._xmp += payload
