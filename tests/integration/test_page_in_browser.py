@@ -14,8 +14,9 @@ from tests.evaluation.test_programs import Runner, write_run
 from tests.fixtures.browser import PROGRAM, Browser
 from tests.fixtures.tiny_dataset import HOSTILE, VOCABULARY
 from tests.reporting.test_experiment_tables import write_experiments
-from tests.reporting.test_page import hostile_page
+from tests.reporting.test_page import hostile_page, make_result
 from vlal_dist.reporting.page import render_page
+from vlal_dist.reporting.result_table import result_columns, result_row
 
 pytestmark = pytest.mark.skipif(
     shutil.which(PROGRAM) is None, reason=f"no {PROGRAM} (Debian: apt-get install {PROGRAM})"
@@ -54,6 +55,20 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("hostile") / "page.html"
     path.write_bytes(render_page(hostile_page()))
     return path
+
+
+def test_a_result_table_of_many_groups_is_shown_whole(browser: Browser, tmp_path: Path) -> None:
+    main = make_result("main")
+    main["groups"] += [main["groups"][0] | {"name": f"type {number}"} for number in range(47)]
+    row = result_row(main, main, where="m", is_main=True)
+    path = tmp_path / "page.html"
+    path.write_bytes(
+        render_page(hostile_page() | {"columns": result_columns(main, {}), "rows": [row]})
+    )
+    browser.open(path, width=WIDTH)
+    box = "document.querySelector('#result .scroll')"
+    assert browser.value(f"{box}.querySelectorAll('tbody tr').length") == 2 + 47 + 4
+    assert browser.value(f"{box}.scrollHeight - {box}.clientHeight") == 0
 
 
 @pytest.mark.parametrize("name", ["report", "hostile"])
