@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := .peers
 CLIP_RETRIEVAL := .clip-retrieval
 
-.PHONY: help setup demo test test-all check format docs bench fashion12k peers clip-retrieval
+.PHONY: help setup demo test test-all check format docs bench audit fashion12k peers clip-retrieval
 
 help:
 	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
@@ -17,6 +17,7 @@ help:
 	@echo "make format      ruff, in place"
 	@echo "make docs        docs/modules.md from the docstrings; checks links and line lengths"
 	@echo "make bench       quick benchmarks of the loader and the loss"
+	@echo "make audit       known vulnerabilities of the pinned packages (asks pypi.org)"
 	@echo "make fashion12k  Table 1 on real photos, all stages: FASHION12K=FOLDER make fashion12k (half an hour)"
 	@echo "make peers       other loaders to compare with, in their own environment ($(PEERS), 6 GB)"
 	@echo "make clip-retrieval  that peer of scoring, likewise ($(CLIP_RETRIEVAL), 6 GB)"
@@ -65,6 +66,15 @@ check: setup
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+
+# In an environment of its own, so that the auditor's packages are not ours; nothing is installed.
+audit: .audit/.ready
+	.audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
+.audit/.ready:
+	test -x .audit/bin/python || $(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	@touch $@
 
 fashion12k: CONFIG := --config configs/fashion12k.yaml
 fashion12k: setup

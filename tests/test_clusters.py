@@ -240,3 +240,33 @@ def test_what_is_installed_can_score_on_s3(tmp_path: Path) -> None:
     assert shown.stdout.splitlines()[-1] == f"{folder}/vlal_dist-1.0-py3-none-any.whl[score,s3]"
     prose = " ".join((CLUSTERS / "README.md").read_text().split())
     assert "pip install 'vlal-dist[score,s3]'" in prose
+
+
+def test_pods_have_no_privileges() -> None:
+    """The user of the image, no capability, and no file system to write but two folders."""
+    cluster = read(RAYJOB)["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    dockerfile = (CLUSTERS / "kuberay" / "Dockerfile").read_text(encoding="utf-8")
+    (user,) = re.findall(r"useradd --create-home --uid (\d+) ray", dockerfile)
+    for pod in (group["template"]["spec"] for group in groups):
+        context = pod["securityContext"]
+        assert context["runAsNonRoot"] and context["runAsUser"] == int(user)
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        (container,) = pod["containers"]
+        own = container["securityContext"]
+        assert own["readOnlyRootFilesystem"] and own["capabilities"] == {"drop": ["ALL"]}
+        assert own["allowPrivilegeEscalation"] is False
+        mounted = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+        assert mounted == {"tmp": "/tmp", "home": "/home/ray"}
+        assert {one["name"] for one in pod["volumes"]} == set(mounted)
+    sidecar = cluster["autoscalerOptions"]["securityContext"]
+    assert sidecar == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+
+
+def test_the_base_image_is_named_by_its_digest() -> None:
+    """Nothing is built on a tag, which may be another image tomorrow."""
+    lines = (CLUSTERS / "kuberay" / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith(("ARG", "FROM"))] == [
+        "ARG BASE",
+        "FROM ${BASE}",
+    ]

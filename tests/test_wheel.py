@@ -37,7 +37,7 @@ from vlal_dist.storage.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff",
-           "constraints.txt", "configs", "vlal_dist", "shard_tools")  # fmt: skip
+           "SECURITY.md", "constraints.txt", "configs", "vlal_dist", "shard_tools")  # fmt: skip
 EXTRAS = {
     "score": {"ray", "open-clip-torch", "timm", "huggingface-hub"},
     "train": {"deepspeed", "tensorboard", "grpcio"},
