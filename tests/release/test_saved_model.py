@@ -95,3 +95,27 @@ def test_absent_damaged_or_newer_description(store: Store) -> None:
     store.replace("best/model.json", json.dumps(values).encode())
     with pytest.raises(DataError, match="damaged"):
         load_saved_model(store, "best", vocabulary=VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"num_attributes": 10**12}, "does not fit a ResNet-18"),
+        ({"num_objects": 10**15}, "does not fit a ResNet-18"),
+        ({"num_objects": 2**62}, "does not fit a ResNet-18"),
+        ({"width": 10**6}, "does not fit a ResNet-18"),
+        ({"image_size": 10**9}, "image_size: Input should be less than or equal to 16384"),
+        ({"validation_map": 1.5}, "validation_map: Input should be less than or equal to 1"),
+        ({"step": "3"}, "step: Input should be a valid integer"),
+        ({"normalize": None}, "normalize: Input should be a valid boolean"),
+    ],
+)
+def test_sizes_are_compared_with_the_file_before_memory_is_taken(
+    store: Store, change: dict[str, object], problem: str
+) -> None:
+    write_model(store, "best", encode_weights(tiny_model()), INFO)
+    values = json.loads(store.read("best/model.json")) | change
+    store.replace("best/model.json", json.dumps(values).encode())
+    with pytest.raises(DataError, match=problem) as error:
+        load_saved_model(store, "best", vocabulary=VOCABULARY)
+    assert len(str(error.value)) < 1000

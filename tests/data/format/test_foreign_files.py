@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from tests.fuzz.files import FILES, SPLIT, seal, write
 from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
+from vlal_dist.data.format.images import open_photo
 from vlal_dist.data.format.index import (
     LABELS_SCHEMA,
     Blocks,
@@ -29,6 +31,7 @@ from vlal_dist.data.format.index import (
     map_blocks,
     map_index,
 )
+from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.data.format.scores import quarantined_of
 from vlal_dist.data.format.tar import list_members
@@ -251,3 +254,15 @@ def test_reasons_of_unusable_crops_that_are_none() -> None:
     for text in ("[", '{"x": "y"}', '{"00ff00ff00ff00ff": 1}'):
         with pytest.raises(DataError, match="list of unusable crops"):
             quarantined_of({"quarantined": text})
+
+
+def test_a_jpeg_header_that_libjpeg_does_not_know_is_a_reason() -> None:
+    """simplejpeg ends with a KeyError where a damaged header leaves no colour space."""
+    sink = io.BytesIO()
+    Image.new("CMYK", (32, 24)).save(sink, "JPEG")
+    data = bytearray(sink.getvalue())
+    data[4] ^= 1  # the length of the first segment
+    with pytest.raises(DataError, match="cannot be decoded"):
+        decode_jpeg(bytes(data))
+    with pytest.raises(DataError):
+        open_photo(bytes(data), max_pixels=10**6)

@@ -59,7 +59,7 @@ def decode_jpeg(jpg: bytes | memoryview, *, max_pixels: int = CROP_PIXELS) -> Pi
     try:
         _check_cost(jpg, max_pixels)
         pixels: Pixels = simplejpeg.decode_jpeg(jpg, "RGB")
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # KeyError: a colour space that libjpeg lacks
         raise DataError(f"a crop cannot be decoded: {error}") from None
     return pixels
 
@@ -107,7 +107,10 @@ def _frame_size(jpg: bytes | memoryview) -> tuple[int, int]:
             at += 2 + length
     except struct.error:
         pass
-    height, width, _, _ = simplejpeg.decode_jpeg_header(jpg, strict=False)
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(jpg, strict=False)
+    except KeyError:  # a damaged frame header: simplejpeg looks up what libjpeg does not know
+        raise ValueError("unknown colour sampling in its header") from None
     return int(height), int(width)
 
 
@@ -155,7 +158,7 @@ def read_jpeg(data: bytes, *, max_pixels: int, keep_metadata: bool = False) -> J
         _, _, colours, subsampling = simplejpeg.decode_jpeg_header(jpg)
     except DataError:
         raise
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, LookupError, struct.error) as error:
         raise DataError(f"truncated or damaged: {error}") from None
     kept = parts.frame in _HUFFMAN and colours in ("YCbCr", "Gray") and subsampling in _SUBSAMPLINGS
     return JpegPhoto(pixels, parts.orientation(), jpg if kept else None)
