@@ -121,7 +121,7 @@ def test_on_s3(command: Command, ceph_s3: S3Server, tmp_path: Path) -> None:
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
     with FaultProxy(ceph_s3.endpoint) as proxy:
         # So long that it is still at work when the second has looked at its lease.
-        proxy.faults = [Fault("latency", match=r"^PUT (?!.*\.vlal-tmp)", times=7, seconds=6.0)]
+        proxy.faults = [Fault("latency", match=r"^PUT (?!.*\.vlal-tmp)", times=999, seconds=4.0)]
         through = {"AWS_ENDPOINT_URL": proxy.endpoint}
         with started(command(root), log, {**os.environ, **through}) as first:
 
@@ -131,6 +131,7 @@ def test_on_s3(command: Command, ceph_s3: S3Server, tmp_path: Path) -> None:
 
             wait_for(held, first, log)
             refused(command(root), tmp_path / "second", first)
+            proxy.faults = []
             assert first.wait(240) == 0, log.read_text()
     assert content(store) == content(open_store(calm))
 

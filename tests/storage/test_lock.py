@@ -172,3 +172,8 @@ def test_only_processes_of_this_machine_are_known_to_have_ended() -> None:
     assert not has_ended(here)
     assert has_ended({**here, "started": "1"})  # the id was given to another process
     assert not has_ended({**here, "started": "1", "boot": "elsewhere"}) and not has_ended({})
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        pass
+    assert has_ended({**here, "pid": process.pid})
+    for pid in (0, -1, 1 << 80, "1", None):
+        assert not has_ended({**here, "pid": pid})

@@ -114,7 +114,13 @@ def refused(url: str, holder: Mapping[str, Any], *, left: str = "") -> StorageEr
 def has_ended(holder: Mapping[str, Any]) -> bool:
     """Whether a holder was a process of this machine, and is known to have ended."""
     boot, pid = holder.get("boot"), holder.get("pid")
-    if not boot or boot != _boot() or not isinstance(pid, int):
+    if not boot or boot != _boot() or not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):  # another user's, of which /proc may show nothing
         return False
     return _started(pid) != holder.get("started")
 
