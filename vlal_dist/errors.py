@@ -92,6 +92,7 @@ EXTRAS = {
     "tensorboard": "train",
     "ray": "score",
     "open_clip": "score",
+    "transformers": "hf",
     "boto3": "s3",
     "botocore": "s3",
     "onnx": "onnx",

@@ -1,16 +1,23 @@
 """CLIP: open_clip's image and text encoders, to unit vectors.
 
-The only importer of open_clip. Weights come from a local `.safetensors` file, or from an open_clip
-tag that open_clip itself finds in its cache or downloads. Every call has one fixed batch shape, the
+The only importer of open_clip. Weights come from a local `.safetensors` file, from an open_clip tag
+that open_clip itself finds in its cache or downloads, or with the model's own files from a folder
+(`local-dir:`) or Hugging Face's hub (`hf-hub:`). Every call has one fixed batch shape, the
 last batch padded, so that a row's bits do not depend on how many rows came with it.
 """
 
 import hashlib
+import http.client
 import json
 import logging
 import math
+import os
+import ssl
 import time
-from collections.abc import Callable, Sequence
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +28,7 @@ import torch
 from PIL import Image
 
 from vlal_dist.config.sections import ScoringConfig
-from vlal_dist.errors import ConfigError
+from vlal_dist.errors import ConfigError, require_modules
 
 
 @dataclass
@@ -46,6 +53,9 @@ class PhaseSeconds:
 
 Embedding = npt.NDArray[np.float32]
 
+_TEXTS = 4096
+"""Texts per call of the tokenizer."""
+
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -61,6 +71,7 @@ class ClipEncoder:
             are float32), and `compile`.
         device: cpu or cuda.
         batch_size: crops or prompts per call; may be set once the best is known.
+        architecture: the model in a scorer's identity, see `architecture`.
     """
 
     def __init__(
@@ -73,7 +84,9 @@ class ClipEncoder:
         *,
         device: str,
         batch_size: int,
+        architecture: str,
     ) -> None:
+        self.architecture = architecture
         self.weights_digest = state_digest(model.state_dict())
         self.preprocessing_digest = hashlib.sha256(
             json.dumps(preprocessing, sort_keys=True).encode()
@@ -123,6 +136,27 @@ class ClipEncoder:
             batches.append(vectors[: len(some)])
         return np.concatenate(batches)
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a text that the model reads, those of its start and end included."""
+        return int(self.tokenizer.context_length)
+
+    def tokens(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Tokens of n texts: int64 [n, context]; and bool [n], which of them are cut."""
+        ids = np.concatenate(
+            [
+                self.tokenizer(list(texts[start : start + _TEXTS])).numpy()
+                for start in range(0, len(texts), _TEXTS)
+            ]
+        )
+        pad = np.bincount(self.tokenizer([""])[0].numpy()).argmax()
+        # Full rows may be cut: then they have more tokens in a longer context.
+        cut = (ids[:, -2:] != pad).all(axis=1)
+        for place in np.flatnonzero(cut).tolist():
+            more = self.tokenizer([texts[place]], context_length=self.context_length + 8)[0].numpy()
+            cut[place] = (more != pad).sum() > (ids[place] != pad).sum()
+        return ids, cut
+
     def _gather(self, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         """The crops as one batch on the device, missing rows zero."""
         shape = (self.batch_size, *pixels[0].shape)
@@ -146,7 +180,19 @@ class ClipEncoder:
         ):
             vectors = encode(batch)
         vectors = vectors.float()
-        return (vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)).cpu().numpy()
+        units = (vectors / torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)).cpu().numpy()
+        if not np.isfinite(units).all():
+            raise ConfigError(
+                "the model's vectors are not finite (NaN, infinity, or length 0) in "
+                f"scoring.precision {self.precision}; "
+                + (
+                    "repeat with scoring.precision fp32"
+                    if self.precision != "fp32"
+                    else "its weights are broken or of another architecture: give other "
+                    "scoring.weights"
+                )
+            )
+        return units
 
 
 def load_clip(scoring: ScoringConfig, *, device: str, batch_size: int = 1) -> ClipEncoder:
@@ -158,44 +204,249 @@ def load_clip(scoring: ScoringConfig, *, device: str, batch_size: int = 1) -> Cl
         batch_size: crops or prompts per encoder call.
 
     Raises:
-        ConfigError: unknown model, absent weights, weights of another model.
+        ConfigError: unknown model, absent or broken weights, weights of another model, a package
+            that the model needs and that is not installed.
     """
     import open_clip  # pulls in torchvision and timm: two seconds that `--help` need not wait for
 
     model, weights = scoring.model, scoring.weights
-    if scoring.model_config_dir is not None:
-        open_clip.add_model_config(check_model_config(model, Path(scoring.model_config_dir)))
-    if model not in open_clip.list_models():
-        raise ConfigError(
-            f"scoring.model {model!r} is no open_clip model; give a name of "
-            "open_clip.list_models(), or scoring.model_config_dir with MODEL.json"
-        )
-    check_weights(model, weights, tags=open_clip.list_pretrained_tags_by_model(model))
+    bundled = model.startswith((FOLDER, HUB))
+    if bundled:
+        check_bundled(scoring)
+    else:
+        if scoring.model_config_dir is not None:
+            open_clip.add_model_config(check_model_config(model, Path(scoring.model_config_dir)))
+        if model not in open_clip.list_models():
+            raise ConfigError(
+                f"scoring.model {model!r} is no open_clip model; give a name of "
+                "open_clip.list_models(), scoring.model_config_dir with MODEL.json, "
+                f"{FOLDER}FOLDER or {HUB}ORGANISATION/NAME"
+            )
+        check_weights(model, weights, tags=open_clip.list_pretrained_tags_by_model(model))
     root = logging.getLogger()
     level = root.level
-    root.setLevel(max(level, logging.WARNING))  # open_clip reports each step of loading there
-    try:
-        net, _, preprocess = open_clip.create_model_and_transforms(
-            model, pretrained=weights, precision="fp32", device="cpu"
-        )
-        tokenizer = open_clip.get_tokenizer(model)
-    except Exception as error:  # open_clip and its hubs raise errors of many kinds
-        reason = " ".join(str(error).split())[:200]
+    root.setLevel(logging.CRITICAL)  # open_clip reports each step of loading there, and its errors
+    repository, part = _repository(scoring), "weights"
+    with answering_hub(wanted=repository is not None) as answers:
+        try:
+            config = open_clip.get_model_config(model)
+            check_packages(model, config["text_cfg"])
+            net, _, preprocess = open_clip.create_model_and_transforms(
+                model, pretrained=weights, precision="fp32", device="cpu", require_pretrained=True
+            )
+            part = "tokenizer"
+            tokenizer = open_clip.get_tokenizer(model)
+        except ConfigError:
+            raise
+        except Exception as error:  # open_clip and its hubs raise errors of many kinds
+            absent = None if answers else repository
+            raise _cannot_load(scoring, part, error, repository=absent) from None
+        finally:
+            root.setLevel(level)
+    source = model if bundled else f"scoring.weights {weights}"
+    if (broken := _not_finite(net)) is not None:
         raise ConfigError(
-            f"scoring.weights {weights} cannot be loaded into {model}: {reason}; give the "
-            ".safetensors file of this very model (and scoring.model_config_dir if it is your own)"
-        ) from None
-    finally:
-        root.setLevel(level)
+            f"{source}: {broken} holds NaN or infinity, so nothing can be scored with it; give "
+            "whole weights (download or convert them again)"
+        )
     return ClipEncoder(
         net,
         tokenizer,
         preprocess,
         open_clip.get_model_preprocess_cfg(net),
         scoring,
+        architecture=architecture(model, config, tokenizer),
         device=device,
         batch_size=batch_size,
     )
+
+
+FOLDER, HUB = "local-dir:", "hf-hub:"
+"""Prefixes of open_clip for models that bring config, weights and tokenizer: a folder, or a
+repository of Hugging Face's hub."""
+
+PREFERRED = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+"""Weights that open_clip takes first from a folder."""
+
+HUB_S = 5.0
+"""Seconds in which the hub must answer; its own client takes a minute to give up."""
+
+
+def check_bundled(scoring: ScoringConfig) -> None:
+    """Refuse settings that a model which brings its own files would ignore, and a folder without
+    them.
+
+    Raises:
+        ConfigError: such a setting; no folder; no config; not exactly one candidate for weights,
+            or one that could hold code.
+    """
+    for name in ("weights", "model_config_dir"):
+        if (value := getattr(scoring, name)) is not None:
+            raise ConfigError(
+                f"scoring.{name} {value}: {scoring.model} brings its own; leave scoring.{name} out"
+            )
+    if not scoring.model.startswith(FOLDER):
+        return
+    folder = Path(scoring.model.removeprefix(FOLDER))
+    needed = "open_clip_config.json and open_clip_model.safetensors"
+    if not folder.is_dir():
+        raise ConfigError(f"scoring.model {scoring.model}: no such folder; it must hold {needed}")
+    try:
+        values = json.loads((folder / "open_clip_config.json").read_bytes())
+        lacking = {"embed_dim", "vision_cfg", "text_cfg"} - set(values["model_cfg"])
+        problem = f"lacks {', '.join(sorted(lacking))} in model_cfg" if lacking else None
+    except (KeyError, TypeError):
+        problem = "lacks model_cfg"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read ({error})"
+    if problem:
+        raise ConfigError(
+            f"scoring.model: {folder}/open_clip_config.json {problem}; the folder must hold "
+            f"{needed}, as open_clip's push_to_hf_hub writes them"
+        )
+    found = sorted(
+        path.name for kind in ("safetensors", "bin", "pth") for path in folder.glob(f"*.{kind}")
+    )
+    if not set(PREFERRED) & set(found) and [Path(name).suffix for name in found] != [
+        ".safetensors"
+    ]:
+        raise ConfigError(
+            f"scoring.model {scoring.model} holds {', '.join(found) or 'no weights'}; name the "
+            f"weights {PREFERRED[0]} (other formats can hold code: convert them first)"
+        )
+
+
+def check_packages(model: str, text: Mapping[str, Any]) -> None:
+    """Refuse a model whose tokenizer or text encoder needs a package that is not installed.
+
+    Args:
+        model: as `scoring.model`.
+        text: `text_cfg` of its config.
+
+    Raises:
+        ConfigError: the package is missing; names it and the extra that installs it.
+    """
+    # open_clip takes SigLIP's tokenizer by the model's name where the config names none.
+    by_name = "siglip" in model.lower() and not model.startswith((FOLDER, HUB))
+    named = bool(text.get("hf_tokenizer_name") or text.get("hf_model_name"))
+    try:
+        require_modules(*["transformers"] * (named or by_name))
+    except ConfigError as error:
+        raise ConfigError(
+            f"scoring.model {model}: its tokenizer is one of Hugging Face's; {error}"
+        ) from None
+
+
+def architecture(model: str, config: Mapping[str, Any], tokenizer: Any) -> str:
+    """What a scorer's identity says of a model besides its weights and preprocessing.
+
+    The name of a model that open_clip knows; a digest of the config where folder or hub bring it,
+    so that copies elsewhere are the same scorer. A tokenizer of Hugging Face's is in the digest.
+    """
+    own = getattr(tokenizer, "tokenizer", None)
+    if own is None:  # open_clip's own tokenizer, whose settings are in the config
+        text = ""
+    elif (backend := getattr(own, "backend_tokenizer", None)) is not None:
+        text = str(backend.to_str())
+    else:
+        text = json.dumps(sorted(own.get_vocab().items()))
+    if not model.startswith((FOLDER, HUB)):
+        return model if own is None else f"{model} {hashlib.sha256(text.encode()).hexdigest()}"
+    plain = json.dumps([config, text], sort_keys=True)
+    return f"open_clip_config {hashlib.sha256(plain.encode()).hexdigest()}"
+
+
+@contextmanager
+def answering_hub(*, wanted: bool) -> Iterator[bool]:
+    """Context in which only the hub's cache is read if Hugging Face's hub does not answer within
+    `HUB_S`; gives whether it answers (False if it is not `wanted`).
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    answers = wanted and not before and _answers(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = before or not answers
+    try:
+        yield answers
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=HUB_S).close()
+    except urllib.error.HTTPError:  # an answer too
+        return True
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return isinstance(getattr(error, "reason", None), ssl.SSLError)  # the client has its own CA
+    return True
+
+
+def _repository(scoring: ScoringConfig) -> str | None:
+    """The repository of the hub that a model is loaded from, or its tokenizer; None: neither."""
+    import open_clip
+
+    if scoring.model.startswith(HUB):
+        return scoring.model.removeprefix(HUB)
+    if scoring.model.startswith(FOLDER):
+        return None
+    tag = open_clip.get_pretrained_cfg(scoring.model, scoring.weights) or {}
+    text = open_clip.get_model_config(scoring.model)["text_cfg"]
+    name: str | None = tag.get("hf_hub") or text.get("hf_tokenizer_name")
+    # A tag's entry is REPOSITORY/FILE, or REPOSITORY/.
+    return str(name).rpartition("/")[0] if name and "hf_hub" in tag else name or None
+
+
+def _cannot_load(
+    scoring: ScoringConfig, part: str, error: Exception, *, repository: str | None
+) -> ConfigError:
+    """Why a model cannot be loaded, and what to do.
+
+    Args:
+        scoring: names model and weights.
+        part: weights or tokenizer.
+        error: of open_clip.
+        repository: of the hub, where the hub does not answer and its cache lacks something.
+    """
+    from huggingface_hub import constants
+
+    model, weights = scoring.model, scoring.weights
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    bundled = model.startswith((FOLDER, HUB))
+    what = model if bundled else f"scoring.weights {weights}"
+    if part == "tokenizer":
+        what = f"the tokenizer of {model}"
+    if repository is not None and (part == "tokenizer" or not Path(weights or "").is_file()):
+        why = f"{constants.ENDPOINT} does not answer"
+        if os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no"):
+            why = "HF_HUB_OFFLINE is set"
+        then = (
+            "--scoring.weights FOLDER/FILE.safetensors"
+            if part == "weights" and not bundled
+            else f"--scoring.model {FOLDER}FOLDER (config, weights and tokenizer in one folder)"
+        )
+        return ConfigError(
+            f"{what} is not in the cache {constants.HF_HUB_CACHE}, and {why}; where there is a "
+            f"network, run `hf download {repository} --local-dir FOLDER`, copy the folder here and "
+            f"give {then}"
+        )
+    if bundled or part == "tokenizer":
+        return ConfigError(
+            f"{what} cannot be loaded: {reason}; check the name, and that the folder or repository "
+            "holds open_clip_config.json, the weights and the tokenizer's files"
+        )
+    return ConfigError(
+        f"{what} cannot be loaded into {model}: {reason}; give the .safetensors file of this very "
+        "model (and scoring.model_config_dir if it is your own)"
+    )
+
+
+def _not_finite(model: torch.nn.Module) -> str | None:
+    """Name of the first weight that is not finite."""
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            return name
+    return None
 
 
 def check_model_config(model: str, folder: Path) -> Path:

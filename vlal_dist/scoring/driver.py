@@ -18,11 +18,12 @@ from vlal_dist.data.format.scores import finished_manifest, quarantined_of, writ
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.processes import set_on_stop_signal
-from vlal_dist.scoring.clip import PhaseSeconds, load_clip
+from vlal_dist.scoring.clip import FOLDER, ClipEncoder, PhaseSeconds, load_clip
 from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.scoring.identity import (
     ScoreSettings,
     ScoringJob,
+    check_same_weights,
     identify,
     store_settings,
     stored_settings,
@@ -38,7 +39,7 @@ from vlal_dist.scoring.ray_cluster import (
     refuse_relative_in_job,
 )
 from vlal_dist.scoring.shard_task import ShardResult
-from vlal_dist.scoring.text_bank import build_prompts
+from vlal_dist.scoring.text_bank import bank_key, build_prompts, check_prompts
 from vlal_dist.scoring.worker import ShardScorer
 from vlal_dist.storage.store import Store, open_store
 
@@ -76,7 +77,7 @@ def score_dataset(
     refuse_relative_in_job("paths.scores", paths.scores)
     store = open_store(paths.scores)
     dataset = open_dataset(paths.dataset, cache=Path(paths.cache).resolve())
-    job = make_job(scoring, dataset, scores=store.url, running_ray=running_ray)
+    job, encoder = make_job(scoring, dataset, scores=store.url, running_ray=running_ray)
     manifest = {
         **job.digests,
         "dataset_digest": dataset.digest,
@@ -84,6 +85,10 @@ def score_dataset(
         "temperature": job.temperature,
     }
     plan = make_plan(dataset, store, job)
+    if not store.exists(bank_key(job.identity.digest)):  # else they were checked before
+        check_prompts(encoder, dataset, scoring.templates)
+    check_same_weights(store, job, keep=not plan_only)
+    del encoder  # the workers load their own
     if retry_quarantined and not plan_only and forget_quarantined(dataset, store, plan, job):
         plan = make_plan(dataset, store, job)
     finished = check_not_taken(store, manifest, scoring.splits, retry_rejected=retry_rejected)
@@ -111,8 +116,8 @@ def score_dataset(
 
 def make_job(
     scoring: ScoringConfig, dataset: Dataset, *, scores: str, running_ray: bool
-) -> ScoringJob:
-    """What the workers are given; loads the model on the CPU for its identity and temperature.
+) -> tuple[ScoringJob, ClipEncoder]:
+    """What the workers are given, and the model on the CPU, for its identity and its tokenizer.
 
     Here, before Ray and before any output, absent weights are reported within two seconds.
 
@@ -140,11 +145,12 @@ def make_job(
         )
     # Workers start in other folders.
     absolute = {
+        "model": _absolute_model(scoring.model),
         "weights": _absolute(scoring.weights),
         "model_config_dir": _absolute(scoring.model_config_dir),
         "embeddings": None if stored is None else stored.url,
     }
-    return ScoringJob(
+    job = ScoringJob(
         scoring=scoring.model_copy(update=absolute),
         dataset=dataset.store.url,
         scores=scores,
@@ -154,11 +160,19 @@ def make_job(
         temperature=scoring.temperature or encoder.temperature,
         embeddings_manifest=known,
     )
+    return job, encoder
 
 
 def _absolute(path: str | None) -> str | None:
     """A file or folder as an absolute path; an open_clip tag stays as it is."""
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def _absolute_model(model: str) -> str:
+    """`local-dir:FOLDER` with an absolute path; other names stay."""
+    if not model.startswith(FOLDER):
+        return model
+    return FOLDER + str(Path(model.removeprefix(FOLDER)).resolve())
 
 
 @dataclass(frozen=True)
@@ -389,7 +403,7 @@ def _open_pool(job: ScoringJob, num_pending: int, stop: Event) -> Iterator[Actor
             scorer.close()
         return
     actors = min(job.scoring.actors, num_pending)
-    with ray_session(actors=actors, cpus_per_actor=job.scoring.cpus_per_actor):
+    with ray_session(actors=actors, cpus_per_actor=job.scoring.cpus_per_actor, stop=stop):
         yield ActorPool(job, size=actors, stop=stop)
 
 

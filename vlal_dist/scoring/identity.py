@@ -31,7 +31,7 @@ class ScorerIdentity:
     """All that a similarity depends on, besides the crop.
 
     Attributes:
-        model: open_clip model name.
+        model: open_clip model name, or a digest of the config (clip.py: architecture).
         weights_digest: sha256 of the weights.
         preprocessing_digest: sha256 of the model's preprocessing settings.
         templates: prompt templates.
@@ -63,7 +63,7 @@ class ScorerIdentity:
 def identify(encoder: ClipEncoder, dataset: Dataset, scoring: ScoringConfig) -> ScorerIdentity:
     """The identity of a loaded model with the prompts and a dataset's feasible sets."""
     return ScorerIdentity(
-        model=scoring.model,
+        model=encoder.architecture,
         weights_digest=encoder.weights_digest,
         preprocessing_digest=encoder.preprocessing_digest,
         templates=tuple(scoring.templates),
@@ -158,6 +158,44 @@ class ScoringJob:
             compiled=self.scoring.compile,
             temperature=self.temperature,
             images_per_s=images_per_s,
+        )
+
+
+WEIGHTS = "weights.json"
+"""Storage key of the digest of the weights with which a score root was begun."""
+
+
+def check_same_weights(store: Store, job: ScoringJob, *, keep: bool) -> None:
+    """Compare the weights with those under the same name with which the root was begun.
+
+    Otherwise another revision in a cache, or a file that was replaced, would begin a second scorer
+    beside the first, silently.
+
+    Args:
+        store: score root.
+        job: names the weights, and has their digest.
+        keep: store the digest where there is none yet.
+
+    Raises:
+        DataError: the same name, and other weights.
+    """
+    name = job.scoring.weights or job.scoring.model
+    mine = {"weights": name, "weights_digest": job.identity.weights_digest}
+    try:
+        theirs = json.loads(store.read(WEIGHTS))
+    except NotFoundError:
+        if keep:
+            store.create(WEIGHTS, json.dumps(mine, indent=2).encode() + b"\n")
+        return
+    except ValueError as error:
+        raise DataError(
+            f"{store.url}/{WEIGHTS} is damaged ({error}); score into a new paths.scores"
+        ) from None
+    if isinstance(theirs, dict) and theirs.get("weights") == name and theirs != mine:
+        raise DataError(
+            f"{store.url} was begun with weights {name} of sha256 {theirs['weights_digest']}, and "
+            f"they now have {mine['weights_digest']}: the file was replaced, or this machine has "
+            "another revision of it; bring back the former one, or score into a new paths.scores"
         )
 
 

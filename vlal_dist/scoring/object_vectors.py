@@ -17,6 +17,7 @@ from vlal_dist.contents import parse_json
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.scoring.clip import ClipEncoder, load_clip
+from vlal_dist.scoring.text_bank import check_texts
 from vlal_dist.storage.store import open_store
 from vlal_dist.vocabulary import OBJECT_VECTORS, Vocabulary
 
@@ -113,8 +114,12 @@ def encode_object_vectors(encoder: ClipEncoder, vocabulary: Vocabulary) -> bytes
     Returns:
         safetensors: `object_vectors` float32 [O, D], unit length, and `vocabulary_digest` in the
         header; nothing else, so that equal vectors are equal bytes.
+
+    Raises:
+        DataError: two names have the same tokens, because the model's context cuts one.
     """
     names, batches = vocabulary.objects, []
+    check_texts(encoder, names, kind="object names", remedy="shorten them (clean.renames)")
     with Progress("object vectors", total=len(names), unit="names") as progress:
         for start in range(0, len(names), encoder.batch_size):
             some = names[start : start + encoder.batch_size]

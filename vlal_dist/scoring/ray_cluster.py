@@ -15,6 +15,9 @@ import logging
 import math
 import os
 import secrets
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
@@ -25,6 +28,7 @@ from typing import Any, NamedTuple
 
 from vlal_dist.errors import ConfigError, Stopped, StorageError, VlalError
 from vlal_dist.observability.metric_definitions import SCORE
+from vlal_dist.processes import die_with_parent
 from vlal_dist.scoring.identity import ScoringJob
 from vlal_dist.scoring.shard_task import ShardResult
 from vlal_dist.scoring.worker import ShardScorer
@@ -77,16 +81,20 @@ def refuse_relative_in_job(name: str, path: str) -> None:
 
 
 @contextlib.contextmanager
-def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
+def ray_session(*, actors: int, cpus_per_actor: float, stop: Event | None = None) -> Iterator[None]:
     """Connect to the running Ray, else start one on this machine's loopback; leave it at the end.
 
     Args:
         actors, cpus_per_actor: what a Ray started here must have room for.
+        stop: looked at while the running Ray is waited for.
 
     Raises:
-        StorageError: the running Ray does not answer or refuses us.
+        StorageError: the running Ray does not answer or refuses us; one cannot be started here.
+        Stopped: `stop` was set, or a signal came meanwhile.
     """
     running = on_running_ray()
+    if running and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job's Ray is there
+        try_connecting(stop or Event())
     if not running:
         # Read when ray is imported. The token is of this run alone and is in no file: other users
         # of the machine can reach its loopback too.
@@ -105,16 +113,85 @@ def ray_session(*, actors: int, cpus_per_actor: float) -> Iterator[None]:
         }
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"at RAY_ADDRESS={os.environ['RAY_ADDRESS']}" if running else "on this machine"
-        raise StorageError(
-            f"Ray {where} cannot be used: {' '.join(str(error).split())[:300]}; start it, or score "
-            "in this process with scoring.use_ray false"
-        ) from None
+    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise _unusable(str(error), running=running) from None
+    except SystemExit:  # of Ray's own handler of SIGTERM
+        raise Stopped("stopped while Ray was starting; repeat the command") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+CONNECT_S = 40.0
+"""Seconds in which a running Ray must take a connection."""
+
+CONNECT = """
+import os, socket
+host, _, port = os.environ["RAY_ADDRESS"].rpartition("://")[2].rpartition(":")
+if host and port.isdigit():  # what refuses, or drops packets, is found at once
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+import ray
+ray.init(logging_level="ERROR", log_to_driver=False)
+ray.shutdown()
+"""
+
+
+def try_connecting(stop: Event) -> None:
+    """Connect to the running Ray once in a process that can be ended: `ray.init` waits for minutes
+    in C++, where no signal is seen.
+
+    Raises:
+        StorageError: it does not answer within `CONNECT_S`, or refuses us.
+        Stopped: `stop` was set.
+    """
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CONNECT],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            deadline = time.monotonic() + CONNECT_S
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = child.wait(POLL_S)
+                    break
+                if stop.is_set():
+                    raise Stopped("stopped while waiting for Ray; repeat the command")
+                if time.monotonic() > deadline:
+                    raise _unusable(f"no connection in {CONNECT_S:g} s", running=True)
+        finally:
+            child.kill()
+            child.wait()
+        if code != 0:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+            raise _unusable(lines[-1] if lines else f"exit code {code}", running=True)
+
+
+def _unusable(reason: str, *, running: bool) -> StorageError:
+    """Why Ray cannot be used, and what to do."""
+    reason = " ".join(reason.split())[:300]
+    if running:
+        return StorageError(
+            f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be used: {reason}; start it or "
+            "correct the address; or unset RAY_ADDRESS, and a Ray is started on this machine; or "
+            "score in this process with scoring.use_ray false"
+        )
+    if "AF_UNIX" in reason:
+        return StorageError(
+            f"Ray cannot be started here: its sockets lie below the folder for temporary files, "
+            f"{os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()}, whose path is too long for "
+            "them; set RAY_TMPDIR to a short one, such as /tmp, or score in this process with "
+            "scoring.use_ray false"
+        )
+    return StorageError(
+        f"Ray cannot be started on this machine: {reason}; score in this process with "
+        "scoring.use_ray false"
+    )
 
 
 Call = tuple[str, tuple[object, ...]]

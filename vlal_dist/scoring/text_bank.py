@@ -6,6 +6,7 @@ all others, on any node and in any later run, read those very bytes.
 Legend: S feasible pairs, T templates, D embedding width.
 """
 
+import bisect
 import contextlib
 import logging
 from collections.abc import Sequence
@@ -151,6 +152,111 @@ def build_prompts(
     ]
     shape = (len(position), len(templates))
     return list(number), np.array(position, dtype=np.int32).reshape(shape)
+
+
+def check_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Sequence[str]) -> None:
+    """Refuse prompts that the model's tokenizer cannot tell apart; warn of those that it cuts.
+
+    Args:
+        encoder: the model.
+        dataset: names the feasible pairs.
+        templates: texts with `{attribute}`.
+
+    Raises:
+        ConfigError: prompts are equal after the cut, and a template alone is too long.
+        DataError: as `check_texts`; or two attributes of an object have equal tokens in every
+            template, so that their likelihoods would be equal.
+    """
+    prompts, position = build_prompts(dataset, templates)
+    if not prompts:
+        return
+    least = [template.format(attribute="a", object="a") for template in templates]
+    too_long = [templates[place] for place in np.flatnonzero(encoder.tokens(least)[1]).tolist()]
+    try:
+        same = check_texts(
+            encoder,
+            prompts,
+            kind="prompts",
+            remedy="shorten the longest attribute or object name (clean.renames, or the annotation "
+            "files; then clean and pack again), or scoring.templates",
+        )
+    except DataError:
+        if not too_long:
+            raise
+        raise ConfigError(
+            f"scoring.templates: {shortened(too_long[0])} is longer than the "
+            f"{encoder.context_length} tokens that the model reads, and different attributes give "
+            "the same prompt; shorten it"
+        ) from None
+    names, sets = dataset.vocabulary, dataset.feasible
+    objects = np.repeat(np.arange(sets.num_objects), np.diff(sets.indptr))
+    rows = np.column_stack([objects, same[position]])
+    _, first, which = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[which.reshape(-1)] != np.arange(len(rows)))
+    if len(again):
+        pair, other = again[0], first[which.reshape(-1)[again[0]]]
+        one, two = (names.attributes[sets.indices[place]] for place in (other, pair))
+        raise DataError(
+            f"{len(again)} attributes have the tokens of another attribute of their object, as "
+            "tokenizers drop case, spaces and some punctuation: their likelihoods would be equal. "
+            f"The first are {shortened(one)} and {shortened(two)} of "
+            f"{shortened(names.objects[objects[pair]])}; make them one attribute in the "
+            "annotation files, or delete one (clean.deleted_attributes), then clean and pack again"
+        )
+
+
+def check_texts(
+    encoder: ClipEncoder, texts: Sequence[str], *, kind: str, remedy: str
+) -> npt.NDArray[np.int64]:
+    """Warn of texts that are cut at the model's context length; refuse those that are equal then.
+
+    Args:
+        encoder: the model.
+        texts: different texts.
+        kind: what they are, plural.
+        remedy: what the user can do.
+
+    Returns:
+        int64 [n]: place of the first text with the same tokens.
+
+    Raises:
+        DataError: two different texts have the same tokens because one is cut.
+    """
+    ids, cut = encoder.tokens(texts)
+    seen: dict[bytes, int] = {}
+    same = np.array([seen.setdefault(row.tobytes(), place) for place, row in enumerate(ids)])
+    equal = np.flatnonzero((same != np.arange(len(texts))) & (cut | cut[same]))
+    if len(equal):
+        one, two = texts[same[equal[0]]], texts[equal[0]]
+        raise DataError(
+            f"{len(equal)} {kind} are the same as others to the model, which reads "
+            f"{encoder.context_length} tokens and no more: the first are {shortened(one)} and "
+            f"{shortened(two)}; {remedy}"
+        )
+    if cut.any():
+        first = texts[int(np.argmax(cut))]
+        words = first.split()
+        whole = bisect.bisect_left(
+            range(1, len(words)),
+            True,
+            key=lambda end: bool(encoder.tokens([" ".join(words[:end])])[1][0]),
+        )
+        logger.warning(
+            "%d of %d %s are longer than the %d tokens that the model reads; the first is %s, of "
+            "which it does not see all of %s",
+            cut.sum(),
+            len(texts),
+            kind,
+            encoder.context_length,
+            shortened(first),
+            shortened(" ".join(words[whole:])),
+        )
+    return same
+
+
+def shortened(text: str) -> str:
+    """A text in quotes, its middle left out where it is long."""
+    return repr(text if len(text) <= 90 else f"{text[:40]} ... {text[-45:]}")
 
 
 def check_templates(templates: Sequence[str]) -> None:
