@@ -1,9 +1,11 @@
 """Files below clusters/: they parse, Ray accepts them, they hold no secret, commands exist."""
 
 import copy
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from vlal_dist.score_clip import PROGRAM
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTERS = ROOT / "clusters"
 AUTOSCALER = CLUSTERS / "ray" / "autoscaler.yaml"
+HEAD = CLUSTERS / "ray" / "start-local-head.sh"
 RAYJOB = CLUSTERS / "kuberay" / "score-clip.yaml"
 IN_IMAGE = "/opt/vlal-dist"
 YAMLS = sorted(CLUSTERS.rglob("*.yaml"))
@@ -167,8 +170,33 @@ def test_autoscaler_starts_ray_with_a_token(kind: str) -> None:
         assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in flags
     else:
         assert "--address=$RAY_HEAD_IP:6379" in flags
+    assert start.index("chmod 600 ~/.ray/auth_token;") < start.index("ray start ")
     # The same token on every machine and here, by its path.
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+@pytest.mark.parametrize("before", [None, pytest.param(0o644, marks=pytest.mark.slow)])
+def test_the_local_head_keeps_its_token_to_the_user(tmp_path: Path, before: int | None) -> None:
+    """The script itself, up to the start of Ray, for which a program of that name stands."""
+    tools, token = tmp_path / "bin", tmp_path / ".ray" / "auth_token"
+    tools.mkdir()
+    real = Path(sys.executable).parent / "ray"
+    (tools / "ray").write_text(f'#!/bin/sh\n[ "$1" = start ] || exec {real} "$@"\n')
+    (tools / "ray").chmod(0o755)
+    if before is not None:
+        token.parent.mkdir()
+        token.write_text("0" * 64)
+        token.chmod(before)
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    script = ["bash", "-c", f"umask 022; exec {CLUSTERS}/ray/start-local-head.sh"]
+    subprocess.run(script, env=environment, check=True, capture_output=True)
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert (token.read_text() == "0" * 64) == (before is not None)
+    if before is None:
+        # From its creation, not by a later change.
+        (made,) = [line for line in HEAD.read_text().splitlines() if "--generate" in line]
+        assert made.strip().startswith("(umask 077 &&")
+        assert token.parent.stat().st_mode & 0o777 == 0o700
 
 
 def test_rayjob_runs_our_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ SOURCES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.m
            "SECURITY.md", "constraints.txt", "configs", "vlal_dist", "shard_tools")  # fmt: skip
 EXTRAS = {
     "score": {"ray", "open-clip-torch", "timm", "huggingface-hub"},
+    "hf": {"transformers", "sentencepiece"},
     "train": {"deepspeed", "tensorboard", "grpcio"},
     "s3": {"boto3", "botocore", "urllib3"},
     "onnx": {"onnx", "onnxruntime", "onnxscript"},

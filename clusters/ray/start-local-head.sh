@@ -15,7 +15,12 @@ export RAY_USAGE_STATS_ENABLED=0
 # (or RAY_AUTH_TOKEN_PATH). RAY_AUTH_MODE=disabled turns this off.
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 if [ "$RAY_AUTH_MODE" = token ]; then
-    ray get-auth-token --generate >/dev/null
+    # Readable by this user alone from its creation; one that an earlier version left open is closed.
+    (umask 077 && ray get-auth-token --generate >/dev/null)
+    token="${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}"
+    if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ -f "$token" ]; then
+        chmod 600 "$token"
+    fi
 fi
 
 exec ray start --head --block --disable-usage-stats \

@@ -1,5 +1,8 @@
 """The encoders: open_clip's own numbers, bits independent of the batch, errors in one line."""
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +10,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from tests.scoring.conftest import Model, encode_images, make_tiny_model
@@ -127,3 +131,147 @@ def test_refusals_name_the_remedy(tiny: Model, tmp_path: Path) -> None:
 
 def test_a_tag_of_the_model_is_accepted() -> None:
     check_weights("ViT-B-32-quickgelu", "openai", tags=["openai"])
+
+
+def bundled_model(source: Model, folder: Path) -> ScoringConfig:
+    """A model in a folder as open_clip publishes them, with weights named by the file."""
+    folder.mkdir(parents=True)
+    config = {"model_cfg": json.loads((source.folder / f"{source.name}.json").read_text())}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    shutil.copyfile(source.weights, folder / "open_clip_model.safetensors")
+    return ScoringConfig(model=f"local-dir:{folder}")
+
+
+def test_a_model_in_a_folder(tiny: Model, tmp_path: Path) -> None:
+    section = bundled_model(tiny, tmp_path / "a")
+    encoder, plain = load_clip(section, device="cpu", batch_size=8), tiny.load()
+    np.testing.assert_array_equal(encoder.encode_texts(TEXTS), plain.encode_texts(TEXTS))
+    assert encoder.weights_digest == plain.weights_digest
+    assert plain.architecture == "tiny"  # as in roots of earlier versions
+    # A copy elsewhere is the same scorer; another config with the same weights is not.
+    copy = load_clip(bundled_model(tiny, tmp_path / "b"), device="cpu")
+    assert copy.architecture == encoder.architecture
+    config = tmp_path / "b" / "open_clip_config.json"
+    config.write_text(config.read_text().replace('"heads": 2', '"heads": 4'))
+    other = load_clip(section.model_copy(update={"model": f"local-dir:{tmp_path}/b"}), device="cpu")
+    assert other.weights_digest == encoder.weights_digest
+    assert other.architecture != encoder.architecture
+
+
+def refused(section: ScoringConfig) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_clip(section, device="cpu")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_folder_that_is_no_model(tiny: Model, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    section = bundled_model(tiny, folder)
+    assert "leave scoring.weights out" in refused(section.model_copy(update={"weights": "openai"}))
+    (folder / "open_clip_model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "can hold code" in refused(section)
+    (folder / "pytorch_model.bin").unlink()
+    assert "no weights" in refused(section)
+    (folder / "open_clip_config.json").write_text("{}")
+    assert "lacks model_cfg" in refused(section)
+    (folder / "open_clip_config.json").write_text("[")
+    assert "cannot be read" in refused(section)
+    assert "no such folder" in refused(ScoringConfig(model=f"local-dir:{tmp_path}/none"))
+    assert "no such folder" in refused(ScoringConfig(model=f"local-dir:{tmp_path}/m%s{{}}"))
+
+
+def test_a_model_of_the_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Refused within seconds where nothing answers, and the repository is named."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    section = ScoringConfig(model="hf-hub:organisation/model")
+    message = refused(section)
+    assert "http://127.0.0.1:9 does not answer" in message
+    assert "hf download organisation/model --local-dir FOLDER" in message
+    assert "--scoring.model local-dir:FOLDER" in message
+    message = refused(ScoringConfig(model="ViT-B-32-quickgelu", weights="openai"))
+    assert "hf download timm/vit_base_patch32_clip_224.openai --local-dir FOLDER" in message
+    assert "--scoring.weights FOLDER/FILE.safetensors" in message
+    assert constants.HF_HUB_OFFLINE is False
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "HF_HUB_OFFLINE is set" in refused(section)
+
+
+def test_the_missing_package_is_named(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    config = json.loads((tiny.folder / "tiny.json").read_text())
+    (tmp_path / "my-siglip.json").write_text(json.dumps(config))
+    config["text_cfg"]["hf_tokenizer_name"] = "some/tokenizer"
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    for model in ("my-siglip", "other"):
+        message = refusal(model, tmp_path, str(tiny.weights))
+        assert "transformers is not installed; run: pip install 'vlal-dist[hf]'" in message
+        assert f"scoring.model {model}: its tokenizer" in message and "weights" not in message
+
+
+def test_a_tokenizer_in_the_folder(tiny: Model, tmp_path: Path) -> None:
+    """Of Hugging Face's kind: it is loaded without a network, and is part of the identity."""
+    pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    digests = []
+    for words in (["red", "blue", "cup"], ["red", "blue", "hat"]):
+        folder = tmp_path / words[-1]
+        section = bundled_model(tiny, folder)
+        config = json.loads((folder / "open_clip_config.json").read_text())
+        config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "any"
+        (folder / "open_clip_config.json").write_text(json.dumps(config))
+        vocabulary = {word: place for place, word in enumerate(["<pad>", "<unk>", *words])}
+        made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.Whitespace()
+        made.save(str(folder / "tokenizer.json"))
+        named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(named))
+        encoder = load_clip(section, device="cpu", batch_size=4)
+        ids, cut = encoder.tokens(["red cup", " ".join(["blue"] * 16), " ".join(["blue"] * 17)])
+        assert ids.shape == (3, 16) and cut.tolist() == [False, False, True]
+        digests.append(encoder.architecture)
+    assert digests[0] != digests[1]
+
+
+def test_cut_texts(tiny: Model) -> None:
+    encoder = tiny.load()
+    texts = ["tall " * count for count in (1, 13, 14, 15, 30)]  # 16 tokens with start and end
+    ids, cut = encoder.tokens(texts)
+    assert ids.shape == (5, 16) and encoder.context_length == 16
+    assert cut.tolist() == [False, False, False, True, True]
+    assert encoder.tokens(["a" * 10_000])[1].tolist() == [True]
+
+
+def test_broken_weights_are_named(tiny: Model, tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(tiny.weights)
+    broken = tmp_path / "tiny.safetensors"
+    state["text_projection"][0, 0] = float("nan")
+    safetensors.torch.save_file(state, broken)
+    message = refusal("tiny", tiny.folder, str(broken))
+    assert "text_projection holds NaN" in message and str(broken) in message
+
+
+def test_overflow_names_the_precision(tiny: Model, tmp_path: Path) -> None:
+    """Weights whose values leave float16, not float32: the remedy works."""
+    state = safetensors.torch.load_file(tiny.weights)
+    state["ln_final.weight"] *= 1e5
+    large = tmp_path / "tiny.safetensors"
+    safetensors.torch.save_file(state, large)
+    section = tiny.section(precision="fp16").model_copy(update={"weights": str(large)})
+    with pytest.raises(ConfigError, match=r"repeat with scoring\.precision fp32"):
+        load_clip(section, device="cpu", batch_size=4).encode_texts(TEXTS)
+    again = section.model_copy(update={"precision": "fp32"})
+    assert np.isfinite(load_clip(again, device="cpu", batch_size=4).encode_texts(TEXTS)).all()
+    state["ln_final.weight"] *= 1e38
+    state["text_projection"] *= 1e38
+    state["ln_final.weight"].clamp_(-3e38, 3e38)
+    state["text_projection"].clamp_(-3e38, 3e38)
+    safetensors.torch.save_file(state, large)
+    with pytest.raises(ConfigError, match=r"give other scoring\.weights"):
+        load_clip(again, device="cpu", batch_size=4).encode_texts(TEXTS)

@@ -1,14 +1,24 @@
 """Prompts: order of the feasible pairs, each different text once, templates checked."""
 
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vlal_dist.errors import ConfigError
+from tests.scoring.conftest import Model
+from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.feasible import FeasibleSets
-from vlal_dist.scoring.text_bank import build_prompts, check_templates
+from vlal_dist.scoring.clip import ClipEncoder
+from vlal_dist.scoring.text_bank import (
+    build_prompts,
+    check_prompts,
+    check_templates,
+    encode_bank,
+)
 from vlal_dist.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -67,3 +77,107 @@ def test_templates_are_checked(templates: list[str], message: str) -> None:
 
 def test_doubled_braces_are_text() -> None:
     check_templates(["{{a}} photo of {attribute} {object}"])
+
+
+def named(objects: tuple[str, ...], attributes: tuple[str, ...]) -> Any:
+    """A dataset with these names, in which every attribute is feasible for every object."""
+    count, kinds = len(attributes), len(objects)
+    vocabulary = Vocabulary(
+        objects=objects,
+        attributes=attributes,
+        attribute_type=("other",) * count,
+        prevalence=("head",) * count,
+    )
+    feasible = FeasibleSets(
+        indptr=np.arange(kinds + 1) * count,
+        indices=np.tile(np.arange(count, dtype=np.int32), kinds),
+        positive_count=np.ones(kinds * count, np.int32),
+        negative_count=np.zeros(kinds * count, np.int32),
+    )
+    return SimpleNamespace(vocabulary=vocabulary, feasible=feasible)
+
+
+PLAIN = ["a photo of {attribute} {object}"]
+SHORT = named(("cup", "hat"), ("red", "blue"))
+WORDS = " ".join(["very"] * 20)
+
+
+def test_a_long_template(tiny: Model) -> None:
+    encoder = tiny.load()  # reads 16 tokens
+    with pytest.raises(ConfigError, match=r"scoring\.templates: .*16 tokens.*shorten it"):
+        check_prompts(encoder, SHORT, [f"a photo of {WORDS} {{attribute}} {{object}}"])
+    check_prompts(encoder, SHORT, PLAIN)
+    # One of several is enough: the mean over templates would only hide it.
+    with pytest.raises(ConfigError, match=r"scoring\.templates"):
+        check_prompts(encoder, SHORT, [*PLAIN, f"a photo of {WORDS} {{attribute}} {{object}}"])
+
+
+def test_a_cut_that_loses_nothing_that_differs(
+    tiny: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    check_prompts(tiny.load(), SHORT, [f"a {{attribute}} {{object}} in a {WORDS} scene"])
+    assert "4 of 4 prompts are longer than the 16 tokens" in caplog.text
+    assert "'a red cup in a very very" in caplog.text
+    assert caplog.text.count("scene'") == 2 and "does not see all of 'very" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names", [(("cup", "hat"), ("red", WORDS)), ((WORDS, "hat"), ("red", "x"))]
+)
+def test_one_long_name(tiny: Model, names: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It hides what follows it: the object after an attribute, an attribute after the object."""
+    encoder, data = tiny.load(), named(*names)
+    template = PLAIN if WORDS in names[1] else ["a photo of {object} that is {attribute}"]
+    with pytest.raises(DataError, match=r"the same as others to the model.*clean\.renames"):
+        check_prompts(encoder, data, template)
+    # Last in the prompt, it loses only its own end.
+    other = ["a {object} that is {attribute}"] if template is PLAIN else PLAIN
+    check_prompts(encoder, data, other)
+    assert "does not see all of" in caplog.text
+
+
+def test_attributes_that_the_tokenizer_makes_one(tiny: Model) -> None:
+    encoder = tiny.load()
+    with pytest.raises(DataError, match=r"'red' and 'Red' of 'cup'.*clean\.deleted_attributes"):
+        check_prompts(encoder, named(("cup", "hat"), ("red", "Red", "blue")), PLAIN)
+    # Equal only in one template, or only of different objects: they can be told apart.
+    check_prompts(encoder, named(("cup", "Cup"), ("red", "blue")), PLAIN)
+    check_prompts(encoder, named(("b c", "c"), ("a b", "a", "x")), ["{attribute} {object}"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["{odd}", "{attribute}", "100 %s %(x)d", "two\nlines", "na\u00efve \u2603", "a" * 10_000, ""],
+)
+def test_odd_names(tiny: Model, name: str) -> None:
+    data = named(("cup",), ("red", name))
+    prompts, _ = build_prompts(data, PLAIN)
+    assert prompts[1] == f"a photo of {name} cup"
+    check_prompts(tiny.load(), data, PLAIN)
+    assert len(encode_bank(tiny.load(), data, PLAIN, stop=Event())) == 2
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+NAMES = st.lists(TEXT, min_size=2, max_size=5, unique=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny: Model) -> ClipEncoder:
+    return tiny.load()
+
+
+@settings(max_examples=25, deadline=None)
+@given(objects=NAMES, attributes=NAMES)
+def test_what_is_accepted_has_different_vectors(
+    loaded: ClipEncoder, objects: list[str], attributes: list[str]
+) -> None:
+    """The law: no two attributes of one object have one vector; else one line says which."""
+    encoder, data = loaded, named(tuple(objects), tuple(attributes))
+    try:
+        check_prompts(encoder, data, PLAIN)
+    except DataError as error:
+        assert "\n" not in str(error)
+        return
+    tokens, _ = encoder.tokens(build_prompts(data, PLAIN)[0])
+    for rows in np.split(tokens, len(objects)):
+        assert len(np.unique(rows, axis=0)) == len(attributes)

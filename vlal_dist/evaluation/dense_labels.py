@@ -13,7 +13,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from vlal_dist.data.format.dataset import Dataset, read_labels
-from vlal_dist.data.format.index import ARROW_ERRORS
+from vlal_dist.data.format.index import ARROW_ERRORS, read_parquet
 from vlal_dist.errors import DataError, VlalError, bounded
 from vlal_dist.storage.store import read_url
 from vlal_dist.vocabulary import Vocabulary
@@ -45,7 +45,7 @@ def read_dense_labels(url: str, dataset: Dataset, split: str) -> DenseLabels:
         DataError: other columns, an instance twice or missing, or no name of the vocabulary.
     """
     try:
-        table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
+        table = read_parquet(read_url(url))
         table.validate(full=True)
     except VlalError:
         raise

@@ -15,6 +15,7 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from vlal_dist.data.format.dataset import Dataset, read_labels
+from vlal_dist.data.format.index import read_parquet
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.dense_labels import instance_rows, join_dense_labels
 from vlal_dist.evaluation.predictions import label_matrix
@@ -102,7 +103,7 @@ def read_hidden_truth(url: str, dataset: Dataset, split: str) -> Labels:
     rows = read_labels(dataset, split)
     instance_id = rows["instance_id"].combine_chunks()
     try:
-        table = pa.parquet.read_table(pa.BufferReader(read_url(url)))
+        table = read_parquet(read_url(url))
     except pa.ArrowInvalid as error:
         raise DataError(f"truth {url} is not a Parquet file: {error}") from None
     types = {name: table[name].type for name in table.column_names}

@@ -215,6 +215,20 @@ def encode_shards(shards: Sequence[Shard]) -> bytes:
     return encode_table({"shard": [shard.name for shard in shards], **columns}, SHARDS_SCHEMA)
 
 
+def read_parquet(data: bytes) -> pa.Table:
+    """Read Parquet from memory, in this thread alone.
+
+    In `pyarrow.parquet.read_table` a thread of Arrow's may be the last to hold `data`, and waits
+    for the interpreter to free it; if the process ends meanwhile, it aborts ("terminate called
+    without an active exception").
+
+    Raises:
+        pa.ArrowException: damaged.
+    """
+    with pa.parquet.ParquetFile(pa.BufferReader(data)) as file:
+        return file.read(use_threads=False)
+
+
 def decode_table(
     source: bytes | Path,
     schema: pa.Schema,
