@@ -16,7 +16,7 @@ from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.contents import parse_json
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.format.scores import score_key
-from vlal_dist.errors import ConfigError, ConflictError, NotFoundError
+from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
 
