@@ -350,8 +350,10 @@ def test_an_edited_zip_gives_a_member_s_bytes_or_an_error(
         reader = photos(tmp_path / "edited.zip")
     except (ConfigError, DataError):
         return
+    # Edited at its beginning it may be a photo by content, or a member empty with the sum of that.
+    allowed = {*MEMBERS.values(), bytes(data), b""}
     for name in ["a", "b", *MEMBERS, *reader.list_names()]:
         try:
-            assert reader.read(name) in MEMBERS.values()
+            assert reader.read(name) in allowed
         except DataError as error:
             str(error).encode()
