@@ -211,7 +211,7 @@ def test_members(root: Path, times: int, reader: str) -> None:
             write(root, FILES | {"dataset.json": seal(FILES)})
 
     drawn = (pick(list(MEMBERS[0])), st.integers(0, SAMPLES - 1), tree_ops, byte_ops, st.booleans())
-    explore(f"members, {reader}", check, *drawn, examples=80, times=times)
+    explore(f"members, {reader}", check, *drawn, examples=50, times=times)
 
 
 def test_shards_without_a_seal(root: Path, times: int) -> None:
@@ -250,4 +250,4 @@ def test_tar_headers(root: Path, times: int) -> None:
         finally:
             write(root, FILES | {"dataset.json": seal(FILES)})
 
-    explore("tar headers, verify", check, pick(SHARDS), byte_ops, examples=80, times=times)
+    explore("tar headers, verify", check, pick(SHARDS), byte_ops, examples=50, times=times)

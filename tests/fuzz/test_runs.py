@@ -74,4 +74,4 @@ def test_report(folder: Path, times: int) -> None:
         finally:
             (folder / key).write_bytes(old)
 
-    explore("run, report", check, pick(READ), tree_ops, byte_ops, examples=60, times=times)
+    explore("run, report", check, pick(READ), tree_ops, byte_ops, examples=40, times=times)

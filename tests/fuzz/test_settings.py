@@ -46,7 +46,7 @@ def test_files(tmp_path: Path, times: int) -> None:
         path.write_bytes(mutate_json(JSON, tree) if as_tree else mutate_bytes(TEXT, ops))
         obeys(lambda: use(path))
 
-    explore("configuration", check, st.booleans(), tree_ops, byte_ops, examples=120, times=times)
+    explore("configuration", check, st.booleans(), tree_ops, byte_ops, examples=60, times=times)
 
 
 marks = st.text(
