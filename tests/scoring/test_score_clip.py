@@ -370,3 +370,18 @@ def test_shards_that_pack_renewed_are_scored_and_the_others_keep_their_scores(
     other = ("--paths.scores", str(tmp_path / "s"), "--paths.merged", str(tmp_path / "m"))
     assert run(PROGRAM, config, *call, *other[:2]) == run("merge", config, *other) == 0
     assert tree(folder / "merged") == tree(tmp_path / "m")
+
+
+def test_other_weights_of_the_same_name_are_refused(
+    dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unfinished root goes on with the weights that it was begun with, or not at all."""
+    model = make_tiny_model(tmp_path / "m", seed=7)
+    call = flags(model, tmp_path / "s")
+    assert run(PROGRAM, dataset, *call) == 0
+    (tmp_path / "s" / "scores.json").unlink()
+    make_tiny_model(tmp_path / "m", seed=8)
+    assert run(PROGRAM, dataset, *call) == 65
+    assert "was begun with weights" in capsys.readouterr().err
+    make_tiny_model(tmp_path / "m", seed=7)
+    assert run(PROGRAM, dataset, *call) == 0
