@@ -38,6 +38,7 @@ _MARKER = re.compile(rb"\xff+([\x01-\xfe])")
 _SCAN_END = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")
 _SCAN = re.compile(rb"\xff\xda")
 _EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
+_UNSUPPORTED = re.compile("Unsupported (JPEG|color)|.*subsampling")
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 _segment = struct.Struct(">BBH").unpack_from
 _size = struct.Struct(">HH").unpack_from
@@ -144,7 +145,7 @@ def read_jpeg(data: bytes, *, max_pixels: int, keep_metadata: bool = False) -> J
             `stored`.
 
     Raises:
-        DataError: too large, truncated or damaged.
+        DataError: too large, truncated or damaged, or unsupported (12 bits, lossless, ...).
     """
     try:
         parts = _Parts(data, keep_metadata=keep_metadata)
@@ -155,13 +156,26 @@ def read_jpeg(data: bytes, *, max_pixels: int, keep_metadata: bool = False) -> J
         jpg, pixels = _decode_repaired(jpg, parts.components)
         if keep_metadata:
             jpg += data[parts.end :]
-        _, _, colours, subsampling = simplejpeg.decode_jpeg_header(jpg)
+        usual = _is_usual(jpg)
     except DataError:
         raise
     except (ValueError, LookupError, struct.error) as error:
+        if _UNSUPPORTED.match(str(error)):
+            raise DataError(
+                f"unsupported: a JPEG of a kind that is not read ({error}); save it as PNG or JPEG"
+            ) from None
         raise DataError(f"truncated or damaged: {error}") from None
-    kept = parts.frame in _HUFFMAN and colours in ("YCbCr", "Gray") and subsampling in _SUBSAMPLINGS
+    kept = parts.frame in _HUFFMAN and usual
     return JpegPhoto(pixels, parts.orientation(), jpg if kept else None)
+
+
+def _is_usual(jpg: bytes) -> bool:
+    """Whether colours and subsampling are such that decoders on GPUs read them, too."""
+    try:
+        _, _, colours, subsampling = simplejpeg.decode_jpeg_header(jpg)
+    except KeyError:  # a subsampling without a name
+        return False
+    return colours in ("YCbCr", "Gray") and subsampling in _SUBSAMPLINGS
 
 
 def check_fragments(fragments: Iterable[bytes], tables: bytes) -> None:
@@ -179,7 +193,7 @@ def check_fragments(fragments: Iterable[bytes], tables: bytes) -> None:
             parts = _Parts(tables[:-2] + fragment[2:] if tables else fragment, keep_metadata=True)
             parts.check_complete()
             _decode(parts.join(), parts.components)
-        except (ValueError, IndexError, struct.error) as error:
+        except (ValueError, LookupError, struct.error) as error:
             raise DataError(f"truncated or damaged: {error}") from None
 
 
