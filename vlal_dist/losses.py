@@ -512,7 +512,9 @@ def _inverse_likelihood(
             "likelihood: a value outside of the row's feasible set is not 0; object_id or the "
             "order of the attributes is not that of the feasible sets",
         )
-    return (likelihood.amax(1, keepdim=True) / likelihood).to(torch.float32)
+    # Above 0 also where all are 0, of which none can be drawn.
+    most = likelihood.amax(1, keepdim=True).clamp(min=torch.finfo(likelihood.dtype).tiny)
+    return (most / likelihood).to(torch.float32)
 
 
 def _psl_choice(logits: Tensor, label: Tensor, prior: Tensor, config: LossConfig) -> Tensor:
@@ -549,6 +551,10 @@ def _check_form(
     name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device, kind: str
 ) -> None:
     """Check what is known without looking at values."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: {type(tensor).__name__}; give a tensor, {kind} {list(shape)}")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError(f"{name}: sparse or on meta; give a tensor that holds all its values")
     floating = tensor.is_floating_point()
     integer = not (floating or tensor.is_complex() or tensor.dtype == torch.bool)
     fits = (floating and "floating" in kind) or (integer and "integer" in kind)

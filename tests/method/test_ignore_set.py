@@ -252,3 +252,21 @@ def test_top_takes_as_many_as_the_draw_does():
         assert not (top & ~drawable).any()
     with pytest.raises(ConfigError, match="num_ignore is -1"):
         top_ignore_set(inverse_weight=weight, drawable=drawable, num_ignore=-1)
+
+
+def test_nothing_broadcasts_and_no_tensor_is_missing():
+    """One row of labels, weights or sets is not taken for all."""
+    from vlal_dist.method.selective_loss import assign_terms
+
+    label, mask = torch.zeros(4, 7, dtype=torch.int8), torch.ones(4, 7, dtype=torch.bool)
+    weight = torch.ones(4, 7)
+    with pytest.raises(ValueError, match="of one shape"):
+        assign_terms(label[0], mask, mask)
+    with pytest.raises(ValueError, match="of one shape"):
+        assign_terms(label, mask[:1], mask)
+    with pytest.raises(ValueError, match="of one shape"):
+        top_ignore_set(inverse_weight=weight[:1], drawable=mask, num_ignore=2)
+    with pytest.raises(ValueError, match="sparse"):
+        top_ignore_set(inverse_weight=weight.to("meta"), drawable=mask, num_ignore=2)
+    with pytest.raises(TypeError, match="drawable: NoneType"):
+        top_ignore_set(inverse_weight=weight, drawable=None, num_ignore=2)

@@ -125,7 +125,7 @@ class FeasibleSets:
                 "labels [N, A]"
             )
         if num_objects is None:
-            num_objects = 1 + int(ids.max(initial=-1))
+            num_objects = 1 + int(ids.max()) if len(ids) else 0
         sides = {}
         for name, sign in (("positive", 1), ("negative", -1)):
             row, attribute = np.nonzero(label == sign)

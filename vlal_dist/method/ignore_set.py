@@ -15,6 +15,7 @@ from torch import Tensor
 from vlal_dist.config.sections import LossConfig
 from vlal_dist.errors import ConfigError
 from vlal_dist.method.philox import philox4x32, unit_exponential
+from vlal_dist.method.selective_loss import check_pairs
 
 NumIgnore = int | Literal["all"]
 """NUM_IGNORE >= 0, or the whole drawing set, members that cannot be drawn included."""
@@ -80,7 +81,16 @@ def sample_ignore_set(
 
     Raises:
         ConfigError: num_ignore is negative.
+        ValueError: shapes or types that do not fit.
     """
+    _check_weights(inverse_weight, drawable)
+    for name, one in (("uid", uid), ("visit", visit)):
+        if (
+            not isinstance(one, Tensor)
+            or one.dtype != torch.int64
+            or one.shape != drawable.shape[:1]
+        ):
+            raise ValueError(f"{name}: give int64 [{len(drawable)}]")
     if num_ignore == "all":
         return drawable.clone()
     weight = inverse_weight.to(torch.float32)
@@ -101,11 +111,21 @@ def top_ignore_set(*, inverse_weight: Tensor, drawable: Tensor, num_ignore: NumI
 
     Raises:
         ConfigError: num_ignore is negative.
+        ValueError: shapes or types that do not fit.
     """
+    _check_weights(inverse_weight, drawable)
     if num_ignore == "all":
         return drawable.clone()
     weight = inverse_weight.to(torch.float32)
     return _smallest(weight, drawable & (weight > 0) & weight.isfinite(), num_ignore)
+
+
+def _check_weights(inverse_weight: Tensor, drawable: Tensor) -> None:
+    """Check shapes and types of weights and drawing sets."""
+    check_pairs(inverse_weight=inverse_weight, drawable=drawable)
+    if not inverse_weight.is_floating_point() or drawable.dtype != torch.bool:
+        kinds = f"inverse_weight {inverse_weight.dtype}, drawable {drawable.dtype}"
+        raise ValueError(f"{kinds}; give floating and bool")
 
 
 def _smallest(key: Tensor, candidate: Tensor, count: int) -> Tensor:
@@ -143,7 +163,15 @@ def psl_ignored(
 
     Returns:
         bool [N, A].
+
+    Raises:
+        ValueError: shapes or types that do not fit.
     """
+    check_pairs(probability=probability, unannotated=unannotated)
+    if unannotated.dtype != torch.bool or not probability.is_floating_point():
+        raise ValueError("give probability floating and unannotated bool")
+    if prior.shape != probability.shape[1:] or prior.device != probability.device:
+        raise ValueError(f"prior: {list(prior.shape)} on {prior.device}; give floating [A]")
     by_prior = unannotated & (prior > loss.psl_threshold)
     clipped = probability.detach().clamp(min=loss.margin)
     ranked = clipped.masked_fill(~unannotated, -1.0).flatten()

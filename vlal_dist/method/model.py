@@ -48,7 +48,13 @@ class AttributeClassifier(nn.Module):
         """Logits float32 [B, A] of image floating [B, 3, S, S] and object_id int64 [B].
 
         Pooling, gate and classifier run in float32 also under autocast.
+
+        Raises:
+            ValueError: shapes or types that do not fit, or an object that is not in 0..O-1 (on a
+                GPU: a device-side assertion).
         """
+        if not (torch.compiler.is_compiling() or torch._C._get_tracing_state()):
+            self._check(image, object_id)
         features = self.trunk(image)
         with torch.autocast(device_type=features.device.type, enabled=False):
             pooled = features.float().mean(dim=(2, 3))
@@ -57,6 +63,25 @@ class AttributeClassifier(nn.Module):
                 pooled = pooled * torch.sigmoid(gate)
             weight, bias = self.classifier.weight, self.classifier.bias
             return F.linear(pooled, weight.float(), bias.float())
+
+    def _check(self, image: Tensor, object_id: Tensor) -> None:
+        """Check what `forward` takes; one object id would be broadcast to all photos."""
+        if image.dim() != 4 or image.shape[1] != 3 or not image.is_floating_point():
+            raise ValueError(
+                f"image: {image.dtype} {list(image.shape)}; give floating [B, 3, S, S]"
+            )
+        if self.object_table is None:
+            return
+        if object_id.shape != image.shape[:1] or object_id.dtype not in (torch.int64, torch.int32):
+            form = f"{object_id.dtype} {list(object_id.shape)}"
+            raise ValueError(f"object_id: {form}; give integers [{len(image)}]")
+        if object_id.is_cpu and len(object_id):
+            least, most = (int(one) for one in torch.aminmax(object_id))
+            if least < 0 or most >= self.object_table.num_embeddings:
+                raise ValueError(
+                    f"object_id: {least}..{most}; the model has the objects "
+                    f"0..{self.object_table.num_embeddings - 1}"
+                )
 
 
 def build_model(

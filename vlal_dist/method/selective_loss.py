@@ -53,6 +53,27 @@ class LossTerms(NamedTuple):
     counts: Tensor
 
 
+def check_pairs(**given: Tensor) -> None:
+    """Check that tensors are [B, A] of one shape on one device: nothing broadcasts.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: shapes or devices differ, or tensors hold no values.
+    """
+    shape = None
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__}; give a tensor")
+        shape = tensor.shape if shape is None else shape
+        device = next(iter(given.values())).device
+        strided = tensor.layout == torch.strided and not tensor.is_meta
+        if tensor.dim() != 2 or tensor.shape != shape or tensor.device != device or not strided:
+            raise ValueError(
+                f"{name}: {list(tensor.shape)} on {tensor.device}; give [B, A] of one shape on one "
+                f"device, here {list(shape)} on {device}, not sparse"
+            )
+
+
 def assign_terms(label: Tensor, feasible: Tensor, ignored: Tensor) -> Tensor:
     """The term of each pair, Eq. (3) and Eq. (4); annotations override everything else.
 
@@ -63,7 +84,16 @@ def assign_terms(label: Tensor, feasible: Tensor, ignored: Tensor) -> Tensor:
 
     Returns:
         uint8 [B, A] of `Term`.
+
+    Raises:
+        ValueError: shapes or types that do not fit.
     """
+    check_pairs(label=label, feasible=feasible, ignored=ignored)
+    if label.dtype != torch.int8 or feasible.dtype != torch.bool or ignored.dtype != torch.bool:
+        raise ValueError(
+            f"label {label.dtype}, feasible {feasible.dtype}, ignored {ignored.dtype}; give int8 "
+            "and twice bool"
+        )
     term = torch.where(feasible, int(Term.FEASIBLE), int(Term.INFEASIBLE))
     term = torch.where(ignored, int(Term.IGNORED), term)
     term = torch.where(label < 0, int(Term.NEGATIVE), term)
@@ -87,7 +117,13 @@ def selective_loss(
 
     Returns:
         Losses, sums and counts; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or a term that is none.
     """
+    _check_terms(logits, term)
+    if row_weight is not None and row_weight.shape != logits.shape[:1]:
+        raise ValueError(f"row_weight: {list(row_weight.shape)}; give [{len(logits)}]")
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     dropped = term == int(Term.IGNORED)
     if row_weight is not None:
@@ -123,7 +159,11 @@ def selective_slopes(logits: Tensor, term: Tensor, *, loss: LossConfig) -> Tenso
 
     Returns:
         float32 [B, A], float64 of float64 logits; 0 of ignored pairs.
+
+    Raises:
+        ValueError: shapes or types that do not fit, or a term that is none.
     """
+    _check_terms(logits, term)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     ignored, positive = term == int(Term.IGNORED), term == int(Term.POSITIVE)
     z = torch.where(ignored, 0.0, logits.to(dtype))
@@ -142,6 +182,16 @@ def selective_slopes(logits: Tensor, term: Tensor, *, loss: LossConfig) -> Tenso
         clipped = base * (pull if loss.detach_focal else gamma * p * q * entropy / p_m + pull)
         slope = torch.where(positive, slope, torch.where(active, clipped, 0.0))
     return torch.where(ignored, 0.0, torch.where(positive, -slope, slope))
+
+
+def _check_terms(logits: Tensor, term: Tensor) -> None:
+    """Check logits and terms; values of the terms where they can be seen without waiting."""
+    check_pairs(logits=logits, term=term)
+    if not logits.is_floating_point() or term.dtype != torch.uint8:
+        raise ValueError(f"logits {logits.dtype}, term {term.dtype}; give floating and uint8")
+    seen = term.is_cpu and not torch.compiler.is_compiling() and term.numel() > 0
+    if seen and int(term.max()) >= len(Term):
+        raise ValueError(f"term: {int(term.max())} is none; give those of assign_terms")
 
 
 def _gamma(term: Tensor, loss: LossConfig, like: Tensor) -> Tensor:
