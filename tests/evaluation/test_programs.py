@@ -12,7 +12,7 @@ from tests.evaluation.test_predictors import write_scores
 from tests.fixtures.tiny_dataset import SAMPLES, VOCABULARY
 from tests.fixtures.tiny_vaw import run
 from tests.release.test_saved_model import INFO, tiny_model
-from vlal_dist import report
+from vlal_dist import export, report
 from vlal_dist.config.load import config_yaml, load_config
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.evaluate import PROGRAM as EVALUATE
@@ -60,7 +60,7 @@ class Runner:
         )
 
     def __call__(self, program: str, *flags: str) -> int:
-        chosen = {"evaluate": EVALUATE, "report": report.PROGRAM}[program]
+        chosen = {"evaluate": EVALUATE, "report": report.PROGRAM, "export": export.PROGRAM}[program]
         return run_program(chosen, ["--config", str(self.config), *flags])
 
 

@@ -103,3 +103,7 @@ def test_tags_are_evaluated_with_unannotated_as_negative_and_every_figure_says_s
     page = (run / "report.html").read_text()
     assert page.count(NOTE) >= 5
     assert "over annotated crops" not in page
+
+    assert runner("export", "--paths.export", str(tmp_path / "export")) == 0
+    card = (tmp_path / "export/README.md").read_text()
+    assert NOTE in card and "annotated pairs only" not in card

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from vlal_dist.evaluation.results import headline_metrics, percent
+from vlal_dist.evaluation.results import headline_metrics, percent, protocol_note, unannotated_of
 from vlal_dist.release.model import ONNX, THRESHOLDS, ExportInfo
 from vlal_dist.release.thresholds import Thresholds
 
@@ -80,9 +80,7 @@ Dataset `{dataset}`, vocabulary `{vocabulary.digest[:16]}`, feasible sets \
 
 - Trained on partial labels: most attributes of most crops were never annotated. A probability \
 ranks well before it is a frequency.
-- Metrics and thresholds count annotated pairs only. Over all attributes of a crop, unlikely ones \
-included, precision is lower.
-{_DETECTION if gated else ""}\
+{_counted(result)}{_DETECTION if gated else ""}\
 - It knows photos like those it was trained on; on others nothing was measured.
 """
 
@@ -92,9 +90,22 @@ _DETECTION = """\
 """
 
 
+def _counted(result: dict[str, Any] | str) -> str:
+    if not isinstance(result, str) and protocol_note(unannotated_of(result)):
+        return (
+            "- In the metrics unannotated pairs count as negative: an attribute that is present "
+            "but was not listed counts as a mistake.\n"
+        )
+    return (
+        "- Metrics and thresholds count annotated pairs only. Over all attributes of a crop, "
+        "unlikely ones included, precision is lower.\n"
+    )
+
+
 def _results(result: dict[str, Any] | str) -> str:
     if isinstance(result, str):
         return f"None: {result}."
+    note = protocol_note(unannotated_of(result))
     table = "".join(
         f"| {_plain(group['name'])} | {group['num_classes']} of {group['num_attributes']} "
         f"| {percent(group['mAP'])} |\n"
@@ -106,8 +117,9 @@ def _results(result: dict[str, Any] | str) -> str:
     )
     return (
         f"Split `{_plain(result['split'])}`, {result['num_samples']:,} crops; attributes with a "
-        "positive and a negative count.\n\n| group | attributes counted | mAP, % |\n|---|---|---|\n"
-        f"{table}\nBy the VAW evaluator: {vaw}."
+        f"positive and a negative count{f'; {note}' if note else ''}.\n\n"
+        f"| group | attributes counted | mAP, % |\n|---|---|---|\n{table}"
+        f"\nBy the VAW evaluator: {vaw}."
     )
 
 
