@@ -106,7 +106,10 @@ def _log_softmax(logits: NDArray[np.float64], indptr: Int64) -> Float32:
     """Log of the softmax within each row; shifted by the row's maximum, as exp overflows."""
     starts, lengths = _rows(logits, indptr)
     if not np.isfinite(logits).all():
-        raise DataError("similarities: not all are finite; score the shard again")
+        raise DataError(
+            "similarities: not all are finite, as of broken CLIP weights or too low a precision; "
+            "score into a new paths.scores with scoring.precision fp32, or other weights"
+        )
     if not len(starts):
         return np.zeros(0, np.float32)
     shifted = logits - np.repeat(np.maximum.reduceat(logits, starts), lengths)
