@@ -12,6 +12,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from vlal_dist.config.sections import ScoringConfig
 from vlal_dist.contents import parse_json
 from vlal_dist.data.format.dataset import Dataset
@@ -161,6 +163,11 @@ class ScoringJob:
         )
 
 
+class _Weights(TypedDict):
+    weights: str
+    weights_digest: str
+
+
 WEIGHTS = "weights.json"
 """Storage key of the digest of the weights with which a score root was begun."""
 
@@ -182,16 +189,15 @@ def check_same_weights(store: Store, job: ScoringJob, *, keep: bool) -> None:
     name = job.scoring.weights or job.scoring.model
     mine = {"weights": name, "weights_digest": job.identity.weights_digest}
     try:
-        theirs = json.loads(store.read(WEIGHTS))
+        data = store.read(WEIGHTS)
     except NotFoundError:
         if keep:
             store.create(WEIGHTS, json.dumps(mine, indent=2).encode() + b"\n")
         return
-    except ValueError as error:
-        raise DataError(
-            f"{store.url}/{WEIGHTS} is damaged ({error}); score into a new paths.scores"
-        ) from None
-    if isinstance(theirs, dict) and theirs.get("weights") == name and theirs != mine:
+    theirs: _Weights = parse_json(
+        data, _Weights, where=f"{store.url}/{WEIGHTS}", remedy="score into a new paths.scores"
+    )
+    if theirs["weights"] == name and theirs["weights_digest"] != mine["weights_digest"]:
         raise DataError(
             f"{store.url} was begun with weights {name} of sha256 {theirs['weights_digest']}, and "
             f"they now have {mine['weights_digest']}: the file was replaced, or this machine has "
