@@ -248,3 +248,9 @@ def test_numpy_modules_do_not_import_torch():
         "vlal_dist.method.metrics; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_id_far_above_the_others_takes_no_memory() -> None:
+    for far in (1 << 24, 1 << 40, 2**63 - 1):
+        with pytest.raises(DataError, match=f"{far} is the largest id.*or give num_objects"):
+            FeasibleSets.from_labels(np.array([0, far]), np.eye(2, dtype=np.int8))

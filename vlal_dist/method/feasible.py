@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from vlal_dist.errors import ConfigError, DataError, bounded
 
 Ids = NDArray[np.integer]
+LARGEST_GUESS = 1 << 24
+"""Largest number of objects that `FeasibleSets.from_labels` takes from the ids alone."""
 _BLOCK = 256  # objects whose neighbours are computed at once; bounds memory
 _DTYPES = {
     "indptr": "<i8",
@@ -106,7 +108,8 @@ class FeasibleSets:
         Args:
             object_id: integers [N], numpy or torch.
             labels: [N, A] of any integer or float type: +1 present, -1 absent, 0 unannotated.
-            num_objects: O; None: one more than the largest id.
+            num_objects: O; None: one more than the largest id, which is then below
+                `LARGEST_GUESS`.
 
         Raises:
             DataError: shapes that do not fit, an id out of range, or a label that is not -1, 0 or
@@ -126,6 +129,12 @@ class FeasibleSets:
             )
         if num_objects is None:
             num_objects = 1 + int(ids.max()) if len(ids) else 0
+            if num_objects > LARGEST_GUESS:
+                raise DataError(
+                    f"object_id: {num_objects - 1} is the largest id; ids count from 0 without "
+                    "gaps, and a set is made for each up to the largest. Number the objects from "
+                    "0, or give num_objects if there are so many"
+                )
         sides = {}
         for name, sign in (("positive", 1), ("negative", -1)):
             row, attribute = np.nonzero(label == sign)
