@@ -22,7 +22,7 @@ from typing import Any, NotRequired, TypeVar
 import pyarrow as pa
 from typing_extensions import TypedDict
 
-from vlal_dist.contents import Count, parse_json
+from vlal_dist.contents import Count, parse_json, shown
 from vlal_dist.data.format.dataset import (
     FORMAT,
     ROOT_FILES,
@@ -297,7 +297,23 @@ def commit_settings(store: Store, name: str, settings: Mapping[str, Any]) -> Non
     Raises:
         ConflictError: a run with other settings began here; its shards must not be continued.
     """
-    store.create(name, _json(settings))
+    try:
+        store.create(name, _json(settings))
+    except ConflictError:
+        begun = parse_json(
+            store.read(name), dict[str, Any], where=f"{store.url}/{name}", remedy="use a new root"
+        )
+        then, now = _flat(begun), _flat(settings)
+        differ = [key for key in dict.fromkeys([*now, *then]) if then.get(key) != now.get(key)]
+        found = (
+            f"{key} was {shown(then.get(key), most=20)}, now {shown(now.get(key), most=20)}"
+            for key in differ
+        )
+        raise ConflictError(
+            f"{store.url} was begun from other input or with other settings: {'; '.join(found)} "
+            "(None: not there, such as an option that is newer than the root); set them back, or "
+            "give another root. Nothing was changed"
+        ) from None
 
 
 def reopen_dataset(store: Store, stale: Mapping[str, Sequence[str]]) -> None:
@@ -421,6 +437,15 @@ def dataset_counts(manifest: Mapping[str, Any], digest: str) -> Counts:
         "bytes": sum(entry["bytes"] for entry in splits.values()),
         "dataset": digest[:16],
     }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        flat |= {f"{prefix}{key}": value} if inner is None else inner
+    return flat
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

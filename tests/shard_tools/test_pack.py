@@ -89,8 +89,11 @@ def test_killed_and_run_again_gives_the_same_bytes(packed: Path, tmp_path: Path)
     assert tree(tmp_path) == tree(packed / "dataset")
 
 
-def test_other_settings_are_not_mixed_into_a_dataset(packed: Path) -> None:
+def test_other_settings_are_not_mixed_into_a_dataset(
+    packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("pack", packed / "config.yaml", "--pack.jpeg_quality", "80") == 65
+    assert "other settings: crops.jpeg_quality was 95, now 80 (" in capsys.readouterr().err
 
 
 def test_instances_of_a_photo_are_adjacent_and_blocks_cover_the_index(packed: Path) -> None:
