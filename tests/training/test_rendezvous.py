@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
 from tests.fixtures.rank_processes import ROOT, environment, free_port
 from tests.fixtures.tracker_servers import black_hole
@@ -22,8 +24,9 @@ from vlal_dist.training.rendezvous import Place, meet, read_place
 NAMES = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR"),
     *("MASTER_PORT", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-    "TORCHELASTIC_USE_AGENT_STORE",
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
 )
+WAIT: dict[str, Any] = {"timeout_s": 60, "stopped": lambda: False}
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -136,6 +139,23 @@ def test_missing_ranks_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
     put(monkeypatch, TWO | {"MASTER_PORT": str(free_port())})
     with pytest.raises(StorageError, match=r"11 of 12 ranks have not come.*: 1, 2, .*8, \.\.\., "):
         meet(place(0, 12), timeout_s=0.5, stopped=lambda: False)
+
+
+def test_ranks_of_an_earlier_attempt_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    # torchrun's agent holds the store, and starts the ranks again on it.
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    put(monkeypatch, TWO | {"MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"})
+    come = threading.Thread(target=meet, args=(place(1),), kwargs=WAIT)
+    come.start()
+    meet(place(0), **WAIT).set("word", "of the first attempt")
+    come.join()
+    put(monkeypatch, {"TORCHELASTIC_RESTART_COUNT": "1"})
+    with pytest.raises(StorageError, match=r"1 of 2 ranks have not come.*: 1, for"):
+        meet(place(0), timeout_s=0.5, stopped=lambda: False)
+    come = threading.Thread(target=meet, args=(place(1),), kwargs=WAIT)
+    come.start()
+    assert not meet(place(0), **WAIT).check(["word"])
+    come.join()
 
 
 def test_a_request_to_stop_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:

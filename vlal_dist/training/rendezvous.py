@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from vlal_dist.errors import ConfigError, Stopped, StorageError
 from vlal_dist.processes import launcher_number
@@ -120,6 +120,9 @@ def meet(place: Place, *, timeout_s: float, stopped: Callable[[], bool]) -> Stor
                 f"closes the port; {PORT_REMEDY}",
             )
     store = _open_store(host, port, place, serves=serves, where=where, pause=pause)
+    # torchrun's store outlives a restart of its ranks, and keeps what they wrote.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    store = PrefixStore(f"attempt {attempt}", store)
     names = [f"here/{rank}" for rank in range(place.world_size)]
     try:
         store.set(names[place.rank], "")
