@@ -125,3 +125,17 @@ def test_a_cut_last_line_is_left_out_another_is_an_error() -> None:
         parse_lines('{"b": \n{"a": 1}\n', where="m")
     with pytest.raises(DataError, match="Input should be an object"):
         parse_lines("[1]\n{}\n", where="m")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.result.json", '{"code": 0, "counts": 3}'),
+        ("train.result.json", '{"code": 0, "counts": {"seconds": {}}}'),
+        ("starts.jsonl", '{"step": "many"}\n{"step": 1}\n'),
+    ],
+)
+def test_a_file_with_values_of_other_types_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=name):
+        read_run_files(open_store(str(tmp_path)))

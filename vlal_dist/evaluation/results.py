@@ -85,6 +85,7 @@ class _Result(TypedDict):
     """result.json, as `build_result` describes it."""
 
     name: str
+    predictor: str
     split: str
     dataset: _DatasetEntry
     model: _Model | None

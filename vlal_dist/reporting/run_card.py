@@ -7,9 +7,11 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired
 
-from vlal_dist.contents import parse_json, parse_yaml
+from typing_extensions import TypedDict
+
+from vlal_dist.contents import Count, Finite, parse_json, parse_yaml
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.results import protocol_note, unannotated_of
 from vlal_dist.storage.store import Store
@@ -32,6 +34,23 @@ CARD_KEYS = (
 
 Line = Mapping[str, Any]
 Card = list[tuple[str, str]]
+
+
+class _Counts(TypedDict):
+    seconds: NotRequired[Finite]
+
+
+class _Finished(TypedDict):
+    """`train.result.json`."""
+
+    code: NotRequired[Count]
+    counts: NotRequired[_Counts]
+
+
+class _Start(TypedDict):
+    """A line of `starts.jsonl`."""
+
+    step: NotRequired[Count]
 
 
 @dataclass(frozen=True)
@@ -71,12 +90,16 @@ def read_run_files(store: Store) -> RunFiles:
         config_text=config_text,
         config=config,
         lines=parse_lines(read("metrics.jsonl"), where=f"{store.url}: metrics.jsonl"),
-        starts=parse_lines(read("starts.jsonl"), where=f"{store.url}: starts.jsonl"),
-        finished=_parse(read("train.result.json") or "{}", where=f"{store.url}: train.result.json"),
+        starts=parse_lines(read("starts.jsonl"), where=f"{store.url}: starts.jsonl", kind=_Start),
+        finished=_parse(
+            read("train.result.json") or "{}",
+            where=f"{store.url}: train.result.json",
+            kind=_Finished,
+        ),
     )
 
 
-def parse_lines(text: str, *, where: str) -> list[Line]:
+def parse_lines(text: str, *, where: str, kind: Any = dict[str, Any]) -> list[Line]:
     """The objects of a JSON-lines file; a last line that a kill cut short is left out.
 
     Raises:
@@ -86,7 +109,7 @@ def parse_lines(text: str, *, where: str) -> list[Line]:
     lines: list[Line] = []
     for number, line in enumerate(raw, start=1):
         try:
-            lines.append(_parse(line, where=f"{where}, line {number}"))
+            lines.append(_parse(line, where=f"{where}, line {number}", kind=kind))
         except DataError:
             if number < len(raw):
                 raise
@@ -159,14 +182,17 @@ def samples_seen(lines: Sequence[Line]) -> int | None:
     counts = {
         line["epoch"]: int(line["ledger"]["count"])
         for line in lines
-        if line.get("kind") == "train" and isinstance(line.get("ledger"), dict)
+        if line.get("kind") == "train"
+        and isinstance(line.get("ledger"), dict)
+        and _is_finite(line["ledger"].get("count"))
+        and _is_finite(line.get("epoch"))
     }
     return sum(counts.values()) if counts else None
 
 
-def _parse(text: str, *, where: str) -> dict[str, Any]:
+def _parse(text: str, *, where: str, kind: Any) -> dict[str, Any]:
     remedy = "remove it, or train again"
-    found: dict[str, Any] = parse_json(text, dict[str, Any], where=where, remedy=remedy, nan=True)
+    found: dict[str, Any] = parse_json(text, kind, where=where, remedy=remedy, nan=True)
     return found
 
 
