@@ -68,7 +68,7 @@ def quiet(many_shards: Path, slow: Model, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("quiet")
     assert run(PROGRAM, many_shards, *flags(slow, root, *SLOWLY)) == 0
     found = files(root)
-    assert len(found) == shards(root) + 3  # text bank, settings, scores.json
+    assert len(found) == shards(root) + 4  # text bank, settings, weights.json, scores.json
     return found
 
 

@@ -379,6 +379,7 @@ def test_other_weights_of_the_same_name_are_refused(
     model = make_tiny_model(tmp_path / "m", seed=7)
     call = flags(model, tmp_path / "s")
     assert run(PROGRAM, dataset, *call) == 0
+    assert str(tmp_path) not in (tmp_path / "s" / "weights.json").read_text()
     (tmp_path / "s" / "scores.json").unlink()
     make_tiny_model(tmp_path / "m", seed=8)
     assert run(PROGRAM, dataset, *call) == 65

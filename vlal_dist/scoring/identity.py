@@ -19,7 +19,7 @@ from vlal_dist.contents import parse_json
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.format.scores import score_key
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
-from vlal_dist.scoring.clip import ClipEncoder
+from vlal_dist.scoring.clip import HUB, ClipEncoder
 from vlal_dist.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,8 @@ def check_same_weights(store: Store, job: ScoringJob, *, keep: bool) -> None:
         DataError: the same name, and other weights.
     """
     name = job.scoring.weights or job.scoring.model
+    if not name.startswith(HUB):
+        name = name.rpartition("/")[2]  # not the folder, which is this machine's alone
     mine = {"weights": name, "weights_digest": job.identity.weights_digest}
     try:
         data = store.read(WEIGHTS)
