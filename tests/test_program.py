@@ -144,6 +144,19 @@ def test_what_cannot_be_encoded_is_escaped(monkeypatch: pytest.MonkeyPatch) -> N
     assert written.getvalue() == b"photo \\udcff.jpg\nand on\n"
 
 
+def test_a_stream_without_a_descriptor_that_is_closed_opens_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    before = len(os.listdir("/proc/self/fd"))
+    with lasting_streams():
+        stream.close()
+        for _ in range(20):
+            print("unheard")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_root_in_use_is_refused_and_keeps_its_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -188,7 +188,7 @@ def test_again_changes_nothing_and_other_sizes_are_refused(
     before = tree(resharded)
     assert reshard(merged, resharded, 20_000) == 0
     assert reshard(merged, resharded, 30_000) == 65
-    assert "reshard.json" in capsys.readouterr().err
+    assert "shard_bytes was 20000, now 30000" in capsys.readouterr().err
     assert reshard(merged, resharded, 20_000, "--pack.block_bytes=9000") == 65
     source = (f"--paths.merged={merged / 'none'}", f"--paths.dataset={merged / 'dataset'}")
     assert reshard(merged, resharded, 20_000, *source) == 65

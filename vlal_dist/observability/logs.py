@@ -74,10 +74,8 @@ class _LastingStream:
 
     def _drop(self) -> None:
         """Lead what follows to nowhere, so that Python's own flush at the exit succeeds, too."""
-        with suppress(OSError, ValueError):
-            sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, self._stream.fileno())
-            os.close(sink)
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as sink:
+            os.dup2(sink.fileno(), self._stream.fileno())
 
 
 @contextmanager
