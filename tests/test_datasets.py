@@ -509,7 +509,7 @@ class TestTransform:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("transform", [None, smaller])
+    @pytest.mark.parametrize("transform", [None, pytest.param(smaller, marks=pytest.mark.slow)])
     def test_a_damaged_sample_is_named(
         self, merged: Dataset, tmp_path: Path, transform: Any
     ) -> None:

@@ -293,6 +293,7 @@ class TestCache:
         assert healed[0].numbers["refetched"] == 0
         assert sorted((folder / "blocks").iterdir()) == files
 
+    @pytest.mark.slow
     def test_two_ranks_share_a_cache_that_is_too_small(
         self, uploaded: str, proxy: FaultProxy, tmp_path: Path, clean: Rows
     ) -> None:

@@ -214,13 +214,10 @@ sys.exit(3 if libc.getenv(b"PLANTED") else 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
-    [
-        "writable",
-        *(pytest.param(how, marks=pytest.mark.slow) for how in ("link", "foreign", "none")),
-        pytest.param("foreign folder", marks=pytest.mark.slow),
-    ],
+    ["writable", "link", "foreign", "none", "foreign folder"],
 )
 def test_a_planted_library_is_not_loaded(how, tmp_path, monkeypatch):
     """Of another user, open to others, or a link: compiled again; only one's own is loaded."""

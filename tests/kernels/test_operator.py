@@ -226,9 +226,8 @@ def test_compiled_is_eager(form):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    "form", ["draw", *(pytest.param(form, marks=pytest.mark.slow) for form in ("mask", "ignore"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["draw", "mask", "ignore"])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor itself
 def test_inductor(form):
     """With a sum inside, whose gradient has no memory of its own; forward, backward, any size."""

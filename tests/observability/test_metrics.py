@@ -197,7 +197,11 @@ def test_a_host_without_an_address_is_asked_for_once(caplog: pytest.LogCaptureFi
     assert time.monotonic() - started < 30
 
 
-@pytest.mark.parametrize("sent", [b"", HALF, WHOLE], ids=["silent", "half a request", "no read"])
+@pytest.mark.parametrize(
+    "sent",
+    [pytest.param(b"", marks=pytest.mark.slow), HALF, pytest.param(WHOLE, marks=pytest.mark.slow)],
+    ids=["silent", "half a request", "no read"],
+)
 def test_hanging_scrapers_delay_neither_the_next_scrape_nor_the_end(sent: bytes) -> None:
     exporter = Exporter()
     port = served(exporter.metrics)

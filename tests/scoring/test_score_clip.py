@@ -124,8 +124,9 @@ def test_another_scorer_under_the_same_root_is_refused(
     assert run(PROGRAM, dataset, *flags(tiny, root)) == 0
     old = json.loads((root / "scores.json").read_text())
     other = make_tiny_model(tmp_path / "other", seed=9)
-    capsys.readouterr()
     assert run(PROGRAM, dataset, *flags(other, root)) == 65
+    assert "begun with weights tiny.safetensors of sha256" in capsys.readouterr().err
+    assert run(PROGRAM, dataset, *flags(tiny, root, "--scoring.precision", "bf16")) == 65
     named = re.findall("[0-9a-f]{64}", capsys.readouterr().err)
     assert named[0] == old["scorer_digest"] and named[1] != named[0]
     assert run(PROGRAM, dataset, *flags(tiny, root, "--scoring.temperature", "0.5")) == 65
@@ -337,6 +338,7 @@ def test_unusable_crops_are_listed_and_can_be_tried_again(
     assert data_files(root) == data_files(quiet)
 
 
+@pytest.mark.slow
 def test_shards_that_pack_renewed_are_scored_and_the_others_keep_their_scores(
     small: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

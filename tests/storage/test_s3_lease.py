@@ -55,7 +55,7 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(s3_lease, name, value)
 
 
-@pytest.fixture(params=["moto", pytest.param("ceph", marks=pytest.mark.ceph)])
+@pytest.fixture(params=["moto", pytest.param("ceph", marks=[pytest.mark.ceph, pytest.mark.slow])])
 def server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
     found: S3Server = request.getfixturevalue(f"{request.param}_s3")
     with found.environment():
@@ -141,6 +141,7 @@ def test_one_of_this_machine_is_replaced_at_once(server: S3Server) -> None:
             assert time.monotonic() - began < s3_lease.EXPIRED_S
 
 
+@pytest.mark.slow
 def test_a_stopped_holder_that_was_replaced_writes_no_more(server: S3Server) -> None:
     root = server.url()
     with holding(root) as process:
@@ -155,6 +156,7 @@ def test_a_stopped_holder_that_was_replaced_writes_no_more(server: S3Server) -> 
             assert lease_of(server, root)["pid"] == os.getpid()  # it did not remove ours
 
 
+@pytest.mark.slow
 def test_a_stopped_holder_that_was_not_replaced_goes_on(server: S3Server) -> None:
     with holding(server.url()) as process:
         process.send_signal(signal.SIGSTOP)
