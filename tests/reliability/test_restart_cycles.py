@@ -25,7 +25,7 @@ def test_a_taken_rendezvous_port_is_a_clear_error(config: Path, tmp_path: Path) 
         start = job.start()
         assert start.wait() == 74, start.text()
         start.wait_for_all()
-    assert "ranks cannot connect at" in start.text() and "--master_port" in start.text()
+    assert "ranks cannot listen at" in start.text() and "--master_port" in start.text()
 
 
 def trains_since(began: float) -> Callable[[list[dict[str, Any]]], bool]:
