@@ -41,6 +41,8 @@ seeds = pytest.mark.parametrize(
 SAMPLES = 300
 EXIT_STORAGE = 74
 SLOWLY = ("--scoring.batch_size", "1", "--scoring.decode_threads", "2", "--scoring.actors", "2")
+BESIDES = 4
+"""Files of a score root besides those of shards: text bank, settings, weights.json, scores.json."""
 Files = dict[str, bytes]
 
 
@@ -68,7 +70,7 @@ def quiet(many_shards: Path, slow: Model, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("quiet")
     assert run(PROGRAM, many_shards, *flags(slow, root, *SLOWLY)) == 0
     found = files(root)
-    assert len(found) == shards(root) + 4  # text bank, settings, weights.json, scores.json
+    assert len(found) == shards(root) + BESIDES
     return found
 
 
@@ -141,14 +143,14 @@ def assert_exact(found: dict[str, Any], scores: Path | str, quiet: Files) -> Non
     """The files are those of the quiet run, and everything is counted once."""
     assert files(scores) == quiet
     assert found["samples"] == SAMPLES
-    assert found["shards_scored"] + found["shards_skipped"] == len(quiet) - 3
+    assert found["shards_scored"] + found["shards_skipped"] == len(quiet) - BESIDES
 
 
 @seeds
 def test_killed_actors(
     seed: int, quiet: Files, begin: Callable[..., Scene], tmp_path: Path
 ) -> None:
-    rng, total = random.Random(seed), len(quiet) - 3
+    rng, total = random.Random(seed), len(quiet) - BESIDES
     scene, killed = begin(tmp_path / "scores"), 0
     for after, pause in sorted(moment(rng, total) for _ in range(rng.randint(1, 3))):
         scene.wait_for_shards(after)
@@ -169,7 +171,7 @@ def test_killed_driver(
     seed: int, quiet: Files, begin: Callable[..., Scene], tmp_path: Path
 ) -> None:
     """The next driver starts at once, whether or not actors of the last one still write."""
-    rng, total, scores = random.Random(seed), len(quiet) - 3, tmp_path / "scores"
+    rng, total, scores = random.Random(seed), len(quiet) - BESIDES, tmp_path / "scores"
     orphans: list[int] = []
     for after, pause in sorted(moment(rng, total) for _ in range(rng.randint(1, 2))):
         scene = begin(scores)
@@ -236,7 +238,7 @@ def test_lost_node(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rng, total, scores = random.Random(seed), len(quiet) - 3, tmp_path / "scores"
+    rng, total, scores = random.Random(seed), len(quiet) - BESIDES, tmp_path / "scores"
     with two_nodes(tmp_path / "nodes", monkeypatch) as second:
         scene = begin(scores)
         scene.wait_for_moment(rng, total)
@@ -267,7 +269,7 @@ def test_a_paused_node_comes_back_after_its_replacement(
     moto_s3: S3Server,
 ) -> None:
     """Ray counts the node as lost; its actor resumes after the end and its commits do nothing."""
-    rng, total, scores = random.Random(seed), len(quiet) - 3, moto_s3.url()
+    rng, total, scores = random.Random(seed), len(quiet) - BESIDES, moto_s3.url()
     with (
         FaultProxy(moto_s3.endpoint) as proxy,
         moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
@@ -301,7 +303,7 @@ def test_the_shards_of_a_paused_actor_are_handed_out_again(
     moto_s3: S3Server,
 ) -> None:
     """Its node lives, so Ray does not notice; its shards are late and are handed out again."""
-    rng, total, scores = random.Random(seed), len(quiet) - 3, moto_s3.url()
+    rng, total, scores = random.Random(seed), len(quiet) - BESIDES, moto_s3.url()
     with (
         FaultProxy(moto_s3.endpoint) as proxy,
         moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
@@ -329,7 +331,7 @@ def test_the_shards_of_a_paused_actor_are_handed_out_again(
 @seeds
 def test_two_drivers(seed: int, quiet: Files, begin: Callable[..., Scene], tmp_path: Path) -> None:
     """The second is refused, names the first, and changes nothing."""
-    rng, total, scores = random.Random(seed), len(quiet) - 3, tmp_path / "scores"
+    rng, total, scores = random.Random(seed), len(quiet) - BESIDES, tmp_path / "scores"
     one = begin(scores)
     wait_until(lambda: scores.is_dir() or one.ended(), one.log)
     time.sleep(rng.choice([0.0, rng.random() * 2]))
