@@ -240,6 +240,21 @@ def test_an_answer_that_was_lost_is_no_other_writer(
             assert store.create("a", b"x")
 
 
+@pytest.mark.parametrize("passed", range(5))
+def test_a_lost_answer_is_no_proof_against_a_store(
+    moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch, passed: int
+) -> None:
+    """Whichever request of the probe it is that was done and not answered."""
+    with FaultProxy(moto_s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = S3Store(moto_s3.url())
+        store.exists("k")  # the endpoint is known
+        pass_on = Fault("latency", match="^PUT ", times=passed)
+        proxy.faults = [*[pass_on] * bool(passed), Fault("lost", match="^PUT ")]
+        with writer_lock(store.url, program="train"):
+            assert store.create("a", b"x")
+
+
 @pytest.mark.parametrize("dropped", ["if-none-match", "if-match"])
 def test_a_store_that_ignores_conditions_is_refused_before_it_is_written(
     moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch, dropped: str

@@ -29,6 +29,7 @@ EXPIRED_S = 30.0
 """Time without a renewal after which a newcomer takes a lease over: longer than `HOLD_S`."""
 POLL_S = 0.5
 _ANSWER_S = 5.0
+_PROOFS = 5
 _NO_MATCH = '"00000000000000000000000000000000"'
 """An ETag that no lease has."""
 
@@ -204,11 +205,24 @@ class _Lease:
                 raise self._unsafe("IfNoneMatch")
             if self._replace(_NO_MATCH, retried=True) == 200:
                 raise self._unsafe("IfMatch")
-            if self._replace(kept, retried=True) != 200:
-                raise self._unsafe("IfMatch")
+            self._prove_if_match(kept)
         except ConfigError:
             self._client.request("delete_object", self._key)
             raise
+
+    def _prove_if_match(self, etag: str) -> None:
+        """Write the lease by its ETag; a ConfigError if that is refused although it is the same."""
+        for _ in range(_PROOFS):
+            status = self._replace(etag, retried=True)
+            if status == 200:
+                return
+            now, other = self._get()
+            if other.get("id") != self._holder["id"]:
+                raise self._refused(self._url, other)
+            if status == 412 and now == etag:
+                break
+            etag = now  # it was written, and the answer was lost
+        raise self._unsafe("IfMatch")
 
     def _replace(self, etag: str, *, retried: bool) -> int:
         """Write the lease if it has this ETag; the status."""
