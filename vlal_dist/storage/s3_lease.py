@@ -29,7 +29,7 @@ EXPIRED_S = 30.0
 """Time without a renewal after which a newcomer takes a lease over: longer than `HOLD_S`."""
 POLL_S = 0.5
 _ANSWER_S = 5.0
-_PROOFS = 5
+_PROOFS = 30
 _NO_MATCH = '"00000000000000000000000000000000"'
 """An ETag that no lease has."""
 
