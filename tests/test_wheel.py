@@ -52,6 +52,7 @@ NEEDS_EXTRA = {
     "vlal_dist.observability.event_files",
     "vlal_dist.storage.s3",
     "vlal_dist.storage.s3_client",
+    "vlal_dist.storage.s3_lease",
     "vlal_dist.storage.s3_read",
 }
 """Modules that import an extra's package at their top; the others import in the core."""
