@@ -12,7 +12,7 @@ CLIP_RETRIEVAL := .clip-retrieval
 help:
 	@echo "make demo        the whole pipeline on rendered photos: table and page in runs/demo"
 	@echo "make test        the default tests (10 minutes); options: make test PYTEST=\"-k loader\""
-	@echo "make test-all    with the slow ones (50 minutes)"
+	@echo "make test-all    with the slow ones (an hour)"
 	@echo "make check       ruff, mypy"
 	@echo "make format      ruff, in place"
 	@echo "make docs        docs/modules.md from the docstrings; checks links and line lengths"

@@ -300,17 +300,17 @@ def commit_settings(store: Store, name: str, settings: Mapping[str, Any]) -> Non
     try:
         store.create(name, _json(settings))
     except ConflictError:
-        begun = parse_json(
+        stored = parse_json(
             store.read(name), dict[str, Any], where=f"{store.url}/{name}", remedy="use a new root"
         )
-        then, now = _flat(begun), _flat(settings)
+        then, now = _flat(stored), _flat(settings)
         differ = [key for key in dict.fromkeys([*now, *then]) if then.get(key) != now.get(key)]
         found = (
             f"{key} was {shown(then.get(key), most=20)}, now {shown(now.get(key), most=20)}"
             for key in differ
         )
         raise ConflictError(
-            f"{store.url} was begun from other input or with other settings: {'; '.join(found)} "
+            f"{store.url} was made from other input or with other settings: {'; '.join(found)} "
             "(None: not there, such as an option that is newer than the root); set them back, or "
             "give another root. Nothing was changed"
         ) from None

@@ -165,7 +165,7 @@ def test_a_root_in_use_is_refused_and_keeps_its_result(
     monkeypatch.setattr(lock, "GRACE_S", 0.1)
     with writer_lock(str(tmp_path), program="train"):
         text = ("--observability.textfiles", str(tmp_path / "text"))
-        assert outcome(tmp_path, ValueError("was begun"), *text)[0] == 74
+        assert outcome(tmp_path, ValueError("was started"), *text)[0] == 74
         assert outcome(tmp_path, None, "--plan")[0] == 0  # only reads
     assert f"train (process {os.getpid()} on " in capsys.readouterr().err
     assert (tmp_path / "try.result.json").read_bytes() == before

@@ -125,7 +125,7 @@ def test_another_scorer_under_the_same_root_is_refused(
     old = json.loads((root / "scores.json").read_text())
     other = make_tiny_model(tmp_path / "other", seed=9)
     assert run(PROGRAM, dataset, *flags(other, root)) == 65
-    assert "begun with weights tiny.safetensors of sha256" in capsys.readouterr().err
+    assert "was made with weights tiny.safetensors of sha256" in capsys.readouterr().err
     assert run(PROGRAM, dataset, *flags(tiny, root, "--scoring.precision", "bf16")) == 65
     named = re.findall("[0-9a-f]{64}", capsys.readouterr().err)
     assert named[0] == old["scorer_digest"] and named[1] != named[0]
@@ -377,7 +377,7 @@ def test_shards_that_pack_renewed_are_scored_and_the_others_keep_their_scores(
 def test_other_weights_of_the_same_name_are_refused(
     dataset: Path, tiny: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An unfinished root goes on with the weights that it was begun with, or not at all."""
+    """An unfinished root goes on with the weights that it was created with, or not at all."""
     model = make_tiny_model(tmp_path / "m", seed=7)
     call = flags(model, tmp_path / "s")
     assert run(PROGRAM, dataset, *call) == 0
@@ -385,6 +385,6 @@ def test_other_weights_of_the_same_name_are_refused(
     (tmp_path / "s" / "scores.json").unlink()
     make_tiny_model(tmp_path / "m", seed=8)
     assert run(PROGRAM, dataset, *call) == 65
-    assert "was begun with weights" in capsys.readouterr().err
+    assert "was made with weights" in capsys.readouterr().err
     make_tiny_model(tmp_path / "m", seed=7)
     assert run(PROGRAM, dataset, *call) == 0

@@ -230,7 +230,7 @@ def test_background_and_metadata_are_part_of_the_dataset(packed: Path, tmp_path:
     assert run("pack", packed / "config.yaml", *other, "#0A64C8") == 0
     crops = json.loads((tmp_path / "dataset.json").read_text())["crops"]
     assert crops["background"] == "#0a64c8"
-    assert run("pack", packed / "config.yaml", *other, "#ffffff") == 65  # begun with another one
+    assert run("pack", packed / "config.yaml", *other, "#ffffff") == 65  # packed with another one
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,11 @@ class _Weights(TypedDict):
 
 
 WEIGHTS = "weights.json"
-"""Storage key of the digest of the weights with which a score root was begun."""
+"""Storage key of the digest of the weights with which a score root was created."""
 
 
 def check_same_weights(store: Store, job: ScoringJob, *, keep: bool) -> None:
-    """Compare the weights with those under the same name with which the root was begun.
+    """Compare the weights with those under the same name with which the root was created.
 
     Otherwise another revision in a cache, or a file that was replaced, would begin a second scorer
     beside the first, silently.
@@ -201,7 +201,7 @@ def check_same_weights(store: Store, job: ScoringJob, *, keep: bool) -> None:
     )
     if theirs["weights"] == name and theirs["weights_digest"] != mine["weights_digest"]:
         raise DataError(
-            f"{store.url} was begun with weights {name} of sha256 {theirs['weights_digest']}, and "
+            f"{store.url} was made with weights {name} of sha256 {theirs['weights_digest']}, and "
             f"they now have {mine['weights_digest']}: the file was replaced, or this machine has "
             "another revision of it; bring back the former one, or score into a new paths.scores"
         )

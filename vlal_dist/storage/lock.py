@@ -50,7 +50,7 @@ def writer_lock(root: str, name: str = "", *, program: str) -> Iterator[None]:
     Args:
         root: folder or URL; a local one is made, and removed at the end if nothing was written.
         name: results that have a place of their own in the root; empty: the root as a whole.
-        program: short name, for whoever is refused.
+        program: short name, for the message to a second writer.
 
     Raises:
         StorageError: another process writes there; the message says which, and since when.
@@ -74,7 +74,7 @@ def writer_lock(root: str, name: str = "", *, program: str) -> Iterator[None]:
         yield
     finally:
         _descriptors.remove(descriptor)
-        # Removed while locked; whoever has it open notices that the name is another file's.
+        # Removed while locked; a process that has it open notices that the name is another file's.
         with suppress(OSError):
             os.unlink(folder / key)
         os.close(descriptor)

@@ -83,7 +83,7 @@ inline unsigned short to_float16(float value) {
   return __builtin_bit_cast(unsigned short, (_Float16)value);
 }
 
-// The device's assertion: its text is kept for whoever asks.
+// The device's assertion: its text is kept for the caller.
 inline const char* failed = nullptr;
 inline void fail(const char* text) { failed = text; }
 
