@@ -2,14 +2,18 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
+from tests.conftest import S3Server
 from tests.fixtures.fault_proxy import Fault, FaultProxy
 from tests.storage.conftest import DATA, MIB
 from vlal_dist.observability.metric_definitions import S3_REASONS
+from vlal_dist.storage import s3_client
 from vlal_dist.storage.s3 import S3Store
+from vlal_dist.storage.s3_client import _Process
 from vlal_dist.storage.s3_counts import REASONS, S3Counts, S3Tally, process_counts
 
 LATE_S = 3.0
@@ -112,3 +116,29 @@ def test_threads_lose_no_count() -> None:
     for thread in threads:
         thread.join()
     assert tally.counts == S3Counts(requests=16_000, repeated={"error": 16_000})
+
+
+def test_first_requests_of_several_threads_for_absent_objects(
+    moto_s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread may have made a state of its own; none of them may miss its counts."""
+    threads, made = 8, threading.Barrier(8)
+
+    def slowly(pid: int) -> s3_client._Process:
+        made.wait(10)  # all threads are past the look at the state
+        return _Process(pid)
+
+    store = S3Store(moto_s3.url())
+    with moto_s3.environment(), ThreadPoolExecutor(threads) as pool:
+        monkeypatch.setattr(s3_client, "_Process", slowly)
+        found = list(pool.map(lambda _: store.exists("absent"), range(threads)))
+    assert found == [False] * threads
+
+
+def test_an_absent_object_is_no_repeated_request(moto_s3: S3Server) -> None:
+    before = process_counts()
+    with moto_s3.environment():
+        assert not S3Store(moto_s3.url()).exists("absent")
+    after = process_counts()
+    assert after.requests - before.requests == 2  # the object, then whether the bucket is there
+    assert after.repeated == before.repeated

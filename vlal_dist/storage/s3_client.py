@@ -92,6 +92,12 @@ _answered: set[str] = set()
 _jitter = random.SystemRandom()
 
 
+class _Sent(threading.local):
+    """Requests of the thread's present call; a thread that made none has 0."""
+
+    requests: int = 0
+
+
 @dataclass
 class _Process:
     """What must not cross a fork: sockets, locks, counts."""
@@ -105,7 +111,7 @@ class _Process:
     endpoint: str = ""
     tally: S3Tally = field(default_factory=S3Tally)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    sent: threading.local = field(default_factory=threading.local)
+    sent: _Sent = field(default_factory=_Sent)
 
 
 class S3Client:
@@ -203,11 +209,10 @@ class S3Client:
             StorageError: anything else, in one line with a remedy.
         """
         process = self._process()
-        process.sent.requests = 0
         place = "Prefix" if operation == "list_objects_v2" else "Key"
         arguments |= {"Bucket": self.bucket, place: self.prefix + key}
         try:
-            reply = getattr(self._connected(process, reading), operation)(**arguments)
+            reply = self._send(process, operation, arguments, reading=reading)
             _answered.add(process.endpoint)
             process.bucket_seen = True
             return reply
@@ -221,6 +226,14 @@ class S3Client:
             raise self._refused(error, key, status) from error
         except (BotoCoreError, ValueError) as error:
             raise self._unreachable(error) from error
+
+    def _send(
+        self, process: _Process, operation: str, arguments: dict[str, Any], *, reading: bool
+    ) -> Any:
+        """Call a method of the client, and count the requests that this sent."""
+        process.sent.requests = 0
+        try:
+            return getattr(self._connected(process, reading), operation)(**arguments)
         finally:
             if sent := process.sent.requests:
                 self.add(requests=sent, repeated={"redirected": sent - 1} if sent > 1 else {})
@@ -393,7 +406,7 @@ class S3Client:
         process = self._process()
         if not process.bucket_seen:
             try:
-                self._connected(process, True).head_bucket(Bucket=self.bucket)
+                self._send(process, "head_bucket", {"Bucket": self.bucket}, reading=True)
             except ClientError as error:
                 if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
                     return False
