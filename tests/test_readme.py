@@ -135,7 +135,7 @@ def test_its_make_targets_exist() -> None:
 def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VAW", "FOLDER")
-    (tmp_path / "mine.yaml").write_text(blocks("yaml", (ROOT / "docs/data.md").read_text())[0])
+    (tmp_path / "mine.yaml").write_text(blocks("yaml", (ROOT / "docs/your-data.md").read_text())[0])
     for command, *arguments in commands(page.read_text(encoding="utf-8")):
         usage = command.isupper() or any("[" in word or "|" in word for word in arguments)
         if usage or command.startswith("--"):
@@ -153,7 +153,7 @@ def test_the_test_of_commands_can_fail() -> None:
 
 
 def test_own_data_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs/data.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/your-data.md").read_text(encoding="utf-8")
     (text,) = blocks("json", page)
     (record,) = json.loads(text)
     (tmp_path / "mine.yaml").write_text(blocks("yaml", page)[0])

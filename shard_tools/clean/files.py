@@ -119,7 +119,7 @@ def read_records(url: str, *, setting: str) -> list[object]:
         keys = f" with the keys {listed(records)}" if isinstance(records, dict) and records else ""
         raise DataError(
             f"{setting}: {url} holds a JSON {kind}{keys}, not a list of annotation records "
-            f"(docs/data.md shows one); correct {setting}"
+            f"(docs/your-data.md shows one); correct {setting}"
         )
     return records
 

@@ -127,7 +127,7 @@ class PackConfig(Section):
     """Dataset name, part of every sample's uid; absent: the last part of paths.root."""
     images: Texts = []
     """Folders, zip files or s3:// searched for `{image_id}` with any suffix of a photo, in order
-    (paths or URLs; docs/data.md)."""
+    (paths or URLs; docs/your-data.md)."""
     follow_links: bool = False
     """Read photos whose symbolic links lead out of all of pack.images."""
     max_bytes: int = Field(256_000_000, ge=1)
