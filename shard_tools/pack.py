@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from typing_extensions import TypedDict
-
-from shard_tools.clean.files import INSTANCE_SCHEMA
+from shard_tools.instances import InstanceRow, Reject, read_cleaned, read_instances
 from shard_tools.shard_writer import (
     ShardReport,
     TarBuilder,
@@ -32,21 +30,24 @@ from shard_tools.shard_writer import (
     shard_name,
 )
 from vlal_dist.config.sections import Config, PackConfig
-from vlal_dist.contents import Count, Sha256, parse_json
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
-from vlal_dist.data.format.images import Photo, crop_bounds, encode_jpeg, read_photo
+from vlal_dist.data.format.images import (
+    Photo,
+    check_crop_size,
+    crop_bounds,
+    encode_jpeg,
+    read_photo,
+)
 from vlal_dist.data.format.index import (
     LABELS_SCHEMA,
     REJECTS_SCHEMA,
     check_uids,
-    decode_table,
     encode_table,
 )
-from vlal_dist.data.format.jpeg import CROP_PIXELS
 from vlal_dist.data.format.photos import Limits, Photos, printable
 from vlal_dist.data.format.tar import EncodedSample, encode_sample, sample_key
 from vlal_dist.data.hashing import sample_uid
-from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
 from vlal_dist.observability.prometheus_files import TextFile
 from vlal_dist.pipeline import pack_inputs
@@ -56,12 +57,6 @@ from vlal_dist.storage.store import Store, open_store
 CROP_SETTINGS = {"jpeg_quality", "box_expansion", "max_pixels", "background", "keep_metadata"}
 """Settings that the bytes of crops depend on, recorded in the manifest."""
 
-JPEG_SIDE = 65_500  # pixels; the encoder's limit
-
-MAX_RATIO = 500
-"""Longest side of a crop by its shortest. CLIP's preprocessing brings the shortest to the model's
-input size before it cuts: one of 1x65500 would take 10 GB."""
-
 # Bytes of a sample, estimated from its box alone so that a plan reads no photo: JPEG at quality 95
 # takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
 BYTES_PER_PIXEL = 0.5
@@ -70,22 +65,7 @@ BYTES_PER_SAMPLE = 2560
 
 Crop = tuple[int, EncodedSample, dict[str, Any]]
 """uid of a sample, its tar bytes, and what its `KEY.json` says."""
-Reject = dict[str, str]
-"""A row of `rejects.parquet`."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InstanceRow:
-    """One row of `<split>.parquet`: ids as text, box in pixels, labels as sorted attribute ids."""
-
-    instance_id: str
-    image_id: str
-    object_id: int
-    box: tuple[float, float, float, float]
-    positive: list[int]
-    negative: list[int]
 
 
 @dataclass(frozen=True)
@@ -102,7 +82,7 @@ class ShardTask:
 def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     """Pack every split of the instances root into the dataset root."""
     source, target = open_store(config.paths.instances), open_store(config.paths.dataset)
-    settings, (cleaned, clean) = config.pack, _read_cleaned(source)
+    settings, (cleaned, clean) = config.pack, read_cleaned(source)
     copied = {name: source.read(name) for name in ROOT_FILES}
     for name, data in copied.items():
         found = hashlib.sha256(data).hexdigest()
@@ -304,17 +284,7 @@ def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Cr
         instance.box, width=image.width, height=image.height, expansion=settings.box_expansion
     )
     width, height = bounds[2] - bounds[0], bounds[3] - bounds[1]
-    limit = min(settings.max_pixels, CROP_PIXELS)
-    if max(width, height) > JPEG_SIDE or width * height > limit:
-        raise DataError(
-            f"box too large: a crop of {width}x{height} pixels; allowed are {limit} pixels (the "
-            f"lower of pack.max_pixels and {CROP_PIXELS}) and {JPEG_SIDE} on a side"
-        )
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise DataError(
-            f"box too narrow: a crop of {width}x{height} pixels; one side may be at most "
-            f"{MAX_RATIO} times the other"
-        )
+    check_crop_size(width, height, max_pixels=settings.max_pixels)
     whole = bounds == (0, 0, image.width, image.height)
     jpg = photo.jpeg if whole else None
     if jpg is None:
@@ -430,46 +400,6 @@ def _tables(reports: list[ShardReport]) -> dict[str, bytes | Path]:
         "labels.parquet": encode_table(labels, LABELS_SCHEMA),
         "rejects.parquet": encode_table(columns, REJECTS_SCHEMA),
     }
-
-
-class _Cleaned(TypedDict):
-    """`clean.json` (docs/formats.md)."""
-
-    vocabulary_digest: Sha256
-    feasible_digest: Sha256
-    splits: dict[Literal["train", "val", "test"], Count]
-    files: dict[str, Sha256]
-
-
-def _read_cleaned(source: Store) -> tuple[bytes, _Cleaned]:
-    """`clean.json`, as bytes and parsed; it names every file that pack reads."""
-    try:
-        data = source.read("clean.json")
-    except NotFoundError:
-        raise DataError(
-            f"{source.url} holds no clean.json: run vlal clean first, or correct paths.instances"
-        ) from None
-    where, remedy = f"{source.url}/clean.json", "run vlal clean into a new paths.instances"
-    cleaned: _Cleaned = parse_json(data, _Cleaned, where=where, remedy=remedy)
-    files = (*ROOT_FILES, *(f"{split}.parquet" for split in cleaned["splits"]))
-    missing = [name for name in files if name not in cleaned["files"]]
-    if missing:
-        raise DataError(f"{where} has no digest of {', '.join(missing)}; {remedy}")
-    return data, cleaned
-
-
-def read_instances(source: Store, split: str, *, sha256: str) -> Iterator[InstanceRow]:
-    """The instances of a split, in the order of the table.
-
-    Raises:
-        DataError: the table is not the one that clean committed, or is none of clean's.
-    """
-    data, where = source.read(f"{split}.parquet"), f"{source.url}/{split}.parquet"
-    check_digest(where, sha256, hashlib.sha256(data).hexdigest())
-    remedy = "run vlal clean into a new paths.instances"
-    for row in decode_table(data, INSTANCE_SCHEMA, where=where, remedy=remedy).to_pylist():
-        x, y, w, h = row.pop("box")
-        yield InstanceRow(box=(x, y, w, h), **row)
 
 
 def _by_photo(instances: Iterable[InstanceRow], seed: int) -> list[list[InstanceRow]]:

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from shard_tools.pack import InstanceRow, decode_photo, make_sample
+from shard_tools.instances import InstanceRow
+from shard_tools.pack import decode_photo, make_sample
 from tests.fixtures.odd_photos import odd_photos
 from tests.fixtures.scored_dataset import write_scores
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw

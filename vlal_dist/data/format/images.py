@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from vlal_dist.data.format.jpeg import check_fragments, check_pixels, read_jpeg
+from vlal_dist.data.format.jpeg import CROP_PIXELS, check_fragments, check_pixels, read_jpeg
 from vlal_dist.errors import DataError
 
 # The limit is set per call; Pillow's global one would only warn.
@@ -31,6 +31,12 @@ OPENED = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats of `photo_format` that `open_photo` reads."""
 HEAD_BYTES = 64
 """How many of a file's first bytes `photo_format` looks at."""
+
+JPEG_SIDE = 65_500  # pixels; the encoder's limit
+
+MAX_RATIO = 500
+"""Longest side of a crop by its shortest. CLIP's preprocessing brings the shortest to the model's
+input size before it cuts: one of 1x65500 would take 10 GB."""
 
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -361,6 +367,21 @@ def crop_bounds(
         left, top = max(left - margin, 0), max(top - margin, 0)
         right, bottom = min(right + margin, width), min(bottom + margin, height)
     return left, top, right, bottom
+
+
+def check_crop_size(width: int, height: int, *, max_pixels: int) -> None:
+    """Raise a DataError where a crop of this size cannot be stored, or not be scored."""
+    limit = min(max_pixels, CROP_PIXELS)
+    if max(width, height) > JPEG_SIDE or width * height > limit:
+        raise DataError(
+            f"box too large: a crop of {width}x{height} pixels; allowed are {limit} pixels (the "
+            f"lower of pack.max_pixels and {CROP_PIXELS}) and {JPEG_SIDE} on a side"
+        )
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise DataError(
+            f"box too narrow: a crop of {width}x{height} pixels; one side may be at most "
+            f"{MAX_RATIO} times the other"
+        )
 
 
 def encode_jpeg(image: Image.Image, *, quality: int) -> bytes:
