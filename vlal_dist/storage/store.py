@@ -4,9 +4,12 @@ No retry is endless and no data is edited in place.
 """
 
 import fcntl
+import fnmatch
+import glob
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
@@ -125,6 +128,44 @@ def read_url(url: str) -> bytes:
     """
     root, slash, name = url.rpartition("/")
     return open_store(root or (slash or ".")).read(name)
+
+
+def find_files(pattern: str) -> list[tuple[Store, str]]:
+    """The files that a path, URL or glob pattern (`*`, `?`, `[a-z]`) names, sorted: store and key.
+
+    A file whose own name holds such characters comes first. `*` stays within a folder; names that
+    begin with a dot are met by patterns that do. An object without a pattern is not looked up.
+
+    Raises:
+        ConfigError: as `open_store`.
+        StorageError: a bucket cannot be listed.
+    """
+    folder, slash, name = pattern.rpartition("/")
+    found = _GLOB.search(pattern)
+    if found is None or Path(pattern).is_file():
+        return [(open_store(folder or (slash or ".")), name)]
+    fixed = pattern[: found.start()].rpartition("/")[0]
+    store = open_store(fixed or ("/" if pattern.startswith("/") else "."))
+    wanted = pattern[len(fixed) :].lstrip("/")
+    local = store.local_path("any")
+    if local is None:
+        keys = store.list_keys(_GLOB.split(wanted)[0])
+        keys = [key for key in keys if _meets(key, wanted.split("/"))]
+    else:
+        keys = [k for k in glob.glob(wanted, root_dir=local.parent) if (local.parent / k).is_file()]
+    return [(store, key) for key in sorted(keys)]
+
+
+_GLOB = re.compile(r"[*?[]")
+
+
+def _meets(key: str, wanted: Sequence[str]) -> bool:
+    """Whether each part of a key meets the pattern of that part."""
+    parts = key.split("/")
+    return len(parts) == len(wanted) and all(
+        fnmatch.fnmatchcase(part, one) and (one.startswith(".") or not part.startswith("."))
+        for part, one in zip(parts, wanted, strict=True)
+    )
 
 
 def fetch(store: Store, key: str, *, cache: Path, sha256: str) -> Path:

@@ -3,7 +3,9 @@
 import io
 import os
 import struct
+import tarfile
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -84,7 +86,18 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture(params=["folder", "zip", "zip of the folder", "windows", "bucket"])
+def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture(
+    params=["folder", "zip", "zip of the folder", "windows", "bucket", "tar", "bucket tar"]
+)
 def place(request: pytest.FixtureRequest, folder: Path, tmp_path: Path, moto_s3: S3Server) -> str:
     if request.param == "folder":
         return str(folder)
@@ -93,6 +106,12 @@ def place(request: pytest.FixtureRequest, folder: Path, tmp_path: Path, moto_s3:
         for name, data in FILES.items():
             open_store(url).create(name, data)
         return url
+    if request.param.endswith("tar"):
+        path = write_tar(tmp_path / "a.tar", FILES)
+        if request.param == "tar":
+            return str(path)
+        open_store(url := moto_s3.url()).create("shards/a.tar", path)
+        return f"{url}/shards/*.tar"
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name, data in FILES.items():
             info = zipfile.ZipInfo(name)
@@ -112,7 +131,9 @@ def test_names_mean_the_same_in_every_kind_of_place(place: str) -> None:
     for name, reason in REASONS.items():
         with pytest.raises(DataError, match=f"^({reason})"):
             reader.read(name)
-    if not place.startswith("s3:"):  # a bucket is not listed for a name in another case
+    if not place.startswith("s3:") or place.endswith(
+        ".tar"
+    ):  # a bucket is not listed for a name in another case
         assert reader.read("LOWER") == b"1" and reader.read("cafe\u0301") == b"11"
     names = reader.list_names()
     assert names == sorted(names) and len(names) == len(FILES) and not reader.left_out
@@ -318,7 +339,7 @@ def test_a_single_photo_is_a_place(tmp_path: Path) -> None:
     with pytest.raises(MissingPhotoError):
         photos(tmp_path / "one").read("two")
     (tmp_path / "text.jpg").write_text("no photo")
-    with pytest.raises(ConfigError, match=r"no photo and no zip"):
+    with pytest.raises(ConfigError, match=r"no photo, no tar and no zip"):
         photos(tmp_path / "text.jpg")
 
 

@@ -5,10 +5,14 @@ Names come from tables and records that others wrote. Every kind of place answer
 
 import re
 import unicodedata
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from vlal_dist.data.format.images import photo_format
 from vlal_dist.errors import DataError
@@ -158,3 +162,83 @@ def name_keys(base: str) -> set[str]:
 def is_hidden(path: str) -> bool:
     """Whether a part of the path begins with a dot, or is macOS's folder of metadata."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.split("/"))
+
+
+class MemberIndex:
+    """Files within containers, by name: 50 bytes each beside the text of its name.
+
+    The path of a file is `CONTAINER/NAME`. Its name alone leads to it as well.
+
+    Args:
+        containers: names without `/`, all different.
+
+    Attributes:
+        hidden: number of files that are not found: hidden, or without a name.
+    """
+
+    def __init__(self, containers: Sequence[str]) -> None:
+        self.hidden = 0
+        self._containers = list(containers)
+        self._text = bytearray()
+        self._ends, self._container = array("q"), array("i")
+        self._first, self._second, self._hashes = array("q"), array("q"), array("q")
+        self._order: npt.NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, container: int, name: str, first: int, second: int) -> None:
+        """Add a file and two numbers that say where it lies."""
+        name = "/".join(part for part in name.split("/") if part not in ("", "."))
+        if not name or "\0" in name or is_hidden(name):
+            self.hidden += 1
+            return
+        self._text += name.encode("utf-8", "surrogatepass")
+        self._ends.append(len(self._text))
+        self._container.append(container)
+        self._first.append(first)
+        self._second.append(second)
+        self._hashes.append(hash(name_key(name.rpartition("/")[2])))
+        self._order = None
+
+    def paths(self) -> list[str]:
+        """The paths of all files."""
+        return [self._path(row) for row in range(len(self))]
+
+    def candidates(self, name: str, *, anywhere: bool) -> list[str]:
+        """See `Place.candidates`. Of equal rank are files of one name in different containers."""
+        folder, _, base = name.rpartition("/")
+        found = [path for key in name_keys(base) for path in self._with_key(key)]
+        below = [(path, path.partition("/")[2].rpartition("/")[0]) for path in found]
+        if anywhere:
+            return [path for path, one in below if not folder or f"/{one}".endswith(f"/{folder}")]
+        whole = [path for path in found if path.rpartition("/")[0] == folder]
+        return whole or [path for path, one in below if one == folder]
+
+    def where(self, path: str) -> list[tuple[int, int, int]]:
+        """Container and the two numbers of each file of that path."""
+        rows = self._rows(name_key(path.rpartition("/")[2]))
+        return [
+            (self._container[row], self._first[row], self._second[row])
+            for row in rows
+            if self._path(row) == path
+        ]
+
+    def _with_key(self, key: str) -> dict[str, None]:
+        paths = (self._path(row) for row in self._rows(key))
+        return dict.fromkeys(path for path in paths if name_key(path.rpartition("/")[2]) == key)
+
+    def _rows(self, key: str) -> list[int]:
+        hashes = np.frombuffer(self._hashes, dtype=np.int64)
+        order = self._order
+        if order is None:
+            order = self._order = np.argsort(hashes, kind="stable")
+        wanted = hash(key)
+        low = np.searchsorted(hashes, wanted, "left", order)
+        high = np.searchsorted(hashes, wanted, "right", order)
+        return [int(row) for row in order[low:high]]
+
+    def _path(self, row: int) -> str:
+        start = self._ends[row - 1] if row else 0
+        name = self._text[start : self._ends[row]].decode("utf-8", "surrogatepass")
+        return f"{self._containers[self._container[row]]}/{name}"

@@ -1,0 +1,203 @@
+"""Photos in tars: local files and objects, read in place.
+
+Headers are read once, in large pieces; each photo is one ranged read. Nothing is extracted.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+from vlal_dist.data.format.images import HEAD_BYTES
+from vlal_dist.data.format.photo_names import (
+    Limits,
+    MemberIndex,
+    check_photo,
+    has_suffix,
+    printable,
+)
+from vlal_dist.data.format.tar import BLOCK, ForeignMember, walk_tar
+from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.storage.store import Store, find_files
+
+MAX_MEMBERS = 50_000_000
+"""Members of the tars of one place; their names take about 5 GB of memory."""
+_REMOTE_PIECE = 4 << 20
+"""Bytes of a read of headers from a bucket: what is skipped must outweigh a request's wait."""
+_LOCAL_PIECE = 16 << 10
+_LISTING_THREADS = 8
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True)
+class Tar:
+    """One tar, as it was when its size was asked for.
+
+    Attributes:
+        name: of the file, without folders and `.tar`; begins the names of its photos.
+        store, key: where it is.
+        size_bytes: of the file.
+        changed_ns: time of change of a local file; None: an object, whose version the store checks.
+    """
+
+    name: str
+    store: Store
+    key: str
+    size_bytes: int
+    changed_ns: int | None
+
+    @property
+    def url(self) -> str:
+        """Path or URL, for messages."""
+        return f"{self.store.url.rstrip('/')}/{self.key}"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the tar.
+
+        Raises:
+            DataError: the file is another one by now.
+            StorageError: it cannot be read.
+        """
+        if self.changed_ns is not None and _state(self.store, self.key) != (
+            self.size_bytes,
+            self.changed_ns,
+        ):
+            raise DataError(f"unreadable: {printable(self.url)} has changed; repeat the command")
+        return self.store.read(self.key, offset=offset, length=size)
+
+    def members(self) -> Iterator[ForeignMember]:
+        """Its members in order, links and folders included; see `walk_tar`.
+
+        Raises:
+            DataError: damaged or compressed; members before the damage were given already.
+            StorageError: it cannot be read.
+        """
+        piece = _REMOTE_PIECE if self.changed_ns is None else _LOCAL_PIECE
+        read = _in_pieces(self.read, self.size_bytes, piece)
+        for magic, method in _COMPRESSED.items():
+            if read(0, BLOCK).startswith(magic):
+                raise DataError(
+                    f"{printable(self.url)} is compressed ({method}), so that no photo can be read "
+                    "by itself; unpack it to a plain .tar"
+                )
+        try:
+            yield from walk_tar(read, self.size_bytes)
+        except DataError as error:
+            raise DataError(f"{printable(self.url)} is {error}") from None
+
+
+def find_tars(place: str, setting: str) -> list[Tar]:
+    """The tars that a path, URL or pattern names, by name.
+
+    Raises:
+        ConfigError: there is none, or two have the same name.
+    """
+    tars: dict[str, Tar] = {}
+    for store, key in find_files(place):
+        name = key.rpartition("/")[2].removesuffix(".tar")
+        size_bytes, changed_ns = _state(store, key)
+        tar = Tar(name, store, key, size_bytes, changed_ns)
+        if (other := tars.setdefault(name, tar)) is not tar:
+            raise ConfigError(
+                f"{setting} {place}: {other.url} and {tar.url} would give their photos the same "
+                f"names ({name}/...); rename one, or give them as two places"
+            )
+    if not tars:
+        raise ConfigError(f"{setting} {place}: no such file; correct the path or the pattern")
+    return [tars[name] for name in sorted(tars)]
+
+
+def _state(store: Store, key: str) -> tuple[int, int | None]:
+    """Size in bytes, and of a local file the time of its last change."""
+    local = store.local_path(key)
+    if local is None:
+        return store.size(key), None
+    found = local.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _in_pieces(
+    read: Callable[[int, int], bytes], size_bytes: int, piece: int
+) -> Callable[[int, int], bytes]:
+    """Reads that are answered from the last piece where it holds them."""
+    held, start = b"", 0
+
+    def read_held(offset: int, length: int) -> bytes:
+        nonlocal held, start
+        length = min(length, size_bytes - offset)
+        if not start <= offset <= offset + length <= start + len(held):
+            held = read(offset, min(max(piece, length), size_bytes - offset))
+            start = offset
+        return held[offset - start : offset - start + length]
+
+    return read_held
+
+
+def _all_members(tar: Tar) -> list[ForeignMember]:
+    return list(islice(tar.members(), MAX_MEMBERS + 1))
+
+
+class Tars:
+    """The members of one or several tars; see `vlal_dist.data.format.photo_names.Place`."""
+
+    def __init__(self, place: str, limits: Limits) -> None:
+        self.where, self._limits = place, limits
+        self._tars = find_tars(place, limits.setting)
+        self._index = MemberIndex([tar.name for tar in self._tars])
+        self._left_out = Counter[str]()
+        # A few at a time: the lists of all would take much more memory than the index.
+        at_once = _LISTING_THREADS if self._tars[0].changed_ns is None else 1
+        with ThreadPoolExecutor(at_once) as pool:
+            for first in range(0, len(self._tars), at_once):
+                some = self._tars[first : first + at_once]
+                for number, members in enumerate(pool.map(_all_members, some), first):
+                    self._add(number, members)
+        self._left_out["hidden"] = self._index.hidden
+
+    def _add(self, number: int, members: Sequence[ForeignMember]) -> None:
+        for member in members:
+            if member.kind:
+                self._left_out[member.kind] += member.kind != "folder"
+            else:
+                self._index.add(number, member.name, member.offset, member.size)
+        if len(self._index) > MAX_MEMBERS:
+            raise ConfigError(
+                f"{self._limits.setting} {self.where}: more than {MAX_MEMBERS} members; give fewer "
+                "tars at a time"
+            )
+
+    def list_names(self) -> tuple[list[str], Counter[str]]:
+        """See `Place.list_names`."""
+        return self._index.paths(), +self._left_out
+
+    def candidates(self, name: str, *, anywhere: bool) -> list[str]:
+        """See `Place.candidates`."""
+        return self._index.candidates(name, anywhere=anywhere)
+
+    def holds(self, name: str) -> bool:
+        """See `Place.holds`."""
+        return False
+
+    def read(self, path: str, *, listed: bool) -> bytes:
+        """See `Place.read`."""
+        tar, offset, size = self.locate(path)
+        if listed and not has_suffix(path):
+            check_photo(path, tar.read(offset, min(size, HEAD_BYTES)))
+        self._limits.check_size(path, size)
+        return tar.read(offset, size)
+
+    def locate(self, path: str) -> tuple[Tar, int, int]:
+        """The tar of a path of `list_names` or `candidates`, and offset and size of its content.
+
+        Raises:
+            DataError: `ambiguous: ...`, the tar has several members of that name.
+        """
+        found = self._index.where(path)
+        if len(found) > 1:
+            raise DataError(
+                f"ambiguous: {printable(self.where)} has {len(found)} members of the name "
+                f"{printable(path)}; make the tar again with different names"
+            )
+        number, offset, size = found[0]
+        return self._tars[number], offset, size
