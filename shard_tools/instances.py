@@ -1,6 +1,7 @@
 """The instances root as pack reads it: what clean committed, and the instances of a split."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,10 @@ from vlal_dist.storage.store import Store
 
 Reject = dict[str, str]
 """A row of `rejects.parquet`."""
+Box = tuple[float, float, float, float]
+"""x, y, width, height in pixels of the upright photo."""
+WHOLE_PHOTO: Box = (0.0, 0.0, math.inf, math.inf)
+"""The box of an instance that is all of its photo, whatever its size."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class InstanceRow:
     instance_id: str
     image_id: str
     object_id: int
-    box: tuple[float, float, float, float]
+    box: Box
     positive: list[int]
     negative: list[int]
 

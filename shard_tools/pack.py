@@ -16,7 +16,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from shard_tools.instances import InstanceRow, Reject, read_cleaned, read_instances
+from shard_tools.instances import (
+    WHOLE_PHOTO,
+    Box,
+    InstanceRow,
+    Reject,
+    read_cleaned,
+    read_instances,
+)
 from shard_tools.shard_writer import (
     ShardReport,
     TarBuilder,
@@ -61,6 +68,7 @@ CROP_SETTINGS = {"jpeg_quality", "box_expansion", "max_pixels", "background", "k
 # takes about half a byte per pixel; headers, padding and labels about 2.5 kB.
 BYTES_PER_PIXEL = 0.5
 BYTES_PER_SAMPLE = 2560
+BYTES_PER_PHOTO = 100_000  # of a whole photo, whose size only its file knows
 
 
 Crop = tuple[int, EncodedSample, dict[str, Any]]
@@ -154,12 +162,18 @@ def plan_shards(
     photos = _by_photo(instances, settings.seed)
     for number, photo in enumerate(photos, 1):
         batch.extend(photo)
-        size += sum(one.box[2] * one.box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE for one in photo)
+        size += sum(_estimated_bytes(one.box) for one in photo)
         if size >= settings.shard_bytes or number == len(photos):
             name = shard_name(split, len(tasks))
             tasks.append(ShardTask(root, split, name, settings, batch))
             batch, size = [], 0.0
     return tasks
+
+
+def _estimated_bytes(box: Box) -> float:
+    if box == WHOLE_PHOTO:
+        return BYTES_PER_PHOTO + BYTES_PER_SAMPLE
+    return box[2] * box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE
 
 
 def build_shard(task: ShardTask) -> ShardReport:
@@ -279,9 +293,11 @@ def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Cr
     Raises:
         DataError: the box has no size, lies wholly outside the photo, or is beyond any crop.
     """
-    image = photo.image
+    image, box = photo.image, instance.box
+    if box == WHOLE_PHOTO:
+        box = (0.0, 0.0, float(image.width), float(image.height))
     bounds = crop_bounds(
-        instance.box, width=image.width, height=image.height, expansion=settings.box_expansion
+        box, width=image.width, height=image.height, expansion=settings.box_expansion
     )
     width, height = bounds[2] - bounds[0], bounds[3] - bounds[1]
     check_crop_size(width, height, max_pixels=settings.max_pixels)
@@ -289,7 +305,7 @@ def make_sample(instance: InstanceRow, photo: Photo, settings: PackConfig) -> Cr
     jpg = photo.jpeg if whole else None
     if jpg is None:
         jpg = encode_jpeg(image.crop(bounds), quality=settings.jpeg_quality)
-    x, y, w, h = instance.box
+    x, y, w, h = box
     meta = {
         "box_in_crop": [x - bounds[0], y - bounds[1], w, h],
         "image_id": instance.image_id,

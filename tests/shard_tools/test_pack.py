@@ -16,13 +16,16 @@ import zipfile
 from itertools import pairwise
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from shard_tools.instances import InstanceRow
-from shard_tools.pack import decode_photo, make_sample
+from shard_tools.instances import WHOLE_PHOTO, InstanceRow
+from shard_tools.pack import decode_photo, make_sample, plan_shards
 from tests.fixtures.odd_photos import odd_photos
 from tests.fixtures.scored_dataset import write_scores
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
@@ -195,6 +198,39 @@ def test_a_whole_plain_jpeg_keeps_its_bytes_and_a_turned_one_does_not() -> None:
     exif[0x0112] = 6
     turned = decode_photo(jpeg(40, 30, exif=exif), SETTINGS)
     assert turned.image.size == (30, 40) and turned.jpeg is None
+
+
+@given(
+    width=st.integers(1, 60),
+    height=st.integers(1, 60),
+    form=st.sampled_from(["JPEG", "PNG", "turned"]),
+    expansion=st.sampled_from([0.0, 0.3]),
+)
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_a_whole_photo_is_the_box_of_its_size(
+    width: int, height: int, form: str, expansion: float
+) -> None:
+    settings = SETTINGS.model_copy(update={"box_expansion": expansion})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sink = io.BytesIO()
+    pixels = np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    options = {"exif": exif} if form == "turned" else {}
+    Image.fromarray(pixels).save(sink, "PNG" if form == "PNG" else "JPEG", **options)
+    photo = decode_photo(sink.getvalue(), settings)
+    box = (0.0, 0.0, float(photo.image.width), float(photo.image.height))
+    whole = make_sample(instance(WHOLE_PHOTO), photo, settings)
+    assert whole == make_sample(instance(box), photo, settings)
+    assert whole[2]["box_in_crop"] == list(box) and "Infinity" not in json.dumps(whole[2])
+    if form == "JPEG":
+        assert stored(sink.getvalue(), WHOLE_PHOTO, settings) == photo.jpeg
+
+
+def test_whole_photos_are_planned_at_100_kb_each() -> None:
+    rows = [InstanceRow(str(n), f"photo{n}", 2, WHOLE_PHOTO, [1], []) for n in range(100)]
+    settings = SETTINGS.model_copy(update={"shard_bytes": 1_000_000})
+    tasks = plan_shards(rows, "train", "root", settings)
+    assert [len(task.instances) for task in tasks] == [10] * 10
 
 
 def stored(photo: bytes, box: tuple[float, float, float, float], settings: PackConfig) -> bytes:
