@@ -30,20 +30,21 @@ TORCH_FREE = ("vlal_dist.data.hashing", "vlal_dist.data.format", "vlal_dist.data
 """What `shard_tools` may import of `vlal_dist.data`: it must start without torch."""
 NUMPY_METHOD = {"vlal_dist.method.feasible", "vlal_dist.method.likelihood"}
 
-_BASE = {"errors", "contents", "config", "vocabulary", "storage"}
+_BASE = {"errors", "remarks", "contents", "config", "vocabulary", "storage"}
 ALLOWED: dict[str, set[str]] = {
     "vlal_dist": {"losses", "datasets", "method", "release"},
-    "losses": {"errors", "config", "method", "kernels"},
+    "losses": {"errors", "remarks", "config", "method", "kernels"},
     "datasets": _BASE | {"method", "data", "processes"},
     "errors": set(),
-    "contents": {"errors"},
-    "vocabulary": {"errors", "contents"},
-    "processes": {"errors"},
-    "config": {"errors", "contents"},
-    "storage": {"errors", "contents"},
-    "observability": {"errors", "storage"},
-    "method": {"errors", "config"},
-    "kernels": {"errors", "config", "method"},
+    "remarks": {"errors"},
+    "contents": {"errors", "remarks"},
+    "vocabulary": {"errors", "remarks", "contents"},
+    "processes": {"errors", "remarks"},
+    "config": {"errors", "remarks", "contents"},
+    "storage": {"errors", "remarks", "contents"},
+    "observability": {"errors", "remarks", "storage"},
+    "method": {"errors", "remarks", "config"},
+    "kernels": {"errors", "remarks", "config", "method"},
     "data.hashing": set(),
     "data.format": _BASE | {"method", "data.hashing"},
     "data.order": _BASE | {"method", "data.hashing", "data.format"},
@@ -56,8 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     | {"method", "kernels", "data", "evaluation", "release", "observability", "processes"},
     "experimenting": _BASE
     | {"method", "data", "evaluation", "release", "reporting", "processes", "pipeline"},
-    "pipeline": {"errors", "contents", "config", "storage"},
-    "program": {"errors", "contents", "config", "storage", "observability", "pipeline"},
+    "pipeline": {"errors", "remarks", "contents", "config", "storage"},
+    "program": {"errors", "remarks", "contents", "config", "storage", "observability", "pipeline"},
     "shard_tools": _BASE | {"program", "pipeline", "observability", "method", "data"},
     "demo": _BASE | {"observability", "method", "data", "processes"},
 }

@@ -32,6 +32,7 @@ from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError, extra
 from vlal_dist.observability.logs import lasting_streams, setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.pipeline import Flags, Inputs
+from vlal_dist.remarks import Remark, collected_remarks
 from vlal_dist.storage.checks import masked, remedy
 from vlal_dist.storage.lock import writer_lock
 from vlal_dist.storage.store import open_store
@@ -114,8 +115,8 @@ def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -
         argv: command line without the program's name.
         quiet: no closing line and no result files (ranks other than 0).
     """
-    with lasting_streams(output=program.writes is not only_reads):
-        code = _run(program, argv, quiet=quiet)
+    with lasting_streams(output=program.writes is not only_reads), collected_remarks() as remarks:
+        code = _run(program, argv, remarks, quiet=quiet)
     exit_file = os.environ.get(EXIT_FILE)
     if exit_file and not quiet:
         # Launchers change exit codes. Without this file the supervisor uses theirs.
@@ -171,7 +172,7 @@ def run_command(command: str, argv: Sequence[str]) -> int:
     return run_program(module.PROGRAM, argv)
 
 
-def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
+def _run(program: Program, argv: Sequence[str], remarks: Sequence[Remark], *, quiet: bool) -> int:
     if "--help" in argv or "-h" in argv:
         text = help_text(
             usage=program.usage,
@@ -190,7 +191,9 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
         return error.exit_code if isinstance(error, VlalError) else StorageError.exit_code
     if quiet or "plan" in line.flags:  # a plan did nothing, and must not replace the last result
         code, result = _work(program, line)
-        return code if quiet else _close(program, line, result, code=code, started=started)
+        if quiet:
+            return code
+        return _close(program, line, result, remarks, code=code, started=started)
     with contextlib.ExitStack() as locks:
         try:
             for root, name in locked_places(program, line):
@@ -205,7 +208,7 @@ def _run(program: Program, argv: Sequence[str], *, quiet: bool) -> int:
         code, result = _work(program, line)
         if result is not None and code == 0 and inputs is not None:
             result["inputs"] = inputs
-        return _close(program, line, result, code=code, started=started)
+        return _close(program, line, result, remarks, code=code, started=started)
 
 
 def locked_places(program: Program, line: CommandLine) -> Sequence[tuple[str, str]]:
@@ -220,20 +223,30 @@ def _close(
     program: Program,
     line: CommandLine,
     result: dict[str, Any] | None,
+    remarks: Sequence[Remark],
     *,
     code: int,
     started: float,
 ) -> int:
-    """Write the results, then the closing line, which may have no reader; the exit code."""
+    """Write the results, then the remarks and the closing line, which may have no reader.
+
+    Returns:
+        The exit code.
+    """
     seconds, counts = time.monotonic() - started, None
+    warnings = [{"key": one.key, "text": masked(one.text)} for one in remarks]
+    if result is not None:
+        result["warnings"] = warnings
     if result is not None and code == 0:
         counts = {**result["counts"], "seconds": round(seconds, 3)}
         result["counts"] = counts
         if (path := line.flags.get("json")) is not None:
-            code = _write_counts(program, path, counts)
+            code = _write_counts(program, path, {**counts, "warnings": warnings})
     if "plan" not in line.flags:
         _write_result(program, line, result, code=code, seconds=seconds)
     if counts is not None:
+        for one in warnings:
+            sys.stdout.write(f"{program.name}: warning: {one['text']}\n")
         summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
         sys.stdout.write(f"{program.name}: done: {summary}\n")
     return code
