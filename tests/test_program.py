@@ -14,7 +14,7 @@ import pytest
 
 from vlal_dist.config.load import CommandLine, load_config
 from vlal_dist.config.sections import Config
-from vlal_dist.errors import DataError
+from vlal_dist.errors import DataError, NotFoundError, StorageError
 from vlal_dist.observability.logs import lasting_streams
 from vlal_dist.program import EXIT_FILE, Counts, Program, locked_places, run_program
 from vlal_dist.storage import lock
@@ -52,6 +52,31 @@ def test_errors_end_with_a_code_that_is_in_the_result(
     assert found == result["code"] == code and str(error) in str(result["reason"])
     assert (tmp_path / "try.config.yaml").exists()  # of the success before
     assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "more", "noted"),
+    [
+        (NotFoundError("no such root"), (), True),
+        (NotFoundError("no such root"), ("--paths.export", "here"), False),
+        (StorageError("a full disk"), (), False),
+    ],
+)
+def test_an_error_without_any_configuration_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    more: tuple[str, ...],
+    noted: bool,
+) -> None:
+    def call(config: Config, flags: Mapping[str, str]) -> Counts:
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VLAL_CONFIG", raising=False)
+    assert run_program(Program("try", "try", "try", ("paths",), _output, call), more) == 74
+    assert ("neither --config FILE nor VLAL_CONFIG was given" in capsys.readouterr().err) is noted
 
 
 def test_the_supervisor_gets_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

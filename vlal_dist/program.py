@@ -28,7 +28,16 @@ from vlal_dist.config.load import (
     parse_command_line,
 )
 from vlal_dist.config.sections import Config
-from vlal_dist.errors import Stopped, StorageError, UsageError, VlalError, extras_named
+from vlal_dist.errors import (
+    ConfigError,
+    DataError,
+    NotFoundError,
+    Stopped,
+    StorageError,
+    UsageError,
+    VlalError,
+    extras_named,
+)
 from vlal_dist.observability.logs import lasting_streams, setup_logging
 from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.pipeline import Flags, Inputs
@@ -62,6 +71,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("vlal_dist.run", "all stages of a configuration, each unless it is up to date"),
 }
 """Command -> its module, which has a `main(argv)` or a `PROGRAM`, and its purpose."""
+
+NO_CONFIG = (
+    "; neither --config FILE nor VLAL_CONFIG was given, so all settings and roots are the defaults"
+)
+"""Added to errors of a command that names no configuration and no root."""
 
 Counts = dict[str, object]
 Work = Callable[[Config, Flags], Counts]
@@ -281,6 +295,8 @@ def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | No
         return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
         code, reason = error.exit_code, masked(str(error))
+        if line.unaimed and isinstance(error, ConfigError | DataError | NotFoundError):
+            reason += NO_CONFIG
         sys.stderr.write(f"{program.name}: error: {reason}\n")
     except KeyboardInterrupt:
         sys.stderr.write(f"{program.name}: interrupted; repeat the command to continue\n")

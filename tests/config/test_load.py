@@ -146,17 +146,21 @@ def test_command_line(tmp_path: Path) -> None:
             parse_command_line(["--config", path, *bad], flags=("plan",))
 
 
-def test_the_default_config_is_vaw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_configuration_all_settings_are_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLAL_CONFIG", write(tmp_path / "v.yaml", "training: {seed: 4}\n"))
-    assert parse_command_line([], flags=()).config.training.seed == 4
+    given = parse_command_line([], flags=())
+    assert given.config.training.seed == 4 and not given.unaimed
     monkeypatch.delenv("VLAL_CONFIG")
-    monkeypatch.chdir(tmp_path)
-    read = ("training", "paths")
-    installed = parse_command_line([], flags=(), sections=read).config
-    assert installed == load_config("vaw", {}, sections=read) and installed.clean.expected
-    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs").mkdir()  # a checkout, in which another dataset's settings lie
     write(tmp_path / "configs/vaw.yaml", "training: {seed: 5}\n")
-    assert parse_command_line([], flags=()).config.training.seed == 5
+    monkeypatch.chdir(tmp_path)
+    nothing = parse_command_line(["--training.epochs", "3"], flags=())
+    assert nothing.config == load_config(None, {"training.epochs": "3"}) and nothing.unaimed
+    assert nothing.config.clean.min_side == 0 and not nothing.config.clean.require_positive
+    assert nothing.config.clean.merge == "none" and nothing.config.paths.root == "runs/own"
+    assert not parse_command_line(["--paths.run", "here"], flags=()).unaimed
 
 
 def test_installed_configs_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +217,7 @@ def test_an_explicit_path_or_name_wins_over_the_root(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"paths\.root: .* at least 1"):
         load_config(None, {"paths.root": ""})
     assert Config() == load_config(None, {})
-    assert Config().paths.run == "runs/vaw/run" and Config().pack.name == "vaw"
+    assert Config().paths.run == "runs/own/run" and Config().pack.name == "own"
 
 
 RESOLVED = {

@@ -38,7 +38,6 @@ PROFILES: dict[str, dict[str, object]] = {
 }
 """What each profile changes in the defaults of the sections."""
 
-DEFAULT_CONFIG = "configs/vaw.yaml"
 INSTALLED = Path(__file__).parents[1] / "configs"
 """Folder of the configurations that come with the package."""
 
@@ -89,10 +88,12 @@ class CommandLine:
     Attributes:
         config: the resolved configuration.
         flags: flag name without dashes -> value; switches map to `"true"`.
+        unaimed: neither a configuration nor a path was given, so that all roots are the defaults.
     """
 
     config: Config
     flags: Mapping[str, str]
+    unaimed: bool = False
 
 
 def parse_command_line(
@@ -142,10 +143,10 @@ def parse_command_line(
             found[name] = value
         elif name not in _LOCAL_RANK:
             overrides[name] = value
-    default = DEFAULT_CONFIG if Path(DEFAULT_CONFIG).is_file() else Path(DEFAULT_CONFIG).stem
-    path = path or os.environ.get("VLAL_CONFIG") or default
+    path = path or os.environ.get("VLAL_CONFIG") or None
     config = load_config(path, overrides, sections=sections)
-    return CommandLine(config=config, flags=found)
+    unaimed = path is None and not any(key.startswith(("paths.", "predict.")) for key in overrides)
+    return CommandLine(config=config, flags=found, unaimed=unaimed)
 
 
 def without_flags(argv: Sequence[str], flags: Collection[str]) -> list[str]:
@@ -231,7 +232,7 @@ def help_text(*, usage: str, purpose: str, sections: Sequence[str], flags: Seque
     """The `--help` page: every key of the named sections, or a single `section.key`."""
     lines = [f"usage: {usage} [--config FILE] [--section.key value ...]", "", purpose.strip(), ""]
     lines.append("  --config FILE    YAML file, or the name of an installed one (vaw, demo, ...);")
-    lines.append(f"                   absent: $VLAL_CONFIG, else {DEFAULT_CONFIG}, else vaw")
+    lines.append("                   absent: $VLAL_CONFIG, else the defaults below")
     lines.extend(f"  --{name:<14} {FLAGS[name]}" for name in flags)
     fields = known_fields()
     for name in sections:

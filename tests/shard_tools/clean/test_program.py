@@ -41,7 +41,8 @@ class Workplace:
                     "train": [str(folder / "a.json")],
                     "test": [f"file://{folder}/b.json"],
                 },
-                "merge": "none",
+                "min_side": 50,
+                "require_positive": True,
             },
             "paths": {"instances": str(folder / "out")},
         }
@@ -334,7 +335,7 @@ def test_tools_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown tool 'polish'" in capsys.readouterr().err
     assert main([]) == 2
     assert main(["clean", "--help"]) == 0
-    assert "--clean.min_side  (default: 50.0)" in capsys.readouterr().out
+    assert "--clean.min_side  (default: 0.0)" in capsys.readouterr().out
     assert main(["clean", "--quick"]) == 2
 
 

@@ -25,7 +25,8 @@ SPARSE = CONFIG.with_name("fashion12k_sparse.yaml")
     reason="WordNet 3.0 (Debian: wordnet-base) is absent",
 )
 def test_visual_genome_sample(tmp_path: Path) -> None:
-    config = {"clean": {"annotations": {"train": [str(SAMPLE)]}}}
+    rules = {"min_side": 50, "require_positive": True, "merge": "wordnet"}
+    config = {"clean": {"annotations": {"train": [str(SAMPLE)]}, **rules}}
     path, out = tmp_path / "config.yaml", tmp_path / "out"
     path.write_text(yaml.safe_dump(config))
     assert main(["clean", "--config", str(path), "--paths.instances", str(out)]) == 0

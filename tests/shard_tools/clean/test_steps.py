@@ -35,7 +35,7 @@ def run(
     known: Vocabulary | None = None,
     **settings: object,
 ) -> Cleaned:
-    config = CleanConfig.model_validate(settings)
+    config = CleanConfig.model_validate({"min_side": 50, "require_positive": True, **settings})
     return clean_instances(instances, config, merge=merge, known=known)
 
 
