@@ -1,11 +1,11 @@
-"""The offline tools: `python -m shard_tools clean|pack|merge|reshard|verify|inspect`."""
+"""The offline tools: `python -m shard_tools import|clean|pack|merge|reshard|verify|inspect`."""
 
 import sys
 from collections.abc import Sequence
 
 from vlal_dist.program import COMMANDS, run_command, run_one_of
 
-TOOLS = ("clean", "pack", "merge", "reshard", "verify", "inspect")
+TOOLS = ("import", "clean", "pack", "merge", "reshard", "verify", "inspect")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from vlal_dist.program import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
-    "clean pack score merge train evaluate report export predict experiments verify inspect "
+    "import clean pack score merge train evaluate report export predict experiments verify inspect "
     "reshard supervise demo run"
 )
 
@@ -72,7 +72,8 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"vlal {importlib.import_module('vlal_dist').__version__}\n"
 
 
-PROGRAMS = [name for name in COMMANDS if name not in ("demo", "run", "experiments", "supervise")]
+SEVERAL_WORDS = ("demo", "run", "experiments", "supervise", "import")
+PROGRAMS = [name for name in COMMANDS if name not in SEVERAL_WORDS]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -86,6 +87,8 @@ def test_every_program_is_called_vlal_in_its_help(
 def test_programs_of_several_words_have_their_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["experiments", "table2", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: vlal experiments table2 [")
+    assert main(["import", "table", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: vlal import table [")
     assert main(["supervise", "--help"]) == 0
     assert capsys.readouterr().out.startswith("usage: vlal supervise")
     assert main(["experiments", "table7"]) == 2

@@ -50,6 +50,10 @@ EXIT_FILE = "VLAL_EXIT_FILE"
 """Environment variable: file in which a program leaves its exit code for `supervise`."""
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "import": (
+        "shard_tools.importers.program",
+        "tables and other formats -> annotation files, and a configuration",
+    ),
     "clean": (
         "shard_tools.clean.program",
         "annotation files -> instances, vocabulary, feasible sets",

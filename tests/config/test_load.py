@@ -179,7 +179,7 @@ def test_installed_configs_have_names(tmp_path: Path, monkeypatch: pytest.Monkey
     assert load_config("demo", {}).training.seed == 6
 
 
-ROOTS = ("instances", "dataset", "scores", "merged", "resharded", "run", "export")
+ROOTS = ("imported", "instances", "dataset", "scores", "merged", "resharded", "run", "export")
 
 
 @pytest.mark.parametrize(

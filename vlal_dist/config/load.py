@@ -17,7 +17,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from vlal_dist.config.sections import Config, PathsConfig, root_name
+from vlal_dist.config.paths import PathsConfig, root_name
+from vlal_dist.config.sections import Config
 from vlal_dist.contents import YAML_CHARACTERS, parse_yaml, shown
 from vlal_dist.errors import ConfigError, UsageError, bounded
 
@@ -55,6 +56,7 @@ FLAGS: dict[str, str] = {
     "ranks": "N: ranks that share a step (default: 1)",
     "rank": "R: print the samples of this rank only",
     "first-ranks": "F: ranks of the run's first start (default: N)",
+    "limit": "N: import the first N photos of each split, for a try",
     "like": "DATASET: use the vocabulary and feasible sets of that dataset",
     "retry-quarantined": "score shards with unusable crops again",
     "retry-rejected": "pack: pack what was rejected and can be packed now, as if it had been there "

@@ -3,73 +3,67 @@
 The docstring of a field is its description in `--help`.
 """
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field
+
+from vlal_dist.config.paths import PathsConfig as PathsConfig
+from vlal_dist.config.paths import Section as Section
+from vlal_dist.config.paths import Texts as Texts
 
 
-class Section(BaseModel):
-    """Base of all sections: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+def _inputs(value: Any) -> Any:
+    """Files without a split belong to the split `all`."""
+    return {"all": value} if isinstance(value, str | list) else value
 
 
-Texts = Annotated[
-    list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-]
-"""A list of texts; a single text stands for a list of one."""
+def _value_texts(value: Any) -> Any:
+    """YAML reads 1, yes and no as no texts; both spellings of yes and no are meant."""
+    if not isinstance(value, dict):
+        return value
+    words = {True: ("yes", "true"), False: ("no", "false")}
+    texts: dict[Any, Any] = {}
+    for key, meaning in value.items():
+        for text in words[key] if isinstance(key, bool) else (key,):
+            texts[str(text)] = meaning
+    return texts
 
 
-class PathsConfig(Section):
-    """Roots of the pipeline: each stage reads some and writes one, and never edits its input.
+class ImportConfig(Section):
+    """From other formats to annotation files that clean reads, and a configuration."""
 
-    `ROOT` in a default stands for `root`.
-    """
-
-    root: str = Field("runs/own", min_length=1)
-    """Folder of the roots that are not named below (URL or path)."""
-    instances: str = "ROOT/instances"
-    """Root written by clean (URL or path)."""
-    dataset: str = "ROOT/dataset"
-    """Root written by pack (URL or path)."""
-    scores: str = "ROOT/scores"
-    """Root written by score (URL or path)."""
-    merged: str = "ROOT/merged"
-    """Root written by merge (URL or path)."""
-    resharded: str = "ROOT/resharded"
-    """Root written by reshard (URL or path)."""
-    run: str = "ROOT/run"
-    """Root of one training run (URL or path)."""
-    export: str = "ROOT/export"
-    """Root written by export (URL or path)."""
-    experiments: str = "ROOT/experiments"
-    """Root of all runs of the experiments (local path; where ROOT is a URL,
-    runs/NAME/experiments with its last part)."""
-    cache: str = "runs/cache"
-    """Local folder for index files of remote roots (path)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_roots(cls, values: Any) -> Any:
-        """Add the roots that are not given."""
-        if not isinstance(values, dict):
-            return values
-        fields = cls.model_fields
-        root = str(values.get("root", fields["root"].default))
-        below = {name: str(field.default) for name, field in fields.items() if name != "root"}
-        if "://" in root:
-            below["experiments"] = f"runs/{root_name(root)}/experiments"
-        base = root.rstrip("/") or "/"
-        return {name: path.replace("ROOT", base) for name, path in below.items()} | values
-
-
-def root_name(root: str) -> str:
-    """The last part of a folder or URL; of a relative one such as `.`, the folder's own name."""
-    path = root if "://" in root else os.path.abspath(os.path.expanduser(root))
-    return path.rstrip("/").rpartition("/")[2]
+    inputs: Annotated[dict[str, Texts], BeforeValidator(_inputs)] = {}
+    """Split -> files (paths, globs or s3://); a single text or list: undivided, clean.split divides
+    it."""
+    photos: Texts = []
+    """Where the photos are, for pack.images (paths or URLs)."""
+    columns: dict[str, str] = {}
+    """Table: meaning -> name of the column, where it has another name (docs/your-data.md)."""
+    ignore_columns: Texts = []
+    """Table: columns to leave out; any other that is not understood is an error."""
+    layout: Literal["auto", "lists", "long", "wide"] = "auto"
+    """Table: a row per object with lists of names, a row per object and attribute, or a column per
+    attribute; auto: by the columns that are there."""
+    attributes: Texts = []
+    """Table of layout wide: the columns that are attributes; absent: all that have no other
+    meaning."""
+    values: Annotated[
+        dict[str, Literal["present", "absent", "unknown"]], BeforeValidator(_value_texts)
+    ] = {}
+    """Text of a value -> what it means, beside those known (docs/your-data.md)."""
+    numbers: Literal["auto", "1/0/-1", "1/-1/0", "1/0"] = "auto"
+    """Numbers that mean present/absent/unknown; auto: 1/0, and -1 is refused, because it is written
+    for absent as well as for unknown."""
+    min_certainty: float | None = None
+    """Smallest certainty of a label; one below it becomes unknown."""
+    names: Annotated[
+        list[Literal["trim", "lower", "underscores"]],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = []
+    """Rules for names of objects and attributes, in this order: without blanks around them, in
+    lower case, blanks for underscores; empty: as they are."""
+    split: str = Field("80/10/10", pattern=r"^\d{1,3}(/\d{1,3}){1,2}$")
+    """Shares of train/val/test where inputs are undivided, for clean.split (per cent)."""
 
 
 class CleanConfig(Section):
@@ -536,6 +530,7 @@ class Config(Section):
     """Every setting of the pipeline; a program reads its own sections."""
 
     paths: PathsConfig = PathsConfig()
+    importing: ImportConfig = ImportConfig()
     clean: CleanConfig = CleanConfig()
     pack: PackConfig = PackConfig()
     scoring: ScoringConfig = ScoringConfig()
