@@ -78,13 +78,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to build in the dataset root `root`."""
+    """One shard to build in the dataset root `root`; `cache`: folder for copies of photos."""
 
     root: str
     split: str
     name: str
     settings: PackConfig
     instances: list[InstanceRow]
+    cache: str = ""
 
 
 def pack(config: Config, flags: Mapping[str, str]) -> Counts:
@@ -107,7 +108,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         },
     )
     _open_places.cache_clear()
-    _open_photos(settings)  # a wrong path fails before any work
+    _open_photos(settings, config.paths.cache)  # a wrong path fails before any work
     tasks = [
         task
         for split in clean["splits"]
@@ -116,6 +117,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
             split,
             config.paths.dataset,
             settings,
+            config.paths.cache,
         )
     ]
     restored = {"restored": forget_restored(target, tasks)} if "retry-rejected" in flags else {}
@@ -153,7 +155,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
 
 
 def plan_shards(
-    instances: Iterable[InstanceRow], split: str, root: str, settings: PackConfig
+    instances: Iterable[InstanceRow], split: str, root: str, settings: PackConfig, cache: str = ""
 ) -> list[ShardTask]:
     """Cut a split into shards: photos in seeded hash order, never divided between two shards."""
     tasks: list[ShardTask] = []
@@ -165,7 +167,7 @@ def plan_shards(
         size += sum(_estimated_bytes(one.box) for one in photo)
         if size >= settings.shard_bytes or number == len(photos):
             name = shard_name(split, len(tasks))
-            tasks.append(ShardTask(root, split, name, settings, batch))
+            tasks.append(ShardTask(root, split, name, settings, batch, cache))
             batch, size = [], 0.0
     return tasks
 
@@ -260,7 +262,7 @@ def retry_shard(task: ShardTask) -> Retried:
 
 def _crops(task: ShardTask, instances: Iterable[InstanceRow]) -> Iterator[Crop | Reject]:
     """The sample of each instance, or the reason why there is none; photos are decoded once."""
-    photos = _open_photos(task.settings)
+    photos = _open_photos(task.settings, task.cache)
     for image_id, group in groupby(instances, key=lambda one: one.image_id):
         try:
             photo = decode_photo(photos.read(image_id), task.settings)
@@ -377,10 +379,18 @@ class PackCounts:
         self._file.write(PACK, readings)
 
 
-def _open_photos(settings: PackConfig) -> Photos:
+def _open_photos(settings: PackConfig, cache: str) -> Photos:
     if not settings.images:
-        raise ConfigError("pack.images is empty; name the folder or zip that holds the photos")
-    limits = Limits("pack.images", settings.max_bytes, settings.follow_links)
+        raise ConfigError(
+            "pack.images is empty; name what holds the photos: a folder, zip, tar, table or s3://"
+        )
+    limits = Limits(
+        "pack.images",
+        settings.max_bytes,
+        settings.follow_links,
+        image_column=settings.image_column,
+        cache=cache,
+    )
     return _open_places(tuple(settings.images), limits)
 
 

@@ -239,7 +239,6 @@ SHORT_MODULES = {
     "vlal_dist": "the public names",
     "vlal_dist.__main__": "the command `vlal`",
     "vlal_dist.data.format.photo_groups": "needed by torch-free tools and by evaluation",
-    "vlal_dist.data.format.photo_tables": "names of rows, which importers need as well",
     "vlal_dist.data.order.ledger": "one class, used by plan, epoch check and checkpoint",
     "vlal_dist.data.order.rank_split": "the split over ranks, a section of docs/stream.md",
     "vlal_dist.report": "a program",

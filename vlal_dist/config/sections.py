@@ -120,8 +120,10 @@ class PackConfig(Section):
     name: str = Field("own", min_length=1)
     """Dataset name, part of every sample's uid; absent: the last part of paths.root."""
     images: Texts = []
-    """Folders, zip files or s3:// searched for `{image_id}` with any suffix of a photo, in order
-    (paths or URLs; docs/your-data.md)."""
+    """Folders, zips, tars, Parquet files with the photos, or s3://, searched for `{image_id}` with
+    any suffix of a photo, in order (paths, URLs or patterns; docs/your-data.md)."""
+    image_column: str | None = None
+    """Column of tables with the bytes of photos; absent: the only one that holds bytes."""
     follow_links: bool = False
     """Read photos whose symbolic links lead out of all of pack.images."""
     max_bytes: int = Field(256_000_000, ge=1)
@@ -445,8 +447,10 @@ class PredictConfig(Section):
     model: str | None = None
     """Folder written by export (path or URL); absent: paths.export."""
     images: str | None = None
-    """Photos: a folder, searched recursively, a zip, a single photo (path), or s3://; with
-    predict.table, absent: the table's own folder."""
+    """Photos: a folder, searched recursively, a zip, tars, Parquet files with the photos, a single
+    photo, or s3:// (path, URL or pattern); with predict.table, absent: the table's own folder."""
+    image_column: str | None = None
+    """Column of a Parquet file with the bytes of photos; absent: the only one that holds bytes."""
     table: str | None = None
     """.csv, .tsv, .jsonl or .parquet, a row per object: image (below predict.images), object, and
     optionally box ([x, y, width, height] in pixels; empty: the whole photo) and id (path);

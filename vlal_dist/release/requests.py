@@ -71,7 +71,9 @@ def open_requests(
             model.object_id(config.object)
         except DataError as error:
             raise ConfigError(f"predict.object: {error}") from None
-    limits = Limits("predict.images", config.max_bytes, config.follow_links)
+    limits = Limits(
+        "predict.images", config.max_bytes, config.follow_links, image_column=config.image_column
+    )
     if config.table is not None:
         table = Path(config.table)
         rows, total = read_table(table, config.ignore_columns)

@@ -311,7 +311,7 @@ def test_zips_of_odd_content(tmp_path: Path) -> None:
         ("entry", data.replace(b"PK\x01\x02", b"PK\x01\x07")),
     ):
         (tmp_path / f"{name}.zip").write_bytes(damaged)
-        with pytest.raises((ConfigError, DataError), match=r"damaged|no zip that is whole"):
+        with pytest.raises((ConfigError, DataError), match=r"damaged|no zip, tar or table"):
             photos(tmp_path / f"{name}.zip")
 
 
@@ -339,7 +339,7 @@ def test_a_single_photo_is_a_place(tmp_path: Path) -> None:
     with pytest.raises(MissingPhotoError):
         photos(tmp_path / "one").read("two")
     (tmp_path / "text.jpg").write_text("no photo")
-    with pytest.raises(ConfigError, match=r"no photo, no tar and no zip"):
+    with pytest.raises(ConfigError, match=r"no photo and no zip, tar or table"):
         photos(tmp_path / "text.jpg")
 
 

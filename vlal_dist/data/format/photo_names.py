@@ -39,11 +39,15 @@ class Limits:
         setting: the key of the configuration that names the places, for errors; may be empty.
         max_bytes: of a photo's file.
         follow_links: whether links of a folder may lead out of all named places.
+        image_column: of tables, the column with the bytes; None: the only one.
+        cache: folder for copies of tables' rows that are read again and again; may be empty.
     """
 
     setting: str
     max_bytes: int = MAX_BYTES
     follow_links: bool = False
+    image_column: str | None = None
+    cache: str = ""
 
     def option(self, name: str) -> str:
         """The key of a setting beside `setting`."""

@@ -1,4 +1,4 @@
-"""Places that hold photos as files: a folder, a zip, a bucket."""
+"""Places that hold photos as files: a folder, a zip, a bucket; files that hold many photos."""
 
 import os
 import stat
@@ -8,6 +8,7 @@ import zipfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from vlal_dist.data.format.images import HEAD_BYTES
 from vlal_dist.data.format.photo_names import (
@@ -19,9 +20,9 @@ from vlal_dist.data.format.photo_names import (
     name_keys,
     printable,
 )
-from vlal_dist.errors import DataError, NotFoundError, StorageError
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
 from vlal_dist.storage.checks import TEMPORARY_PREFIX
-from vlal_dist.storage.store import Store
+from vlal_dist.storage.store import Store, find_files
 
 _HEADER_BYTES = 30
 """The fixed part of a zip member's header."""
@@ -332,3 +333,70 @@ def _check_regular(path: str, mode: int) -> None:
         raise IsADirectoryError(path)
     if not stat.S_ISREG(mode):
         raise DataError(f"not a file: {printable(path)} is a device, a pipe or a socket")
+
+
+@dataclass(frozen=True)
+class ContainerFile:
+    """A file that holds photos, as it was when its size was asked for.
+
+    Attributes:
+        name: of the file, without folders and suffix; begins the names of its photos.
+        store, key: where it is.
+        size_bytes: of the file.
+        changed_ns: time of change of a local file; None: an object, whose version the store checks.
+    """
+
+    name: str
+    store: Store
+    key: str
+    size_bytes: int
+    changed_ns: int | None
+
+    @property
+    def url(self) -> str:
+        """Path or URL, for messages."""
+        return f"{self.store.url.rstrip('/')}/{self.key}"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the file.
+
+        Raises:
+            DataError: the file is another one by now.
+            StorageError: it cannot be read.
+        """
+        if self.changed_ns is not None and _state(self.store, self.key) != (
+            self.size_bytes,
+            self.changed_ns,
+        ):
+            raise DataError(f"unreadable: {printable(self.url)} has changed; repeat the command")
+        return self.store.read(self.key, offset=offset, length=size)
+
+
+def find_containers(place: str, setting: str) -> list[tuple[str, Store, str, int, int | None]]:
+    """Fields of a `ContainerFile` for each file that a path, URL or pattern names, by name.
+
+    Raises:
+        ConfigError: there is none, or two have the same name.
+    """
+    found: dict[str, tuple[str, Store, str, int, int | None]] = {}
+    for store, key in find_files(place):
+        name = os.path.splitext(key.rpartition("/")[2])[0]
+        one = (name, store, key, *_state(store, key))
+        if (other := found.setdefault(name, one)) is not one:
+            paths = " and ".join(ContainerFile(*two).url for two in (other, one))
+            raise ConfigError(
+                f"{setting} {place}: {paths} would give their photos the same names ({name}/...); "
+                "rename one, or give them as two places"
+            )
+    if not found:
+        raise ConfigError(f"{setting} {place}: no such file; correct the path or the pattern")
+    return [found[name] for name in sorted(found)]
+
+
+def _state(store: Store, key: str) -> tuple[int, int | None]:
+    """Size in bytes, and of a local file the time of its last change."""
+    local = store.local_path(key)
+    if local is None:
+        return store.size(key), None
+    found = local.stat()
+    return found.st_size, found.st_mtime_ns

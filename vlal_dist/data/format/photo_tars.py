@@ -6,7 +6,6 @@ Headers are read once, in large pieces; each photo is one ranged read. Nothing i
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 
 from vlal_dist.data.format.images import HEAD_BYTES
@@ -17,9 +16,9 @@ from vlal_dist.data.format.photo_names import (
     has_suffix,
     printable,
 )
+from vlal_dist.data.format.photo_places import ContainerFile, find_containers
 from vlal_dist.data.format.tar import BLOCK, ForeignMember, walk_tar
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.storage.store import Store, find_files
 
 MAX_MEMBERS = 50_000_000
 """Members of the tars of one place; their names take about 5 GB of memory."""
@@ -30,41 +29,8 @@ _LISTING_THREADS = 8
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclass(frozen=True)
-class Tar:
-    """One tar, as it was when its size was asked for.
-
-    Attributes:
-        name: of the file, without folders and `.tar`; begins the names of its photos.
-        store, key: where it is.
-        size_bytes: of the file.
-        changed_ns: time of change of a local file; None: an object, whose version the store checks.
-    """
-
-    name: str
-    store: Store
-    key: str
-    size_bytes: int
-    changed_ns: int | None
-
-    @property
-    def url(self) -> str:
-        """Path or URL, for messages."""
-        return f"{self.store.url.rstrip('/')}/{self.key}"
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Bytes of the tar.
-
-        Raises:
-            DataError: the file is another one by now.
-            StorageError: it cannot be read.
-        """
-        if self.changed_ns is not None and _state(self.store, self.key) != (
-            self.size_bytes,
-            self.changed_ns,
-        ):
-            raise DataError(f"unreadable: {printable(self.url)} has changed; repeat the command")
-        return self.store.read(self.key, offset=offset, length=size)
+class Tar(ContainerFile):
+    """One tar."""
 
     def members(self) -> Iterator[ForeignMember]:
         """Its members in order, links and folders included; see `walk_tar`.
@@ -88,33 +54,8 @@ class Tar:
 
 
 def find_tars(place: str, setting: str) -> list[Tar]:
-    """The tars that a path, URL or pattern names, by name.
-
-    Raises:
-        ConfigError: there is none, or two have the same name.
-    """
-    tars: dict[str, Tar] = {}
-    for store, key in find_files(place):
-        name = key.rpartition("/")[2].removesuffix(".tar")
-        size_bytes, changed_ns = _state(store, key)
-        tar = Tar(name, store, key, size_bytes, changed_ns)
-        if (other := tars.setdefault(name, tar)) is not tar:
-            raise ConfigError(
-                f"{setting} {place}: {other.url} and {tar.url} would give their photos the same "
-                f"names ({name}/...); rename one, or give them as two places"
-            )
-    if not tars:
-        raise ConfigError(f"{setting} {place}: no such file; correct the path or the pattern")
-    return [tars[name] for name in sorted(tars)]
-
-
-def _state(store: Store, key: str) -> tuple[int, int | None]:
-    """Size in bytes, and of a local file the time of its last change."""
-    local = store.local_path(key)
-    if local is None:
-        return store.size(key), None
-    found = local.stat()
-    return found.st_size, found.st_mtime_ns
+    """The tars that a path, URL or pattern names, sorted by name; see `find_containers`."""
+    return [Tar(*found) for found in find_containers(place, setting)]
 
 
 def _in_pieces(

@@ -1,4 +1,4 @@
-"""Photos by name, from folders, zip files, tars and buckets; for pack and predict.
+"""Photos by name, from folders, zip files, tars, tables and buckets; for pack and predict.
 
 A name leads to a regular file below a named place, within a limit of bytes, or to an error whose
 text begins with the reason.
@@ -26,6 +26,8 @@ from vlal_dist.data.format.photo_names import (
     printable,
 )
 from vlal_dist.data.format.photo_places import Bucket, Folder, Zip, read_file
+from vlal_dist.data.format.photo_tables import MAGIC, Tables
+from vlal_dist.data.format.photo_tables import SUFFIXES as TABLE_SUFFIXES
 from vlal_dist.data.format.photo_tars import Tars
 from vlal_dist.data.format.tar import is_tar
 from vlal_dist.errors import ConfigError, DataError, NotFoundError, StorageError
@@ -46,13 +48,15 @@ class Photos:
     """The photos of one or several places; safe to read from many threads.
 
     A name is a path below a folder (or an absolute path of a file below it), a member of a zip or
-    the end of its path, a key of a bucket, or `TAR/MEMBER` of tars, of which the member is enough.
-    Without a suffix it stands for the photo with that name and any of `SUFFIXES`. The first place
-    that holds a name is used.
+    the end of its path, a key of a bucket, `TAR/MEMBER` of tars, of which the member is enough, or
+    what `row_names` calls the row of a table, with or without `FILE/` before it. Without a suffix
+    it stands for the photo with that name and any of `SUFFIXES`. The first place that holds a name
+    is used.
 
     Args:
         places: folders, zip files, single photos, `s3://bucket/prefix`; tars, local or
-            `s3://bucket/key.tar`, several by a pattern such as `shards/*.tar`.
+            `s3://bucket/key.tar`, several by a pattern such as `shards/*.tar`; Parquet in the same
+            ways, and local Arrow files.
         limits: what may be read.
 
     Attributes:
@@ -60,7 +64,7 @@ class Photos:
 
     Raises:
         ConfigError: nothing that can hold photos is there.
-        DataError: a zip or tar is damaged.
+        DataError: a zip, tar or table is damaged.
     """
 
     def __init__(self, places: Sequence[str], limits: Limits) -> None:
@@ -116,23 +120,23 @@ class Photos:
 def _open_place(place: str, limits: Limits, roots: list[str]) -> Place:
     store = open_store(place)
     remote = store.local_path("any") is None
-    if remote or (any(mark in place for mark in "*?[") and not os.path.exists(store.url)):
+    pattern = any(mark in place for mark in "*?[")
+    if remote or (pattern and not os.path.exists(store.url)):
         if place.lower().endswith(".tar"):
-            return Tars(place, limits)
-        if remote and not any(mark in place for mark in "*?["):
+            return Tars(store.url, limits)
+        if place.lower().endswith(TABLE_SUFFIXES):
+            return Tables(store.url, limits)
+        if not pattern:
             return Bucket(store, limits)
         raise ConfigError(
-            f"{limits.setting} {place}: a pattern names tars, it ends in .tar; without a pattern "
-            "give a folder of photos, a zip, a tar, or s3://"
+            f"{limits.setting} {place}: a pattern names tars or tables, it ends in .tar or "
+            f"{' or '.join(TABLE_SUFFIXES)}; {_KINDS}"
         )
     path = store.url
     if os.path.isdir(path):
         return Folder(path, limits, roots)
     if not os.path.isfile(path):
-        raise ConfigError(
-            f"{limits.setting} {place}: no such folder or file; give a folder of photos, a zip, a "
-            "tar, or s3://"
-        )
+        raise ConfigError(f"{limits.setting} {place}: no such folder or file; {_KINDS}")
     with open(path, "rb") as file:
         head = file.read(512)
     if photo_format(head[:HEAD_BYTES]) is not None:
@@ -141,11 +145,15 @@ def _open_place(place: str, limits: Limits, roots: list[str]) -> Place:
         return Tars(path, limits)
     if zipfile.is_zipfile(path):
         return Zip(path, limits)
+    if head.startswith(MAGIC):
+        return Tables(path, limits)
     raise ConfigError(
-        f"{limits.setting} {place}: it is a file, but no photo, no tar and no zip that is whole; "
-        "give a folder of photos, a zip, a tar, a photo, or s3:// (a table of photos is given as "
-        "predict.table)"
+        f"{limits.setting} {place}: it is a file, but no photo and no zip, tar or table that is "
+        f"whole; {_KINDS} (a table of requests is given as predict.table)"
     )
+
+
+_KINDS = "give a folder of photos, a zip, a tar, a Parquet file with the photos, a single photo, or s3://"
 
 
 @contextmanager
