@@ -37,8 +37,13 @@ CONFIG = "config.yaml"
 
 FORMATS = {
     "table": "CSV, TSV, JSON lines, Parquet, Arrow: a row per object, or per attribute of one",
+    "coco": "COCO JSON: attributes by name, by id (Fashionpedia, PACO), as a vector (OVAD)",
+    "openimages": "CSV files of Open Images: labels of photos, boxes, relationships",
+    "cub": "a folder of CUB-200-2011: attributes of birds with the annotators' certainty",
 }
 """Word -> its purpose."""
+FOLDERS = ("cub",)
+"""Formats whose inputs are folders."""
 
 PURPOSE = """
 Read annotations of a format and write, to paths.imported, files that clean reads, rejects.parquet
@@ -58,7 +63,7 @@ def import_records(word: str, config: Config, flags: Mapping[str, str]) -> Count
     """
     settings, target = config.importing, open_store(config.paths.imported)
     limit = _limit(flags)
-    inputs = list_inputs(settings)
+    inputs = list_inputs(settings, folders=word in FOLDERS)
     target.list_keys(MANIFEST)  # a wrong bucket fails now
     module = importlib.import_module(f"shard_tools.importers.{word}")
     read: Callable[[ImportConfig], Iterator[Item]] = getattr(module, f"read_{word}")

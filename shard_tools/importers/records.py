@@ -155,8 +155,10 @@ class Input:
             yield path
 
 
-def list_inputs(settings: ImportConfig) -> list[Input]:
+def list_inputs(settings: ImportConfig, *, folders: bool = False) -> list[Input]:
     """The files of `importing.inputs`, in the order given; those of a glob sorted.
+
+    With `folders`, inputs are folders: of these there is neither a size nor a check here.
 
     Raises:
         ConfigError: none is given, a split that there is not, or nothing at a place.
@@ -177,7 +179,7 @@ def list_inputs(settings: ImportConfig) -> list[Input]:
         Input(split, url, size)
         for split, places in settings.inputs.items()
         for place in places
-        for url, size in _expand(place)
+        for url, size in ([(place, 0)] if folders else _expand(place))
     ]
     twice = [url for url, count in Counter(one.url for one in found).items() if count > 1]
     if twice:

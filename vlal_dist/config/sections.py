@@ -45,8 +45,8 @@ class ImportConfig(Section):
     """Table: a row per object with lists of names, a row per object and attribute, or a column per
     attribute; auto: by the columns that are there."""
     attributes: Texts = []
-    """Table of layout wide: the columns that are attributes; absent: all that have no other
-    meaning."""
+    """Columns that are attributes, of a table of layout wide (absent: all without another meaning)
+    or of Open Images' boxes (absent: all flags)."""
     values: Annotated[
         dict[str, Literal["present", "absent", "unknown"]], BeforeValidator(_value_texts)
     ] = {}
@@ -55,7 +55,9 @@ class ImportConfig(Section):
     """Numbers that mean present/absent/unknown; auto: 1/0, and -1 is refused, because it is written
     for absent as well as for unknown."""
     min_certainty: float | None = None
-    """Smallest certainty of a label; one below it becomes unknown."""
+    """Smallest certainty of a label; one below it becomes unknown (CUB: 3, probably)."""
+    unlisted: Literal["unknown", "absent"] = "unknown"
+    """COCO: what those attributes are that an annotation's list does not name."""
     names: Annotated[
         list[Literal["trim", "lower", "underscores"]],
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),

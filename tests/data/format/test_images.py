@@ -36,6 +36,7 @@ from vlal_dist.data.format.images import (
     encode_jpeg,
     open_photo,
     photo_format,
+    photo_size,
     read_photo,
     upright_rgb,
 )
@@ -229,3 +230,23 @@ def test_a_changed_jpeg_is_refused_or_decoded_strictly(data: st.DataObject) -> N
         except ValueError:  # its header is read strictly all the same
             lenient = simplejpeg.decode_jpeg(whole, "RGB")
         assert np.array_equal(stored, lenient)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_size_of_the_upright_photo(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(buffer, format=kind, exif=exif)
+    data = buffer.getvalue()
+    assert photo_size(data, max_pixels=10**6) == open_photo(data, max_pixels=10**6).size
+
+
+def test_size_of_a_jpeg_without_its_pixels() -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 30), 90).save(buffer, format="JPEG", quality=95)
+    assert photo_size(buffer.getvalue()[:-80], max_pixels=10**6) == (40, 30)
+    for data in (b"\xff\xd8\xff\xe0", b"", b"text"):
+        with pytest.raises(DataError):
+            photo_size(data, max_pixels=10**6)

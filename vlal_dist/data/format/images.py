@@ -15,7 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from vlal_dist.data.format.jpeg import CROP_PIXELS, check_fragments, check_pixels, read_jpeg
+from vlal_dist.data.format.jpeg import (
+    CROP_PIXELS,
+    check_fragments,
+    check_pixels,
+    read_jpeg,
+    read_jpeg_size,
+)
 from vlal_dist.errors import DataError
 
 # The limit is set per call; Pillow's global one would only warn.
@@ -156,6 +162,17 @@ def read_photo(
             raise DataError(f"not an image: it begins as no {', '.join(OPENED)} file does")
         raise DataError(f"not an image: {name} is not read; convert it to JPEG or PNG")
     return Photo(_open_with_pillow(data, name, max_pixels, background), None)
+
+
+def photo_size(data: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Width and height of the upright photo: of a JPEG from its header, of others decoded.
+
+    Raises:
+        DataError: as `read_photo`.
+    """
+    if photo_format(data[:HEAD_BYTES]) == "JPEG":
+        return read_jpeg_size(data)
+    return open_photo(data, max_pixels=max_pixels).size
 
 
 def upright_rgb(image: Image.Image, *, background: str = WHITE) -> Image.Image:

@@ -169,6 +169,22 @@ def read_jpeg(data: bytes, *, max_pixels: int, keep_metadata: bool = False) -> J
     return JpegPhoto(pixels, parts.orientation(), jpg if kept else None)
 
 
+def read_jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a photo's JPEG when it is turned upright; no pixel is decoded.
+
+    Raises:
+        DataError: `truncated or damaged: ...`.
+    """
+    try:
+        height, width = _frame_size(data)
+        turned = _Parts(data, keep_metadata=False).orientation() >= 5
+    except DataError:
+        raise
+    except (ValueError, LookupError, struct.error) as error:
+        raise DataError(f"truncated or damaged: {error}") from None
+    return (height, width) if turned else (width, height)
+
+
 def _is_usual(jpg: bytes) -> bool:
     """Whether colours and subsampling are such that decoders on GPUs read them, too."""
     try:
