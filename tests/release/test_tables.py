@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from tests.release.conftest import Trained
 from vlal_dist.config.sections import PredictConfig
+from vlal_dist.data.format.tables import Record
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.release.model import ExportedModel, load_model
 from vlal_dist.release.requests import Reject, Request, open_requests
-from vlal_dist.release.tables import Record, read_table
+from vlal_dist.release.tables import read_table
 
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]  # also on a busy machine
 BOX = (1.0, 2.0, 30.0, 40.0)

@@ -3,19 +3,17 @@
 A row that cannot be used becomes a `Reject` in its place; nothing is guessed.
 """
 
-import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlal_dist.config.sections import PredictConfig
-from vlal_dist.contents import shown
-from vlal_dist.data.format.photos import Limits, Photos, printable
+from vlal_dist.data.format.photos import Limits, Photos
+from vlal_dist.data.format.tables import cell_text, row_box
 from vlal_dist.data.loading.decode import Box
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.release.model import ExportedModel
-from vlal_dist.release.tables import SIDES, Record, Rows, read_table
+from vlal_dist.release.tables import Rows, read_table
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _parse(
         errors: list[DataError] = []
         for column in texts:
             try:
-                texts[column] = _text(record.get(column), column)
+                texts[column] = cell_text(record.get(column), column)
             except DataError as error:
                 errors.append(error)
         identity, image = texts["id"] or str(row), texts["image"] or ""
@@ -116,62 +114,6 @@ def _parse(
             object_id = model.object_id(name)
             if not image:
                 raise DataError("no image: the column image is empty")
-            yield Request(row, identity, image, name, object_id, _box(record))
+            yield Request(row, identity, image, name, object_id, row_box(record))
         except DataError as error:
             yield reject(row, identity, image, name, error)
-
-
-def _text(value: object, column: str) -> str | None:
-    """A cell as text; None where it is empty (pandas writes NaN).
-
-    Raises:
-        DataError: `not text: ...`, bytes or halves of characters that are not Unicode, or a list.
-    """
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "surrogateescape")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # as pandas writes numbers beside empty cells
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"not text: {column} is {shown(value)}")
-    text = str(value).strip() if column == "object" else str(value)
-    if printable(text, length=len(text)) != text:
-        raise DataError(f"not text: {column} is '{printable(text)}', which is not UTF-8")
-    return text
-
-
-def _box(record: Record) -> Box | None:
-    """The box as x, y, width, height; None: the row has none.
-
-    Raises:
-        DataError: `bad box: ...`.
-    """
-    sides = next((form for form in SIDES if all(side in record for side in form)), ())
-    value = [record[side] for side in sides] if sides else record.get("box")
-    if isinstance(value, str):
-        value = re.split(r"[,;\s]+", value.strip("[]() \t")) if value.strip() else None
-    if value is None or (sides and all(_is_empty(side) for side in value)):
-        return None
-    numbers = [_number(side) for side in value] if isinstance(value, list | tuple) else []
-    if len(numbers) != 4 or not all(math.isfinite(number) for number in numbers):
-        form = ", ".join(sides or SIDES[0])
-        raise DataError(f"bad box: {shown(value)} is not {form} in pixels")
-    x, y, w, h = numbers
-    if "x2" in sides:
-        w, h = w - x, h - y
-        if w <= 0 or h <= 0:
-            raise DataError(f"bad box: {shown(value)}: the second corner is not below the first")
-    return x, y, w, h
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def _number(value: object) -> float:
-    """A finite number, or NaN."""
-    try:
-        return math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
