@@ -29,7 +29,7 @@ from shard_tools.shard_writer import (
     run_tasks,
 )
 from vlal_dist.config.sections import Config
-from vlal_dist.data.format.dataset import Dataset, Split, open_dataset
+from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, refuse_in_place
 from vlal_dist.data.format.sample_reader import SampleReader, parse_meta
 from vlal_dist.data.format.scores import ShardScores, read_scores_manifest, read_shard_scores
 from vlal_dist.data.format.tar import encode_sample
@@ -58,6 +58,7 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
     """Merge the score root into a copy of the dataset root."""
     paths = config.paths
     dataset = open_dataset(paths.dataset, cache=Path(paths.cache))
+    refuse_in_place(dataset, what="which merge adds nothing to")
     scores = read_scores_manifest(
         open_store(paths.scores),
         feasible_digest=dataset.feasible.digest,

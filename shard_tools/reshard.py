@@ -23,7 +23,13 @@ from shard_tools.shard_writer import (
     shard_name,
 )
 from vlal_dist.config.sections import Config
-from vlal_dist.data.format.dataset import Dataset, Split, open_newest, read_labels
+from vlal_dist.data.format.dataset import (
+    Dataset,
+    Split,
+    open_newest,
+    read_labels,
+    refuse_in_place,
+)
 from vlal_dist.data.format.index import Array, Index, Shard
 from vlal_dist.data.format.sample_reader import parse_meta, read_again
 from vlal_dist.data.format.tar import EncodedSample, key_of
@@ -54,6 +60,7 @@ class ReshardTask:
 def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
     """Write the samples of paths.merged where it exists, else of paths.dataset, in other shards."""
     dataset, pack = open_newest(config.paths), config.pack
+    refuse_in_place(dataset, what="which reshard does not copy")
     target = open_target(config.paths.resharded, source=dataset.url)
     splits = open_splits(dataset)
     commit_settings(

@@ -14,7 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NotRequired
@@ -26,6 +26,7 @@ from typing_extensions import TypedDict
 
 from vlal_dist.config.sections import PathsConfig
 from vlal_dist.contents import Count, Finite, Sha256, parse_json, shown
+from vlal_dist.data.format.annotations import Annotations, check_annotations, map_annotations
 from vlal_dist.data.format.index import (
     ARROW_ERRORS,
     LABELS_SCHEMA,
@@ -40,7 +41,7 @@ from vlal_dist.data.format.index import (
     map_blocks,
     map_index,
 )
-from vlal_dist.errors import DataError, NotFoundError, bounded
+from vlal_dist.errors import ConfigError, DataError, NotFoundError, bounded
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.storage.local import replacing
 from vlal_dist.storage.store import Store, fetch, open_store
@@ -52,6 +53,8 @@ FORMAT = 1
 ROOT_FILES = ("vocabulary.json", "feasible.npz")
 """Copies in every dataset root, which make it self-contained."""
 SPLIT_FILES = ("shards.parquet", "index.arrow", "blocks.arrow", "labels.parquet")
+IN_PLACE_FILES = ("annotations.arrow",)
+"""Further files of a split whose samples lie in tars of others."""
 CHECKS = 1
 """Version of the checks that `cache/verified` vouches for."""
 
@@ -62,6 +65,7 @@ class _SplitEntry(TypedDict):
     bytes: Count
     rejected: NotRequired[Count]
     files: dict[str, Sha256]
+    tars: NotRequired[str]
 
 
 class _Likelihood(TypedDict):
@@ -119,7 +123,12 @@ class Dataset:
 class Split:
     """One opened split: shard list, memory-mapped index and blocks.
 
-    `num_attributes` bounds the attribute ids of its samples; None: they are not checked.
+    Attributes:
+        name: of the split.
+        store: holds the shards: the dataset's root, or the place of the tars that others wrote.
+        shards, index, blocks: as the files of these names have them.
+        num_attributes: bounds the attribute ids of its samples; None: they are not checked.
+        annotations: of samples in tars of others, which hold no json of ours; None: our own tars.
     """
 
     name: str
@@ -128,6 +137,7 @@ class Split:
     index: Index
     blocks: Blocks
     num_attributes: int | None = None
+    annotations: Annotations | None = None
 
     @property
     def num_samples(self) -> int:
@@ -135,8 +145,9 @@ class Split:
         return len(self.index)
 
     def shard_key(self, shard: int) -> str:
-        """Storage key of a shard, by position."""
-        return f"{self.name}/shards/{self.shards[shard].name}"
+        """Key of a shard in `store`, by position."""
+        name = self.shards[shard].name
+        return name if self.annotations is not None else f"{self.name}/shards/{name}"
 
 
 def open_dataset(url: str, *, cache: Path) -> Dataset:
@@ -187,7 +198,10 @@ def open_dataset(url: str, *, cache: Path) -> Dataset:
 def _check_names(manifest: dict[str, Any], where: str) -> None:
     """A DataError where a manifest lacks a file, or a split's name is not one of a folder."""
     listed: list[tuple[Any, tuple[str, ...]]] = [(manifest["files"], ROOT_FILES)]
-    listed += [(entry["files"], SPLIT_FILES) for entry in manifest["splits"].values()]
+    listed += [
+        (entry["files"], (*SPLIT_FILES, *(IN_PLACE_FILES if "tars" in entry else ())))
+        for entry in manifest["splits"].values()
+    ]
     missing = [name for files, names in listed for name in names if name not in files]
     if missing:
         raise DataError(f"{where}: no digest of {missing[0]}; restore it, or pack again")
@@ -220,14 +234,22 @@ def open_split(dataset: Dataset, split: str) -> Split:
     if split not in dataset.manifest["splits"]:
         raise DataError(f"{dataset.url} has no split {split!r}; it has {', '.join(dataset.splits)}")
     entry, where = dataset.manifest["splits"][split], f"{dataset.url}: {split}"
+    in_place = "tars" in entry
     shards = decode_shards(
         verified_file(dataset, split, "shards.parquet").read_bytes(),
         where=f"{where}/shards.parquet",
+        in_place=in_place,
     )
-    num_objects = len(dataset.vocabulary.objects)
+    num_objects, width = len(dataset.vocabulary.objects), len(dataset.vocabulary.attributes)
 
     def check_rows(path: Path) -> None:
-        check_index(map_index(path), shards, num_objects=num_objects, where=f"{where}/index.arrow")
+        check_index(
+            map_index(path),
+            shards,
+            num_objects=num_objects,
+            where=f"{where}/index.arrow",
+            in_place=in_place,
+        )
 
     def check_runs(path: Path) -> None:
         check_blocks(map_blocks(path), index, where=f"{where}/blocks.arrow")
@@ -244,8 +266,31 @@ def open_split(dataset: Dataset, split: str) -> Split:
                 f"{where}/{what} holds {samples} samples, dataset.json says "
                 f"{entry['samples']}; run vlal verify, and pack again"
             )
-    width = len(dataset.vocabulary.attributes)
-    return Split(split, dataset.store, shards, index, blocks, num_attributes=width)
+    found = Split(split, dataset.store, shards, index, blocks, num_attributes=width)
+    if not in_place:
+        return found
+
+    def check_labels(path: Path) -> None:
+        check_annotations(
+            map_annotations(path),
+            rows=len(index),
+            num_attributes=width,
+            where=f"{where}/annotations.arrow",
+        )
+
+    path = verified_file(dataset, split, "annotations.arrow", check=check_labels)
+    annotations = map_annotations(path)
+    return replace(found, store=open_store(entry["tars"]), annotations=annotations)
+
+
+def refuse_in_place(dataset: Dataset, *, what: str) -> None:
+    """Raise a ConfigError where samples lie in tars of others, which nothing is added to."""
+    if any("tars" in entry for entry in dataset.manifest["splits"].values()):
+        raise ConfigError(
+            f"{dataset.url} was packed in place: its samples lie in tars of others, {what}; set "
+            "data.likelihood scores, which reads likelihoods from the score files (vlal run then "
+            "needs no merge), or pack with pack.in_place false into another paths.dataset"
+        )
 
 
 def verified_file(

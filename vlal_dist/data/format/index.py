@@ -136,17 +136,21 @@ def check_uids(indexes: Sequence[Index]) -> None:
 
 
 def form_blocks(index: Index, *, block_bytes: int) -> Blocks:
-    """Cut each shard's samples into runs that end at the first sample to reach `block_bytes`."""
+    """Cut each shard's samples into runs that end at the first sample to reach `block_bytes`.
+
+    In tars of others there may be gaps between samples, which are read with their block; one of
+    `block_bytes` or more ends a block.
+    """
     rows: list[tuple[int, int, int, int, int]] = []
-    start = 0
-    size = 0
-    shard, length = index.shard.tolist(), index.length.tolist()
+    first = 0
+    shard, offset = index.shard.tolist(), index.offset.tolist()
+    end = (index.offset + index.length).tolist()
     for row in range(len(index)):
-        size += length[row]
+        size = end[row] - offset[first]
         last = row + 1 == len(index) or shard[row + 1] != shard[row]
-        if last or size >= block_bytes:
-            rows.append((shard[row], start, row + 1 - start, int(index.offset[start]), size))
-            start, size = row + 1, 0
+        if last or size >= block_bytes or offset[row + 1] - end[row] >= block_bytes:
+            rows.append((shard[row], first, row + 1 - first, offset[first], size))
+            first = row + 1
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(BLOCK_TYPES)
     return Blocks(
         **{
@@ -157,8 +161,13 @@ def form_blocks(index: Index, *, block_bytes: int) -> Blocks:
 
 
 def encode_arrow(columns: Mapping[str, Array]) -> bytes:
-    """Arrow IPC file bytes: one record batch, uncompressed, columns in order."""
-    batch = pa.record_batch([pa.array(values) for values in columns.values()], names=list(columns))
+    """Arrow IPC file bytes of plain columns, in order."""
+    arrays = [pa.array(values) for values in columns.values()]
+    return encode_batch(pa.record_batch(arrays, names=list(columns)))
+
+
+def encode_batch(batch: pa.RecordBatch) -> bytes:
+    """Arrow IPC file bytes: one record batch, uncompressed."""
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -291,19 +300,23 @@ def checked_table(table: pa.Table, *, optional: Collection[str] = ()) -> pa.Tabl
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind))
+    types = pa.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
-def decode_shards(data: bytes, *, where: str = "shards.parquet") -> list[Shard]:
-    """Read `shards.parquet`.
+def decode_shards(
+    data: bytes, *, where: str = "shards.parquet", in_place: bool = False
+) -> list[Shard]:
+    """Read `shards.parquet`; names of tars of others (`in_place`) may have folders.
 
     Raises:
         DataError: damaged, a name or digest that is none, or a name that occurs twice.
     """
     table = decode_table(data, SHARDS_SCHEMA, where=where)
+    shard_name = TAR_KEY if in_place else _SHARD_NAME
     shards = [Shard(*values) for values in zip(*table.to_pydict().values(), strict=True)]
     for row, shard in enumerate(shards):
-        if not _SHARD_NAME.fullmatch(shard.name) or not _SHA256.fullmatch(shard.sha256):
+        if not shard_name.fullmatch(shard.name) or not _SHA256.fullmatch(shard.sha256):
             raise DataError(
                 f"{where}: row {row} has name {shown(shard.name)}, sha256 {shown(shard.sha256)}; a "
                 "shard is named NAME.tar, its digest has 64 hex digits: pack again"
@@ -316,12 +329,21 @@ def decode_shards(data: bytes, *, where: str = "shards.parquet") -> list[Shard]:
 
 
 _SHARD_NAME = re.compile(r"[^/\0.][^/\0]*\.tar")
+TAR_KEY = re.compile(r"(?:[^/\0.][^/\0]*/)*[^/\0.][^/\0]*\.tar")
+"""Key of a tar of others below the place that `dataset.json` names: no hidden part, no `..`."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = 1 << 20
 """Rows checked at once, which bounds the memory of a check."""
 
 
-def check_index(index: Index, shards: Sequence[Shard], *, num_objects: int, where: str) -> None:
+def check_index(
+    index: Index,
+    shards: Sequence[Shard],
+    *,
+    num_objects: int,
+    where: str,
+    in_place: bool = False,
+) -> None:
     """Compare every row of an index with the shards and the vocabulary.
 
     Takes about 60 ms and 60 MB for a million rows.
@@ -331,6 +353,7 @@ def check_index(index: Index, shards: Sequence[Shard], *, num_objects: int, wher
         shards: its shards.
         num_objects: of the vocabulary.
         where: name of the file, for messages.
+        in_place: the samples lie in tars of others, and have no json of ours.
 
     Raises:
         DataError: a row leaves its shard, overlaps the one before, or names no object; a shard has
@@ -342,7 +365,7 @@ def check_index(index: Index, shards: Sequence[Shard], *, num_objects: int, wher
         before = index.shard[start - 1 : start], index.offset[start - 1 : start]
         if start:  # the end of the row before this part, which is in range
             before = before[0], before[1] + index.length[start - 1 : start]
-        for wrong, what in _row_problems(part, size, num_objects, before):
+        for wrong, what in _row_problems(part, size, num_objects, before, in_place):
             if wrong.any():
                 row = start + int(np.flatnonzero(wrong)[0])
                 values = {name: int(column[row]) for name, column in vars(index).items()}
@@ -363,7 +386,7 @@ _REPACK = "the file was altered: restore it, or pack again"
 
 
 def _row_problems(
-    part: Index, size: Array, num_objects: int, before: tuple[Array, Array]
+    part: Index, size: Array, num_objects: int, before: tuple[Array, Array], in_place: bool
 ) -> Iterator[tuple[Array, str]]:
     """Rows that break a rule, rule by rule; a rule may rely on those before it."""
     yield part.shard >= len(size), f"its shard is none of {len(size)}"
@@ -372,8 +395,10 @@ def _row_problems(
     for name in ("jpg", "json", "likelihood"):
         offset, inner = getattr(part, f"{name}_offset"), getattr(part, f"{name}_length")
         yield offset.astype(np.uint64) + inner > length, f"its {name} leaves the sample"
-        if name != "likelihood":
+        if name == "jpg" or (name == "json" and not in_place):
             yield inner == 0, f"it has no {name}"
+        elif in_place:
+            yield inner != 0, f"it has a {name}, in a tar of others"
     yield part.object_id >= num_objects, f"its object is none of {num_objects}"
     shard = np.concatenate([before[0], part.shard])[:-1]
     end = np.concatenate([before[1], part.offset + length])[:-1]
@@ -406,17 +431,28 @@ def check_blocks(blocks: Blocks, index: Index, *, where: str) -> None:
 
 
 def _map_columns(path: Path, types: Mapping[str, str]) -> dict[str, Array]:
-    """The columns of a memory-mapped Arrow file; a map is never read past the end of its file."""
+    """The columns of a memory-mapped Arrow file."""
+    batch = map_batch(path, pa.schema(list(types.items())))
+    return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in types}
+
+
+def map_batch(path: Path, schema: pa.Schema) -> pa.RecordBatch:
+    """Memory-map an Arrow file of one record batch; a map is never read past the end of its file.
+
+    Raises:
+        DataError: damaged, of another schema or number of batches, or a value is null.
+    """
+    expected = {field.name: str(field.type) for field in schema}
     try:
         file = pa.ipc.open_file(pa.memory_map(str(path)))
         found = [(field.name, str(field.type)) for field in file.schema]
-        if found != list(types.items()) or file.num_record_batches != 1:
+        if found != list(expected.items()) or file.num_record_batches != 1:
             raise ValueError(f"{file.num_record_batches} batches of {shown(found, most=500)}")
         batch = file.get_batch(0)
-        batch.validate(full=True)
-        return {name: batch.column(name).to_numpy(zero_copy_only=True) for name in types}
+        checked_table(pa.Table.from_batches([batch]))
+        return batch
     except ARROW_ERRORS as error:
         raise DataError(
             f"{path} is damaged ({bounded(str(error), most=600)}); expected is one batch of "
-            f"{dict(types)}: restore the file, or pack again"
+            f"{expected}: restore the file, or pack again"
         ) from None

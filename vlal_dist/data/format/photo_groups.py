@@ -1,4 +1,4 @@
-"""Photo of each row of a split, read from the samples' `KEY.json`."""
+"""Photo of each row of a split, from the samples' `KEY.json` or the annotations beside tars."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +44,10 @@ def image_numbers(split: Split) -> npt.NDArray[np.int64]:
             "was packed; run vlal verify, and restore the shard or pack again"
         )
 
-    with ThreadPoolExecutor(READS) as pool:
-        photos = list(pool.map(photo, range(len(rows))))
+    if split.annotations is not None:
+        photos = split.annotations.texts("image_id")
+    else:
+        with ThreadPoolExecutor(READS) as pool:
+            photos = list(pool.map(photo, range(len(rows))))
     number = {name: place for place, name in enumerate(dict.fromkeys(photos))}
     return np.fromiter((number[name] for name in photos), dtype=np.int64, count=len(photos))

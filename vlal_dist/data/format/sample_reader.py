@@ -130,9 +130,10 @@ class SampleReader:
     def read_members(self, row: int) -> tuple[str, dict[str, bytes]]:
         """The key and the contents of every member of a sample; errors as `read_range`."""
         data, members = self.read_range(row), self.split.index.members(row)
+        annotations = self.split.annotations
         contents = {name: data[at : at + length] for name, (at, length) in members.items()}
         try:
-            return key_of(data), contents
+            return key_of(data) if annotations is None else annotations.text("key", row), contents
         except DataError as error:
             raise self._damaged(row, str(error)) from None
 
@@ -141,7 +142,7 @@ class SampleReader:
         key, members = self.read_members(row)
         likelihood = None
         try:
-            meta = parse_meta(members["json"])
+            meta = self._meta(row, members)
             if "likelihood.npy" in members:
                 likelihood = decode_npy(members["likelihood.npy"], "<f4").copy()
         except DataError as error:
@@ -164,6 +165,19 @@ class SampleReader:
             negative=meta["negative"],
             log_likelihood=likelihood,
         )
+
+    def _meta(self, row: int, members: dict[str, bytes]) -> dict[str, Any]:
+        """What `KEY.json` says; of a sample in a tar of others the same from its annotations."""
+        found = self.split.annotations
+        if found is None:
+            return parse_meta(members["json"])
+        return {
+            "instance_id": found.text("instance_id", row),
+            "object_id": int(self.split.index.object_id[row]),
+            "box_in_crop": (0.0, 0.0, float(found.width[row]), float(found.height[row])),
+            "positive": found.positive.of(row),
+            "negative": found.negative.of(row),
+        }
 
     def _read(self, row: int, key: str, offset: int, length: int) -> bytes:
         if self.split.store.local_path(key) is not None:

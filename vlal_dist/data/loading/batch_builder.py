@@ -129,6 +129,7 @@ class BatchBuilder:
         self.reader, self.config, self.read_likelihoods = reader, config, read_likelihoods
         self.num_attributes = len(dataset.vocabulary.attributes)
         self.set_size = np.diff(dataset.feasible.indptr)
+        self._in_place = any(split.annotations is not None for split in reader.corpus.splits)
         self.training = training
         self.quarantines = training and config.damage == "quarantine"
         self.decode_later = training and config.decode == "gpu"
@@ -158,6 +159,26 @@ class BatchBuilder:
         for low, high in pieces:
             self._pool.submit(job.work, low, high)
         return job.future
+
+    def labels_of(self, at: SampleLocations, data: list[Data]) -> npt.NDArray[np.int8]:
+        """Labels of rows, int8 [B, A]: of our own tars from their json, else from annotations.
+
+        Raises:
+            DataError: a json cannot be read.
+        """
+        if not self._in_place:
+            return label_rows(_members(data, at.json), self.num_attributes)
+        corpus = self.reader.corpus
+        which, local = corpus.locate(at.rows)
+        label = np.zeros((len(data), self.num_attributes), dtype=np.int8)
+        for number, split in enumerate(corpus.splits):
+            here = np.flatnonzero(which == number)
+            if split.annotations is not None:
+                label[here] = split.annotations.label_rows(local[here], self.num_attributes)
+            else:
+                jsons = _members([data[n] for n in here], at.json[here])
+                label[here] = label_rows(jsons, self.num_attributes)
+        return label
 
     def close(self) -> None:
         """End the threads."""
@@ -262,7 +283,7 @@ class _Job:
             image=image.permute(0, 3, 1, 2),
             flip=torch.from_numpy(flip),
             object_id=torch.from_numpy(at.object_id),
-            label=torch.from_numpy(label_rows(_members(data, at.json), builder.num_attributes)),
+            label=torch.from_numpy(builder.labels_of(at, data)),
             uid=torch.from_numpy(signed_uids(at.uid)),
             visit=torch.from_numpy(visit),
             row=torch.from_numpy(at.rows),
@@ -280,7 +301,7 @@ class _Job:
         for place in np.flatnonzero([len(one) > 0 for one in self.data]).tolist():
             one, data = at.select(slice(place, place + 1)), self.data[place : place + 1]
             try:
-                label_rows(_members(data, one.json), builder.num_attributes)
+                builder.labels_of(one, data)
                 if builder.read_likelihoods is not None:
                     builder.read_likelihoods(one.rows, _members(data, one.likelihood))
             except (DataError, LookupError, TypeError, ValueError) as error:
