@@ -16,6 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from shard_tools.in_place import REPACK, TarTask, index_tar, plan_tars, tars_digest
 from shard_tools.instances import (
     WHOLE_PHOTO,
     Box,
@@ -37,6 +38,7 @@ from shard_tools.shard_writer import (
     shard_name,
 )
 from vlal_dist.config.sections import Config, PackConfig
+from vlal_dist.data.format.annotations import ANNOTATIONS_SCHEMA, encode_annotations
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
 from vlal_dist.data.format.images import (
     Photo,
@@ -87,6 +89,11 @@ class ShardTask:
     instances: list[InstanceRow]
     cache: str = ""
 
+    @property
+    def num_instances(self) -> int:
+        """Number of instances."""
+        return len(self.instances)
+
 
 def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     """Pack every split of the instances root into the dataset root."""
@@ -98,38 +105,51 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         check_digest(f"{source.url}/{name}", clean["files"][name], found)
     crops = settings.model_dump(include=CROP_SETTINGS)
     crops["background"] = settings.background.lower()
-    commit_settings(
-        target,
-        "pack.json",
-        {
-            **settings.model_dump(include={"name", "shard_bytes", "block_bytes", "seed"}),
-            "clean_sha256": hashlib.sha256(cleaned).hexdigest(),
-            "crops": crops,
-        },
-    )
-    _open_places.cache_clear()
-    _open_photos(settings, config.paths.cache)  # a wrong path fails before any work
-    tasks = [
-        task
+    begun = {
+        **settings.model_dump(include={"name", "shard_bytes", "block_bytes", "seed"}),
+        "clean_sha256": hashlib.sha256(cleaned).hexdigest(),
+        "crops": crops,
+    }
+    instances = {
+        split: read_instances(source, split, sha256=clean["files"][f"{split}.parquet"])
         for split in clean["splits"]
-        for task in plan_shards(
-            read_instances(source, split, sha256=clean["files"][f"{split}.parquet"]),
-            split,
-            config.paths.dataset,
-            settings,
-            config.paths.cache,
-        )
-    ]
-    restored = {"restored": forget_restored(target, tasks)} if "retry-rejected" in flags else {}
-    reports = run_tasks(
-        build_shard,
+    }
+    place, restored = None, {}
+    tasks: list[ShardTask | TarTask] = []
+    if settings.in_place:
+        if "retry-rejected" in flags:
+            raise ConfigError(
+                "pack.in_place: --retry-rejected writes shards again, and tars of others are never "
+                "written; correct the photos, and pack into another paths.dataset"
+            )
+        place, in_place = plan_tars(instances, config.paths.dataset, settings)
+        commit_settings(target, "pack.json", {**begun, "tars": tars_digest(place, in_place)})
+        tasks += in_place
+    else:
+        commit_settings(target, "pack.json", begun)
+        _open_places.cache_clear()
+        _open_photos(settings, config.paths.cache)  # a wrong path fails before any work
+        cropped = [
+            task
+            for split, rows in instances.items()
+            for task in plan_shards(
+                rows, split, config.paths.dataset, settings, config.paths.cache
+            )
+        ]
+        if "retry-rejected" in flags:
+            restored = {"restored": forget_restored(target, cropped)}
+        tasks += cropped
+    counter = PackCounts(config.observability.textfiles, root=target.url)
+    built = run_tasks(
+        _build,
         tasks,
         label="pack",
         unit="instances",
-        sizes=[len(task.instances) for task in tasks],
+        sizes=[task.num_instances for task in tasks],
         workers=settings.workers,
-        finished=PackCounts(config.observability.textfiles, root=target.url).add,
+        finished=counter.add_all,
     )
+    reports = [report for found in built for report in found.values()]
     manifest: dict[str, Any] = {"name": settings.name, "likelihood": None, "splits": {}}
     manifest["crops"] = {**crops, "seed": settings.seed}
     manifest["vocabulary_digest"] = clean["vocabulary_digest"]
@@ -139,18 +159,20 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         target.create(name, data)
     indexes = []
     for split in clean["splits"]:
-        of_split = [r for task, r in zip(tasks, reports, strict=True) if task.split == split]
+        of_split = [found[split] for found in built if split in found]
         shards, index = gather_index(of_split)
         entry = commit_split(
             target, split, shards, index, _tables(of_split), block_bytes=settings.block_bytes
         )
+        if place is not None:
+            entry["tars"] = place
         rejected = sum(len(report.rejects) for report in of_split)
         manifest["splits"][split] = {**entry, "rejected": rejected}
         indexes.append(index)
     check_uids(indexes)
     counts = commit_dataset(target, manifest)
     rejects = [reject for report in reports for reject in report.rejects]
-    _check_rejected(rejects, settings.max_rejected, read=sum(len(t.instances) for t in tasks))
+    _check_rejected(rejects, settings, read=sum(task.num_instances for task in tasks))
     return {**counts, "rejected": len(rejects), **restored}
 
 
@@ -176,6 +198,11 @@ def _estimated_bytes(box: Box) -> float:
     if box == WHOLE_PHOTO:
         return BYTES_PER_PHOTO + BYTES_PER_SAMPLE
     return box[2] * box[3] * BYTES_PER_PIXEL + BYTES_PER_SAMPLE
+
+
+def _build(task: ShardTask | TarTask) -> dict[str, ShardReport]:
+    """Split -> report of one finished task."""
+    return index_tar(task) if isinstance(task, TarTask) else {task.split: build_shard(task)}
 
 
 def build_shard(task: ShardTask) -> ShardReport:
@@ -366,6 +393,11 @@ class PackCounts:
         self.size_bytes += report.size_bytes
         self._write()
 
+    def add_all(self, reports: Mapping[str, ShardReport]) -> None:
+        """Count the reports of a finished task."""
+        for report in reports.values():
+            self.add(report)
+
     def _write(self) -> None:
         if self._file is None:
             return
@@ -422,10 +454,18 @@ def _tables(reports: list[ShardReport]) -> dict[str, bytes | Path]:
     }
     rejects = [reject for report in reports for reject in report.rejects]
     columns = {name: [reject[name] for reject in rejects] for name in REJECTS_SCHEMA.names}
-    return {
+    files: dict[str, bytes | Path] = {
         "labels.parquet": encode_table(labels, LABELS_SCHEMA),
         "rejects.parquet": encode_table(columns, REJECTS_SCHEMA),
     }
+    if reports and "image_id" in reports[0].columns:
+        files["annotations.arrow"] = encode_annotations(
+            {
+                name: [value for report in reports for value in report.columns[name]]
+                for name in ANNOTATIONS_SCHEMA.names
+            }
+        )
+    return files
 
 
 def _by_photo(instances: Iterable[InstanceRow], seed: int) -> list[list[InstanceRow]]:
@@ -436,7 +476,7 @@ def _by_photo(instances: Iterable[InstanceRow], seed: int) -> list[list[Instance
     return [photos[image] for image in order]
 
 
-def _check_rejected(rejects: Sequence[Reject], max_rejected: float, *, read: int) -> None:
+def _check_rejected(rejects: Sequence[Reject], settings: PackConfig, *, read: int) -> None:
     """Say what was rejected; DataError when it is above the limit."""
     if not rejects:
         return
@@ -447,8 +487,11 @@ def _check_rejected(rejects: Sequence[Reject], max_rejected: float, *, read: int
         f"{first[reason]['split']}: {first[reason]['detail'][:200]}"
         for reason, count in counts.most_common(3)
     )
+    max_rejected = settings.max_rejected
     remedies = {
-        "correct boxes in the annotations, and clean and pack them below a new paths.root"
+        f"{REPACK}; or correct them, and pack into another paths.dataset"
+        if settings.in_place
+        else "correct boxes in the annotations, and clean and pack them below a new paths.root"
         if RESULTS.get(reason) == "bad_box"
         else "restore photos and repeat with --retry-rejected"
         for reason in counts

@@ -66,6 +66,10 @@ SPLIT_FILES = (
 """Files beside the shards of a split, made from the reports of all of them."""
 
 REPORT_SCHEMA = pa.schema([*INDEX_TYPES.items(), *LABELS_SCHEMA])
+IN_PLACE_SCHEMA = pa.schema(
+    [*REPORT_SCHEMA, ("image_id", pa.string()), ("width", pa.uint32()), ("height", pa.uint32())]
+)
+"""Of the report on a tar of others, whose samples stay where they are."""
 
 
 @dataclass
@@ -99,14 +103,15 @@ class ShardReport:
         facts["sha256"] = self.sha256
         if self.source:
             facts["source"] = self.source
-        schema = REPORT_SCHEMA.with_metadata({"part": json.dumps(facts, sort_keys=True)})
+        schema = IN_PLACE_SCHEMA if "image_id" in self.columns else REPORT_SCHEMA
+        schema = schema.with_metadata({"part": json.dumps(facts, sort_keys=True)})
         return encode_table(self.columns, schema)
 
     @classmethod
-    def decode(cls, data: bytes, *, where: str) -> "ShardReport":
+    def decode(cls, data: bytes, *, where: str, schema: pa.Schema = REPORT_SCHEMA) -> "ShardReport":
         """Read `encode`'s bytes; `where` names them in the DataError if they are damaged."""
         remedy = "delete it and repeat the command: that shard is written again"
-        table = decode_table(data, REPORT_SCHEMA, where=where, remedy=remedy)
+        table = decode_table(data, schema, where=where, remedy=remedy)
         facts: _Facts = parse_json(
             (table.schema.metadata or {}).get(b"part", b"null"), _Facts, where=where, remedy=remedy
         )
@@ -206,12 +211,14 @@ def shard_key(split: str, shard: str) -> str:
     return f"{split}/shards/{shard}"
 
 
-def find_report(store: Store, split: str, shard: str) -> ShardReport | None:
+def find_report(
+    store: Store, split: str, shard: str, *, schema: pa.Schema = REPORT_SCHEMA
+) -> ShardReport | None:
     """The report of a shard that is there already; None: the shard is still to be written."""
     key = report_key(split, shard)
     if not store.exists(key):
         return None
-    return ShardReport.decode(store.read(key), where=f"{store.url}/{key}")
+    return ShardReport.decode(store.read(key), where=f"{store.url}/{key}", schema=schema)
 
 
 def shard_name(split: str, number: int) -> str:

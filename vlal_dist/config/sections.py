@@ -126,6 +126,9 @@ class PackConfig(Section):
     any suffix of a photo, in order (paths, URLs or patterns; docs/your-data.md)."""
     image_column: str | None = None
     """Column of tables with the bytes of photos; absent: the only one that holds bytes."""
+    in_place: bool = False
+    """Leave the photos in the tars of pack.images and write index, checksums and labels beside
+    (whole upright JPEGs; needs data.likelihood scores)."""
     follow_links: bool = False
     """Read photos whose symbolic links lead out of all of pack.images."""
     max_bytes: int = Field(256_000_000, ge=1)

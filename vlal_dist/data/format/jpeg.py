@@ -185,6 +185,32 @@ def read_jpeg_size(data: bytes) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
+def upright_size(jpg: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """Width and height of a file that every stage can read as it is: nothing repaired or turned.
+
+    Raises:
+        DataError: `too large: ...`, `truncated or damaged: ...`, `turned: ...` by EXIF, or
+            `unsupported: ...` (inks, arithmetic coding, RGB without conversion to YCbCr).
+    """
+    try:
+        parts = _Parts(jpg, keep_metadata=True)
+        parts.check_complete()
+        height, width = _frame_size(jpg)
+        check_pixels(width, height, max_pixels)
+        _decode(jpg, parts.components)
+        usual = parts.frame in _HUFFMAN and parts.components != 4 and _is_usual(jpg)
+        orientation = parts.orientation()
+    except DataError:
+        raise
+    except (ValueError, LookupError, struct.error) as error:
+        raise DataError(f"truncated or damaged: {error}") from None
+    if orientation != 1:
+        raise DataError(f"turned: its EXIF orientation is {orientation}")
+    if not usual:
+        raise DataError("unsupported: a JPEG of a kind that is not read as it is")
+    return width, height
+
+
 def _is_usual(jpg: bytes) -> bool:
     """Whether colours and subsampling are such that decoders on GPUs read them, too."""
     try:

@@ -98,13 +98,23 @@ class Photos:
         if name in self._listed:
             with _named_errors(name, self._places[0].where):
                 return self._places[0].read(name, listed=True)
+        place, path = self.find(name)
+        with _named_errors(name, place.where):
+            return place.read(path, listed=False)
+
+    def find(self, name: str) -> tuple[Place, str]:
+        """The place that holds what `name` leads to, and the file's path there.
+
+        Raises:
+            MissingPhotoError, DataError, StorageError: as `read`.
+        """
         forms = name_forms(name)
         for place in self._places:
             with _named_errors(name, place.where):
                 for form, anywhere in ((f, a) for a in (False, True) for f in forms):
                     found = place.candidates(form, anywhere=anywhere)
                     if path := choose(form, found, where=place.where):
-                        return place.read(path, listed=False)
+                        return place, path
         where = printable(", ".join(place.where for place in self._places))
         if name.startswith("/") and not any(place.holds(name) for place in self._places):
             raise DataError(
