@@ -69,7 +69,7 @@ def inspect(config: Config, flags: Mapping[str, str]) -> Counts:
         lines += _split_lines(dataset, split)
     likelihood = dataset.manifest["likelihood"]
     lines.append(
-        "likelihood: none; run vlal score and vlal merge"
+        "likelihood: none in the tars; run vlal score, and vlal merge or set data.likelihood scores"
         if likelihood is None
         else f"likelihood: splits {', '.join(likelihood['splits'])}, temperature "
         f"{likelihood['temperature']:.6g}, scorer {likelihood['scorer_digest'][:16]}"

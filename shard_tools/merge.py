@@ -58,7 +58,11 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
     """Merge the score root into a copy of the dataset root."""
     paths = config.paths
     dataset = open_dataset(paths.dataset, cache=Path(paths.cache))
-    refuse_in_place(dataset, what="which merge adds nothing to")
+    refuse_in_place(
+        dataset,
+        what="to which merge cannot add likelihoods",
+        instead="set data.likelihood scores, which needs no merge",
+    )
     scores = read_scores_manifest(
         open_store(paths.scores),
         feasible_digest=dataset.feasible.digest,

@@ -132,9 +132,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         cropped = [
             task
             for split, rows in instances.items()
-            for task in plan_shards(
-                rows, split, config.paths.dataset, settings, config.paths.cache
-            )
+            for task in plan_shards(rows, split, config.paths.dataset, settings, config.paths.cache)
         ]
         if "retry-rejected" in flags:
             restored = {"restored": forget_restored(target, cropped)}

@@ -60,7 +60,11 @@ class ReshardTask:
 def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
     """Write the samples of paths.merged where it exists, else of paths.dataset, in other shards."""
     dataset, pack = open_newest(config.paths), config.pack
-    refuse_in_place(dataset, what="which reshard does not copy")
+    refuse_in_place(
+        dataset,
+        what="which reshard does not copy",
+        instead="pack again with another pack.block_bytes, which is all that can change",
+    )
     target = open_target(config.paths.resharded, source=dataset.url)
     splits = open_splits(dataset)
     commit_settings(

@@ -209,7 +209,15 @@ def stages_of(config: Config, *, retry_rejected: bool = False) -> list[Stage]:
     Args:
         config: the configuration.
         retry_rejected: pack runs in any case, and the stages `RETRYING` with that flag.
+
+    Raises:
+        ConfigError: likelihoods are to be merged into tars that are packed in place.
     """
+    if config.pack.in_place and config.data.likelihood == "tar":
+        raise ConfigError(
+            "pack.in_place leaves tars as they are, so that likelihoods cannot be merged into them "
+            "(data.likelihood tar); set data.likelihood scores, or pack.in_place false"
+        )
     paths, evaluation = config.paths, config.evaluation
     merged = config.data.likelihood == "tar" and paths.merged != paths.dataset
     scored = merged or evaluation.predictor == "clip"

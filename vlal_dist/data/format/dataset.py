@@ -283,13 +283,18 @@ def open_split(dataset: Dataset, split: str) -> Split:
     return replace(found, store=open_store(entry["tars"]), annotations=annotations)
 
 
-def refuse_in_place(dataset: Dataset, *, what: str) -> None:
-    """Raise a ConfigError where samples lie in tars of others, which nothing is added to."""
+def refuse_in_place(dataset: Dataset, *, what: str, instead: str) -> None:
+    """Raise a ConfigError where samples lie in tars of others.
+
+    Args:
+        dataset: the opened dataset.
+        what: which the program does not do with such tars.
+        instead: what to do.
+    """
     if any("tars" in entry for entry in dataset.manifest["splits"].values()):
         raise ConfigError(
-            f"{dataset.url} was packed in place: its samples lie in tars of others, {what}; set "
-            "data.likelihood scores, which reads likelihoods from the score files (vlal run then "
-            "needs no merge), or pack with pack.in_place false into another paths.dataset"
+            f"{dataset.url} was packed in place: its samples lie in tars of others, {what}; "
+            f"{instead}, or pack with pack.in_place false into another paths.dataset"
         )
 
 
