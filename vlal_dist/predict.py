@@ -19,12 +19,12 @@ from vlal_dist.release.requests import Reject, open_requests
 
 PURPOSE = """
 Write the likeliest attributes of objects in photos, with probabilities. Reads a folder that export
-wrote (predict.model; no dataset, no run) and photos: all of a folder, zip or bucket, or a single
-one, each as a whole an object named predict.object, or those of a table with a row per object
-(image, object, box). The model does not detect objects: you name the object, and a wrong name gives
-confident nonsense. Crops are made as for training. Rows that cannot be used are listed with their
-reason, files that are no photos are counted; 65 only if none could be used. A repeated command
-replaces the file.
+wrote (predict.model; no dataset, no run) and photos: all of a folder, zip, tar, Parquet file or
+bucket, or a single one, each as a whole an object named predict.object, or those of a table with a
+row per object (image, object, box). The model does not detect objects: you name the object, and a
+wrong name gives confident nonsense. Crops are made as for training. Rows that cannot be used are
+listed with their reason, files that are no photos are counted; 65 only if none could be used. A
+repeated command replaces the file.
 """
 
 

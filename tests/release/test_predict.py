@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,30 @@ def test_a_folder_and_a_zip_of_it(
     assert call(trained, *flags, "--predict.output", str(tmp_path / "t.jsonl")) == 0
     answers = [row["attributes"] for row in lines(tmp_path / "t.jsonl")]
     assert answers == [row["attributes"] for row in found[0]]
+
+
+def test_photos_in_a_tar_and_in_a_table(
+    trained: Trained, crops: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    paths = [Path(row["image"]) for row in crops]
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        for path in paths:
+            tar.add(path, path.name)
+        tar.add(write_csv(tmp_path / "t.csv", [{"image": path.name} for path in paths]), "t.csv")
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    pa.parquet.write_table(pa.table({"image": pa.array(rows, kind)}), tmp_path / "one.parquet")
+    out, found = tmp_path / "o.jsonl", []
+    for place in ("one.tar", "one.parquet", "*.tar"):
+        flags = ("--predict.images", str(tmp_path / place), "--predict.object", "ball")
+        flags += ("--predict.output", str(out))
+        assert call(trained, *flags) == 0
+        found.append(lines(out))
+        assert [row["image"] for row in found[-1]] == sorted(f"one/{path.name}" for path in paths)
+        assert call(trained, *flags, "--predict.table", str(tmp_path / "t.csv")) == 0
+        by_name = {row["image"]: row["attributes"] for row in lines(out)}
+        assert all(by_name[row["image"][4:]] == row["attributes"] for row in found[-1])
+    assert found[0] == found[1] == found[2]
 
 
 def test_photos_in_a_bucket(

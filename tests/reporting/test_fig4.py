@@ -47,6 +47,7 @@ def test_example_and_tally(dataset: Dataset) -> None:
     reader = SampleReader(open_split(dataset, "test"))
     found = build_example(reader, constant, 7, vocabulary=VOCABULARY, truth=truth, k=99)
     instance = make_instances()[7]
+    assert (found["instance_id"], found["image_id"]) == (instance.instance_id, "1")
     assert found["object_name"] == VOCABULARY.objects[instance.object_id]
     assert found["positives"] == [VOCABULARY.attributes[i] for i in instance.positive]
     assert [guess["name"] for guess in found["guesses"]] == list(VOCABULARY.attributes)

@@ -55,7 +55,8 @@ def hostile_page(image: str = PIXEL) -> Context:
         "width": 1,
         "height": 1,
         "object_name": HOSTILE,
-        "uid": "0" * 16,
+        "instance_id": HOSTILE,
+        "image_id": HOSTILE + "2",
         "positives": [HOSTILE],
         "guesses": [
             {"name": name, "score": 0.9, "kind": kind, "truth": truth}

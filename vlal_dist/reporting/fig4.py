@@ -53,10 +53,10 @@ def build_example(
         k: attributes listed.
 
     Returns:
-        `image`, data URI of a small JPEG; `width`, `height`, its pixels; `object_name`; `uid`,
-        hexadecimal; `positives`, names annotated present; `guesses`, highest first: `name`,
-        `score`, `kind` (present, absent or unannotated), `truth` (present, absent, or empty where
-        not known).
+        `image`, data URI of a small JPEG; `width`, `height`, its pixels; `object_name`;
+        `instance_id` and `image_id` of the annotation; `positives`, names annotated present;
+        `guesses`, highest first: `name`, `score`, `kind` (present, absent or unannotated), `truth`
+        (present, absent, or empty where not known).
     """
     sample = reader.read(int(predictions.row[position]))
     image = Image.fromarray(decode_jpeg(sample.jpg))
@@ -69,7 +69,8 @@ def build_example(
         "width": image.width,
         "height": image.height,
         "object_name": vocabulary.objects[sample.object_id],
-        "uid": f"{sample.uid:016x}",
+        "instance_id": sample.instance_id,
+        "image_id": sample.image_id,
         "positives": [vocabulary.attributes[i] for i in np.flatnonzero(label == 1)],
         "guesses": [
             {

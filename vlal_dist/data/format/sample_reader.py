@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ class _Meta(TypedDict):
     """`KEY.json` (docs/formats.md)."""
 
     instance_id: str
+    image_id: NotRequired[str]
     object_id: Count
     box_in_crop: tuple[Finite, Finite, Finite, Finite]
     positive: list[Count]
@@ -52,6 +53,7 @@ class Sample:
         box_in_crop: x, y, width, height of the raw box inside the crop, pixels.
         positive, negative: attribute ids annotated present and absent, ascending.
         log_likelihood: float32 over the object's feasible attributes, or None before merge.
+        image_id: the photo's name in the annotations; empty where the dataset does not say it.
     """
 
     row: int
@@ -64,6 +66,7 @@ class Sample:
     positive: list[int]
     negative: list[int]
     log_likelihood: npt.NDArray[np.float32] | None
+    image_id: str = ""
 
 
 def read_again(store: Store, key: str, *, offset: int, length: int, expected: int) -> bytes | str:
@@ -164,6 +167,7 @@ class SampleReader:
             positive=meta["positive"],
             negative=meta["negative"],
             log_likelihood=likelihood,
+            image_id=meta.get("image_id", ""),
         )
 
     def _meta(self, row: int, members: dict[str, bytes]) -> dict[str, Any]:
