@@ -20,19 +20,28 @@ Attributes of a photo as a whole are its labels. Objects are boxes; their attrib
 photo: about 100 bytes per row.
 """
 
+import csv
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 
 from shard_tools.clean.names import listed, name_problem
-from shard_tools.importers.records import Box, Input, Item, Notes, Record, Rejected, list_inputs
+from shard_tools.importers.records import (
+    BATCH,
+    Box,
+    Input,
+    Item,
+    Notes,
+    Record,
+    Rejected,
+    list_inputs,
+)
 from vlal_dist.config.sections import ImportConfig
 from vlal_dist.contents import shown
 from vlal_dist.data.format.images import photo_size
@@ -52,6 +61,7 @@ FLAGS = {
 GROUP = "IsGroupOf"
 RELATION = "RelationshipLabel"
 MACHINE = "machine"
+NAMES_HEADERS = (["LabelName", "DisplayName"], ["id", "name"])
 
 COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "relationships": (
@@ -143,14 +153,13 @@ def _read_split(
     yield from rejects
     left_out: Counter[str] = Counter()
     rows = _sorted_rows(tables)
-    for image, group in groupby(rows, key=lambda row: row["ImageID"]):
+    for image_id, group in groupby(rows, key=lambda row: row["ImageID"]):
         labels: Labels = {}
         objects: dict[tuple[str, tuple[float, ...]], _Object] = {}
         first: tuple[str, int] | None = None
-        image_id = image.decode("utf-8", "surrogateescape")
         for row in group:
             one, kind = files[row["file"]]
-            place = (one.name, row["row"])
+            place = (one.name, row["line"])
             try:
                 if (problem := name_problem(image_id)) is not None:
                     raise _Unusable("bad_id", f"ImageID is {shown(image_id, most=80)}: {problem}")
@@ -160,10 +169,10 @@ def _read_split(
                     first = first or place
                 elif kind == "boxes":
                     _add_box(objects, row, place, names, settings)
-                elif _text(row, RELATION) == "is":
+                elif row[RELATION] == "is":
                     _add_relation(objects, row, place, names)
                 else:
-                    left_out[_text(row, RELATION)] += 1
+                    left_out[row[RELATION]] += 1
             except _Unusable as error:
                 reason, detail = error.args
                 yield Rejected(*place, image_id, reason, detail)
@@ -177,99 +186,83 @@ def _read_split(
 
 def _kind(one: Input) -> str:
     """What a file holds, by its first line: a key of `COLUMNS`, or `names`."""
-    with one.local() as path, path.open("rb") as file:
-        line = file.readline(65_536).decode("utf-8-sig", "replace").strip()
-    header = [field.strip().strip('"') for field in line.split(",")]
+    _, header = next(_lines(one), (0, []))
     for kind, (needed, _) in COLUMNS.items():
         if all(column in header for column in needed):
             return kind
-    if line.startswith("/") or header[:2] in (["LabelName", "DisplayName"], ["id", "name"]):
+    if header[:1] and (header[0].startswith("/") or header[:2] in NAMES_HEADERS):
         return "names"
     wanted = "; ".join(f"{kind}: {', '.join(needed)}" for kind, (needed, _) in COLUMNS.items())
     raise DataError(
-        f"importing.inputs: {one.url} begins with {shown(line, most=120)}, which is no header of "
-        f"Open Images ({wanted}; names: LabelName, DisplayName); leave it out, or import it as "
-        "`vlal import table`"
+        f"importing.inputs: {one.url} begins with {shown(','.join(header), most=120)}, which is no "
+        f"header of Open Images ({wanted}; names: LabelName, DisplayName); leave it out, or import "
+        "it with `vlal import table`"
     )
 
 
-def _read_csv(
-    one: Input, rejects: list[Rejected], *, columns: Sequence[str] | None = None
-) -> pa.Table:
-    """The columns as bytes; with `columns` None, the file has no header. Bad rows are rejected."""
+def _lines(one: Input) -> Iterator[tuple[int, list[str]]]:
+    """Number (from 1) and fields of each line; no fields where it is not UTF-8 or not CSV.
 
-    def reject(row: Any) -> str:
-        text = shown(row.text or "", most=80)
-        detail = f"{row.actual_columns} fields, expected {row.expected_columns}: {text}"
-        rejects.append(Rejected(one.name, row.number or 0, "", "bad_line", detail))
-        return "skip"
-
-    header = columns is not None
-    convert = pyarrow.csv.ConvertOptions(
-        include_columns=list(columns or ()),
-        column_types={name: pa.binary() for name in columns or ("f0", "f1")},
-        strings_can_be_null=False,
-        check_utf8=False,
-    )
-    try:
-        with one.local() as path:
-            return pyarrow.csv.read_csv(
-                path,
-                read_options=pyarrow.csv.ReadOptions(
-                    use_threads=False, autogenerate_column_names=not header
-                ),
-                parse_options=pyarrow.csv.ParseOptions(invalid_row_handler=reject),
-                convert_options=convert,
-            )
-    except (pa.ArrowInvalid, pa.ArrowKeyError, ValueError) as error:
-        raise DataError(
-            f"importing.inputs: {one.url} is no CSV that can be read ({shown(str(error))}); "
-            "download it again"
-        ) from None
+    A line is a row: a damaged quotation mark costs one line, not the rest of the file.
+    """
+    with (
+        one.local() as path,
+        path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file,
+    ):
+        for number, text in enumerate(file, start=1):
+            line = text.rstrip("\r\n")
+            try:
+                if not line.isascii():
+                    line.encode()
+                yield number, next(csv.reader([line]), []) if '"' in line else line.split(",")
+            except (UnicodeEncodeError, csv.Error):
+                yield number, []
 
 
 def _read_rows(one: Input, kind: str, number: int, rejects: list[Rejected]) -> pa.Table:
-    """The file's columns, and `file` and `row`, the line from 1."""
+    """The file's columns as text, `file` (its number) and `line`; unreadable lines are rejected."""
     needed, optional = COLUMNS[kind]
-    with one.local() as path, path.open("rb") as file:
-        line = file.readline(65_536).decode("utf-8-sig", "replace")
-    header = [field.strip().strip('"') for field in line.split(",")]
-    columns = [*needed, *(name for name in optional if name in header)]
-    before = len(rejects)
-    table = _read_csv(one, rejects, columns=columns)
-    bad = [reject.line for reject in rejects[before:]]
-    lines = np.delete(np.arange(2, len(table) + len(bad) + 2), np.subtract(bad, 2).astype(int))
-    files = np.full(len(table), number, np.int32)
-    return table.append_column("file", pa.array(files)).append_column("row", pa.array(lines))
+    lines = _lines(one)
+    _, header = next(lines)
+    names = [*needed, *(name for name in optional if name in header)]
+    places = [header.index(name) for name in names]
+    schema = pa.schema([*((name, pa.large_string()) for name in names), ("line", pa.int64())])
+    tables: list[pa.Table] = []
+    while batch := list(islice(lines, BATCH)):
+        good = [(at, fields) for at, fields in batch if len(fields) == len(header)]
+        for at, fields in batch if len(good) < len(batch) else ():
+            if len(fields) != len(header) and fields != [""]:
+                detail = f"{len(fields)} fields, expected {len(header)}: {shown(fields, most=80)}"
+                what = detail if fields else "not UTF-8, or no CSV"
+                rejects.append(Rejected(one.name, at, "", "bad_line", what))
+        columns = [
+            pa.array([fields[place] for _, fields in good], pa.large_string()) for place in places
+        ]
+        tables.append(pa.table([*columns, pa.array([at for at, _ in good])], schema=schema))
+    table = pa.concat_tables([schema.empty_table(), *tables])
+    return table.append_column("file", pa.array(np.full(len(table), number, np.int32)))
 
 
-def _sorted_rows(tables: Sequence[pa.Table]) -> Iterator[dict[str, Any]]:
+def _sorted_rows(tables: Sequence[pa.Table]) -> Iterator[Row]:
     """Rows of all tables by photo, within a photo in the files' order."""
     whole = pa.concat_tables(tables, promote_options="default")
-    order = [("ImageID", "ascending"), ("file", "ascending"), ("row", "ascending")]
-    for batch in whole.sort_by(order).to_batches(max_chunksize=65_536):
+    order = [(name, "ascending") for name in ("ImageID", "file", "line")]
+    for batch in whole.sort_by(order).to_batches(max_chunksize=BATCH):
         yield from batch.to_pylist()
 
 
 def _read_names(files: Sequence[Input]) -> dict[str, str]:
     """Code -> name, of all files of names; of a code with two names the first."""
-    names: dict[str, str] = {}
-    for one in files:
-        table = _read_csv(one, [])
-        for code, name in zip(*(table.column(at).to_pylist() for at in (0, 1)), strict=True):
-            text = name.decode("utf-8", "surrogateescape")
-            if code.startswith(b"/") and name_problem(text) is None:
-                names.setdefault(code.decode("utf-8", "surrogateescape"), text)
-    return names
-
-
-def _text(row: Row, column: str) -> str:
-    value: bytes = row[column] or b""
-    return value.decode("utf-8", "surrogateescape")
+    return {
+        fields[0]: fields[1]
+        for one in reversed(files)
+        for _, fields in reversed(list(_lines(one)))
+        if len(fields) == 2 and fields[0].startswith("/") and name_problem(fields[1]) is None
+    }
 
 
 def _named(row: Row, column: str, names: Mapping[str, str]) -> str:
-    code = _text(row, column)
+    code: str = row[column]
     if code in names:
         return names[code]
     if code.startswith("/"):
@@ -281,7 +274,7 @@ def _named(row: Row, column: str, names: Mapping[str, str]) -> str:
 
 
 def _number(row: Row, column: str, low: float, high: float) -> float:
-    text = _text(row, column)
+    text = row[column]
     try:
         value = float(text)
     except ValueError:
@@ -302,7 +295,7 @@ def _note(labels: Labels, name: str, value: bool | None) -> None:
 
 def _label(row: Row, names: Mapping[str, str]) -> tuple[str, bool | None]:
     name, confidence = _named(row, "LabelName", names), _number(row, "Confidence", 0, 1)
-    machine = row.get("Source") is not None and _text(row, "Source") == MACHINE
+    machine = row.get("Source") == MACHINE
     return name, None if machine or confidence not in (0, 1) else confidence == 1
 
 

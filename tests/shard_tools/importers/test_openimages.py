@@ -48,15 +48,20 @@ ALL = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """All files, and two photos: one of 400 x 200, one turned by its EXIF."""
+    """All files, and two photos."""
     for name, text in ALL.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "photos").mkdir()
-    Image.new("RGB", (400, 200)).save(tmp_path / "photos" / f"{FIRST}.jpg")
+    write_photos(tmp_path / "photos")
+    return tmp_path
+
+
+def write_photos(folder: Path) -> None:
+    """One of 400 x 200, and one of 300 x 100, turned by its EXIF."""
+    Image.new("RGB", (400, 200)).save(folder / f"{FIRST}.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (100, 300)).save(tmp_path / "photos" / f"{SECOND}.jpg", exif=exif)
-    return tmp_path
+    Image.new("RGB", (100, 300)).save(folder / f"{SECOND}.jpg", exif=exif)
 
 
 def import_files(folder: Path, *words: str, **settings: object) -> Found:
