@@ -6,27 +6,26 @@ the index is the range of all members of its sample.
 """
 
 import hashlib
-import re
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from shard_tools.instances import WHOLE_PHOTO, InstanceRow, Reject
 from shard_tools.shard_writer import IN_PLACE_SCHEMA, ShardReport, find_report, report_key
+from shard_tools.tar_samples import Listing, list_samples
 from vlal_dist.config.sections import PackConfig
 from vlal_dist.data.format.images import check_crop_size
 from vlal_dist.data.format.index import TAR_KEY
 from vlal_dist.data.format.jpeg import upright_size
-from vlal_dist.data.format.photo_names import Limits, MemberIndex, choose, name_forms, printable
+from vlal_dist.data.format.photo_names import Limits, choose, name_forms, printable
 from vlal_dist.data.format.photo_tars import Tar, Tars, find_tars
 from vlal_dist.data.format.photos import Photos
-from vlal_dist.data.format.tar import BLOCK, ForeignMember
 from vlal_dist.data.hashing import sample_uid
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.storage.store import FETCH_BYTES, open_store
@@ -34,8 +33,6 @@ from vlal_dist.storage.store import FETCH_BYTES, open_store
 REPACK = "pack with pack.in_place false into another paths.dataset"
 _LONGEST = (1 << 32) - 1
 """Bytes of a sample's range; the index has 32 bits for them."""
-_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
-"""webdataset's rule for a member's name: the key ends at the first dot of its last part."""
 
 
 @dataclass(frozen=True)
@@ -60,41 +57,6 @@ class TarTask:
     def num_instances(self) -> int:
         """Number of instances."""
         return sum(map(len, self.instances.values()))
-
-
-@dataclass
-class TarSample:
-    """Adjacent members of one key.
-
-    Attributes:
-        key: as webdataset has it.
-        start, end: of their range in the tar, headers and padding included, bytes.
-        suffixes: of the members, in order and lower case.
-    """
-
-    key: str
-    start: int
-    end: int
-    suffixes: list[str] = field(default_factory=list)
-
-
-@dataclass
-class Listing:
-    """What a tar holds.
-
-    Attributes:
-        names: leads from a name to the number of a member.
-        members: regular files, in order.
-        sample: of each member, the sample that it belongs to; None: its name has no key.
-        repeated: keys whose members lie in several places.
-        damage: why members may be missing at the end; empty: the tar is whole.
-    """
-
-    names: MemberIndex
-    members: list[ForeignMember] = field(default_factory=list)
-    sample: list[TarSample | None] = field(default_factory=list)
-    repeated: set[str] = field(default_factory=set)
-    damage: str = ""
 
 
 def plan_tars(
@@ -233,44 +195,6 @@ def _local_tar(tar: Tar) -> Iterator[tuple[Tar, str]]:
                 if remote:
                     file.write(piece)
         yield find_tars(str(path), "pack.images")[0] if remote else tar, sha256.hexdigest()
-
-
-def list_samples(tar: Tar) -> Listing:
-    """The members and samples of a tar. Damage ends the listing, and is named in it."""
-    found, seen = Listing(MemberIndex([tar.name])), set[str]()
-    end, current = 0, None
-    try:
-        for member in tar.members():
-            start, end = end, member.offset + member.size + -member.size % BLOCK
-            if member.kind:
-                continue
-            named = _KEY.fullmatch(member.name)
-            if named is not None and (current is None or current.key != named[1]):
-                current = TarSample(named[1], start, end)
-                if named[1] in seen:
-                    found.repeated.add(named[1])
-                seen.add(named[1])
-            if named is not None and current is not None:
-                current.end = end
-                current.suffixes.append(named[2].lower())
-            found.names.add(0, member.name, len(found.members), 0)
-            found.members.append(member)
-            found.sample.append(current if named else None)
-    except DataError as error:
-        found.damage = str(error)
-    else:
-        found.damage = _trailing(tar, end)
-    return found
-
-
-def _trailing(tar: Tar, end: int) -> str:
-    """What is wrong behind the last member: no end, or bytes that a reader of tars never sees."""
-    if tar.size_bytes < end + 2 * BLOCK:
-        return f"{printable(tar.url)} ends at byte {tar.size_bytes} without the end of a tar"
-    for offset in range(end, tar.size_bytes, FETCH_BYTES):
-        if tar.read(offset, min(FETCH_BYTES, tar.size_bytes - offset)).strip(b"\0"):
-            return f"{printable(tar.url)} has data behind its end at byte {end}"
-    return ""
 
 
 def _index_split(

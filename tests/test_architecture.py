@@ -81,6 +81,7 @@ OWNERS: dict[str, str | tuple[str, ...]] = {
     "wandb": "vlal_dist/observability/tracker_clients.py",
     "mlflow": "vlal_dist/observability/tracker_clients.py",
     "psutil": ("vlal_dist/processes.py", "vlal_dist/training/stop.py", "vlal_dist/supervise.py"),
+    "webdataset": "shard_tools/importers/webdataset.py",
     "pydantic": ("vlal_dist/config/", "vlal_dist/contents.py"),
     "yaml": ("vlal_dist/config/load.py", "vlal_dist/contents.py"),
 }

@@ -39,6 +39,7 @@ FORMATS = {
     "table": "CSV, TSV, JSON lines, Parquet, Arrow: a row per object, or per attribute of one",
     "coco": "COCO JSON: attributes by name, by id (Fashionpedia, PACO), as a vector (OVAD)",
     "openimages": "CSV files of Open Images: labels of photos, boxes, relationships",
+    "webdataset": "tars of webdataset, such as img2dataset's: photos, and labels in their json",
     "cub": "a folder of CUB-200-2011: attributes of birds with the annotators' certainty",
 }
 """Word -> its purpose."""
@@ -222,6 +223,8 @@ _REMARKS = {
     "clean.require_positive": "objects without a positive attribute are kept",
     "clean.split": "per cent of the photos for train/val/test",
     "pack.images": "folders, zips, s3:// that hold the photos, searched in order",
+    "pack.in_place": "false: pack copies of the photos into tars of its own",
+    "data.likelihood": "the tars stay as they are, so that merge has no place for likelihoods",
     "model.object_gate": "whole photos, without names of objects",
     "evaluation.unannotated": "no attribute is annotated as absent",
 }

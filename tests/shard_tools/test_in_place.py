@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from shard_tools.in_place import list_samples
+from shard_tools.in_place import TarTask, index_tar
+from shard_tools.instances import WHOLE_PHOTO, InstanceRow
+from shard_tools.tar_samples import list_samples
 from tests.fixtures.foreign_tars import (
     ATTRIBUTES,
     photo,
@@ -22,7 +25,9 @@ from tests.fixtures.foreign_tars import (
     write_instances,
     write_tars,
 )
+from tests.fixtures.mutilate import mutilations
 from tests.fixtures.tiny_vaw import run
+from vlal_dist.config.sections import PackConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split, read_labels
 from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.photo_tars import find_tars
@@ -325,3 +330,27 @@ def test_listing_names_damage(packed: Path, tmp_path: Path) -> None:
     ):
         (tmp_path / "t.tar").write_bytes(data)
         assert text in list_samples(find_tars(str(tmp_path / "t.tar"), "x")[0]).damage
+
+
+@pytest.mark.parametrize("first", range(0, 100, 50))
+def test_mutilated_tars_are_indexed_or_rejected(packed: Path, tmp_path: Path, first: int) -> None:
+    data = (packed / "tars/00000.tar").read_bytes()
+    rows = [
+        InstanceRow(f"{place}", f"00000/00000{place:04d}.jpg", 0, WHOLE_PHOTO, [0], [])
+        for place in range(20)
+    ]
+    (tmp_path / "tars").mkdir()
+    path = tmp_path / "tars/00000.tar"
+    for seed in range(first, first + 50):
+        path.write_bytes(mutilations(data[:40_000], seed) + data[40_000:])
+        tar = find_tars(str(path), "pack.images")[0]
+        settings = PackConfig(name="mutilated", images=[str(path)])
+        task = TarTask(str(tmp_path / str(seed)), tar, path.name, settings, {"train": rows})
+        report = index_tar(task)["train"]
+        assert report.samples + len(report.rejects) == len(rows)
+        kept = path.read_bytes()
+        for offset, length, crc in zip(
+            *(report.columns[name] for name in ("offset", "length", "crc32")), strict=True
+        ):
+            assert zlib.crc32(kept[offset : offset + length]) == crc
+        assert report.sha256 == hashlib.sha256(kept).hexdigest()

@@ -38,7 +38,8 @@ class ImportConfig(Section):
     photos: Texts = []
     """Where the photos are, for pack.images (paths or URLs)."""
     columns: dict[str, str] = {}
-    """Table: meaning -> name of the column, where it has another name (docs/your-data.md)."""
+    """Table, webdataset: meaning -> name of the column, or key of a sample's json, where it has
+    another name (docs/your-data.md)."""
     ignore_columns: Texts = []
     """Table: columns to leave out; any other that is not understood is an error."""
     layout: Literal["auto", "lists", "long", "wide"] = "auto"
