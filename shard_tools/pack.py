@@ -288,9 +288,13 @@ def retry_shard(task: ShardTask) -> Retried:
 def _crops(task: ShardTask, instances: Iterable[InstanceRow]) -> Iterator[Crop | Reject]:
     """The sample of each instance, or the reason why there is none; photos are decoded once."""
     photos = _open_photos(task.settings, task.cache)
-    for image_id, group in groupby(instances, key=lambda one: one.image_id):
+    groups = [list(group) for _, group in groupby(instances, key=lambda one: one.image_id)]
+    read = photos.read_each(group[0].image_id for group in groups)
+    for group, data in zip(groups, read, strict=True):
         try:
-            photo = decode_photo(photos.read(image_id), task.settings)
+            if isinstance(data, DataError):
+                raise data
+            photo = decode_photo(data, task.settings)
         except DataError as error:
             yield from (_reject(task, one, error) for one in group)
             continue

@@ -8,6 +8,7 @@ ones, as make compares times. Imports neither torch nor numpy.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.contents import parse_json, parse_yaml
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
 from vlal_dist.storage.checks import sha256_of
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import find_files, open_store
 
 Inputs = dict[str, Any]
 """`section.key` -> its value, or the digest of its file; `paths.ROOT/KEY` -> digest of that file,
@@ -487,7 +488,7 @@ def _content(url: str) -> str:
 
 
 def _photos(place: str) -> str:
-    """A zip by size and time, a folder by the names in it, a bucket by its URL.
+    """A zip, tar or table by size and time, a folder by the names in it, a bucket by its URL.
 
     Photos are too many to be hashed each time: one that was edited under its old name in a folder
     or bucket goes unnoticed.
@@ -497,6 +498,10 @@ def _photos(place: str) -> str:
         return _size_and_time(path)
     if path.is_dir():
         return hashlib.sha256("\0".join(sorted(os.listdir(path))).encode()).hexdigest()
+    if any(mark in place for mark in "*?[") and not re.match("s3:", place, re.IGNORECASE):
+        found = [local for store, key in find_files(place) if (local := store.local_path(key))]
+        files = "\0".join(f"{local.name} {_size_and_time(local)}" for local in found)
+        return hashlib.sha256(files.encode("utf-8", "surrogateescape")).hexdigest()
     return place
 
 

@@ -11,6 +11,8 @@ import pytest
 from tests.conftest import S3Server
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from tests.shard_tools.test_pack import tree
+from vlal_dist.config.sections import Config
+from vlal_dist.pipeline import pack_inputs
 from vlal_dist.storage.store import open_store
 
 IMAGES = {"train": 8, "val": 3, "test": 3}
@@ -72,3 +74,12 @@ def test_datasets_are_equal(kind: str, packed: Path, tmp_path: Path, moto_s3: S3
     arguments = ("--paths.dataset", str(root), "--pack.images", f"['{images}']", *ACCEPT)
     assert run("pack", packed / "config.yaml", *arguments) == 0
     assert tree(root) == tree(packed / "dataset")
+
+
+def test_a_tar_more_under_a_pattern_is_a_change(tmp_path: Path) -> None:
+    config = Config.model_validate({"pack": {"images": [f"{tmp_path}/*.tar"]}})
+    seen = []
+    for name in ("a.tar", "b.tar", "c.txt"):
+        (tmp_path / name).write_bytes(b"x")
+        seen.append(pack_inputs(config, {})["pack.images"])
+    assert seen[0] != seen[1] == seen[2]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import S3Server
+from tests.fixtures.mutilate import mutilations
 from vlal_dist.data.format import photo_tables
 from vlal_dist.data.format.photo_tables import row_names
 from vlal_dist.data.format.photos import Limits, MissingPhotoError, Photos
@@ -203,3 +204,33 @@ def test_names_are_unique_in_a_file(paths: list[str | None]) -> None:
     names = row_names(paths, count=len(paths), stem="t")
     assert len(set(names)) == len(paths) == len(names)
     assert all(".." not in name.split("/") and not name.startswith("/") for name in names)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "dictionary", "arrow file", "arrow stream"])
+def test_mutilated_tables_give_bytes_or_errors(kind: str, tmp_path: Path) -> None:
+    rows = [{"bytes": bytes([n]) * 300, "path": f"{n}.jpg"} for n in range(20)]
+    columns = {"image": pa.array(rows, HUGGING_FACE), "label": pa.array(range(20))}
+    if kind == "dictionary":
+        columns = {"image": pa.array([row["bytes"] for row in rows]).dictionary_encode()}
+    if kind.startswith("arrow"):
+        path = write_arrow(tmp_path / "t", columns, stream=kind == "arrow stream")
+    else:
+        path = write_parquet(tmp_path / "t", columns)
+    whole, answers = path.read_bytes(), Counter[str]()
+    for seed in range(100):
+        path.write_bytes(mutilations(whole, seed))
+        try:
+            reader = photos(path)
+            names = [*reader.list_names(), "1.jpg", "t-00000003"]
+        except (ConfigError, DataError) as error:
+            str(error).encode()
+            answers["not opened"] += 1
+            continue
+        for name in names:
+            try:
+                reader.read(name)
+                answers["read"] += 1
+            except DataError as error:
+                str(error).encode()
+                answers["refused"] += 1
+    assert len(answers) == 3, answers

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import S3Server
+from tests.fixtures.mutilate import mutilations
 from vlal_dist.data.format.photos import Limits, Photos
 from vlal_dist.data.format.tar import ForeignMember, walk_tar
 from vlal_dist.errors import ConfigError, DataError
@@ -266,3 +267,11 @@ def test_an_edited_tar_gives_bytes_or_an_error(
     path = tmp_path_factory.mktemp("edited") / "a.tar"
     path.write_bytes(data)
     check_any_answer(path)
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_mutilated_tars_give_bytes_or_errors(form: int, tmp_path: Path) -> None:
+    whole = tar_of(*(member(name, data) for name, data in MEMBERS.items()), form=form)
+    for seed in range(100):
+        (tmp_path / "a.tar").write_bytes(mutilations(whole, seed))
+        check_any_answer(tmp_path / "a.tar")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 import tarfile
 import zipfile
@@ -135,6 +136,10 @@ def test_names_mean_the_same_in_every_kind_of_place(place: str) -> None:
         ".tar"
     ):  # a bucket is not listed for a name in another case
         assert reader.read("LOWER") == b"1" and reader.read("cafe\u0301") == b"11"
+    each = list(reader.read_each([*NAMES, *REASONS, "lower"]))
+    assert each[: len(NAMES)] == list(NAMES.values()) and each[-1] == b"1"
+    for found, reason in zip(each[len(NAMES) : -1], REASONS.values(), strict=True):
+        assert re.match(reason, str(found))
     names = reader.list_names()
     assert names == sorted(names) and len(names) == len(FILES) and not reader.left_out
     assert reader.read(next(name for name in names if name.endswith("twice.png"))) == b"8"

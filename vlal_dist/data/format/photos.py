@@ -8,8 +8,9 @@ import os
 import struct
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 from vlal_dist.data.format.images import HEAD_BYTES, photo_format
@@ -72,6 +73,7 @@ class Photos:
         roots: list[str] = []  # real paths that links may lead to, filled by the folders
         self._places = [_open_place(place, limits, roots) for place in places]
         self._limits, self._listed = limits, frozenset[str]()
+        self._is_remote = any(open_store(place).local_path("any") is None for place in places)
 
     def list_names(self) -> list[str]:
         """All files of the first place, sorted; `read` says which of them are photos.
@@ -125,6 +127,37 @@ class Photos:
         if not has_suffix(forms[0]):
             tried += f", and {printable(forms[0])} followed by {' '.join(SUFFIXES)} in any case"
         raise MissingPhotoError(f"missing: no such photo in {where}: {tried}")
+
+    def read_each(self, names: Iterable[str]) -> Iterator[bytes | DataError]:
+        """What `read` returns or raises for each name, in order; from buckets a few ahead.
+
+        Raises:
+            StorageError: the bucket cannot be read.
+        """
+        if not self._is_remote:
+            yield from map(self._read_or_error, names)
+            return
+        ahead = deque[Future[bytes | DataError]]()
+        pool = ThreadPoolExecutor(_READERS, thread_name_prefix="photo")
+        try:
+            for name in names:
+                ahead.append(pool.submit(self._read_or_error, name))
+                if len(ahead) > _READERS:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read_or_error(self, name: str) -> bytes | DataError:
+        try:
+            return self.read(name)
+        except DataError as error:
+            return error
+
+
+_READERS = 8
+"""Photos of a bucket that are read at a time; also the most that wait in memory, by process."""
 
 
 def _open_place(place: str, limits: Limits, roots: list[str]) -> Place:
