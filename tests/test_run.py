@@ -13,9 +13,17 @@ from vlal_dist.config.sections import Config
 from vlal_dist.errors import UsageError
 from vlal_dist.evaluate import PROGRAM as EVALUATE
 from vlal_dist.experimenting.jobs import EXECUTION
-from vlal_dist.pipeline import Stage, changed, decide, plan, plan_table, stages_of
+from vlal_dist.pipeline import (
+    Stage,
+    changed,
+    decide,
+    plan,
+    plan_table,
+    stage_remarks,
+    stages_of,
+)
 from vlal_dist.program import run_program
-from vlal_dist.run import OWN_FLAGS, closing, gpu_count, main, result_table, select
+from vlal_dist.run import OWN_FLAGS, closing, gpu_count, main, result_table, say_remarks, select
 
 ALL = [
     "clean", "pack", "score", "merge", "train", "evaluate val", "evaluate test",
@@ -316,6 +324,46 @@ def test_the_closing_table(tmp_path: Path) -> None:
     lines = closing(config, {"evaluate", "report"})
     assert lines == [*result_table(result, better), "", f"page: {config.paths.run}/report.html"]
     assert closing(config, {"train"}) == []  # the results may be of the model before
+
+
+def test_the_remarks_of_all_stages_come_last(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = resolve(finished)
+    stages = stages_of(config)
+    assert stage_remarks(stages) == []
+    say_remarks(stages)
+    assert capsys.readouterr().out == ""  # nothing where nothing was remarked
+
+    def remarked(title: str, *texts: object) -> None:
+        (stage,) = [one for one in stages if one.title == title]
+        path = Path(*stage.record)
+        warnings = [{"key": "k", "text": text} for text in texts]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": warnings}))
+
+    remarked("clean", "a half is dropped")
+    remarked("evaluate val", "mAP is undefined")
+    remarked("evaluate test", "mAP is undefined", "and so is mA")
+    assert stage_remarks(stages) == [
+        ("clean", ["a half is dropped"]),
+        ("evaluate val", ["mAP is undefined"]),
+        ("evaluate test", ["and so is mA"]),
+    ]
+    say_remarks(stages)
+    assert capsys.readouterr().out.splitlines() == [
+        "clean: warning: a half is dropped",
+        "evaluate val: warning: mAP is undefined",
+        "evaluate test: warning: and so is mA",
+    ]
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", "[]", '{"warnings": 3}', '{"warnings": [3, {"text": {}}]}']
+)
+def test_a_damaged_record_ends_no_run(finished: Path, damaged: str) -> None:
+    stages = stages_of(resolve(finished))
+    Path(*stages[0].record).write_text(damaged)
+    assert stage_remarks(stages) == []
 
 
 def test_programs_record_their_inputs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

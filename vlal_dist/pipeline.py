@@ -349,6 +349,28 @@ def plan_table(stages: Sequence[Stage], decisions: Sequence[Decision]) -> str:
     return "\n".join(rows)
 
 
+def stage_remarks(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
+    """Title of each stage that remarked something when it last ran, and its remarks (remarks.py).
+
+    What several stages remark alike is listed with the first of them.
+    """
+    seen: set[str] = set()
+    found = []
+    for stage in stages:
+        kept = read_json(*stage.record).get("warnings")
+        given = [
+            one.get("text")
+            for one in (kept if isinstance(kept, list) else [])
+            if isinstance(one, dict)
+        ]
+        texts = [text for text in given if isinstance(text, str) and text not in seen]
+        new = list(dict.fromkeys(texts))
+        seen.update(new)
+        if new:
+            found.append((stage.title, new))
+    return found
+
+
 def changed(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of inputs that differ.
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 
 from vlal_dist.config.sections import Config
-from vlal_dist.pipeline import report_inputs
+from vlal_dist.pipeline import report_inputs, stage_remarks, stages_of
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.reporting.page import build_page, render_page
 from vlal_dist.storage.store import open_store
@@ -25,7 +25,12 @@ PAGE = "report.html"
 
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
     """Write the page; returns the closing counts."""
-    page = build_page(config.evaluation, config.paths, seed=config.training.seed)
+    page = build_page(
+        config.evaluation,
+        config.paths,
+        seed=config.training.seed,
+        warnings=stage_remarks(stages_of(config)),
+    )
     data = render_page(page)
     open_store(config.paths.run).replace(PAGE, data)
     return {

@@ -26,6 +26,7 @@ from vlal_dist.pipeline import (
     plan,
     plan_table,
     read_json,
+    stage_remarks,
     stages_of,
 )
 from vlal_dist.processes import run_child
@@ -85,11 +86,13 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
             inherited=descriptors(),
         )
         if code != 0:
+            say_remarks(stages)
             raise _failure(stage, decision.why, code)
         say(f"{stage.title}: {time.monotonic() - started:.1f} s")
         ran += 1
     if lines := closing(config, {stage.command for stage in stages}):
         say("\n".join(["", *lines]))
+    say_remarks(stages)
     return {"stages": len(stages), "run": ran}
 
 
@@ -163,6 +166,12 @@ def say(text: str) -> None:
     """Print at once, before the output of the next stage."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def say_remarks(stages: Sequence[Stage]) -> None:
+    """Print the remarks of these stages once more: of those that were skipped, too."""
+    for title, texts in stage_remarks(stages):
+        say("\n".join(f"{title}: warning: {text}" for text in texts))
 
 
 def _ranks(flags: Mapping[str, str]) -> list[str]:

@@ -1,6 +1,7 @@
 """evaluate and report, end to end on a small run, also with the run's root in a bucket."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,24 @@ def test_evaluate_then_report(
     assert page.count('<li class="example">') == 8
     assert "Not hand-picked" in page and "(truly " in page and "best 66 at step 180" in page
     assert "<script>alert" not in page and "<b>" not in page
+
+
+def test_the_page_gathers_the_warnings_of_the_stages(runner: Runner, tmp_path: Path) -> None:
+    def sections() -> list[str]:
+        assert runner("report") == 0
+        return re.findall(r'href="#(\w+)"', (tmp_path / "run/report.html").read_text())
+
+    assert runner("evaluate") == 0
+    assert "warnings" not in sections()
+    text = "the AUC is 0.51 <chance>; give other weights"
+    record = {"code": 0, "warnings": [{"key": "scoring.weights", "text": text}]}
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores/score_clip.result.json").write_text(json.dumps(record))
+    assert sections()[0] == "warnings"
+    page = (tmp_path / "run/report.html").read_text()
+    assert (
+        "<div><dt>score</dt>\n<dd>the AUC is 0.51 &lt;chance&gt;; give other weights</dd>" in page
+    )
 
 
 def test_report_of_a_run_without_training_or_truth(

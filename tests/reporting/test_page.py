@@ -71,6 +71,7 @@ def hostile_page(image: str = PIXEL) -> Context:
         "title": HOSTILE,
         "config": EvaluationConfig(),
         "seed": 99,
+        "warnings": [(HOSTILE, [HOSTILE, HOSTILE])],
         "result": {
             "predictor": "clip",
             "settings": {"top_k": 15},

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,20 @@ Context = dict[str, Any]
 """Values of the template's names: texts, numbers, and the sections of the other modules."""
 
 
-def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Context:
+def build_page(
+    config: EvaluationConfig,
+    paths: PathsConfig,
+    *,
+    seed: int,
+    warnings: Sequence[tuple[str, Sequence[str]]] = (),
+) -> Context:
     """Read a run and its evaluation, and collect all that the template `page.html` shows.
 
     Args:
         config: evaluated split and predictor, and the selection of content.
         paths: `run`, `dataset`, `merged` and `cache` are read.
         seed: decides which crops are shown.
+        warnings: title of a stage, and its remarks.
 
     Raises:
         DataError: no evaluation there, or one of another dataset; a damaged file.
@@ -96,6 +103,7 @@ def build_page(config: EvaluationConfig, paths: PathsConfig, *, seed: int) -> Co
         "title": f"{result['name']} on {dataset.name}, {config.split}",
         "config": config,
         "seed": seed,
+        "warnings": warnings,
         "result": result,
         "run": run,
         "card": run_card(result, dataset.manifest, run),
