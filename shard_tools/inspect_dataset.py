@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, open_newest, open_split, read_labels
+from vlal_dist.data.format.label_figures import label_figures
 from vlal_dist.data.hashing import I64, uid_to_hex
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.mixture import Mixture, open_mixture
 from vlal_dist.data.order.rank_split import choose_micro_batches, epoch_samples, plan_step
 from vlal_dist.data.order.shuffle import Shuffle, choose_lanes
 from vlal_dist.errors import UsageError
+from vlal_dist.method.feasible import largest_num_ignore
 from vlal_dist.program import Counts, Program, only_reads
 
 COLUMNS = (
@@ -67,6 +68,7 @@ def inspect(config: Config, flags: Mapping[str, str]) -> Counts:
     lines += _vocabulary_lines(dataset)
     for split in dataset.splits:
         lines += _split_lines(dataset, split)
+    lines += _num_ignore_lines(config, dataset)
     likelihood = dataset.manifest["likelihood"]
     lines.append(
         "likelihood: none in the tars; run vlal score, and vlal merge or set data.likelihood scores"
@@ -186,19 +188,26 @@ def _vocabulary_lines(dataset: Dataset) -> list[str]:
 
 def _split_lines(dataset: Dataset, name: str) -> list[str]:
     split, entry = open_split(dataset, name), dataset.manifest["splits"][name]
-    labels = read_labels(dataset, name)
-    count = max(split.num_samples, 1)
-    positive = pc.sum(pc.list_value_length(labels["positive"])).as_py() or 0
-    negative = pc.sum(pc.list_value_length(labels["negative"])).as_py() or 0
-    feasible = np.diff(dataset.feasible.indptr)[split.index.object_id]
-    width = len(dataset.vocabulary.attributes)
-    unannotated = 1 - (positive + negative) / count / max(width, 1)
+    found = label_figures(dataset, name)
+    count = max(found.samples, 1)
     return [
         f"{name}: {split.num_samples} samples in {entry['shards']} shards and "
         f"{len(split.blocks)} blocks, {entry['bytes'] / 1e6:.1f} MB, {entry['rejected']} rejected",
-        f"  per sample: {positive / count:.2f} positive, {negative / count:.2f} negative, "
-        f"{100 * unannotated:.1f} % unannotated, {feasible.mean() if len(feasible) else 0:.1f} "
-        "feasible attributes",
+        f"  per sample: {found.positive / count:.2f} positive and {found.negative / count:.2f} "
+        f"negative labels, {found.mean_feasible:.1f} feasible attributes, "
+        f"{100 * found.unannotated:.1f} % of them unannotated",
+    ]
+
+
+def _num_ignore_lines(config: Config, dataset: Dataset) -> list[str]:
+    """What the training split's feasible sets say about NUM_IGNORE."""
+    name, chosen = config.data.train_split, config.method.num_ignore
+    if name not in dataset.splits:
+        return []
+    most = largest_num_ignore(label_figures(dataset, name).mean_feasible)
+    return [
+        f"method.num_ignore: at most {most}, a quarter of the mean feasible set of {name} "
+        f"(docs/your-data.md); it is {chosen}"
     ]
 
 
@@ -209,7 +218,7 @@ PROGRAM = Program(
     "Reads paths.merged if it is finished, else paths.dataset; opens no image. With --order: print "
     "the samples of a run's steps, one per line, from the settings that training reads. "
     "Quarantined samples are printed too; every epoch begins at its first sample.",
-    sections=("paths", "data", "training", "observability"),
+    sections=("paths", "data", "method.num_ignore", "training", "observability"),
     flags=("order", *SELECTION_FLAGS, "json"),
     output=lambda config, flags: config.paths.run,
     writes=only_reads,

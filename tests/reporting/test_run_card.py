@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vlal_dist.data.format.label_figures import LabelFigures
 from vlal_dist.errors import DataError
 from vlal_dist.reporting.run_card import (
     Line,
@@ -64,6 +65,14 @@ def test_without_training_only_the_data_is_described() -> None:
         "Evaluated": "test: 9 crops",
         "Labels": "1,234 positive, 5 negative",
     }
+
+
+def test_the_density_of_the_training_labels() -> None:
+    found = LabelFigures(samples=10, positive=30, negative=10, feasible=1000, annotated=40)
+    assert dict(run_card(RESULT, MANIFEST, RunFiles(), trained=found))["Training labels"] == (
+        "4.0 per crop; feasible sets of 100.0 attributes on average, 96.0 % of them unannotated; a "
+        "NUM_IGNORE of at most 25 leaves three quarters to the loss"
+    )
 
 
 def test_samples_are_summed_over_epochs() -> None:

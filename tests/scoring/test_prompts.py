@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from tests.scoring.conftest import Model
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.method.feasible import FeasibleSets
+from vlal_dist.remarks import collected_remarks
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.scoring.text_bank import (
     build_prompts,
     check_prompts,
     check_templates,
     encode_bank,
+    remark_on_cut_prompts,
 )
 from vlal_dist.vocabulary import Vocabulary
 
@@ -119,6 +121,17 @@ def test_a_cut_that_loses_nothing_that_differs(
     assert "4 of 4 prompts are longer than the 16 tokens" in caplog.text
     assert "'a red cup in a very very" in caplog.text
     assert caplog.text.count("scene'") == 2 and "does not see all of 'very" in caplog.text
+
+
+@pytest.mark.parametrize("template", [f"a {{attribute}} {{object}} in a {WORDS} scene", *PLAIN])
+def test_cut_prompts_are_found_again_without_the_check(tiny: Model, template: str) -> None:
+    """A scoring that continues has the same remarks as the one that was interrupted."""
+    encoder = tiny.load()
+    with collected_remarks() as first:
+        check_prompts(encoder, SHORT, [template])
+    with collected_remarks() as again:
+        remark_on_cut_prompts(encoder, SHORT, [template])
+    assert again == first and len(first) == (WORDS in template)
 
 
 @pytest.mark.parametrize(

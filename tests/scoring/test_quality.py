@@ -21,15 +21,18 @@ from vlal_dist.data.format.dataset import Dataset, open_split, read_labels
 from vlal_dist.data.format.scores import ShardScores, decode_scores, encode_scores, score_key
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.remarks import collected_remarks
 from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.scoring.quality import (
     BINS,
     QualityTotals,
     ShardQuality,
     auc,
+    auc_interval,
     check_shard,
     measure_shard,
     type_names,
+    warn_near_chance,
 )
 from vlal_dist.storage.local import LocalStore
 from vlal_dist.storage.store import Store, open_store
@@ -387,3 +390,38 @@ def test_types_beyond_a_byte_are_refused(scored: Dataset) -> None:
     assert len(type_names(more)) > 256
     with pytest.raises(DataError, match="attribute types"):
         measure(replace(scored, vocabulary=more), "train", 0)
+
+
+def summary(value: float | None, positives: int, negatives: int) -> dict[str, Any]:
+    return {"auc": value, "positives": positives, "negatives": negatives}
+
+
+def test_a_model_near_chance_is_remarked() -> None:
+    with collected_remarks() as kept:
+        warn_near_chance(summary(0.485, 4000, 5000))
+    (one,) = kept
+    assert "AUC 0.485 (95 % interval 0.473 to 0.497, chance 0.5) over 4000 positive" in one.text
+    assert "--method.draw_weights cooccurrence --data.likelihood scores" in one.text
+
+
+@pytest.mark.parametrize(
+    "found",
+    [summary(0.55, 4000, 5000), summary(0.3, 49, 5000), summary(0.3, 5000, 0), summary(None, 0, 0)],
+)
+def test_a_good_model_or_too_few_labels_are_not(found: dict[str, Any]) -> None:
+    with collected_remarks() as kept:
+        warn_near_chance(found)
+    assert kept == []
+
+
+def test_the_interval_of_an_auc_covers_as_it_says() -> None:
+    """Of scores drawn from two normal distributions, whose true AUC is known."""
+    rng, covered, repeats = np.random.default_rng(1), 0, 400
+    for _ in range(repeats):
+        positive, negative = rng.normal(0.1, 1, 120), rng.normal(0, 1, 180)
+        labels = np.repeat([1, 0], [120, 180])
+        found = float(roc_auc_score(labels, np.concatenate([positive, negative])))
+        low, high = auc_interval(found, 120, 180)
+        covered += low <= 0.52819 <= high  # Phi(0.1 / sqrt(2))
+    assert 0.92 < covered / repeats < 0.98
+    assert auc_interval(1.0, 50, 50) == (1.0, 1.0) and auc_interval(0.0, 50, 50) == (0.0, 0.0)

@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.fixtures.scored_dataset import write_scores
@@ -15,6 +16,7 @@ from vlal_dist.data.format.dataset import open_dataset, open_split, read_labels
 from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.remarks import collected_remarks
 from vlal_dist.training.data import open_data
 
 pytestmark = pytest.mark.deepspeed
@@ -99,3 +101,25 @@ def test_datasets_that_do_not_belong_together_are_refused(
     for name in ("bytes.txt", "absent.txt"):
         with pytest.raises(ConfigError, match=rf"data\.subset: .*{name} cannot be read"):
             opened({}, subset=str(tmp_path / name))
+
+
+def test_a_num_ignore_above_a_quarter_of_the_mean_set_is_remarked(
+    small: Path, second: Path, tmp_path: Path
+) -> None:
+    roots = [str(small / "merged"), str(second)]
+    opened = [open_dataset(root, cache=tmp_path) for root in roots]
+    sizes = np.concatenate(
+        [np.diff(one.feasible.indptr)[open_split(one, "train").index.object_id] for one in opened]
+    )
+    most, paths = int(sizes.mean() / 4), PathsConfig(merged=roots[0], cache=str(tmp_path))
+    data = open_data(
+        paths, DataConfig(mix=dict.fromkeys(roots, 1.0)), LossConfig(), ScoringConfig()
+    )
+    with collected_remarks() as kept:
+        data.check_num_ignore("all")
+        data.check_num_ignore(most)
+        assert kept == []
+        data.check_num_ignore(most + 1)
+    assert f"method.num_ignore is {most + 1}, more than a quarter" in kept[0].text
+    assert f"({sizes.mean():.1f} attributes)" in kept[0].text
+    assert f"give at most {most} (docs/your-data.md)" in kept[0].text

@@ -69,6 +69,25 @@ class FeasibleSets:
         """Omega_o: int32 attribute ids, ascending."""
         return self.indices[self.indptr[object_id] : self.indptr[object_id + 1]]
 
+    def locate(self, object_id: Ids, attribute_id: Ids) -> NDArray[np.int64]:
+        """Places of pairs in their objects' sets.
+
+        Args:
+            object_id, attribute_id: integers [P], objects below O.
+
+        Returns:
+            int64 [P]: the pair is `indices[indptr[object_id] + place]`; -1: it is not feasible.
+        """
+        width = 1 + max(int(ids.max(initial=0)) for ids in (self.indices, attribute_id))
+        objects = np.repeat(np.arange(self.num_objects), np.diff(self.indptr))
+        pairs = objects * width + self.indices  # ascending, as the ids of an object are
+        wanted = object_id.astype(np.int64) * width + attribute_id
+        place = np.searchsorted(pairs, wanted)
+        there = place < len(pairs)
+        there[there] = pairs[place[there]] == wanted[there]
+        found: NDArray[np.int64] = np.where(there, place - self.indptr[object_id], -1)
+        return found
+
     def mask(self, num_attributes: int) -> NDArray[np.bool_]:
         """Bool [O, A]: whether the attribute is in Omega_o.
 
@@ -222,6 +241,14 @@ def _stored(file: zipfile.ZipFile, name: str, most: int) -> bytes:
     if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
         raise ValueError(f"{name} is compressed, or states {info.file_size} bytes")
     return file.read(info)
+
+
+def largest_num_ignore(mean_feasible: float) -> int:
+    """The largest NUM_IGNORE that leaves three quarters of a mean feasible set to the loss.
+
+    A rule of thumb (docs/your-data.md): the paper's 30 is for sets of VAW's size.
+    """
+    return int(mean_feasible / 4)
 
 
 def feasible_sets(

@@ -18,6 +18,7 @@ import numpy as np
 
 from vlal_dist.config.sections import EvaluationConfig, PathsConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
+from vlal_dist.data.format.label_figures import label_figures
 from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
@@ -81,6 +82,8 @@ def build_page(
         truth = read_dense_labels(config.truth, dataset, config.split).label
     attributes = read_attributes(store, folder)
     run = read_run_files(store)
+    train_split = str(run.config.get("data", {}).get("train_split", "train"))
+    trained = label_figures(dataset, train_split) if train_split in dataset.splits else None
     photo = image_numbers(split)
     photos = int(photo.max(initial=-1)) + 1
     groups = dataset.vocabulary.groups()
@@ -106,7 +109,7 @@ def build_page(
         "warnings": warnings,
         "result": result,
         "run": run,
-        "card": run_card(result, dataset.manifest, run),
+        "card": run_card(result, dataset.manifest, run, trained=trained),
         "digests": {
             "dataset.json": dataset.digest,
             "vocabulary": dataset.vocabulary.digest,

@@ -12,8 +12,10 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from vlal_dist.contents import Count, Finite, parse_json, parse_yaml
+from vlal_dist.data.format.label_figures import LabelFigures
 from vlal_dist.errors import DataError
 from vlal_dist.evaluation.results import protocol_note, unannotated_of
+from vlal_dist.method.feasible import largest_num_ignore
 from vlal_dist.storage.store import Store
 
 CARD_KEYS = (
@@ -129,13 +131,20 @@ def series(lines: Sequence[Line], kind: str, key: str) -> list[tuple[float, floa
     return sorted(found.items())
 
 
-def run_card(result: Mapping[str, Any], manifest: Mapping[str, Any], run: RunFiles) -> Card:
+def run_card(
+    result: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    run: RunFiles,
+    *,
+    trained: LabelFigures | None = None,
+) -> Card:
     """(name, value) of the card, in order; what the run did not leave behind is left out.
 
     Args:
         result: `result.json`.
         manifest: `dataset.json` of what was evaluated.
         run: what train left.
+        trained: density of its training split; None: it has none.
     """
     splits = manifest["splits"]
     card = [
@@ -146,6 +155,8 @@ def run_card(result: Mapping[str, Any], manifest: Mapping[str, Any], run: RunFil
         ("Evaluated", f"{result['split']}: {result['num_samples']:,} crops"),
         ("Labels", f"{result['num_positive']:,} positive, {result['num_negative']:,} negative"),
     ]
+    if trained is not None:
+        card.append(("Training labels", _density(trained)))
     for key in CARD_KEYS:
         section, name = key.split(".")
         if name in run.config.get(section, {}):
@@ -172,6 +183,15 @@ def run_card(result: Mapping[str, Any], manifest: Mapping[str, Any], run: RunFil
         if texts:
             card.append((title, "; then ".join(texts)))
     return card + _wall_time(run)
+
+
+def _density(found: LabelFigures) -> str:
+    """What NUM_IGNORE is chosen by (docs/your-data.md)."""
+    return (
+        f"{found.labels_per_sample:.1f} per crop; feasible sets of {found.mean_feasible:.1f} "
+        f"attributes on average, {100 * found.unannotated:.1f} % of them unannotated; a NUM_IGNORE "
+        f"of at most {largest_num_ignore(found.mean_feasible)} leaves three quarters to the loss"
+    )
 
 
 def samples_seen(lines: Sequence[Line]) -> int | None:

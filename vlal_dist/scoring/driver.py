@@ -29,7 +29,12 @@ from vlal_dist.scoring.identity import (
     stored_settings,
     warn_of_ignored,
 )
-from vlal_dist.scoring.quality import QualityTotals, open_shard_scores, type_names
+from vlal_dist.scoring.quality import (
+    QualityTotals,
+    open_shard_scores,
+    type_names,
+    warn_near_chance,
+)
 from vlal_dist.scoring.ray_cluster import (
     UNDER_WAY,
     ActorPool,
@@ -39,7 +44,12 @@ from vlal_dist.scoring.ray_cluster import (
     refuse_relative_in_job,
 )
 from vlal_dist.scoring.shard_task import ShardResult
-from vlal_dist.scoring.text_bank import bank_key, build_prompts, check_prompts
+from vlal_dist.scoring.text_bank import (
+    bank_key,
+    build_prompts,
+    check_prompts,
+    remark_on_cut_prompts,
+)
 from vlal_dist.scoring.worker import ShardScorer
 from vlal_dist.storage.store import Store, open_store
 
@@ -85,8 +95,8 @@ def score_dataset(
         "temperature": job.temperature,
     }
     plan = make_plan(dataset, store, job)
-    if not store.exists(bank_key(job.identity.digest)):  # else they were checked before
-        check_prompts(encoder, dataset, scoring.templates)
+    checked = store.exists(bank_key(job.identity.digest))
+    (remark_on_cut_prompts if checked else check_prompts)(encoder, dataset, scoring.templates)
     check_same_weights(store, job, keep=not plan_only)
     del encoder  # the workers load their own
     if retry_quarantined and not plan_only and forget_quarantined(dataset, store, plan, job):
@@ -111,6 +121,7 @@ def score_dataset(
         }
         found = {"splits": splits, "quarantined": totals.quarantined, "settings": asdict(settings)}
         write_scores_manifest(store, {**manifest, **found})
+    warn_near_chance(totals.quality.summary())
     return closing(plan, job, totals, settings, retried, seconds=time.monotonic() - started)
 
 

@@ -9,6 +9,8 @@ Legend: n samples of the shard, S its similarities, K its annotated feasible pai
 T attribute types.
 """
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,12 +30,20 @@ from vlal_dist.data.format.scores import (
 )
 from vlal_dist.errors import DataError
 from vlal_dist.method.likelihood import log_likelihood
+from vlal_dist.remarks import remark
 from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.storage.store import Store
 from vlal_dist.vocabulary import Vocabulary
 
 BINS = 1 << 16
 """Equal bins of cosine in [-1, 1]; one is 3.1e-5 wide."""
+
+NEAR_CHANCE = 0.55
+"""AUC below which a model's likelihoods say little of what annotators saw."""
+ENOUGH = 50
+"""Annotated pairs of each kind, present and absent, from which on the AUC is judged."""
+
+logger = logging.getLogger(__name__)
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -89,9 +99,11 @@ def measure_shard(
     sizes = np.diff(indptr)
     sizes = sizes[sizes > 0]
     row, attribute, positive = _annotated(dataset, shard)
-    there, place = _feasible(dataset, shard.object_id[row], attribute)
+    # Annotations of other splits than train need not be feasible: the sets come from train.
+    place = dataset.feasible.locate(shard.object_id[row], attribute)
+    there = place >= 0
     return ShardQuality(
-        similarity=similarity[indptr[row[there]] + place],
+        similarity=similarity[indptr[row[there]] + place[there]],
         positive=positive[there],
         kind=_kinds(dataset.vocabulary)[attribute[there]],
         entropy=-float((np.exp(logs) * logs).sum()),
@@ -227,6 +239,43 @@ def auc(positive: Ints, negative: Ints) -> float | None:
     return float((ups * (below + downs / 2)).sum() / (ups.sum() * downs.sum()))
 
 
+def auc_interval(value: float, positives: int, negatives: int) -> tuple[float, float]:
+    """95 % interval of an AUC of independent pairs (Hanley and McNeil 1982), within [0, 1].
+
+    Pairs of one photo are not independent, so the true interval is somewhat wider.
+    """
+    first, second = value / (2 - value), 2 * value**2 / (1 + value)
+    variance = value * (1 - value)
+    variance += (positives - 1) * (first - value**2) + (negatives - 1) * (second - value**2)
+    reach = 1.96 * math.sqrt(max(variance, 0) / (positives * negatives))
+    return max(value - reach, 0.0), min(value + reach, 1.0)
+
+
+def warn_near_chance(summary: Mapping[str, Any]) -> None:
+    """Remark on likelihoods that rank the annotated pairs hardly better than chance.
+
+    Args:
+        summary: of `QualityTotals`; with fewer than `ENOUGH` pairs of a kind nothing is said.
+    """
+    value, positives, negatives = (summary[name] for name in ("auc", "positives", "negatives"))
+    if min(positives, negatives) < ENOUGH or value >= NEAR_CHANCE:
+        return
+    low, high = auc_interval(value, positives, negatives)
+    remark(
+        logger,
+        "scoring.model",
+        "CLIP ranks what annotators saw hardly above what they did not see: AUC %.3f (95 %% "
+        "interval %.3f to %.3f, chance 0.5) over %d positive and %d negative labels; try other "
+        "scoring.weights or scoring.templates, or train without CLIP: --method.draw_weights "
+        "cooccurrence --data.likelihood scores, which needs neither score nor merge",
+        value,
+        low,
+        high,
+        positives,
+        negatives,
+    )
+
+
 def _ranking(counts: Ints) -> dict[str, float | int | None]:
     """The AUC of one histogram [2, BINS] of negatives and positives, and their numbers."""
     negative, positive = counts
@@ -258,18 +307,3 @@ def _annotated(dataset: Dataset, shard: SplitShard) -> tuple[Ints, Ints, Bools]:
     attribute = np.concatenate([one.flatten().to_numpy() for one in lists]).astype(np.int64)
     positive = np.repeat(np.array([True, False]), lengths.sum(axis=1))
     return row, attribute, positive
-
-
-def _feasible(dataset: Dataset, object_id: Ints, attribute: Ints) -> tuple[Bools, Ints]:
-    """Which (object, attribute) pairs are feasible, and the places of those within their sets.
-
-    (Validation and test annotations need not be feasible: the sets come from train.)
-    """
-    sets, num_attributes = dataset.feasible, len(dataset.vocabulary.attributes)
-    objects = np.repeat(np.arange(sets.num_objects), np.diff(sets.indptr))
-    pair = objects * num_attributes + sets.indices  # ascending, by construction of the sets
-    wanted = object_id * num_attributes + attribute
-    found = np.searchsorted(pair, wanted)
-    there = found < len(pair)
-    there[there] = pair[found[there]] == wanted[there]
-    return there, found[there] - sets.indptr[object_id[there]]

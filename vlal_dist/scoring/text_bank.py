@@ -26,10 +26,17 @@ from vlal_dist.errors import (
     VlalError,
     bounded,
 )
+from vlal_dist.remarks import remark
 from vlal_dist.scoring.clip import ClipEncoder
 from vlal_dist.storage.store import Store
 
 logger = logging.getLogger(__name__)
+
+SHORTEN = (
+    "shorten the longest attribute or object name (clean.renames, or the annotation files; then "
+    "clean and pack again), or scoring.templates"
+)
+"""Remedy of prompts that are too long."""
 
 TextBank = npt.NDArray[np.float32]
 """float32 [S, D], unit length; row s is pair s of the feasible sets (CSR order)."""
@@ -177,8 +184,7 @@ def check_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Sequence[st
             encoder,
             prompts,
             kind="prompts",
-            remedy="shorten the longest attribute or object name (clean.renames, or the annotation "
-            "files; then clean and pack again), or scoring.templates",
+            remedy=SHORTEN,
         )
     except DataError:
         if not too_long:
@@ -233,25 +239,54 @@ def check_texts(
             f"{encoder.context_length} tokens and no more: the first are {shortened(one)} and "
             f"{shortened(two)}; {remedy}"
         )
-    if cut.any():
-        first = texts[int(np.argmax(cut))]
-        words = first.split()
-        whole = bisect.bisect_left(
-            range(1, len(words)),
-            True,
-            key=lambda end: bool(encoder.tokens([" ".join(words[:end])])[1][0]),
-        )
-        logger.warning(
-            "%d of %d %s are longer than the %d tokens that the model reads; the first is %s, of "
-            "which it does not see all of %s",
-            cut.sum(),
-            len(texts),
-            kind,
-            encoder.context_length,
-            shortened(first),
-            shortened(" ".join(words[whole:])),
-        )
+    _remark_on_cut(encoder, texts, cut, kind=kind, remedy=remedy)
     return same
+
+
+def remark_on_cut_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Sequence[str]) -> None:
+    """Warn of cut prompts where `check_prompts` has passed before; reads the long ones alone.
+
+    A token is a byte or more, so a text of fewer bytes than the model reads tokens is not cut.
+    """
+    prompts = build_prompts(dataset, templates)[0]
+    room = encoder.context_length - 2  # less the marks of beginning and end
+    cut = np.array([len(text.encode()) > room for text in prompts], dtype=np.bool_)
+    if cut.any():
+        cut[cut] = encoder.tokens([prompts[place] for place in np.flatnonzero(cut).tolist()])[1]
+    _remark_on_cut(encoder, prompts, cut, kind="prompts", remedy=SHORTEN)
+
+
+def _remark_on_cut(
+    encoder: ClipEncoder,
+    texts: Sequence[str],
+    cut: npt.NDArray[np.bool_],
+    *,
+    kind: str,
+    remedy: str,
+) -> None:
+    """Warn of cut texts: how many, and what the model does not see of the first."""
+    if not cut.any():
+        return
+    first = texts[int(np.argmax(cut))]
+    words = first.split()
+    whole = bisect.bisect_left(
+        range(1, len(words)),
+        True,
+        key=lambda end: bool(encoder.tokens([" ".join(words[:end])])[1][0]),
+    )
+    remark(
+        logger,
+        "scoring.templates",
+        "%d of %d %s are longer than the %d tokens that the model reads; the first is %s, of "
+        "which it does not see all of %s; %s",
+        cut.sum(),
+        len(texts),
+        kind,
+        encoder.context_length,
+        shortened(first),
+        shortened(" ".join(words[whole:])),
+        remedy,
+    )
 
 
 def shortened(text: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,8 @@ from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.data.order.epoch_plan import EpochPlan
 from vlal_dist.data.order.mixture import Mixture, open_mixture
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
+from vlal_dist.method.feasible import largest_num_ignore
+from vlal_dist.remarks import remark
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import open_store, read_url
 from vlal_dist.training.checkpoint import Binding
@@ -95,13 +98,33 @@ class TrainingData(Mixture):
                 "if the data lists only what is present (tags), set evaluation.unannotated "
                 f"negative; else {remedy}"
             )
-        logger.warning(
+        remark(
+            logger,
+            "evaluation.unannotated",
             "split %s: no attribute has both a positive and a negative, so the validation mAP is "
             "undefined: the latest model is kept as the best, and the plateau schedule never cuts; "
             "%s",
             self.validation.name,
             remedy,
         )
+
+    def check_num_ignore(self, num_ignore: int | Literal["all"]) -> None:
+        """Warn where NUM_IGNORE takes more than a quarter of the mean feasible set."""
+        sizes = np.diff(self.dataset.feasible.indptr)
+        sums = [float(sizes[split.index.object_id].sum()) for split in self.corpus.splits]
+        mean = sum(sums) / max(len(self.corpus), 1)
+        most = largest_num_ignore(mean)
+        if num_ignore != "all" and num_ignore > most:
+            remark(
+                logger,
+                "method.num_ignore",
+                "method.num_ignore is %d, more than a quarter of the mean feasible set of the "
+                "training instances (%.1f attributes): the loss leaves out so much of every set; "
+                "give at most %d (docs/your-data.md)",
+                num_ignore,
+                mean,
+                most,
+            )
 
     def make_builder(self, ranks: Ranks, *, train: bool) -> BatchBuilder:
         """Make the batch builder of the training corpus (`train`), or of the validation split.

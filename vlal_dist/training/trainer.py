@@ -149,6 +149,8 @@ class Trainer:
         """Check trackers and labels, and prepare the run root; on rank 0."""
         check_trackers(self.config.observability.trackers)
         self.data.check_validation(self.config.evaluation.unannotated)
+        if self.config.loss.unannotated in ("draw", "top"):
+            self.data.check_num_ignore(self.config.loss.num_ignore)
         if resume == "none":
             remove_run(self.store)
         self.store.sweep(BEST)
