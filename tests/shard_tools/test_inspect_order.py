@@ -198,14 +198,19 @@ def test_counts_go_to_the_json_file(
     _, lines = printed(folder, {"step": 3, "steps": 5, "ranks": 3, "rank": 1}, capsys, *more)
     counts = json.loads(found.read_text())
     seconds, warnings = counts.pop("seconds"), counts.pop("warnings")
-    assert seconds >= 0 and warnings == [] and counts == {
-        "epoch": 0,
-        "visits": 72,
-        "lanes": 12,
-        "micro_batches": 3,
-        "steps": 4,
-        "printed": len(lines),
-    }
+    assert (
+        seconds >= 0
+        and warnings == []
+        and counts
+        == {
+            "epoch": 0,
+            "visits": 72,
+            "lanes": 12,
+            "micro_batches": 3,
+            "steps": 4,
+            "printed": len(lines),
+        }
+    )
 
 
 @pytest.mark.parametrize(
