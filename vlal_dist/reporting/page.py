@@ -18,7 +18,7 @@ import numpy as np
 
 from vlal_dist.config.sections import EvaluationConfig, PathsConfig
 from vlal_dist.data.format.dataset import Dataset, Split, open_dataset, open_split
-from vlal_dist.data.format.label_figures import label_figures
+from vlal_dist.data.format.label_figures import LabelFigures, label_figures
 from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.sample_reader import SampleReader
 from vlal_dist.errors import ConfigError, DataError, NotFoundError
@@ -33,7 +33,7 @@ from vlal_dist.evaluation.results import (
     read_result,
     unannotated_of,
 )
-from vlal_dist.reporting.charts import IntervalChart, draw_curve, draw_pr_curves
+from vlal_dist.reporting.charts import IntervalChart, LineChart, draw_curve, draw_pr_curves
 from vlal_dist.reporting.fig4 import build_example, choose_rows, tally
 from vlal_dist.reporting.result_table import (
     ExperimentTable,
@@ -43,7 +43,7 @@ from vlal_dist.reporting.result_table import (
     result_columns,
     result_row,
 )
-from vlal_dist.reporting.run_card import read_run_files, run_card, series
+from vlal_dist.reporting.run_card import RunFiles, read_run_files, run_card, series
 from vlal_dist.reporting.selective_sections import selective_sections
 from vlal_dist.storage.store import Store, open_store, read_url
 
@@ -82,23 +82,12 @@ def build_page(
         truth = read_dense_labels(config.truth, dataset, config.split).label
     attributes = read_attributes(store, folder)
     run = read_run_files(store)
-    train_split = str(run.config.get("data", {}).get("train_split", "train"))
-    trained = label_figures(dataset, train_split) if train_split in dataset.splits else None
     photo = image_numbers(split)
     photos = int(photo.max(initial=-1)) + 1
     groups = dataset.vocabulary.groups()
     unannotated = unannotated_of(result)
     counted = as_counted(predictions, unannotated)
     intervals = group_intervals(counted, photo, groups) if photos > 1 else {}
-    selected_by = protocol_note(run.config.get("evaluation", {}).get("unannotated", "excluded"))
-    curves = (
-        draw_curve(
-            series(run.lines, "validation", "mAP"),
-            title="Validation mAP, %" + (f" ({selected_by})" if selected_by else ""),
-            is_share=True,
-        ),
-        draw_curve(series(run.lines, "train", "loss"), title="Training loss", is_share=False),
-    )
     left_out = [value for _, value in series(run.lines, "train", "ignored_effective")]
     ignored, calibration = selective_sections(run.config, result, paths)
     reader, top = SampleReader(split), config.example_attributes
@@ -109,7 +98,7 @@ def build_page(
         "warnings": warnings,
         "result": result,
         "run": run,
-        "card": run_card(result, dataset.manifest, run, trained=trained),
+        "card": run_card(result, dataset.manifest, run, trained=_trained(run, dataset)),
         "digests": {
             "dataset.json": dataset.digest,
             "vocabulary": dataset.vocabulary.digest,
@@ -123,7 +112,7 @@ def build_page(
         "replicates": REPLICATES,
         "attributes": attributes,
         "pr_curves": draw_pr_curves(attributes, counted.score, counted.label, count=config.curves),
-        "curves": [curve for curve in curves if curve is not None],
+        "curves": _curves(run),
         "ignored_mean": statistics.fmean(left_out) if left_out else None,
         "ignored": ignored,
         "calibration": calibration,
@@ -194,6 +183,26 @@ def _csp_hash(content: str) -> str:
     """The name of a style or script in the Content-Security-Policy."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _trained(run: RunFiles, dataset: Dataset) -> LabelFigures | None:
+    """Density of the labels of the training split; None: the dataset has none."""
+    name = str(run.config.get("data", {}).get("train_split", "train"))
+    return label_figures(dataset, name) if name in dataset.splits else None
+
+
+def _curves(run: RunFiles) -> list[LineChart]:
+    """Validation mAP and training loss over the steps, where there are any."""
+    selected_by = protocol_note(run.config.get("evaluation", {}).get("unannotated", "excluded"))
+    curves = (
+        draw_curve(
+            series(run.lines, "validation", "mAP"),
+            title="Validation mAP, %" + (f" ({selected_by})" if selected_by else ""),
+            is_share=True,
+        ),
+        draw_curve(series(run.lines, "train", "loss"), title="Training loss", is_share=False),
+    )
+    return [curve for curve in curves if curve is not None]
 
 
 def _read_result(store: Store, folder: str) -> dict[str, Any]:
