@@ -4,39 +4,26 @@ Every output is a pure function of the input: same annotations, same bytes, so t
 command finds its own files and changes nothing.
 """
 
-import hashlib
-import io
 import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet
 
+from shard_tools.clean.columns import TableFile
 from shard_tools.clean.names import check_table, listed, name_problem
-from shard_tools.clean.records import Instance, Reject, RepeatedKeys, shortened
+from shard_tools.clean.records import Reject, RepeatedKeys, shortened
 from vlal_dist.data.format.index import REJECTS_SCHEMA
 from vlal_dist.errors import DataError, NotFoundError
+from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.store import Store, read_url
-from vlal_dist.vocabulary import Vocabulary
 
 FORMAT = 1
 MANIFEST = "clean.json"
 REJECTS = "rejects.parquet"
-
-INSTANCE_SCHEMA = pa.schema(
-    [
-        pa.field("instance_id", pa.string(), nullable=False),
-        pa.field("image_id", pa.string(), nullable=False),
-        pa.field("object_id", pa.uint32(), nullable=False),
-        pa.field("box", pa.list_(pa.float64(), 4), nullable=False),
-        pa.field("positive", pa.list_(pa.uint32()), nullable=False),
-        pa.field("negative", pa.list_(pa.uint32()), nullable=False),
-    ]
-)
-"""`box` is x, y, width, height in pixels; `positive` and `negative` are ascending attribute ids."""
 
 logger = logging.getLogger(__name__)
 
@@ -59,19 +46,15 @@ def read_json(url: str, *, setting: str) -> object:
     try:
         data = read_url(url)
     except NotFoundError:
-        raise DataError(
-            f"{setting}: {url} does not exist; download it, or correct {setting}"
-        ) from None
+        raise absent(url, setting) from None
     encoding = json.detect_encoding(data)
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     try:
-        return _parse(data.decode(encoding, errors))
+        return parse_text(data.decode(encoding, errors))
     except json.JSONDecodeError as error:
         problem = f"line {error.lineno}, column {error.colno}: {error.msg}"
         if error.msg == "Extra data":
             problem += "; a file holds one JSON value, not one per line (JSON Lines)"
-    except RecursionError:
-        problem = "its brackets are nested hundreds deep"
     except ValueError as error:
         problem = shortened(str(error))
     raise DataError(
@@ -80,13 +63,26 @@ def read_json(url: str, *, setting: str) -> object:
     )
 
 
-def _parse(text: str) -> object:
+def absent(url: str, setting: str) -> DataError:
+    """The error of a file that is not there."""
+    return DataError(f"{setting}: {url} does not exist; download it, or correct {setting}")
+
+
+def parse_text(text: str) -> object:
+    """Parse one JSON value; an object that repeats a key is a `RepeatedKeys`.
+
+    Raises:
+        ValueError: it is not JSON (json.JSONDecodeError), or nested too deep.
+    """
     try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # an integer beyond the limit of digits
-        return json.loads(text, object_pairs_hook=_object, parse_int=_number)
+        try:
+            return json.loads(text, object_pairs_hook=_object)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer beyond the limit of digits
+            return json.loads(text, object_pairs_hook=_object, parse_int=_number)
+    except RecursionError:
+        raise ValueError("its brackets are nested hundreds deep") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,31 +172,29 @@ def _check_keys(table: dict[str, Any], *, what: str, kind: str) -> None:
             raise DataError(f"{what} has the {kind} {listed([key])} ({problem}); correct it")
 
 
-def instances_table(instances: Sequence[Instance], vocabulary: Vocabulary) -> pa.Table:
-    """Rows of `<split>.parquet`; names become ids."""
-    objects, attributes = vocabulary.object_ids, vocabulary.attribute_ids
-    columns = {
-        "instance_id": [i.instance_id for i in instances],
-        "image_id": [i.image_id for i in instances],
-        "object_id": [objects[i.object_name] for i in instances],
-        "box": [i.box for i in instances],
-        "positive": [sorted(attributes[name] for name in i.positive) for i in instances],
-        "negative": [sorted(attributes[name] for name in i.negative) for i in instances],
-    }
-    return pa.Table.from_pydict(columns, schema=INSTANCE_SCHEMA)
+class RejectFile(TableFile):
+    """`rejects.parquet`, in the order found, with what a summary needs."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, REJECTS_SCHEMA)
+        self._count: Counter[str] = Counter()
+        self._first: dict[str, Reject] = {}
 
-def rejects_table(rejects: Sequence[Reject]) -> pa.Table:
-    """Rows of `rejects.parquet`, in the order found."""
-    columns = {name: [getattr(r, name) for r in rejects] for name in REJECTS_SCHEMA.names}
-    return pa.Table.from_pydict(columns, schema=REJECTS_SCHEMA)
+    def add(self, rejects: Sequence[Reject]) -> None:
+        """Add some."""
+        self._count.update(reject.reason for reject in rejects)
+        for reject in rejects:
+            self._first.setdefault(reject.reason, reject)
+        columns = {name: [getattr(r, name) for r in rejects] for name in REJECTS_SCHEMA.names}
+        self.append(pa.RecordBatch.from_pydict(columns, schema=REJECTS_SCHEMA))
 
-
-def parquet_bytes(table: pa.Table) -> bytes:
-    """Parquet with fixed settings: the bytes depend on the rows and on pyarrow's version alone."""
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(table, buffer, compression="zstd", compression_level=3)
-    return buffer.getvalue()
+    def summary(self) -> str:
+        """The commonest reasons, each with its number and an example; empty without rejects."""
+        return "; ".join(
+            f"{count} {reason}, such as {self._first[reason].instance_id or 'a record'} of "
+            f"{self._first[reason].split}: {shortened(self._first[reason].detail)}"
+            for reason, count in self._count.most_common(3)
+        )
 
 
 def json_bytes(values: object) -> bytes:
@@ -208,18 +202,20 @@ def json_bytes(values: object) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, object]) -> None:
+def write_root(
+    store: Store, files: Mapping[str, bytes | Path], manifest: Mapping[str, object]
+) -> None:
     """Write the files, then `clean.json` with the sha256 of each; create-only.
 
     Args:
         store: the instances root.
-        files: key -> bytes.
+        files: key -> bytes, or the file that holds them.
         manifest: further entries of `clean.json`.
 
     Raises:
         ConflictError: the root holds another cleaning's files; nothing of it is changed.
     """
-    digests = {key: hashlib.sha256(data).hexdigest() for key, data in files.items()}
+    digests = {key: sha256_of(data) for key, data in files.items()}
     closing = json_bytes({"format": FORMAT, **manifest, "files": digests})
     if store.exists(MANIFEST):
         # A finished root of another cleaning is refused before a new split is added to it.
@@ -231,9 +227,10 @@ def write_root(store: Store, files: Mapping[str, bytes], manifest: Mapping[str, 
         logger.info("%s already holds exactly these files", store.url)
 
 
-def write_rejects(store: Store, rejects: Sequence[Reject]) -> str:
+def write_rejects(store: Store, rejects: RejectFile) -> str:
     """Write the rejects of a cleaning that left nothing, and say where; not in a finished root."""
     if store.exists(MANIFEST):
         return f"{store.url} holds an earlier cleaning and is left as it is"
-    store.replace(REJECTS, parquet_bytes(rejects_table(rejects)))
+    rejects.close()
+    store.replace(REJECTS, rejects.path.read_bytes())
     return f"all are listed in {store.url}/{REJECTS}"

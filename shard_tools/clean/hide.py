@@ -9,19 +9,16 @@ evaluates may open it (tests remove it and get the same bytes).
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from decimal import Context, Decimal, localcontext
-from itertools import chain, compress, pairwise
-from operator import not_
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shard_tools.clean.counts import HIDE_QUANTITIES
-from shard_tools.clean.files import instances_table, parquet_bytes
-from shard_tools.clean.records import Instance
+from shard_tools.clean.columns import INSTANCE_SCHEMA, SPLITS, Lists, Mask, TableFile
+from shard_tools.clean.counts import HIDE_QUANTITIES, POLARITIES, Tally
 from vlal_dist.data.hashing import (
     HIDE_NEGATIVES,
     HIDE_POSITIVES,
@@ -31,7 +28,6 @@ from vlal_dist.data.hashing import (
     text_hash,
     uniform,
 )
-from vlal_dist.vocabulary import Vocabulary
 
 HIDDEN = "hidden.parquet"
 SPLIT = "train"
@@ -45,69 +41,91 @@ ones, at most those that it has. VAW: 3.0 annotations per training instance, 1.8
 """
 
 
-def hide_labels(
-    instances: Sequence[Instance], *, seed: int
-) -> tuple[list[Instance], list[Instance]]:
-    """Hide labels of training instances, as `clean.hide` vaw_density.
+class Hiding:
+    """Hides labels of training instances, as `clean.hide` vaw_density.
 
     Args:
-        instances: of all splits; lists sorted and disjoint (`resolve_clashes`).
+        attributes: names, by id.
         seed: of the numbers and the choice.
-
-    Returns:
-        All instances with the labels that they keep, in the order given; and the training
-        instances alone with those that were hidden, as their lists.
     """
-    train = [instance for instance in instances if instance.split == SPLIT]
-    uid = _hashes([instance.instance_id for instance in train])
-    divided = []
-    for lists, (least, mean), purpose in (
-        ([i.positive for i in train], KEPT_POSITIVES, HIDE_POSITIVES),
-        ([i.negative for i in train], KEPT_NEGATIVES, HIDE_NEGATIVES),
-    ):
-        wanted = least + _poisson(uid, mean, seed=seed, purpose=purpose)
-        divided.append(_divide(lists, uid, wanted, seed=seed, purpose=purpose))
-    triples = list(zip(train, *divided, strict=True))
-    kept = iter([replace(i, positive=p[0], negative=n[0]) for i, p, n in triples])
-    hidden = [replace(i, positive=p[1], negative=n[1]) for i, p, n in triples]
-    return [next(kept) if i.split == SPLIT else i for i in instances], hidden
 
+    def __init__(self, attributes: Sequence[str], *, seed: int) -> None:
+        self._names, self._seed = _hashes(attributes), seed
+        self._hidden = dict.fromkeys(POLARITIES, 0)
+        self._file: TableFile | None = None
 
-def count_hidden(instances: Sequence[Instance], hidden: Sequence[Instance]) -> dict[str, int]:
-    """Training labels kept and hidden, of each polarity (`counts.HIDE_QUANTITIES`).
+    def open(self, folder: Path) -> TableFile:
+        """The file of hidden labels: instance id and hidden ids, in the order of the training
+        split; `hide` fills it.
+        """
+        fields = [INSTANCE_SCHEMA.field(name) for name in ("instance_id", *POLARITIES)]
+        self._file = TableFile(folder / HIDDEN, pa.schema(fields))
+        return self._file
 
-    Args:
-        instances: after hiding, of all splits.
-        hidden: training instances with their hidden labels.
-    """
-    train = [instance for instance in instances if instance.split == SPLIT]
-    numbers = [
-        sum(len(getattr(instance, polarity)) for instance in some)
-        for polarity in ("positive", "negative")
-        for some in (train, hidden)
-    ]
-    logger.info(
-        "hide: of %d training instances, %d positives kept and %d hidden, %d negatives kept and "
-        "%d hidden",
-        len(train),
-        *numbers,
-    )
-    return dict(zip(HIDE_QUANTITIES, numbers, strict=True))
+    def hide(
+        self, instance_id: pa.Array, group: I64, lists: Mapping[str, Lists]
+    ) -> dict[str, Lists]:
+        """What some instances keep.
 
+        Args:
+            instance_id: text [n].
+            group: [n], splits.
+            lists: sorted and disjoint.
+        """
+        train = np.flatnonzero(group == SPLITS.index(SPLIT))
+        place = np.full(len(group), -1)
+        place[train] = np.arange(len(train))
+        ids = instance_id.take(pa.array(train))
+        uid = _hashes(ids.to_pylist())
+        kept, columns = {}, [ids]
+        for (polarity, found), (least, mean), purpose in zip(
+            lists.items(), (KEPT_POSITIVES, KEPT_NEGATIVES), (HIDE_POSITIVES, HIDE_NEGATIVES),
+            strict=True,
+        ):  # fmt: skip
+            wanted = least + _poisson(uid, mean, seed=self._seed, purpose=purpose)
+            ours = place[found.row] >= 0
+            some = Lists(place[found.row[ours]], found.number[ours])
+            keep = self._kept(some, uid, wanted, purpose)
+            hidden = some.where(~keep)
+            self._hidden[polarity] += len(hidden.number)
+            columns.append(hidden.to_arrow(len(train)))
+            stays = np.ones(len(found.row), np.bool_)
+            stays[ours] = keep
+            kept[polarity] = found.where(stays)
+        if self._file is not None and len(train):
+            self._file.append(pa.RecordBatch.from_arrays(columns, schema=self._file.schema))
+        return kept
 
-def hidden_files(hidden: Sequence[Instance] | None, vocabulary: Vocabulary) -> dict[str, bytes]:
-    """The file of hidden labels: instance id and hidden ids, in the order of the training split.
+    def _kept(self, lists: Lists, uid: U64, wanted: I64, purpose: int) -> Mask:
+        """Which labels are kept: of each list the `wanted` ones of lowest hash."""
+        salt = keyed_hash(uid, self._seed, purpose)[lists.row]
+        hashes = keyed_hash(salt + self._names[lists.number], self._seed, purpose)
+        first = np.searchsorted(lists.row, lists.row)
+        keep = np.empty(len(lists.row), np.bool_)
+        order = np.lexsort((hashes, lists.row))
+        keep[order] = np.arange(len(order)) - first < wanted[lists.row]
+        return keep
 
-    Args:
-        hidden: training instances with their hidden labels; None: the step did not run.
-        vocabulary: of the names before hiding.
-    """
-    if hidden is None:
-        return {}
-    table: pa.Table = instances_table(hidden, vocabulary).select(
-        ["instance_id", "positive", "negative"]
-    )
-    return {HIDDEN: parquet_bytes(table)}
+    def count(self, tally: Tally) -> dict[str, int]:
+        """Training labels kept and hidden, of each polarity (`counts.HIDE_QUANTITIES`).
+
+        Args:
+            tally: after hiding.
+        """
+        place = SPLITS.index(SPLIT)
+        kept = tally.attributes([place])
+        numbers = [
+            number
+            for polarity in POLARITIES
+            for number in (int(kept[polarity].sum()), self._hidden[polarity])
+        ]
+        logger.info(
+            "hide: of %d training instances, %d positives kept and %d hidden, %d negatives kept "
+            "and %d hidden",
+            tally.instances[place].sum(),
+            *numbers,
+        )
+        return dict(zip(HIDE_QUANTITIES, numbers, strict=True))
 
 
 def poisson_limits(mean: Decimal) -> npt.NDArray[np.float64]:
@@ -136,25 +154,6 @@ def _poisson(uid: U64, mean: Decimal, *, seed: int, purpose: int) -> I64:
     """A Poisson number for each instance."""
     draw = uniform(uid, np.zeros(len(uid), np.int64), seed=seed, purpose=purpose)
     return np.searchsorted(poisson_limits(mean), draw, side="right")
-
-
-def _divide(
-    lists: Sequence[tuple[str, ...]], uid: U64, wanted: I64, *, seed: int, purpose: int
-) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The names kept and hidden of each list: the `wanted` ones of lowest hash are kept."""
-    names = list(chain.from_iterable(lists))
-    lengths = np.array([len(one) for one in lists], np.int64)
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    row = np.repeat(np.arange(len(lists)), lengths)
-    salt = keyed_hash(uid, seed, purpose)[row]
-    order = np.lexsort((keyed_hash(salt + _hashes(names), seed, purpose), row))
-    keep = np.empty(len(names), np.bool_)
-    keep[order] = np.arange(len(names)) - ends[row] < wanted[row]
-    kept = keep.tolist()
-    return [
-        (tuple(compress(names[a:b], kept[a:b])), tuple(compress(names[a:b], map(not_, kept[a:b]))))
-        for a, b in pairwise(ends.tolist())
-    ]
 
 
 def _hashes(texts: Sequence[str]) -> U64:

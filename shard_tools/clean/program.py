@@ -6,29 +6,27 @@ after any interruption.
 """
 
 import logging
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from shard_tools.clean.columns import SPLITS, Rows
 from shard_tools.clean.counts import (
     HIDE_QUANTITIES,
-    SPLITS,
     StepCounts,
     check_expected,
     first_departure,
     say_labels,
 )
 from shard_tools.clean.files import (
+    RejectFile,
     check_merge_table,
-    instances_table,
     json_bytes,
-    parquet_bytes,
     read_merge_table,
-    read_records,
-    rejects_table,
     write_rejects,
     write_root,
 )
-from shard_tools.clean.hide import hidden_files
 from shard_tools.clean.names import (
     check_deleted,
     check_table,
@@ -36,14 +34,8 @@ from shard_tools.clean.names import (
     warn_of_alike_names,
     warn_of_unused_names,
 )
-from shard_tools.clean.records import (
-    Instance,
-    Reject,
-    drop_duplicates,
-    parse_records,
-    reject_summary,
-)
-from shard_tools.clean.steps import Cleaned, attribute_names, clean_instances
+from shard_tools.clean.reading import UNDIVIDED, Division, read_annotations
+from shard_tools.clean.steps import Cleaned, clean_rows
 from shard_tools.clean.vocabulary import make_feasible, make_vocabulary
 from shard_tools.clean.wordnet import WordNet
 from vlal_dist.config.sections import CleanConfig, Config
@@ -52,6 +44,7 @@ from vlal_dist.errors import ConfigError, DataError, NotFoundError, bounded
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.pipeline import clean_inputs
 from vlal_dist.program import Counts, Program
+from vlal_dist.storage.checks import translated_errors
 from vlal_dist.storage.store import open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -71,7 +64,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     known, known_feasible, known_merges = (
         open_like(flags["like"], settings) if "like" in flags else (None, None, None)
     )
-    _check_settings(settings, like=known is not None)
+    splits = _check_settings(settings, like=known is not None)
     merge: Mapping[str, str] | WordNet
     if settings.merge == "none":
         merge = {}
@@ -82,57 +75,61 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
     else:
         merge = WordNet(settings.wordnet_dir)
     target.list_keys("clean.json")  # a wrong bucket fails now
-    instances, rejects = _read_annotations(settings)
-    num_records = len(instances) + len(rejects)
-    if instances:
-        attributes = attribute_names(instances)
-        check_deleted(settings.deleted_attributes, attributes, strict=known is None)
-    cleaned = clean_instances(instances, settings, merge=merge, known=known)
-    rejects += cleaned.rejects
-    if not cleaned.instances:
-        raise DataError(_nothing_left(cleaned, rejects, where=write_rejects(target, rejects)))
-    _warn_of_names(instances, cleaned, settings, merge if settings.merge == "table" else {})
-    vocabulary = known or make_vocabulary(cleaned, settings, annotated=attributes)
-    tables = {
-        split: instances_table([i for i in cleaned.instances if i.split == split], vocabulary)
-        for split in settings.annotations
-    }
-    feasible = known_feasible or make_feasible(tables, vocabulary, settings)
-    counts = {**cleaned.counts, "feasible": {"pairs": len(feasible.indices)}}
-    rule = _hide_rule(settings)
-    manifest: dict[str, Any] = {
-        "vocabulary_digest": vocabulary.digest,
-        "feasible_digest": feasible.digest,
-        "records": num_records,
-        "splits": {split: table.num_rows for split, table in tables.items()},
-        "rejected": len(rejects),
-        "clashes": cleaned.clashes,
-        "counts": counts,
-        **rule,
-    }
-    names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts, **rule}
-    files = {"vocabulary.json": json_bytes(names), "feasible.npz": feasible.to_npz()}
-    files |= {f"{split}.parquet": parquet_bytes(table) for split, table in tables.items()}
-    files["rejects.parquet"] = parquet_bytes(rejects_table(rejects))
-    files |= hidden_files(cleaned.hidden, vocabulary)
-    write_root(target, files, manifest)
-    say_labels(cleaned.instances, list(tables))
-    if len(rejects) > settings.max_rejected * num_records:
+    with tempfile.TemporaryDirectory(prefix="vlal-clean-") as name, translated_errors(Path(name)):
+        folder = Path(name)
+        rows, rejects = Rows(folder / "rows"), RejectFile(folder / "rejects.parquet")
+        num_records = read_annotations(settings, rows, rejects, folder)
+        objects, attributes = set(rows.objects.number), set(rows.attributes.number)
+        if len(rows):
+            check_deleted(settings.deleted_attributes, attributes, strict=known is None)
+        cleaned = clean_rows(
+            rows, settings, splits=splits, merge=merge, known=known, rejects=rejects, folder=folder
+        )
+        rejects.close()
+        if not cleaned.tally.instances.any():
+            raise DataError(_nothing_left(cleaned, rejects, where=write_rejects(target, rejects)))
+        _warn_of_names(objects, cleaned, settings, merge if settings.merge == "table" else {})
+        vocabulary = known or make_vocabulary(cleaned, settings, annotated=attributes)
+        feasible = known_feasible or make_feasible(cleaned.tally, vocabulary, settings)
+        counts = {**cleaned.counts, "feasible": {"pairs": len(feasible.indices)}}
+        rule = _hide_rule(settings)
+        sizes = cleaned.tally.instances.sum(axis=1).tolist()
+        manifest: dict[str, Any] = {
+            "vocabulary_digest": vocabulary.digest,
+            "feasible_digest": feasible.digest,
+            "records": num_records,
+            "splits": {split: sizes[SPLITS.index(split)] for split in splits},
+            "rejected": rejects.num_rows,
+            "clashes": cleaned.clashes,
+            "counts": counts,
+            **rule,
+        }
+        names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts, **rule}
+        files: dict[str, bytes | Path] = {
+            "vocabulary.json": json_bytes(names),
+            "feasible.npz": feasible.to_npz(),
+            **{f"{split}.parquet": path for split, path in cleaned.tables.items()},
+            "rejects.parquet": rejects.path,
+            **cleaned.hidden,
+        }
+        write_root(target, files, manifest)
+    say_labels(cleaned.tally, splits)
+    if rejects.num_rows > settings.max_rejected * num_records:
         raise DataError(
-            f"{len(rejects)} of {num_records} instances were rejected, more than "
-            f"clean.max_rejected {settings.max_rejected:g} allows ({reject_summary(rejects)}); all "
+            f"{rejects.num_rows} of {num_records} instances were rejected, more than "
+            f"clean.max_rejected {settings.max_rejected:g} allows ({rejects.summary()}); all "
             f"files are written: see rejects.parquet in {config.paths.instances}, then repair the "
             "annotations and give a new paths.instances, or raise clean.max_rejected and repeat"
         )
     return {
         "records": num_records,
-        "instances": len(cleaned.instances),
+        "instances": sum(sizes),
         "splits": manifest["splits"],
         "objects": len(vocabulary.objects),
         "attributes": len(vocabulary.attributes),
         "feasible_pairs": len(feasible.indices),
         "clashes": cleaned.clashes,
-        "rejected": len(rejects),
+        "rejected": rejects.num_rows,
         **{name: counts["hide"][name] for name in HIDE_QUANTITIES if rule},
         **_compare(counts, settings),
     }
@@ -190,14 +187,28 @@ def _hide_rule(settings: CleanConfig) -> dict[str, object]:
     return {"hide": settings.hide, "hide_seed": settings.hide_seed}
 
 
-def _check_settings(settings: CleanConfig, *, like: bool) -> None:
+def _check_settings(settings: CleanConfig, *, like: bool) -> list[str]:
+    """Refuse settings that contradict each other; the splits that will be written."""
     if not settings.annotations:
         raise ConfigError(
             "clean.annotations is empty; give the annotation files of each split, for example "
             "--clean.annotations '{train: [train.json], val: [val.json], test: [test.json]}'"
         )
-    unknown = [split for split in settings.annotations if split not in SPLITS]
-    if unknown:
+    splits = list(settings.annotations)
+    unknown = [split for split in splits if split not in SPLITS]
+    if settings.split is not None:
+        if splits != [UNDIVIDED]:
+            raise ConfigError(
+                f"clean.split divides undivided photos, but clean.annotations has {splits}; give "
+                f"all files as one list, {{{UNDIVIDED}: [...]}}, or leave clean.split out"
+            )
+        splits = Division(settings.split, settings.split_seed).splits
+    elif unknown == [UNDIVIDED]:
+        raise ConfigError(
+            "clean.annotations has undivided photos (all), which clean.split must divide; give "
+            "--clean.split 80/10/10 (train, val and test in per cent)"
+        )
+    elif unknown:
         raise ConfigError(
             f"clean.annotations has the split {unknown[0]!r}; splits are {', '.join(SPLITS)}"
         )
@@ -225,12 +236,12 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> None:
         )
     check_expected(settings.expected)
     if like:
-        return
-    absent = [split for split in settings.feasible_splits if split not in settings.annotations]
+        return splits
+    absent = [split for split in settings.feasible_splits if split not in splits]
     if absent or not settings.feasible_splits:
         raise ConfigError(
             f"clean.feasible_splits is {settings.feasible_splits}, clean.annotations has "
-            f"{list(settings.annotations)}; name splits that are there, or use --like DATASET to "
+            f"{splits}; name splits that are there, or use --like DATASET to "
             "take the feasible sets of an earlier dataset"
         )
     if settings.feasible_top_k > 0 and settings.object_vectors is None:
@@ -241,16 +252,16 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> None:
             "--object-vectors FILE --paths.instances NAMES`, then this one with "
             " --clean.object_vectors FILE"
         )
+    return splits
 
 
 def _warn_of_names(
-    instances: list[Instance],
+    objects: Collection[str],
     cleaned: Cleaned,
     settings: CleanConfig,
     table: Mapping[str, str] | WordNet,
 ) -> None:
     """Log names of the settings that match nothing, and names that differ in spelling alone."""
-    objects = {instance.object_name for instance in instances}
     warn_of_unused_names(
         table if isinstance(table, Mapping) else (),
         objects,
@@ -277,7 +288,7 @@ def _warn_of_names(
     warn_of_alike_names(cleaned.attributes, kind="attribute")
 
 
-def _nothing_left(cleaned: Cleaned, rejects: list[Reject], *, where: str) -> str:
+def _nothing_left(cleaned: Cleaned, rejects: RejectFile, *, where: str) -> str:
     """The message where no instance is left: the step that took the last ones, and its setting."""
     steps = {name: found["instances"] for name, found in cleaned.counts.items()}
     last = next((name for name, count in steps.items() if count == 0), "hide")
@@ -288,23 +299,8 @@ def _nothing_left(cleaned: Cleaned, rejects: list[Reject], *, where: str) -> str
         "require_positive": "set clean.require_positive false, or annotate positives",
     }.get(last, "check clean.annotations")
     shown = ", ".join(f"{name} {count}" for name, count in steps.items())
-    why = f"; rejected {len(rejects)}: {reject_summary(rejects)}; {where}" if rejects else ""
+    why = f"; rejected {rejects.num_rows}: {rejects.summary()}; {where}" if rejects.num_rows else ""
     return f"no instance is left (after each step: {shown}{why}); {remedy}"
-
-
-def _read_annotations(settings: CleanConfig) -> tuple[list[Instance], list[Reject]]:
-    instances: list[Instance] = []
-    rejects: list[Reject] = []
-    for split, urls in settings.annotations.items():
-        for url in urls:
-            source = url.rpartition("/")[2]
-            records = read_records(url, setting=f"clean.annotations.{split}")
-            found, bad = parse_records(records, split=split, source=source)
-            logger.info("read %d records of %s from %s", len(records), split, source)
-            instances += found
-            rejects += bad
-    instances, duplicates = drop_duplicates(instances)
-    return instances, rejects + duplicates
 
 
 def _compare(counts: StepCounts, settings: CleanConfig) -> Counts:

@@ -1,14 +1,13 @@
-"""Annotation records parsed and checked into instances; duplicates dropped.
+"""Annotation records parsed and checked into instances; duplicates compared.
 
-Pure functions from lists to lists, no I/O. Records are VAW's: image_id, instance_id, instance_bbox
-(x, y, width, height in pixels), object_name, positive_attributes, negative_attributes; further
+Pure functions, no I/O. Records are VAW's: image_id, instance_id, instance_bbox (x, y, width, height
+in pixels; null: the whole photo), object_name, positive_attributes, negative_attributes; further
 fields are ignored.
 """
 
 import math
 import reprlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +26,9 @@ FIELDS = (
 
 Box = tuple[float, float, float, float]
 
+WHOLE_PHOTO: Box = (0.0, 0.0, math.inf, math.inf)
+"""Box of an instance that is its whole photo; `pack` puts the photo's size in."""
+
 
 class RepeatedKeys(dict[str, Any]):
     """A JSON object that held a key more than once; `repeated` names those keys."""
@@ -43,7 +45,7 @@ class Instance:
         instance_id: unique over all splits.
         image_id: names the photo, `{image_id}.jpg`.
         object_name: as annotated, or its representative after the merge.
-        box: x, y, width, height in pixels of the photo.
+        box: x, y, width, height in pixels of the photo, or `WHOLE_PHOTO`.
         positive: attribute names annotated as present, as listed (repeats are kept).
         negative: attribute names annotated as absent, as listed.
     """
@@ -70,67 +72,70 @@ class Reject:
     detail: str
 
 
+class NotJson(str):
+    """What is wrong with a line that holds no JSON, in the place of its record."""
+
+    __slots__ = ()
+
+
 def parse_records(
-    records: Sequence[object], *, split: str, source: str
+    records: Iterable[tuple[int, object]], *, split: str, place: Callable[[int], str]
 ) -> tuple[list[Instance], list[Reject]]:
-    """Read one annotation file's records.
+    """Read records of one annotation file.
 
     Args:
-        records: the file's list.
+        records: each with its number.
         split: the split that the file belongs to.
-        source: file name, for the details of rejects.
+        place: number -> where the record stands, for the details of rejects.
 
     Returns:
         Usable instances in order, and rejects.
     """
     instances, rejects = [], []
-    for position, record in enumerate(records):
+    for number, record in records:
         try:
             instances.append(_parse_record(record, split=split))
         except _Unusable as error:
             reason, detail = error.args
-            place = f"{source}[{position}]"
-            rejects.append(Reject(split, _known_id(record), reason, f"{place}: {detail}"))
+            rejects.append(Reject(split, _known_id(record), reason, f"{place(number)}: {detail}"))
     return instances, rejects
 
 
-def reject_summary(rejects: Sequence[Reject]) -> str:
-    """The commonest reasons, each with its number and an example; empty without rejects."""
-    first = {reject.reason: reject for reject in reversed(rejects)}
-    counts = Counter(reject.reason for reject in rejects).most_common(3)
-    return "; ".join(
-        f"{count} {reason}, such as {first[reason].instance_id or 'a record'} of "
-        f"{first[reason].split}: {shortened(first[reason].detail)}"
-        for reason, count in counts
-    )
+def compare_duplicates(
+    instances: Iterable[tuple[int, Instance]],
+) -> tuple[list[int], dict[str, tuple[int, str]]]:
+    """Find instances whose id was read before.
 
+    Args:
+        instances: each with the number of its row, in reading order.
 
-def drop_duplicates(instances: Sequence[Instance]) -> tuple[list[Instance], list[Reject]]:
-    """Keep the first of identical instances.
-
-    Raises:
-        DataError: one instance id stands for different contents or in two splits.
+    Returns:
+        Rows of instances that are equal to the first of their id; and of ids with different
+        contents the row of the first that differs, with the splits.
     """
     first: dict[str, Instance] = {}
-    rejects: list[Reject] = []
-    conflicts: dict[str, str] = {}
-    for instance in instances:
+    equal: list[int] = []
+    conflicts: dict[str, tuple[int, str]] = {}
+    for row, instance in instances:
         known = first.setdefault(instance.instance_id, instance)
         if known is instance:
             continue
         if _content(known) == _content(instance):
-            detail = "the same instance was read before"
-            rejects.append(Reject(instance.split, instance.instance_id, "duplicate", detail))
+            equal.append(row)
         else:
             where = f"{known.split}, {instance.split}" if known.split != instance.split else ""
-            conflicts.setdefault(instance.instance_id, where or f"twice in {known.split}")
-    if conflicts:
-        shown = "; ".join(f"{name} ({where})" for name, where in list(conflicts.items())[:5])
-        raise DataError(
-            f"{len(conflicts)} instance ids stand for different records: {shown}; an id must name "
-            "one instance of one split: correct the annotation files"
-        )
-    return list(first.values()), rejects
+            conflicts.setdefault(instance.instance_id, (row, where or f"twice in {known.split}"))
+    return equal, conflicts
+
+
+def conflict_error(conflicts: Mapping[str, tuple[int, str]]) -> DataError:
+    """The error of ids that stand for different records (`compare_duplicates`)."""
+    first = sorted(conflicts.items(), key=lambda one: one[1][0])[:5]
+    shown = "; ".join(f"{name} ({where})" for name, (_, where) in first)
+    return DataError(
+        f"{len(conflicts)} instance ids stand for different records: {shown}; an id must name "
+        "one instance of one split: correct the annotation files"
+    )
 
 
 class _Unusable(Exception):
@@ -138,6 +143,8 @@ class _Unusable(Exception):
 
 
 def _parse_record(record: object, *, split: str) -> Instance:
+    if isinstance(record, NotJson):
+        raise _Unusable("not_json", record)
     if not isinstance(record, dict):
         raise _Unusable("not_a_record", f"{type(record).__name__} where an object is expected")
     if isinstance(record, RepeatedKeys):
@@ -183,6 +190,8 @@ def _names(value: object, field: str) -> tuple[str, ...]:
 
 
 def _box(value: object) -> Box:
+    if value is None:
+        return WHOLE_PHOTO
     sides = value if isinstance(value, list) else []
     if len(sides) == 4 and all(type(side) in (int, float) for side in sides):
         with suppress(OverflowError):

@@ -1,18 +1,27 @@
-"""The cleaning steps of Sec. 3.1: pure functions from instances to instances, counted in order.
+"""The cleaning steps of Sec. 3.1, in two passes over the rows, counted in order.
 
 Size filter -> merge of object names -> renames -> deleted attributes -> vocabulary -> instances
 without positives -> clashes -> hidden labels. The splits are the annotation files' own.
+
+The first pass counts; from its tally follow all steps that change names, and the vocabulary. The
+second one writes the rows that are left, with the ids of the vocabulary.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 
-from shard_tools.clean.counts import StepCounts, count_instances
-from shard_tools.clean.hide import count_hidden, hide_labels
+import numpy as np
+import pyarrow as pa
+
+from shard_tools.clean.columns import I64, INSTANCE_SCHEMA, SPLITS, Lists, Mask, Rows, TableFile
+from shard_tools.clean.counts import POLARITIES, Counting, StepCounts, Tally
+from shard_tools.clean.files import RejectFile
+from shard_tools.clean.hide import Hiding
 from shard_tools.clean.names import matching
-from shard_tools.clean.records import Instance, Reject, shortened
+from shard_tools.clean.records import Reject, shortened
 from shard_tools.clean.wordnet import WordNet, merge_table
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.vocabulary import Vocabulary
@@ -20,145 +29,337 @@ from vlal_dist.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 
-def attribute_names(instances: Sequence[Instance]) -> set[str]:
-    """All names in the positive and negative lists."""
-    return {name for i in instances for name in (*i.positive, *i.negative)}
-
-
-def rename_objects(instances: Sequence[Instance], table: Mapping[str, str]) -> list[Instance]:
-    """Replace object names that stand in `table`; the others stay."""
-    return [replace(i, object_name=table.get(i.object_name, i.object_name)) for i in instances]
-
-
-def delete_attributes(instances: Sequence[Instance], names: Collection[str]) -> list[Instance]:
-    """Remove attributes from both lists of every instance; no instance is dropped."""
-    deleted = frozenset(names)
-    return [
-        replace(
-            instance,
-            positive=tuple(name for name in instance.positive if name not in deleted),
-            negative=tuple(name for name in instance.negative if name not in deleted),
-        )
-        for instance in instances
-    ]
-
-
-def reject_unknown(
-    instances: Sequence[Instance], *, objects: Collection[str], attributes: Collection[str]
-) -> tuple[list[Instance], list[Reject]]:
-    """Set aside instances with a name outside a given vocabulary.
-
-    Args:
-        instances: after merge, renames and deletions.
-        objects: known object names (a set or dictionary).
-        attributes: known attribute names (a set or dictionary).
-    """
-    kept, rejects = [], []
-    for instance in instances:
-        unknown = [n for n in (*instance.positive, *instance.negative) if n not in attributes]
-        if instance.object_name not in objects:
-            reason, detail = "unknown_object", shortened(instance.object_name)
-        elif unknown:
-            names = ", ".join(dict.fromkeys(unknown))
-            reason, detail = "unknown_attribute", shortened(names, 1000)
-        else:
-            kept.append(instance)
-            continue
-        rejects.append(Reject(instance.split, instance.instance_id, reason, detail))
-    return kept, rejects
-
-
-def resolve_clashes(instances: Sequence[Instance]) -> tuple[list[Instance], int]:
-    """Make the two lists sorted, free of repeats and disjoint: negative wins a clash.
-
-    Comes after `require_positive`, as in the authors' code, where the reader of the cleaned files
-    resolves clashes: an instance whose only positives clash stays, without positives.
-
-    Returns:
-        The instances, and how many (instance, attribute) pairs stood in both lists.
-    """
-    resolved, clashes = [], 0
-    for instance in instances:
-        positive, negative = set(instance.positive), set(instance.negative)
-        clashes += len(positive & negative)
-        positive -= negative
-        resolved.append(
-            replace(instance, positive=tuple(sorted(positive)), negative=tuple(sorted(negative)))
-        )
-    return resolved, clashes
-
-
 @dataclass(frozen=True)
 class Cleaned:
     """Result of the steps.
 
     Attributes:
-        instances: final, in reading order, with sorted and disjoint lists.
         objects: sorted object names (of all instances before `require_positive`).
         attributes: sorted attribute names (as `objects`, over both lists).
         merges: object name -> representative, for the names that the merge changed.
-        rejects: instances with a name outside the given vocabulary.
         counts: step -> counts.
         clashes: (instance, attribute) pairs that stood in both lists.
-        hidden: training instances with their hidden labels; None: the step `hide` did not run.
+        tally: of the final rows, whose lists are sorted and disjoint, by ids of the vocabulary.
+        tables: split -> file of the final rows, in reading order.
+        hidden: key -> file of the hidden labels; empty where the step `hide` did not run.
     """
 
-    instances: list[Instance]
     objects: tuple[str, ...]
     attributes: tuple[str, ...]
     merges: dict[str, str]
-    rejects: list[Reject]
     counts: StepCounts
     clashes: int
-    hidden: list[Instance] | None
+    tally: Tally
+    tables: dict[str, Path]
+    hidden: dict[str, Path]
 
 
-def clean_instances(
-    instances: Sequence[Instance],
+@dataclass(frozen=True)
+class Ids:
+    """Numbers of names as read -> ids of the vocabulary.
+
+    Attributes:
+        objects: int64, -1: not in the vocabulary.
+        attributes: int64, `DELETED`, or `UNKNOWN` where a given vocabulary lacks it.
+        num_objects, num_attributes: of the vocabulary.
+    """
+
+    objects: I64
+    attributes: I64
+    num_objects: int
+    num_attributes: int
+
+
+DELETED, UNKNOWN = -1, -2
+
+
+def clean_rows(
+    rows: Rows,
     settings: CleanConfig,
     *,
+    splits: Sequence[str],
     merge: Mapping[str, str] | WordNet,
-    known: Vocabulary | None = None,
+    known: Vocabulary | None,
+    rejects: RejectFile,
+    folder: Path,
 ) -> Cleaned:
     """Run the steps.
 
     Args:
-        instances: in reading order, which the merge depends on.
+        rows: as read, in reading order, which the merge depends on.
         settings: what each step does.
+        splits: those of which a table is written.
         merge: name -> representative, or the dictionary that decides which names are similar.
         known: the vocabulary to keep to; None: one is made from the names left.
+        rejects: gets duplicates, and rows with a name outside the given vocabulary.
+        folder: for the tables.
+
+    Raises:
+        DataError: one instance id stands for different records.
     """
+    repeated = rows.duplicates()
     counts: StepCounts = {}
 
-    def counted(step: str, left: list[Instance]) -> list[Instance]:
-        counts[step] = count_instances(left)
+    def counted(step: str, tally: Tally) -> Tally:
+        counts[step] = tally.counts()
         shown = ("instances", "objects", "attributes", "positive_pairs")
         logger.info("%s: %s", step, ", ".join(f"{counts[step][name]} {name}" for name in shown))
-        return left
+        return tally
 
-    left = counted("read", list(instances))
-    left = counted("min_side", [i for i in left if min(i.box[2:]) >= settings.min_side])
-    num_instances = Counter(instance.object_name for instance in left)  # first appearance first
+    for table in (merge, settings.renames):
+        if isinstance(table, Mapping):
+            rows.objects.add(table.values())
+    read, large, order = _survey(rows, repeated, settings.min_side, rejects)
+    counted("read", read)
+    counted("min_side", large)
+    objects, attributes = list(rows.objects.number), list(rows.attributes.number)
+    sizes = large.instances.sum(axis=0)
+    num_instances = {objects[number]: int(sizes[number]) for number in order}
     table = merge if isinstance(merge, Mapping) else merge_table(num_instances, merge)
     merges = {name: table[name] for name in sorted(num_instances) if table.get(name, name) != name}
-    left = counted("merge", rename_objects(left, merges))
-    left = counted("rename", rename_objects(left, settings.renames))
-    deleted = matching(attribute_names(left), settings.deleted_attributes)
-    left = counted("delete_attributes", delete_attributes(left, deleted))
-    rejects: list[Reject] = []
+    merged = rows.objects.table(merges.items())
+    renamed = rows.objects.table(settings.renames.items())
+    tally = counted("merge", large.mapped(objects=merged))
+    tally = counted("rename", tally.mapped(objects=renamed))
+    left = _annotated(tally)
+    deleted = matching((attributes[number] for number in left), settings.deleted_attributes)
+    names = np.array([-1 if name in deleted else n for n, name in enumerate(attributes)], np.int64)
+    tally = counted("delete_attributes", tally.mapped(names=names))
+    if known is None:
+        object_ids = _ids(objects[number] for number in tally.objects())
+        attribute_ids = _ids(attributes[number] for number in _annotated(tally))
+    else:
+        object_ids, attribute_ids = known.object_ids, known.attribute_ids
+    to_id = np.array([object_ids.get(name, -1) for name in objects], np.int64)
+    ids = Ids(
+        objects=to_id[renamed[merged]],
+        attributes=np.array(
+            [DELETED if name in deleted else attribute_ids.get(name, UNKNOWN)
+             for name in attributes],
+            np.int64,
+        ),
+        num_objects=len(object_ids),
+        num_attributes=len(attribute_ids),
+    )  # fmt: skip
+    if known is None:
+        unknown = None
+    else:
+        unknown = _Unknown(renamed[merged], rows, rejects)
+    writing = _Writing(rows, settings, ids, unknown, list(attribute_ids))
+    tables, hidden = writing.write(_large(rows, repeated, settings.min_side), splits, folder)
     if known is not None:
-        left, rejects = reject_unknown(
-            left, objects=known.object_ids, attributes=known.attribute_ids
-        )
-        left = counted("known_names", left)
-    objects = tuple(sorted({instance.object_name for instance in left}))
-    attributes = tuple(sorted(attribute_names(left)))
+        tally = counted("known_names", writing.known.tally())
+        objects, attributes = list(known.objects), list(known.attributes)
     if settings.require_positive:
-        left = counted("require_positive", [i for i in left if i.positive])
-    left, clashes = resolve_clashes(left)
-    hidden: list[Instance] | None = None
-    # The last step, so that what an instance keeps is drawn and counted in the final labels.
-    if settings.hide != "none":
-        left, hidden = hide_labels(left, seed=settings.hide_seed)
-        counts["hide"] = {**count_instances(left), **count_hidden(left, hidden)}
-    return Cleaned(left, objects, attributes, merges, rejects, counts, clashes, hidden)
+        counted("require_positive", writing.positive.tally())
+    final = writing.final.tally()
+    if writing.hiding is not None:
+        counts["hide"] = {**final.counts(), **writing.hiding.count(final)}
+    return Cleaned(
+        tuple(sorted(objects[number] for number in tally.objects())),
+        tuple(sorted(attributes[number] for number in _annotated(tally))),
+        merges,
+        counts,
+        writing.clashes,
+        final,
+        tables,
+        hidden,
+    )
+
+
+def _annotated(tally: Tally) -> I64:
+    """Attributes with a label."""
+    found = tally.attributes()
+    return np.flatnonzero(found["positive"] + found["negative"])
+
+
+def _ids(names: Iterator[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(sorted(names))}
+
+
+def _survey(
+    rows: Rows, repeated: I64, min_side: float, rejects: RejectFile
+) -> tuple[Tally, Tally, list[int]]:
+    """Tallies of all instances and of the large ones, whose objects are numbered in the order of
+    their first appearance; `rejects` gets the duplicates.
+    """
+    counting = Counting(2 * len(SPLITS), len(rows.objects), len(rows.attributes))
+    order: dict[int, None] = {}
+    for batch, drop in _with_repeated(rows, repeated):
+        if drop.any():
+            again = batch.filter(pa.array(drop)).select(["split", "instance_id"]).to_pylist()
+            detail = "the same instance was read before"
+            rejects.add(
+                [Reject(SPLITS[r["split"]], r["instance_id"], "duplicate", detail) for r in again]
+            )
+            batch = batch.filter(pa.array(~drop))
+        large = _is_large(batch, min_side)
+        kinds = _numbers(batch, "object_id")
+        found, first = np.unique(kinds[large], return_index=True)
+        order.update(dict.fromkeys(found[np.argsort(first)].tolist()))
+        group = _numbers(batch, "split") + len(SPLITS) * large
+        counting.add(group, kinds, {name: Lists.of(batch[name]) for name in POLARITIES})
+    tally, splits = counting.tally(), np.arange(len(SPLITS))
+    large = np.concatenate([np.full(len(SPLITS), -1), splits])
+    return tally.mapped(groups=np.tile(splits, 2)), tally.mapped(groups=large), list(order)
+
+
+def _with_repeated(rows: Rows, repeated: I64) -> Iterator[tuple[pa.RecordBatch, Mask]]:
+    """All batches, each with which of its rows repeat an earlier one."""
+    first = 0
+    for batch in rows:
+        start, stop = np.searchsorted(repeated, [first, first + batch.num_rows])
+        drop = np.zeros(batch.num_rows, np.bool_)
+        drop[repeated[start:stop] - first] = True
+        first += batch.num_rows
+        yield batch, drop
+
+
+def _large(rows: Rows, repeated: I64, min_side: float) -> Iterator[pa.RecordBatch]:
+    """The rows that the size filter leaves, without duplicates."""
+    for batch, drop in _with_repeated(rows, repeated):
+        kept = _is_large(batch, min_side) & ~drop
+        yield batch if kept.all() else batch.filter(pa.array(kept))
+
+
+def _is_large(batch: pa.RecordBatch, min_side: float) -> Mask:
+    sides = batch["box"].flatten().to_numpy().reshape(-1, 4)[:, 2:]
+    return sides.min(axis=1) >= min_side  # type: ignore[no-any-return]
+
+
+def _numbers(batch: pa.RecordBatch, name: str) -> I64:
+    return batch[name].to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+
+
+class _Unknown:
+    """Sets aside rows with a name outside a given vocabulary.
+
+    Args:
+        objects: number of an object -> its number after merge and renames.
+        rows: with the names.
+        rejects: gets them.
+    """
+
+    def __init__(self, objects: I64, rows: Rows, rejects: RejectFile) -> None:
+        self._objects, self._rejects = objects, rejects
+        self._object_names = list(rows.objects.number)
+        self._attribute_names = list(rows.attributes.number)
+
+    def reject(self, batch: pa.RecordBatch, chosen: Mask, ids: Ids) -> None:
+        """Set some rows aside, each with the names that are not known."""
+        found = []
+        for row in batch.filter(pa.array(chosen)).to_pylist():
+            if ids.objects[row["object_id"]] < 0:
+                name = self._object_names[self._objects[row["object_id"]]]
+                reason, detail = "unknown_object", shortened(name)
+            else:
+                numbers = [*row["positive"], *row["negative"]]
+                unknown = [n for n in numbers if ids.attributes[n] == UNKNOWN]
+                names = ", ".join(dict.fromkeys(self._attribute_names[n] for n in unknown))
+                reason, detail = "unknown_attribute", shortened(names, 1000)
+            found.append(Reject(SPLITS[row["split"]], row["instance_id"], reason, detail))
+        self._rejects.add(found)
+
+
+class _Writing:
+    """The second pass.
+
+    Attributes:
+        known, positive, final: what the steps `known_names`, `require_positive` and the last one
+            leave.
+        clashes: (instance, attribute) pairs that stood in both lists.
+        hiding: None: no label is hidden.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        settings: CleanConfig,
+        ids: Ids,
+        unknown: _Unknown | None,
+        attributes: Sequence[str],
+    ) -> None:
+        self._settings, self._ids, self._unknown = settings, ids, unknown
+        size = (len(SPLITS), ids.num_objects, ids.num_attributes)
+        self.known, self.positive, self.final = (Counting(*size) for _ in range(3))
+        self.clashes = 0
+        self.hiding: Hiding | None = None
+        if settings.hide != "none":
+            self.hiding = Hiding(attributes, seed=settings.hide_seed)
+
+    def write(
+        self, batches: Iterator[pa.RecordBatch], splits: Collection[str], folder: Path
+    ) -> tuple[dict[str, Path], dict[str, Path]]:
+        """Write the tables of some splits: split -> file, and key -> file of hidden labels."""
+        files = {}
+        with ExitStack() as stack:
+            if self.hiding is not None:
+                hidden = stack.enter_context(self.hiding.open(folder))
+                files[hidden.path.name] = hidden.path
+            tables = {}
+            for split in splits:
+                file = TableFile(folder / f"{split}.parquet", INSTANCE_SCHEMA)
+                tables[SPLITS.index(split)] = stack.enter_context(file)
+            for batch in batches:
+                group, cleaned = self._clean(batch)
+                for place, table in tables.items():
+                    chosen = group == place
+                    if chosen.any():
+                        table.append(
+                            cleaned if chosen.all() else cleaned.filter(pa.array(chosen))
+                        )
+            return {split: folder / f"{split}.parquet" for split in splits}, files
+
+    def _clean(self, batch: pa.RecordBatch) -> tuple[I64, pa.RecordBatch]:
+        """The splits and rows that are left of some."""
+        if self._unknown is not None:
+            wrong = self._ids.objects[_numbers(batch, "object_id")] < 0
+            for name in POLARITIES:
+                lists = Lists.of(batch[name])
+                wrong[lists.row[self._ids.attributes[lists.number] == UNKNOWN]] = True
+            if wrong.any():
+                self._unknown.reject(batch, wrong, self._ids)
+                batch = batch.filter(pa.array(~wrong))
+            self.known.add(*self._labels(batch))
+        if self._settings.require_positive:
+            row = self._labels(batch)[2]["positive"].row
+            kept = np.bincount(row, minlength=batch.num_rows) > 0
+            batch = batch if kept.all() else batch.filter(pa.array(kept))
+            self.positive.add(*self._labels(batch))
+        group, objects, lists = self._labels(batch)
+        lists = self._without_clashes(lists)
+        if self.hiding is not None:
+            lists = self.hiding.hide(batch["instance_id"], group, lists)
+        self.final.add(group, objects, lists)
+        columns = [
+            batch["instance_id"],
+            batch["image_id"],
+            pa.array(objects.astype(np.uint32)),
+            batch["box"],
+            *(lists[name].to_arrow(batch.num_rows) for name in POLARITIES),
+        ]
+        return group, pa.RecordBatch.from_arrays(columns, schema=INSTANCE_SCHEMA)
+
+    def _labels(self, batch: pa.RecordBatch) -> tuple[I64, I64, dict[str, Lists]]:
+        """Splits, object ids and attribute ids, without those that are deleted."""
+        lists = {}
+        for name in POLARITIES:
+            row, number = Lists.of(batch[name])
+            number = self._ids.attributes[number]
+            lists[name] = Lists(row, number).where(number >= 0)
+        return _numbers(batch, "split"), self._ids.objects[_numbers(batch, "object_id")], lists
+
+    def _without_clashes(self, lists: Mapping[str, Lists]) -> dict[str, Lists]:
+        """Make the two lists sorted, free of repeats and disjoint: negative wins a clash.
+
+        Comes after `require_positive`, as in the authors' code, where the reader of the cleaned
+        files resolves clashes: an instance whose only positives clash stays, without positives.
+        """
+        size = max(self._ids.num_attributes, 1)
+        positive, negative = (np.unique(one.row * size + one.number) for one in lists.values())
+        both = np.isin(positive, negative, assume_unique=True)
+        self.clashes += int(both.sum())
+        return {
+            name: Lists(*np.divmod(keys, size))
+            for name, keys in zip(POLARITIES, (positive[~both], negative), strict=True)
+        }

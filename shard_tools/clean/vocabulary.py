@@ -4,18 +4,18 @@ VAW's own files decide where they are given (`attribute_types.json`, `attribute_
 `head_tail.json`); a dataset without them gets its own types, or `other`, and a split by frequency.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
-import pyarrow as pa
 from safetensors import SafetensorError, safe_open
 
+from shard_tools.clean.columns import SPLITS
+from shard_tools.clean.counts import POLARITIES, Tally
 from shard_tools.clean.files import read_name_lists
 from shard_tools.clean.names import listed, warn_of_unused_names
 from shard_tools.clean.steps import Cleaned
 from vlal_dist.config.sections import CleanConfig
 from vlal_dist.errors import DataError
-from vlal_dist.method.feasible import FeasibleSets, enlarge_feasible_sets, feasible_sets
+from vlal_dist.method.feasible import FeasibleSets, enlarge_feasible_sets, feasible_from_pairs
 from vlal_dist.vocabulary import OBJECT_VECTORS, PREVALENCES, Vocabulary
 
 OTHER = "other"
@@ -57,8 +57,8 @@ def make_vocabulary(
     if "head_tail" in files:
         prevalence = listed_prevalence(attributes, files["head_tail"])
     else:
-        train = (i.positive for i in cleaned.instances if i.split == "train")
-        num_positive = Counter(name for positive in train for name in positive)
+        numbers = cleaned.tally.attributes([SPLITS.index("train")])["positive"].tolist()
+        num_positive = dict(zip(attributes, numbers, strict=True))
         prevalence = prevalence_by_count(attributes, num_positive)
     return Vocabulary(
         objects=cleaned.objects,
@@ -71,27 +71,25 @@ def make_vocabulary(
 
 
 def make_feasible(
-    tables: Mapping[str, pa.Table], vocabulary: Vocabulary, settings: CleanConfig
+    tally: Tally, vocabulary: Vocabulary, settings: CleanConfig
 ) -> FeasibleSets:
     """Omega_o of each object: from co-occurrence, enlarged by those of similar objects if set.
 
     Args:
-        tables: split -> rows (`files.instances_table`).
+        tally: of the cleaned rows.
         vocabulary: names.
         settings: the splits that define feasibility, and how sets are enlarged.
 
     Raises:
         DataError: the file of object vectors is absent, damaged, or of another vocabulary.
     """
-    table = pa.concat_tables([tables[split] for split in dict.fromkeys(settings.feasible_splits)])
-    positive, negative = (table[name].combine_chunks() for name in ("positive", "negative"))
-    feasible = feasible_sets(
-        object_id=table["object_id"].to_numpy(),
-        positive_indptr=positive.offsets.to_numpy(),
-        positive=positive.values.to_numpy(),
-        negative_indptr=negative.offsets.to_numpy(),
-        negative=negative.values.to_numpy(),
+    splits = [SPLITS.index(split) for split in dict.fromkeys(settings.feasible_splits)]
+    positive, negative = (tally.pairs(polarity, splits) for polarity in POLARITIES)
+    feasible = feasible_from_pairs(
+        positive,
+        negative,
         num_objects=len(vocabulary.objects),
+        num_attributes=len(vocabulary.attributes),
     )
     path = settings.object_vectors
     if settings.feasible_top_k == 0 or path is None:

@@ -73,7 +73,13 @@ class CleanConfig(Section):
     """From annotation files to instances, vocabulary and feasible sets."""
 
     annotations: dict[str, Texts] = {}
-    """Split name -> annotation JSON files, in reading order (paths)."""
+    """Split name -> annotation files, in reading order: JSON, JSON lines (`.jsonl`) or Parquet
+    (paths or URLs); `all`: undivided, see `split`."""
+    split: str | None = None
+    """Shares of train, val and test in per cent, such as 80/10/10, into which the photos of the one
+    split `all` are divided by a hash of their names; absent: the annotations name the splits."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of that hash; another seed is another division."""
     attribute_types: str | None = None
     """JSON: type -> attribute names (path; VAW's attribute_types.json)."""
     attribute_parent_types: str | None = None

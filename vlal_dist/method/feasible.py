@@ -289,13 +289,33 @@ def feasible_sets(
         unique, count = np.unique(pair, return_counts=True)
         pairs.append(unique)
         counts.append(count)
-    union = np.union1d(*pairs)
+    return feasible_from_pairs(
+        (pairs[0], counts[0]),
+        (pairs[1], counts[1]),
+        num_objects=num_objects,
+        num_attributes=num_attributes,
+    )
+
+
+def feasible_from_pairs(
+    positive: tuple[Ids, Ids], negative: tuple[Ids, Ids], *, num_objects: int, num_attributes: int
+) -> FeasibleSets:
+    """Omega_o from numbers of annotations (Sec. 2.2).
+
+    Args:
+        positive: distinct pairs `object id * A + attribute id` annotated present, ascending, and
+            the number of annotations of each.
+        negative: pairs annotated absent, in the same way.
+        num_objects: O.
+        num_attributes: A.
+    """
+    union = np.union1d(positive[0], negative[0])
     tables = np.zeros((2, len(union)), np.int32)
-    for table, unique, count in zip(tables, pairs, counts, strict=True):
+    for table, (unique, count) in zip(tables, (positive, negative), strict=True):
         table[np.searchsorted(union, unique)] = count
     return FeasibleSets(
-        indptr=_indptr(union // num_attributes, num_objects),
-        indices=(union % num_attributes).astype(np.int32),
+        indptr=_indptr(union // max(num_attributes, 1), num_objects),
+        indices=(union % max(num_attributes, 1)).astype(np.int32),
         positive_count=tables[0],
         negative_count=tables[1],
     )
