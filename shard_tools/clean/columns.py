@@ -4,7 +4,7 @@ Memory is that of one batch, of the distinct names, of 8 bytes an instance (the 
 of one row group for each file that is written.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +58,31 @@ NAMED_SCHEMA = pa.schema(
     ]
 )
 """Rows with their names."""
+
+
+def named_batch(
+    instances: Sequence[Instance], splits: Callable[[pa.Array], pa.Array]
+) -> pa.RecordBatch:
+    """Instances as columns.
+
+    Args:
+        instances: some.
+        splits: image ids -> positions in `SPLITS`, uint8.
+    """
+    image_id = pa.array([i.image_id for i in instances], pa.string())
+    names = pa.list_(pa.string())
+    return pa.RecordBatch.from_arrays(
+        [
+            splits(image_id),
+            pa.array([i.instance_id for i in instances], pa.string()),
+            image_id,
+            pa.array([i.object_name for i in instances], pa.string()),
+            pa.array([i.box for i in instances], NAMED_SCHEMA.field("box").type),
+            pa.array([i.positive for i in instances], names),
+            pa.array([i.negative for i in instances], names),
+        ],
+        schema=NAMED_SCHEMA,
+    )
 
 
 class Names:

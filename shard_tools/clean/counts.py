@@ -179,7 +179,7 @@ class Counting:
             objects: [n].
             lists: polarity -> attributes of each instance.
         """
-        groups, num_objects = self._tally.instances.shape
+        num_objects = self._tally.instances.shape[1]
         place = group * num_objects + objects
         found, counts = np.unique(place, return_counts=True)
         self._tally.instances.ravel()[found] += counts
@@ -191,7 +191,7 @@ class Counting:
             self._compact()
 
     def _compact(self) -> None:
-        for polarity, parts in self._waiting.items():
+        for parts in self._waiting.values():
             if len(parts) > 1:
                 keys, counts = (np.concatenate(some) for some in zip(*parts, strict=True))
                 parts[:] = [summed(keys, counts)]

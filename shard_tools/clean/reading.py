@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from shard_tools.clean.columns import BATCH, NAMED_SCHEMA, SPLITS, Mask, Rows
+from shard_tools.clean.columns import BATCH, NAMED_SCHEMA, SPLITS, Mask, Rows, named_batch
 from shard_tools.clean.files import RejectFile, absent, parse_text, read_records
 from shard_tools.clean.names import LONGEST_NAME, listed, name_problem
 from shard_tools.clean.records import FIELDS, Instance, NotJson, parse_records
@@ -79,9 +79,7 @@ class Division:
         return pa.array(found[coded.indices.to_numpy()], pa.uint8())
 
 
-def read_annotations(
-    settings: CleanConfig, rows: Rows, rejects: RejectFile, folder: Path
-) -> int:
+def read_annotations(settings: CleanConfig, rows: Rows, rejects: RejectFile, folder: Path) -> int:
     """Read all files of `clean.annotations` in order; how many records they hold.
 
     Args:
@@ -173,20 +171,7 @@ class _File:
 
     def _named(self, instances: list[Instance]) -> pa.RecordBatch:
         """Instances as columns."""
-        image_id = pa.array([i.image_id for i in instances], pa.string())
-        names = pa.list_(pa.string())
-        return pa.RecordBatch.from_arrays(
-            [
-                self._splits(image_id),
-                pa.array([i.instance_id for i in instances], pa.string()),
-                image_id,
-                pa.array([i.object_name for i in instances], pa.string()),
-                pa.array([i.box for i in instances], NAMED_SCHEMA.field("box").type),
-                pa.array([i.positive for i in instances], names),
-                pa.array([i.negative for i in instances], names),
-            ],
-            schema=NAMED_SCHEMA,
-        )
+        return named_batch(instances, self._splits)
 
     def _splits(self, image_id: pa.Array) -> pa.Array:
         if self._division is not None:

@@ -54,12 +54,15 @@ class Cleaned:
     hidden: dict[str, Path]
 
 
+DELETED, UNKNOWN = -1, -2
+
+
 @dataclass(frozen=True)
 class Ids:
     """Numbers of names as read -> ids of the vocabulary.
 
     Attributes:
-        objects: int64, -1: not in the vocabulary.
+        objects: int64, `UNKNOWN` where a given vocabulary lacks it.
         attributes: int64, `DELETED`, or `UNKNOWN` where a given vocabulary lacks it.
         num_objects, num_attributes: of the vocabulary.
     """
@@ -68,9 +71,6 @@ class Ids:
     attributes: I64
     num_objects: int
     num_attributes: int
-
-
-DELETED, UNKNOWN = -1, -2
 
 
 def clean_rows(
@@ -99,19 +99,90 @@ def clean_rows(
     """
     repeated = rows.duplicates()
     counts: StepCounts = {}
+    names = _change_names(rows, repeated, settings, merge, rejects, counts)
+    if known is None:
+        objects = _ids(names.objects[number] for number in names.tally.objects())
+        attributes = _ids(names.attributes[number] for number in _annotated(names.tally))
+    else:
+        objects, attributes = dict(known.object_ids), dict(known.attribute_ids)
+    ids = names.ids(objects, attributes)
+    unknown = None if known is None else _Unknown(names, ids, rejects)
+    writing = _Writing(settings, ids, unknown, list(attributes))
+    tables, hidden = writing.write(_large(rows, repeated, settings.min_side), splits, folder)
+    if known is not None:
+        tally = _counted(counts, "known_names", writing.known.tally())
+        objects = _ids(known.objects[number] for number in tally.objects())
+        attributes = _ids(known.attributes[number] for number in _annotated(tally))
+    if settings.require_positive:
+        _counted(counts, "require_positive", writing.positive.tally())
+    final = writing.final.tally()
+    if writing.hiding is not None:
+        counts["hide"] = {**final.counts(), **writing.hiding.count(final)}
+    clashes = writing.clashes
+    return Cleaned(
+        tuple(objects), tuple(attributes), names.merges, counts, clashes, final, tables, hidden
+    )
 
-    def counted(step: str, tally: Tally) -> Tally:
-        counts[step] = tally.counts()
-        shown = ("instances", "objects", "attributes", "positive_pairs")
-        logger.info("%s: %s", step, ", ".join(f"{counts[step][name]} {name}" for name in shown))
-        return tally
 
+def _counted(counts: StepCounts, step: str, tally: Tally) -> Tally:
+    """Count and log what a step leaves."""
+    counts[step] = tally.counts()
+    shown = ("instances", "objects", "attributes", "positive_pairs")
+    logger.info("%s: %s", step, ", ".join(f"{counts[step][name]} {name}" for name in shown))
+    return tally
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """Names after the steps that change them.
+
+    Attributes:
+        objects, attributes: names by number.
+        renamed: int64, number of an object -> its number after merge and renames.
+        merges: object name -> representative, for the names that the merge changed.
+        deleted: attributes.
+        tally: of all rows that the size filter leaves, after these steps.
+    """
+
+    objects: list[str]
+    attributes: list[str]
+    renamed: I64
+    merges: dict[str, str]
+    deleted: set[str]
+    tally: Tally
+
+    def ids(self, objects: Mapping[str, int], attributes: Mapping[str, int]) -> "Ids":
+        """The ids of a vocabulary."""
+        id_of = np.array([objects.get(name, UNKNOWN) for name in self.objects], np.int64)
+        return Ids(
+            objects=id_of[self.renamed],
+            attributes=np.array(
+                [
+                    DELETED if name in self.deleted else attributes.get(name, UNKNOWN)
+                    for name in self.attributes
+                ],
+                np.int64,
+            ),
+            num_objects=len(objects),
+            num_attributes=len(attributes),
+        )
+
+
+def _change_names(
+    rows: Rows,
+    repeated: I64,
+    settings: CleanConfig,
+    merge: Mapping[str, str] | WordNet,
+    rejects: RejectFile,
+    counts: StepCounts,
+) -> _Changed:
+    """Count all rows, and change names."""
     for table in (merge, settings.renames):
         if isinstance(table, Mapping):
             rows.objects.add(table.values())
     read, large, order = _survey(rows, repeated, settings.min_side, rejects)
-    counted("read", read)
-    counted("min_side", large)
+    _counted(counts, "read", read)
+    _counted(counts, "min_side", large)
     objects, attributes = list(rows.objects.number), list(rows.attributes.number)
     sizes = large.instances.sum(axis=0)
     num_instances = {objects[number]: int(sizes[number]) for number in order}
@@ -119,52 +190,14 @@ def clean_rows(
     merges = {name: table[name] for name in sorted(num_instances) if table.get(name, name) != name}
     merged = rows.objects.table(merges.items())
     renamed = rows.objects.table(settings.renames.items())
-    tally = counted("merge", large.mapped(objects=merged))
-    tally = counted("rename", tally.mapped(objects=renamed))
-    left = _annotated(tally)
-    deleted = matching((attributes[number] for number in left), settings.deleted_attributes)
-    names = np.array([-1 if name in deleted else n for n, name in enumerate(attributes)], np.int64)
-    tally = counted("delete_attributes", tally.mapped(names=names))
-    if known is None:
-        object_ids = _ids(objects[number] for number in tally.objects())
-        attribute_ids = _ids(attributes[number] for number in _annotated(tally))
-    else:
-        object_ids, attribute_ids = known.object_ids, known.attribute_ids
-    to_id = np.array([object_ids.get(name, -1) for name in objects], np.int64)
-    ids = Ids(
-        objects=to_id[renamed[merged]],
-        attributes=np.array(
-            [DELETED if name in deleted else attribute_ids.get(name, UNKNOWN)
-             for name in attributes],
-            np.int64,
-        ),
-        num_objects=len(object_ids),
-        num_attributes=len(attribute_ids),
-    )  # fmt: skip
-    if known is None:
-        unknown = None
-    else:
-        unknown = _Unknown(renamed[merged], rows, rejects)
-    writing = _Writing(rows, settings, ids, unknown, list(attribute_ids))
-    tables, hidden = writing.write(_large(rows, repeated, settings.min_side), splits, folder)
-    if known is not None:
-        tally = counted("known_names", writing.known.tally())
-        objects, attributes = list(known.objects), list(known.attributes)
-    if settings.require_positive:
-        counted("require_positive", writing.positive.tally())
-    final = writing.final.tally()
-    if writing.hiding is not None:
-        counts["hide"] = {**final.counts(), **writing.hiding.count(final)}
-    return Cleaned(
-        tuple(sorted(objects[number] for number in tally.objects())),
-        tuple(sorted(attributes[number] for number in _annotated(tally))),
-        merges,
-        counts,
-        writing.clashes,
-        final,
-        tables,
-        hidden,
-    )
+    tally = _counted(counts, "merge", large.mapped(objects=merged))
+    tally = _counted(counts, "rename", tally.mapped(objects=renamed))
+    left = (attributes[number] for number in _annotated(tally))
+    deleted = matching(left, settings.deleted_attributes)
+    kept = [-1 if name in deleted else number for number, name in enumerate(attributes)]
+    tally = tally.mapped(names=np.array(kept, np.int64))
+    _counted(counts, "delete_attributes", tally)
+    return _Changed(objects, attributes, renamed[merged], merges, deleted, tally)
 
 
 def _annotated(tally: Tally) -> I64:
@@ -200,8 +233,8 @@ def _survey(
         group = _numbers(batch, "split") + len(SPLITS) * large
         counting.add(group, kinds, {name: Lists.of(batch[name]) for name in POLARITIES})
     tally, splits = counting.tally(), np.arange(len(SPLITS))
-    large = np.concatenate([np.full(len(SPLITS), -1), splits])
-    return tally.mapped(groups=np.tile(splits, 2)), tally.mapped(groups=large), list(order)
+    upper = np.concatenate([np.full(len(SPLITS), -1), splits])
+    return tally.mapped(groups=np.tile(splits, 2)), tally.mapped(groups=upper), list(order)
 
 
 def _with_repeated(rows: Rows, repeated: I64) -> Iterator[tuple[pa.RecordBatch, Mask]]:
@@ -235,30 +268,34 @@ class _Unknown:
     """Sets aside rows with a name outside a given vocabulary.
 
     Args:
-        objects: number of an object -> its number after merge and renames.
-        rows: with the names.
-        rejects: gets them.
+        names: of the rows.
+        ids: of the vocabulary.
+        rejects: gets the rows.
     """
 
-    def __init__(self, objects: I64, rows: Rows, rejects: RejectFile) -> None:
-        self._objects, self._rejects = objects, rejects
-        self._object_names = list(rows.objects.number)
-        self._attribute_names = list(rows.attributes.number)
+    def __init__(self, names: _Changed, ids: Ids, rejects: RejectFile) -> None:
+        self._names, self._ids, self._rejects = names, ids, rejects
 
-    def reject(self, batch: pa.RecordBatch, chosen: Mask, ids: Ids) -> None:
-        """Set some rows aside, each with the names that are not known."""
-        found = []
-        for row in batch.filter(pa.array(chosen)).to_pylist():
-            if ids.objects[row["object_id"]] < 0:
-                name = self._object_names[self._objects[row["object_id"]]]
-                reason, detail = "unknown_object", shortened(name)
+    def without(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The rows whose names are all known."""
+        wrong = self._ids.objects[_numbers(batch, "object_id")] == UNKNOWN
+        for name in POLARITIES:
+            lists = Lists.of(batch[name])
+            wrong[lists.row[self._ids.attributes[lists.number] == UNKNOWN]] = True
+        if not wrong.any():
+            return batch
+        names, found = self._names, []
+        for row in batch.filter(pa.array(wrong)).to_pylist():
+            kind, numbers = row["object_id"], [*row["positive"], *row["negative"]]
+            if self._ids.objects[kind] == UNKNOWN:
+                reason, detail = "unknown_object", shortened(names.objects[names.renamed[kind]])
             else:
-                numbers = [*row["positive"], *row["negative"]]
-                unknown = [n for n in numbers if ids.attributes[n] == UNKNOWN]
-                names = ", ".join(dict.fromkeys(self._attribute_names[n] for n in unknown))
-                reason, detail = "unknown_attribute", shortened(names, 1000)
+                unknown = [n for n in numbers if self._ids.attributes[n] == UNKNOWN]
+                shown = ", ".join(dict.fromkeys(names.attributes[n] for n in unknown))
+                reason, detail = "unknown_attribute", shortened(shown, 1000)
             found.append(Reject(SPLITS[row["split"]], row["instance_id"], reason, detail))
         self._rejects.add(found)
+        return batch.filter(pa.array(~wrong))
 
 
 class _Writing:
@@ -273,7 +310,6 @@ class _Writing:
 
     def __init__(
         self,
-        rows: Rows,
         settings: CleanConfig,
         ids: Ids,
         unknown: _Unknown | None,
@@ -305,29 +341,20 @@ class _Writing:
                 for place, table in tables.items():
                     chosen = group == place
                     if chosen.any():
-                        table.append(
-                            cleaned if chosen.all() else cleaned.filter(pa.array(chosen))
-                        )
+                        table.append(cleaned if chosen.all() else cleaned.filter(pa.array(chosen)))
             return {split: folder / f"{split}.parquet" for split in splits}, files
 
     def _clean(self, batch: pa.RecordBatch) -> tuple[I64, pa.RecordBatch]:
         """The splits and rows that are left of some."""
         if self._unknown is not None:
-            wrong = self._ids.objects[_numbers(batch, "object_id")] < 0
-            for name in POLARITIES:
-                lists = Lists.of(batch[name])
-                wrong[lists.row[self._ids.attributes[lists.number] == UNKNOWN]] = True
-            if wrong.any():
-                self._unknown.reject(batch, wrong, self._ids)
-                batch = batch.filter(pa.array(~wrong))
+            batch = self._unknown.without(batch)
             self.known.add(*self._labels(batch))
         if self._settings.require_positive:
-            row = self._labels(batch)[2]["positive"].row
-            kept = np.bincount(row, minlength=batch.num_rows) > 0
+            kept = self._labels(batch)[2]["positive"].lengths(batch.num_rows) > 0
             batch = batch if kept.all() else batch.filter(pa.array(kept))
             self.positive.add(*self._labels(batch))
-        group, objects, lists = self._labels(batch)
-        lists = self._without_clashes(lists)
+        group, objects, annotated = self._labels(batch)
+        lists = self._without_clashes(annotated)
         if self.hiding is not None:
             lists = self.hiding.hide(batch["instance_id"], group, lists)
         self.final.add(group, objects, lists)

@@ -70,9 +70,7 @@ def make_vocabulary(
     )
 
 
-def make_feasible(
-    tally: Tally, vocabulary: Vocabulary, settings: CleanConfig
-) -> FeasibleSets:
+def make_feasible(tally: Tally, vocabulary: Vocabulary, settings: CleanConfig) -> FeasibleSets:
     """Omega_o of each object: from co-occurrence, enlarged by those of similar objects if set.
 
     Args:

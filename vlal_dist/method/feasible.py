@@ -309,7 +309,7 @@ def feasible_from_pairs(
         num_objects: O.
         num_attributes: A.
     """
-    union = np.union1d(positive[0], negative[0])
+    union = np.union1d(positive[0], negative[0]).astype(np.int64, copy=False)
     tables = np.zeros((2, len(union)), np.int32)
     for table, (unique, count) in zip(tables, (positive, negative), strict=True):
         table[np.searchsorted(union, unique)] = count

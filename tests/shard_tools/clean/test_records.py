@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shard_tools.clean.records import Instance, Reject, drop_duplicates, parse_records
+from shard_tools.clean.records import WHOLE_PHOTO, Instance, NotJson, Reject, parse_records
+from tests.shard_tools.clean.columns import read_rows
 from vlal_dist.errors import DataError
 
 
@@ -24,7 +27,13 @@ def record(**changes: object) -> dict[str, object]:
 
 
 def parse(*records: object) -> tuple[list[Instance], list[Reject]]:
-    return parse_records(records, split="train", source="train.json")
+    return parse_records(enumerate(records), split="train", place=lambda n: f"train.json[{n}]")
+
+
+def drop_duplicates(instances: Sequence[Instance], folder: Path) -> list[Instance]:
+    rows = read_rows(instances, folder)
+    repeated = set(rows.duplicates().tolist())
+    return [one for number, one in enumerate(instances) if number not in repeated]
 
 
 def test_a_record_becomes_an_instance() -> None:
@@ -56,7 +65,7 @@ def test_a_record_becomes_an_instance() -> None:
         [0, 0, 60],
         [0, 0, 60, 60, 60],
         {"x": 0},
-        None,
+        "",
     ],
 )
 def test_a_bad_box_is_rejected(box: object) -> None:
@@ -64,6 +73,10 @@ def test_a_bad_box_is_rejected(box: object) -> None:
     assert instances == []
     assert (rejects[0].reason, rejects[0].instance_id) == ("bad_box", "70")
     assert rejects[0].detail.startswith("train.json[0]: instance_bbox is ")
+
+
+def test_no_box_is_the_whole_photo() -> None:
+    assert [i.box for i in parse(record(instance_bbox=None))[0]] == [WHOLE_PHOTO]
 
 
 def test_nan_in_a_file_reaches_the_check() -> None:
@@ -113,21 +126,35 @@ def test_other_json_values_are_rejected(value: object) -> None:
     assert [reject.reason for reject in parse(value)[1]] == ["not_a_record"]
 
 
-def test_identical_duplicates_are_rejected_once_each() -> None:
+def test_identical_duplicates_are_rejected_once_each(tmp_path: Path) -> None:
     same = record(negative_attributes=["green", "blue", "blue"])
-    kept, rejects = drop_duplicates(parse(record(), same, record(instance_id="71"))[0])
+    kept = drop_duplicates(parse(record(), same, record(instance_id="71"))[0], tmp_path)
     assert [instance.instance_id for instance in kept] == ["70", "71"]
-    assert [(reject.instance_id, reject.reason) for reject in rejects] == [("70", "duplicate")]
 
 
-def test_conflicting_duplicates_stop_the_work() -> None:
+def test_conflicting_duplicates_stop_the_work(tmp_path: Path) -> None:
     instances = parse(record(), record(object_name="bus"))[0]
     with pytest.raises(DataError, match=r"1 instance ids .*: 70 \(twice in train\)"):
-        drop_duplicates(instances)
+        drop_duplicates(instances, tmp_path)
 
 
-def test_an_id_in_two_splits_stops_the_work() -> None:
+def test_an_id_in_two_splits_stops_the_work(tmp_path: Path) -> None:
     train, _ = parse(record())
-    test, _ = parse_records([record()], split="test", source="test.json")
+    test, _ = parse_records([(0, record())], split="test", place=str)
     with pytest.raises(DataError, match=r"70 \(train, test\)"):
-        drop_duplicates([*train, *test])
+        drop_duplicates([*train, *test], tmp_path)
+
+
+def test_duplicates_are_compared_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shard_tools.clean.columns.COMPARED", 4)
+    given = parse(*(record(instance_id=n % 20) for n in range(60)))[0]
+    assert drop_duplicates(given, tmp_path / "a") == given[:20]
+    wrong = parse(*(record(instance_id=n, object_name="bus") for n in (3, 17, 5, 3)))[0]
+    with pytest.raises(DataError, match=r"3 instance ids .*: 3 \(.*; 17 \(.*; 5 \("):
+        drop_duplicates([*given, *wrong], tmp_path / "b")
+
+
+def test_a_line_without_json_is_rejected_with_what_is_wrong() -> None:
+    assert [(r.reason, r.detail) for r in parse(NotJson("column 3"))[1]] == [
+        ("not_json", "train.json[0]: column 3")
+    ]

@@ -1,42 +1,21 @@
 """Each cleaning step on a few made-up instances, and the counts after it."""
 
-from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 
 import pytest
 
-from shard_tools.clean.counts import check_expected, count_instances, first_departure
+from shard_tools.clean.counts import check_expected, first_departure
 from shard_tools.clean.records import Instance
-from shard_tools.clean.steps import (
-    Cleaned,
-    clean_instances,
-    delete_attributes,
-    reject_unknown,
-    rename_objects,
-    resolve_clashes,
-)
-from shard_tools.clean.wordnet import WordNet
-from vlal_dist.config.sections import CleanConfig
+from tests.shard_tools.clean.columns import clean
 from vlal_dist.errors import ConfigError
 from vlal_dist.vocabulary import Vocabulary
 
+KNOWN = Vocabulary(("car",), ("blue", "red"), ("other", "other"), ("head", "tail"))
 BASE = Instance("train", "0", "0", "car", (0.0, 0.0, 60.0, 60.0), ("red",), ("blue",))
 
 
 def instance(name: str, **changes: object) -> Instance:
     return replace(BASE, instance_id=name, **changes)  # type: ignore[arg-type]
-
-
-def run(
-    instances: list[Instance],
-    *,
-    merge: Mapping[str, str] | WordNet = MappingProxyType({}),
-    known: Vocabulary | None = None,
-    **settings: object,
-) -> Cleaned:
-    config = CleanConfig.model_validate({"min_side": 50, "require_positive": True, **settings})
-    return clean_instances(instances, config, merge=merge, known=known)
 
 
 @pytest.mark.parametrize(
@@ -45,18 +24,18 @@ def run(
 )
 def test_either_side_below_the_limit_drops(width: float, height: float, kept: bool) -> None:
     given = instance("a", box=(0.0, 0.0, width, height))
-    assert bool(run([given], min_side=50).instances) is kept
+    assert bool(clean([given], min_side=50).instances) is kept
 
 
 def test_rename_leaves_other_names() -> None:
-    renamed = rename_objects([instance("a"), instance("b", object_name="bus")], {"car": "auto"})
+    given = [instance("a"), instance("b", object_name="bus")]
+    renamed = clean(given, renames={"car": "auto"}).instances
     assert [i.object_name for i in renamed] == ["auto", "bus"]
 
 
 def test_deleted_attributes_leave_both_lists() -> None:
-    left = delete_attributes(
-        [instance("a", positive=("red", "worn"), negative=("worn",))], ["worn"]
-    )
+    given = instance("a", positive=("red", "worn"), negative=("worn",))
+    left = clean([given], deleted_attributes=["worn"]).instances
     assert (left[0].positive, left[0].negative) == (("red",), ())
 
 
@@ -66,28 +45,29 @@ def test_unknown_names_are_rejected_with_the_name() -> None:
         instance("b", object_name="bus"),
         instance("c", positive=("red", "odd"), negative=("odd", "new")),
     ]
-    kept, rejects = reject_unknown(instances, objects={"car"}, attributes={"red", "blue"})
-    assert [i.instance_id for i in kept] == ["a"]
-    assert [(r.instance_id, r.reason, r.detail) for r in rejects] == [
+    result = clean(instances, known=KNOWN)
+    assert [i.instance_id for i in result.instances] == ["a"]
+    assert [(r.instance_id, r.reason, r.detail) for r in result.rejects] == [
         ("b", "unknown_object", "bus"),
         ("c", "unknown_attribute", "odd, new"),
     ]
 
 
 def test_only_negatives_are_not_enough() -> None:
-    assert run([instance("a", positive=())], require_positive=True).instances == []
+    assert clean([instance("a", positive=())], require_positive=True).instances == []
 
 
 def test_negative_wins_a_clash_and_is_counted() -> None:
     given = instance("a", positive=("red", "big", "red"), negative=("big", "blue", "blue"))
-    resolved, clashes = resolve_clashes([given])
-    assert (resolved[0].positive, resolved[0].negative) == (("red",), ("big", "blue"))
-    assert clashes == 1
+    result = clean([given])
+    found = result.instances[0]
+    assert (found.positive, found.negative) == (("red",), ("big", "blue"))
+    assert result.cleaned.clashes == 1
 
 
 def test_an_instance_whose_only_positive_clashes_stays() -> None:
-    cleaned = run([instance("a", positive=("red",), negative=("red",))])
-    assert (cleaned.instances[0].positive, cleaned.clashes) == ((), 1)
+    result = clean([instance("a", positive=("red",), negative=("red",))], require_positive=True)
+    assert (result.instances[0].positive, result.cleaned.clashes) == ((), 1)
 
 
 class Recorder:
@@ -112,7 +92,7 @@ def test_the_dictionary_merges_names_of_large_instances_in_order() -> None:
         instance("d"),
     ]
     recorder = Recorder()
-    cleaned = run(instances, merge=recorder)
+    cleaned = clean(instances, merge=recorder, min_side=50).cleaned  # type: ignore[arg-type]
     assert recorder.seen == ["cars", "car"]
     assert cleaned.merges == {"cars": "car"}  # the more frequent one
     assert cleaned.objects == ("car",)
@@ -120,7 +100,7 @@ def test_the_dictionary_merges_names_of_large_instances_in_order() -> None:
 
 def test_a_merge_table_may_hold_more_names() -> None:
     table = {"cars": "car", "unseen": "x", "car": "car"}
-    cleaned = run([instance("b", object_name="cars"), instance("c")], merge=table)
+    cleaned = clean([instance("b", object_name="cars"), instance("c")], merge=table).cleaned
     assert (cleaned.merges, cleaned.objects) == ({"cars": "car"}, ("car",))
 
 
@@ -131,12 +111,14 @@ def test_steps_in_order_with_counts() -> None:
         instance("c", object_name="tee shirt", split="test", positive=("red", "big")),
         instance("d", object_name="pin", box=(0.0, 0.0, 10.0, 60.0)),
     ]
-    cleaned = run(
+    cleaned = clean(
         instances,
+        min_side=50,
         merge={"cars": "car"},
         renames={"tee shirt": "t shirt"},
         deleted_attributes=["worn"],
-    )
+        require_positive=True,
+    ).cleaned
     shown = ("instances", "objects", "attributes", "positive_pairs", "negative_annotations")
     table = {step: [counts[name] for name in shown] for step, counts in cleaned.counts.items()}
     assert table == {
@@ -156,46 +138,44 @@ def test_steps_in_order_with_counts() -> None:
 
 
 def test_vocabulary_keeps_names_of_instances_dropped_without_positives() -> None:
-    cleaned = run([instance("a"), instance("b", object_name="bus", positive=(), negative=("odd",))])
-    assert (cleaned.objects, cleaned.attributes) == (("bus", "car"), ("blue", "odd", "red"))
-    assert [i.instance_id for i in cleaned.instances] == ["a"]
+    dropped = instance("b", object_name="bus", positive=(), negative=("odd",))
+    result = clean([instance("a"), dropped], require_positive=True)
+    names = (result.cleaned.objects, result.cleaned.attributes)
+    assert names == (("bus", "car"), ("blue", "odd", "red"))
+    assert [i.instance_id for i in result.instances] == ["a"]
 
 
 def test_instances_without_positives_can_stay() -> None:
-    cleaned = run([instance("a", positive=())], require_positive=False)
-    assert len(cleaned.instances) == 1
-    assert "require_positive" not in cleaned.counts
+    result = clean([instance("a", positive=())], require_positive=False)
+    assert len(result.instances) == 1
+    assert "require_positive" not in result.cleaned.counts
 
 
 def test_known_names_come_after_merge_and_deletion() -> None:
-    known = Vocabulary(("car",), ("blue", "red"), ("other", "other"), ("head", "tail"))
     instances = [instance("a", object_name="cars", positive=("red", "worn")), instance("b")]
-    cleaned = run(
+    result = clean(
         [*instances, instance("c", object_name="bus")],
         merge={"cars": "car"},
         deleted_attributes=["worn"],
-        known=known,
+        known=KNOWN,
     )
-    assert [i.instance_id for i in cleaned.instances] == ["a", "b"]
-    assert [r.instance_id for r in cleaned.rejects] == ["c"]
-    assert cleaned.counts["known_names"]["instances"] == 2
+    assert [i.instance_id for i in result.instances] == ["a", "b"]
+    assert [r.instance_id for r in result.rejects] == ["c"]
+    assert result.cleaned.counts["known_names"]["instances"] == 2
 
 
 def test_facts_do_not_depend_on_the_order_of_instances() -> None:
     instances = [
         instance(str(i), object_name=f"o{i % 3}", positive=(f"a{i % 4}",)) for i in range(9)
     ]
-    forward, backward = run(instances), run(instances[::-1])
+    forward, backward = clean(instances).cleaned, clean(instances[::-1], batch=2).cleaned
     assert forward.counts == backward.counts
     assert (forward.objects, forward.attributes) == (backward.objects, backward.attributes)
 
 
 def test_the_first_departing_step_is_named() -> None:
-    counts = {
-        "read": count_instances([BASE]),
-        "min_side": count_instances([BASE]),
-        "merge": count_instances([BASE]),
-    }
+    counts = clean([BASE]).cleaned.counts
+    counts = {step: counts[step] for step in ("read", "min_side", "merge")}
     good = {"read": {"instances": 1, "val_instances": 0}}
     assert first_departure(counts, good) is None
     # In the order of the steps, whatever the order of the file.
