@@ -1,14 +1,14 @@
 """The instances root as pack reads it: what clean committed, and the instances of a split."""
 
 import hashlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from typing_extensions import TypedDict
 
-from shard_tools.clean.files import INSTANCE_SCHEMA
+from shard_tools.clean.columns import INSTANCE_SCHEMA
+from shard_tools.clean.records import Box
 from vlal_dist.contents import Count, Sha256, parse_json
 from vlal_dist.data.format.dataset import ROOT_FILES, check_digest
 from vlal_dist.data.format.index import decode_table
@@ -17,10 +17,6 @@ from vlal_dist.storage.store import Store
 
 Reject = dict[str, str]
 """A row of `rejects.parquet`."""
-Box = tuple[float, float, float, float]
-"""x, y, width, height in pixels of the upright photo."""
-WHOLE_PHOTO: Box = (0.0, 0.0, math.inf, math.inf)
-"""The box of an instance that is all of its photo, whatever its size."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from shard_tools.clean.records import WHOLE_PHOTO, Box
 from shard_tools.in_place import REPACK, TarTask, index_tar, plan_tars, tars_digest
 from shard_tools.instances import (
-    WHOLE_PHOTO,
-    Box,
     InstanceRow,
     Reject,
     read_cleaned,

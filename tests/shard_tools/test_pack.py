@@ -24,7 +24,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shard_tools.instances import WHOLE_PHOTO, InstanceRow
+from shard_tools.clean.records import WHOLE_PHOTO
+from shard_tools.instances import InstanceRow
 from shard_tools.pack import decode_photo, make_sample, plan_shards
 from tests.fixtures.odd_photos import odd_photos
 from tests.fixtures.scored_dataset import write_scores
