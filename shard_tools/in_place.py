@@ -16,7 +16,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from shard_tools.instances import WHOLE_PHOTO, InstanceRow, Reject
+from shard_tools.clean.records import WHOLE_PHOTO
+from shard_tools.instances import InstanceRow, Reject
 from shard_tools.shard_writer import IN_PLACE_SCHEMA, ShardReport, find_report, report_key
 from shard_tools.tar_samples import Listing, list_samples
 from vlal_dist.config.sections import PackConfig
