@@ -65,15 +65,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         open_like(flags["like"], settings) if "like" in flags else (None, None, None)
     )
     splits = _check_settings(settings, like=known is not None)
-    merge: Mapping[str, str] | WordNet
-    if settings.merge == "none":
-        merge = {}
-    elif settings.merge == "table" and settings.merge_table is not None:
-        merge = read_merge_table(settings.merge_table, setting="clean.merge_table")
-    elif known_merges is not None:  # the same names again, not a new merge
-        merge = known_merges
-    else:
-        merge = WordNet(settings.wordnet_dir)
+    merge = _merge_rule(settings, known_merges)
     target.list_keys("clean.json")  # a wrong bucket fails now
     with tempfile.TemporaryDirectory(prefix="vlal-clean-") as name, translated_errors(Path(name)):
         folder = Path(name)
@@ -133,6 +125,19 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         **{name: counts["hide"][name] for name in HIDE_QUANTITIES if rule},
         **_compare(counts, settings),
     }
+
+
+def _merge_rule(
+    settings: CleanConfig, known: Mapping[str, str] | None
+) -> Mapping[str, str] | WordNet:
+    """Name -> representative, or the dictionary that decides which names are similar."""
+    if settings.merge == "none":
+        return {}
+    if settings.merge == "table" and settings.merge_table is not None:
+        return read_merge_table(settings.merge_table, setting="clean.merge_table")
+    if known is not None:  # the same names again, not a new merge
+        return known
+    return WordNet(settings.wordnet_dir)
 
 
 def open_like(url: str, settings: CleanConfig) -> tuple[Vocabulary, FeasibleSets, dict[str, str]]:
