@@ -14,8 +14,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from shard_tools.clean.records import WHOLE_PHOTO
 from shard_tools.in_place import TarTask, index_tar
-from shard_tools.instances import WHOLE_PHOTO, InstanceRow
+from shard_tools.instances import InstanceRow
 from shard_tools.tar_samples import list_samples
 from tests.fixtures.foreign_tars import (
     ATTRIBUTES,
