@@ -245,7 +245,6 @@ SHORT_MODULES = {
     "vlal_dist.report": "a program",
     "vlal_dist.score_clip": "a program",
     "vlal_dist.training.launch": "started as a process of its own",
-    "shard_tools.importers.table": "to be completed",
     "shard_tools.__main__": "the entry point of shard_tools",
 }
 """Modules below `SHORT` lines, and why they stand alone; empty ones mark packages."""

@@ -148,7 +148,7 @@ def _commit(
     limit: int,
 ) -> None:
     """Write the files, then `import.json` with the sha256 of each; create-only."""
-    text = config_text(word, config, writer).encode()
+    text = config_text(word, config, writer, inputs).encode()
     files: dict[str, bytes | Path] = {**writer.files, CONFIG: text}
     settings = config.importing.model_dump(mode="json")
     manifest = {
@@ -170,7 +170,7 @@ def _commit(
         logger.info("%s already holds exactly these files", target.url)
 
 
-def config_text(word: str, config: Config, writer: RecordWriter) -> str:
+def config_text(word: str, config: Config, writer: RecordWriter, inputs: Sequence[Input]) -> str:
     """`config.yaml` of the imported root: what follows from the input, with remarks."""
     records = writer.counts["records"]
     root = config.paths.imported.rstrip("/")
@@ -199,6 +199,9 @@ def config_text(word: str, config: Config, writer: RecordWriter) -> str:
     for key, value in writer.settings.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
+    if not sections["pack"]["images"]:
+        folders = [one.url.rpartition("/")[0] or "." for one in inputs]
+        sections["pack"]["images"] = list(dict.fromkeys(folders))
     lines = [
         f"# Written by `vlal import {word}`. Settings of your own go into another file, which",
         f"# starts with `base: {root}/{CONFIG}`, or into flags.",
@@ -222,7 +225,7 @@ _REMARKS = {
     "clean.min_side": "pixels; boxes with a shorter side are dropped",
     "clean.require_positive": "objects without a positive attribute are kept",
     "clean.split": "per cent of the photos for train/val/test",
-    "pack.images": "folders, zips, s3:// that hold the photos, searched in order",
+    "pack.images": "folders, zips, tars, s3:// with the photos, searched in order",
     "pack.in_place": "false: pack copies of the photos into tars of its own",
     "data.likelihood": "the tars stay as they are, so that merge has no place for likelihoods",
     "model.object_gate": "whole photos, without names of objects",

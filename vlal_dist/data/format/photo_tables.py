@@ -69,6 +69,26 @@ def row_names(paths: Sequence[str | None] | None, *, count: int, stem: str) -> l
     ]  # fmt: skip
 
 
+def bytes_columns(schema: pa.Schema) -> dict[str, bool]:
+    """Columns that can hold the bytes of photos, and whether they give paths as well."""
+    return {field.name: has_path for field in schema
+            if (has_path := _holds_bytes(field.type)) is not None}  # fmt: skip
+
+
+def photo_names(url: str, limits: Limits) -> list[str]:
+    """The name of the photo in each row of one table, as `Tables` names it.
+
+    Raises:
+        ConfigError: no column of bytes, or several and none is named.
+        DataError: the file is damaged.
+    """
+    [found] = find_containers(url, limits.setting)
+    file = ContainerFile(*found)
+    with _table_errors(file):
+        table = _open_table(file, limits)
+        return row_names(table.paths(), count=sum(table.rows), stem=file.name)
+
+
 def _is_name(path: str) -> bool:
     """Whether `Photos` can find a file of that name: relative, without empty parts and `..`."""
     parts = path.split("/")
@@ -264,8 +284,7 @@ def _image_column(schema: pa.Schema, file: ContainerFile, limits: Limits) -> tup
         ConfigError: none, or which of several is not said.
     """
     wanted, option = limits.image_column, limits.option("image_column")
-    found = {field.name: has_path for field in schema
-             if (has_path := _holds_bytes(field.type)) is not None}  # fmt: skip
+    found = bytes_columns(schema)
     if wanted is None and len(found) == 1:
         return next(iter(found.items()))
     if wanted is not None and wanted in found and schema.names.count(wanted) == 1:

@@ -224,7 +224,7 @@ def _open_csv(path: Path) -> Iterator[tuple["_Lines", Iterator[list[str]]]]:
 
 def _csv_records(path: Path, header: Sequence[str], found: Mapping[str, int]) -> Rows:
     with _open_csv(path) as (lines, reader):
-        next(reader)
+        next(reader, None)
         row = 0
         while True:
             lines.record.clear()
