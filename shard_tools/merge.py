@@ -24,6 +24,7 @@ from shard_tools.shard_writer import (
     gather_index,
     open_source,
     open_splits,
+    owned_by,
     reopen_dataset,
     report_key,
     run_tasks,
@@ -36,7 +37,7 @@ from vlal_dist.data.format.tar import encode_sample
 from vlal_dist.errors import ConflictError, DataError, NotFoundError
 from vlal_dist.method.likelihood import log_likelihood
 from vlal_dist.pipeline import merge_inputs
-from vlal_dist.program import Counts, Program
+from vlal_dist.program import Counts, Program, make_way
 from vlal_dist.storage.store import Store, open_store
 
 
@@ -87,6 +88,7 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
         for shard in range(len(split.shards))
     ]
     state = {**settings, "dataset_digest": dataset.digest}
+    make_way(PROGRAM, config, flags)
     if is_outdated(target, state):
         if "retry-rejected" not in flags:
             raise ConflictError(
@@ -231,8 +233,9 @@ PROGRAM = Program(
     "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
     "interruption: finished shards are kept.",
     sections=("paths", "pack", "scoring", "observability"),
-    flags=("retry-rejected", "json"),
+    flags=("retry-rejected", "replace", "json"),
     output=lambda config, flags: config.paths.merged,
     work=merge,
     inputs=merge_inputs,
+    owned=owned_by("merge.json"),
 )

@@ -32,6 +32,7 @@ from shard_tools.shard_writer import (
     commit_split,
     find_report,
     gather_index,
+    owned_by,
     reopen_dataset,
     run_tasks,
     shard_name,
@@ -59,7 +60,7 @@ from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
 from vlal_dist.observability.prometheus_files import TextFile
 from vlal_dist.pipeline import pack_inputs
-from vlal_dist.program import Counts, Program
+from vlal_dist.program import Counts, Program, make_way
 from vlal_dist.storage.store import Store, open_store
 
 CROP_SETTINGS = {"jpeg_quality", "box_expansion", "max_pixels", "background", "keep_metadata"}
@@ -122,12 +123,14 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
                 "written; correct the photos, and pack into another paths.dataset"
             )
         place, in_place = plan_tars(instances, config.paths.dataset, settings)
+        make_way(PROGRAM, config, flags)
         commit_settings(target, "pack.json", {**begun, "tars": tars_digest(place, in_place)})
         tasks += in_place
     else:
-        commit_settings(target, "pack.json", begun)
         _open_places.cache_clear()
         _open_photos(settings, config.paths.cache)  # a wrong path fails before any work
+        make_way(PROGRAM, config, flags)
+        commit_settings(target, "pack.json", begun)
         cropped = [
             task
             for split, rows in instances.items()
@@ -515,8 +518,9 @@ PROGRAM = Program(
     "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
     "command after an interruption: finished shards are kept.",
     sections=("paths", "pack", "observability"),
-    flags=("retry-rejected", "json"),
+    flags=("retry-rejected", "replace", "json"),
     output=lambda config, flags: config.paths.dataset,
     work=pack,
     inputs=pack_inputs,
+    owned=owned_by("pack.json"),
 )

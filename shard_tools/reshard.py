@@ -19,6 +19,7 @@ from shard_tools.shard_writer import (
     find_report,
     open_source,
     open_splits,
+    owned_by,
     run_tasks,
     shard_name,
 )
@@ -34,7 +35,7 @@ from vlal_dist.data.format.index import Array, Index, Shard
 from vlal_dist.data.format.sample_reader import parse_meta, read_again
 from vlal_dist.data.format.tar import EncodedSample, key_of
 from vlal_dist.errors import ConfigError, DataError
-from vlal_dist.program import Counts, Program
+from vlal_dist.program import Counts, Program, make_way
 from vlal_dist.storage.store import Store, open_store
 
 READ_BYTES = 8 << 20
@@ -67,6 +68,7 @@ def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
     )
     target = open_target(config.paths.resharded, source=dataset.url)
     splits = open_splits(dataset)
+    make_way(PROGRAM, config, flags)
     commit_settings(
         target,
         "reshard.json",
@@ -230,6 +232,8 @@ Score files belong to shards by digest: reshard a merged dataset, whose tars hol
 or reshard a packed one and score it again (as --paths.dataset). To verify, inspect or train on the
 result, give its root as --paths.merged.""",
     sections=("paths", "pack", "observability"),
+    flags=("replace", "json"),
     output=lambda config, flags: config.paths.resharded,
     work=reshard,
+    owned=owned_by("reshard.json"),
 )

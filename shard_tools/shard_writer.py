@@ -9,6 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -51,6 +52,7 @@ from vlal_dist.errors import ConflictError, VlalError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts
 from vlal_dist.storage.checks import sha256_of
+from vlal_dist.storage.earlier import Owned
 from vlal_dist.storage.store import Store
 
 Task = TypeVar("Task")
@@ -64,6 +66,18 @@ SPLIT_FILES = (
     "rejects.parquet",
 )
 """Files beside the shards of a split, made from the reports of all of them."""
+
+
+def owned_by(settings: str) -> Owned:
+    """What a program writes that commits its settings under that name (`commit_settings`)."""
+    return Owned(
+        rf"(dataset|vocabulary)\.json|{re.escape(settings)}|feasible\.npz"
+        rf"|[^/]+/({'|'.join(map(re.escape, SPLIT_FILES))})"
+        r"|[^/]+/parts/[^/]+\.parquet|[^/]+/shards/[^/]+\.tar",
+        first=settings,
+        last="dataset.json",
+    )
+
 
 REPORT_SCHEMA = pa.schema([*INDEX_TYPES.items(), *LABELS_SCHEMA])
 IN_PLACE_SCHEMA = pa.schema(

@@ -211,6 +211,17 @@ def test_training_goes_on_only_with_the_settings_that_it_began_with(finished: Pa
     assert action() == "run"
 
 
+def test_replace_is_passed_on_and_training_starts_over(finished: Path) -> None:
+    config = resolve(finished, training__seed="5")
+    stages = {stage.title: stage for stage in stages_of(config, replace=True)}
+    assert [title for title, one in stages.items() if "--replace" in one.words] == [
+        *("clean", "pack", "score", "merge", "train")
+    ]
+    assert decide(stages["train"]).action == "redo"
+    assert decide(stages["pack"]).action == "skip"
+    assert all("--replace" not in stage.words for stage in stages_of(config))
+
+
 def test_settings_newer_than_the_record_count_with_their_default() -> None:
     old = {"training.epochs": 8, "paths.run/x": "a"}
     assert changed(old, {**old, "method.margin": 0.05}) == []

@@ -197,22 +197,31 @@ STAGES = ("clean", "pack", "score", "merge", "train", "evaluate", "report", "exp
 RETRY = "--retry-rejected"
 """Flag of the stages `RETRYING`: pack what was rejected, and renew what that changes."""
 RETRYING = ("pack", "score", "merge")
+REPLACE = "--replace"
+"""Flag of the stages `REPLACING`: remove their earlier output; training then starts over."""
+REPLACING = ("clean", "pack", "score", "merge", "train")
 
 
-def stages_of(config: Config, *, retry_rejected: bool = False) -> list[Stage]:
+def stages_of(
+    config: Config, *, retry_rejected: bool = False, replace: bool = False
+) -> list[Stage]:
     """The stages that a configuration needs, in order.
 
-    merge is needed where training reads tars (`data.likelihood tar`), which also hold what losses
-    without likelihoods read, unless `paths.merged` is `paths.dataset`; score where merge is, where
-    training draws by score files, and for the zero-shot predictor. The model is evaluated on the
-    validation split (the export's thresholds) and on `evaluation.split`, there also the constant.
+        merge is needed where training reads tars (`data.likelihood tar`), which also hold what losses
+        without likelihoods read, unless `paths.merged` is `paths.dataset`; score where merge is, where
+        training draws by score files, and for the zero-shot predictor. The model is evaluated on the
+        validation split (the export's thresholds) and on `evaluation.split`, there also the constant.
 
-    Args:
-        config: the configuration.
-        retry_rejected: pack runs in any case, and the stages `RETRYING` with that flag.
+        Args:
+            config: the configuration.
+            retry_rejected: pack runs in any case, and the stages `RETRYING` with that flag.
+    <<<<<<< HEAD
 
-    Raises:
-        ConfigError: likelihoods are to be merged into tars that are packed in place.
+        Raises:
+            ConfigError: likelihoods are to be merged into tars that are packed in place.
+    =======
+            replace: the stages `REPLACING` write their output again where another one is in the way.
+    >>>>>>> d7e6c1f (Flag --replace: remove a program's own earlier output)
     """
     if config.pack.in_place and config.data.likelihood == "tar":
         raise ConfigError(
@@ -230,7 +239,8 @@ def stages_of(config: Config, *, retry_rejected: bool = False) -> list[Stage]:
     ) -> Stage:
         record = (root, "score_clip.result.json" if name == "score" else f"{name}.result.json")
         where = paths.export if name == "export" else root
-        words = (RETRY,) if retry_rejected and name in RETRYING else ()
+        words: tuple[str, ...] = (RETRY,) if retry_rejected and name in RETRYING else ()
+        words += (REPLACE,) if replace and name in REPLACING else ()
         return Stage(name, name, config, words, inputs, record, (where, output), after)
 
     found = [
@@ -283,11 +293,11 @@ class Decision:
 
     Attributes:
         action: `maybe`: it has finished, but a stage before it will run; `stop`: training would
-            continue a run of other settings.
+            continue a run of other settings; `redo`: so it starts over.
         why: one line.
     """
 
-    action: Literal["run", "skip", "maybe", "stop"]
+    action: Literal["run", "skip", "maybe", "stop", "redo"]
     why: str
 
 
@@ -306,7 +316,8 @@ def decide(stage: Stage, *, running: Collection[str] = ()) -> Decision:
     if stage.command == "train" and (earlier := _trained_inputs(stage.config, record, now)):
         changes = changed(earlier, now)
         if changes and not _continues(earlier, now, changes):
-            return Decision("stop", f"changed: {_named(changes, earlier, now, stage.config)}")
+            action: Literal["redo", "stop"] = "redo" if REPLACE in stage.words else "stop"
+            return Decision(action, f"changed: {_named(changes, earlier, now, stage.config)}")
     if record.get("code") != 0:
         reason = f"last time: {record['reason']}" if record.get("reason") else "no result yet"
         return Decision("run", reason)

@@ -30,6 +30,7 @@ from vlal_dist.config.load import (
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import (
     ConfigError,
+    ConflictError,
     DataError,
     NotFoundError,
     Stopped,
@@ -43,6 +44,7 @@ from vlal_dist.observability.prometheus_files import write_job_end
 from vlal_dist.pipeline import Flags, Inputs
 from vlal_dist.remarks import Remark, collected_remarks
 from vlal_dist.storage.checks import masked, remedy
+from vlal_dist.storage.earlier import Owned, forget_replacing, remove_earlier
 from vlal_dist.storage.lock import writer_lock
 from vlal_dist.storage.store import open_store
 
@@ -81,6 +83,9 @@ NO_CONFIG = (
 )
 """Added to errors of a command that names no configuration and no root."""
 
+REPLACE = "; or repeat the command with --replace: what {name} wrote there is removed first"
+"""Added to errors of a program whose root holds other output."""
+
 Counts = dict[str, object]
 Work = Callable[[Config, Flags], Counts]
 
@@ -103,6 +108,8 @@ class Program:
             it holds (pipeline.py); None: no stage of `vlal run`.
         record: folder below `output` in which the result is written as well, where one root holds
             the results of several commands.
+        owned: what it writes in `output`, for a program with the flag `replace`, whose work calls
+            `make_way` before its first write.
         writes: what one process at a time may write: roots, each with a name where its results have
             a place of their own in the root (`writer_lock`); None: `record` in `output`, else
             `output` as a whole; empty: the program only reads.
@@ -117,12 +124,29 @@ class Program:
     flags: tuple[str, ...] = ("json",)
     inputs: Callable[[Config, Flags], Inputs] | None = None
     record: Callable[[Config], str] | None = None
+    owned: Owned | None = None
     writes: Callable[[Config, Flags], Sequence[tuple[str, str]]] | None = None
 
 
 def only_reads(config: Config, flags: Flags) -> Sequence[tuple[str, str]]:
     """`Program.writes` of a program that writes nothing but its result."""
     return ()
+
+
+def make_way(program: Program, config: Config, flags: Flags) -> bool:
+    """With `--replace`, remove what the program wrote in its root before; whether it was asked for.
+
+    Called by the work when all that can be wrong with its input has been checked.
+
+    Raises:
+        DataError, StorageError: as `remove_earlier`.
+    """
+    if "replace" not in flags or program.owned is None:
+        return False
+    inputs = None if program.inputs is None else program.inputs(config, flags)
+    store = open_store(program.output(config, flags))
+    remove_earlier(store, program.owned, program=program.name, inputs=inputs)
+    return True
 
 
 def run_program(program: Program, argv: Sequence[str], *, quiet: bool = False) -> int:
@@ -299,6 +323,8 @@ def _work(program: Program, line: CommandLine) -> tuple[int, dict[str, Any] | No
         return 0, {"code": 0, "reason": "done", "counts": counts}
     except VlalError as error:
         code, reason = error.exit_code, masked(str(error))
+        if isinstance(error, ConflictError) and program.owned is not None:
+            reason += REPLACE.format(name=program.name)
         if line.unaimed and isinstance(error, ConfigError | DataError | NotFoundError):
             reason += NO_CONFIG
         sys.stderr.write(f"{program.name}: error: {reason}\n")
@@ -348,6 +374,8 @@ def _write_result(
             for key in _records(program, line.config):
                 store.replace(key, text.encode())
             if result["code"] == 0:
+                if program.owned is not None:
+                    forget_replacing(store, program=program.name)
                 store.replace(f"{program.name}.config.yaml", config_yaml(line.config).encode())
     except VlalError as error:
         logger.warning("%s: no result.json was written: %s", program.name, error)

@@ -18,6 +18,7 @@ from vlal_dist.config.load import without_flags
 from vlal_dist.config.sections import Config, evaluation_folder
 from vlal_dist.errors import ConfigError, DataError, Stopped, UsageError, VlalError
 from vlal_dist.pipeline import (
+    REPLACE,
     RETRY,
     RETRYING,
     STAGES,
@@ -41,7 +42,9 @@ there and the settings and files that decide it are those that its result record
 where the configuration needs no likelihoods. Repeat the command after any interruption. Takes every
 setting of these commands; vlal STAGE --help lists them.
 """
-OWN_FLAGS = ("from", "to", "plan", "ranks", "retry-rejected", "json")
+OWN_FLAGS = ("from", "to", "plan", "ranks", "retry-rejected", "replace", "json")
+RESTART = ("--resume", "none")
+"""Flag of a training that starts over."""
 MARGIN_S = 10.0
 """Seconds beyond `supervise.grace_s` after which a stage that was asked to stop is killed: the
 launcher of the ranks gives them that time itself."""
@@ -59,7 +62,7 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
         Stopped: a stage stopped by itself, and can be resumed.
         VlalError: a stage failed; with its exit code.
     """
-    stages = stages_of(config, retry_rejected="retry-rejected" in flags)
+    stages = stages_of(config, retry_rejected="retry-rejected" in flags, replace="replace" in flags)
     stages = select(stages, first=flags.get("from"), last=flags.get("to"))
     if "plan" in flags:
         decisions = plan(stages)
@@ -73,9 +76,11 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
         if decision.action == "skip":
             say(f"{stage.title}: finished")
             continue
-        command = [stage.command, *words, *stage.words]
+        command = [stage.command, *words]
         if stage.command == "train":
-            command += _ranks(flags)
+            command += [*_ranks(flags), *(RESTART if decision.action == "redo" else ())]
+        else:
+            command += stage.words
         if decision.action == "stop":
             raise ConfigError(_stopped(stage, decision.why, command))
         say(f"\n=== {stage.title}: {decision.why}\n$ {masked(shlex.join(['vlal', *command]))}")
@@ -183,10 +188,10 @@ def _ranks(flags: Mapping[str, str]) -> list[str]:
 
 
 def _stopped(stage: Stage, why: str, command: Sequence[str]) -> str:
-    again = shlex.join(["vlal", *command, "--resume", "none"])
+    again = shlex.join(["vlal", *command, *RESTART])
     return (
         f"train: {stage.config.paths.run} holds a run of other settings ({why}), and is kept; give "
-        f"another --paths.run FOLDER, or train again in its place with: {again}"
+        f"another --paths.run FOLDER, or train again in its place with {REPLACE}, or with: {again}"
     )
 
 
@@ -197,7 +202,8 @@ def _failure(stage: Stage, why: str, code: int) -> VlalError:
     if code == DataError.exit_code and why.startswith("changed"):
         remedy = (
             f"{stage.record[0]} was written before this ({why}), and finished data is never "
-            f"edited: give another --paths.root FOLDER, or undo the change"
+            f"edited: repeat with {REPLACE} to write it again, give another --paths.root FOLDER, "
+            "or undo the change"
         )
         if stage.command in RETRYING and RETRY not in stage.words:
             remedy += f"; where pack {RETRY} changed the dataset, repeat with {RETRY}"

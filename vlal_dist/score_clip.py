@@ -8,10 +8,12 @@ from collections.abc import Mapping
 
 from vlal_dist.config.sections import Config
 from vlal_dist.pipeline import score_inputs
-from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.program import Counts, Program, make_way, run_program
 from vlal_dist.scoring.driver import score_dataset
+from vlal_dist.scoring.identity import WEIGHTS
 from vlal_dist.scoring.object_vectors import make_object_vectors
 from vlal_dist.scoring.ray_cluster import refuse_relative_in_job
+from vlal_dist.storage.earlier import Owned
 
 
 def work(config: Config, flags: Mapping[str, str]) -> Counts:
@@ -23,6 +25,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
             plan_only="plan" in flags,
             retry_quarantined="retry-quarantined" in flags,
             retry_rejected="retry-rejected" in flags,
+            make_way=lambda: make_way(PROGRAM, config, flags),
         )
     path, instances = flags["object-vectors"], config.paths.instances
     refuse_relative_in_job("--object-vectors", path)
@@ -39,12 +42,18 @@ PROGRAM = Program(
         "one on this machine. Repeat the command to continue."
     ),
     sections=("paths", "scoring", "observability"),
-    flags=("plan", "json", "retry-quarantined", "retry-rejected", "object-vectors"),
+    flags=("plan", "json", "retry-quarantined", "retry-rejected", "replace", "object-vectors"),
     output=lambda config, flags: (
         config.paths.instances if "object-vectors" in flags else config.paths.scores
     ),
     work=work,
     inputs=score_inputs,
+    owned=Owned(
+        r"(scores|weights|settings-[0-9a-f]{16})\.json|text-[0-9a-f]{16}\.safetensors"
+        r"|[^/]+/[0-9a-f]{16}-[0-9a-f]{16}\.safetensors",
+        first=WEIGHTS,
+        last="scores.json",
+    ),
 )
 
 

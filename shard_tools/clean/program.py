@@ -20,6 +20,7 @@ from shard_tools.clean.counts import (
     say_labels,
 )
 from shard_tools.clean.files import (
+    MANIFEST,
     RejectFile,
     check_merge_table,
     json_bytes,
@@ -43,8 +44,9 @@ from vlal_dist.contents import parse_json
 from vlal_dist.errors import ConfigError, DataError, NotFoundError, bounded
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.pipeline import clean_inputs
-from vlal_dist.program import Counts, Program
+from vlal_dist.program import Counts, Program, make_way
 from vlal_dist.storage.checks import translated_errors
+from vlal_dist.storage.earlier import Owned
 from vlal_dist.storage.store import open_store
 from vlal_dist.vocabulary import Vocabulary
 
@@ -104,6 +106,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
             "rejects.parquet": rejects.path,
             **cleaned.hidden,
         }
+        make_way(PROGRAM, config, flags)
         write_root(target, files, manifest)
     say_labels(cleaned.tally, splits)
     if rejects.num_rows > settings.max_rejected * num_records:
@@ -327,9 +330,13 @@ PROGRAM = Program(
         "write instances, vocabulary and feasible sets to paths.instances."
     ),
     sections=("clean", "paths", "observability"),
-    flags=("like", "json"),
+    flags=("like", "replace", "json"),
     output=lambda config, flags: config.paths.instances,
     work=clean,
     inputs=clean_inputs,
+    owned=Owned(
+        r"(clean|vocabulary)\.json|feasible\.npz|(train|val|test|rejects|hidden)\.parquet",
+        last=MANIFEST,
+    ),
 )
 """`vlal clean`."""

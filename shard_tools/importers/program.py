@@ -26,9 +26,10 @@ from shard_tools.importers.records import (
 )
 from vlal_dist.config.sections import Config, ImportConfig, PathsConfig
 from vlal_dist.errors import ConfigError, DataError, bounded
-from vlal_dist.program import Counts, Program, run_one_of, run_program
+from vlal_dist.program import Counts, Program, make_way, run_one_of, run_program
 from vlal_dist.remarks import remark
 from vlal_dist.storage.checks import sha256_of
+from vlal_dist.storage.earlier import Owned
 from vlal_dist.storage.store import Store, open_store
 
 FORMAT = 1
@@ -78,6 +79,7 @@ def import_records(word: str, config: Config, flags: Mapping[str, str]) -> Count
         counts = writer.counts
         if not any(counts["records"].values()):
             raise DataError(_nothing(writer, inputs, target))
+        make_way(_program(word), config, flags)
         _commit(word, config, writer, inputs, target, limit=limit)
     if writer.reasons:
         remark(
@@ -245,7 +247,10 @@ def _program(word: str) -> Program:
         sections=("importing", "paths", "observability"),
         output=lambda config, flags: config.paths.imported,
         work=partial(import_records, word),
-        flags=("limit", "json"),
+        flags=("limit", "replace", "json"),
+        owned=Owned(
+            r"import\.json|config\.yaml|(train|val|test|all|rejects)\.parquet", last=MANIFEST
+        ),
     )
 
 

@@ -42,7 +42,7 @@ PROFILES: dict[str, dict[str, object]] = {
 INSTALLED = Path(__file__).parents[1] / "configs"
 """Folder of the configurations that come with the package."""
 
-SWITCHES = ("plan", "order", "retry-quarantined", "retry-rejected")
+SWITCHES = ("plan", "order", "retry-quarantined", "retry-rejected", "replace")
 FLAGS: dict[str, str] = {
     "plan": "print what would be done and stop",
     "from": "STAGE: first stage (default: the first one)",
@@ -61,6 +61,7 @@ FLAGS: dict[str, str] = {
     "retry-quarantined": "score shards with unusable crops again",
     "retry-rejected": "pack: pack what was rejected and can be packed now, as if it had been there "
     "from the beginning; score, merge: renew what that changed",
+    "replace": "remove what this program wrote in its root before, and write it again",
     "object-vectors": "FILE: write CLIP text vectors of the object names of paths.instances there, "
     "for clean.object_vectors, and stop",
 }

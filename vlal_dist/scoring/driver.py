@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,6 +66,7 @@ def score_dataset(
     plan_only: bool = False,
     retry_quarantined: bool = False,
     retry_rejected: bool = False,
+    make_way: Callable[[], bool] = lambda: False,
 ) -> dict[str, object]:
     """Score the shards that have no score file, check the others, commit `scores.json`.
 
@@ -75,6 +76,7 @@ def score_dataset(
         retry_quarantined: first delete the score files that list unusable crops.
         retry_rejected: the dataset may have changed since `scores.json` (pack --retry-rejected):
             score the shards that are new, and write it again.
+        make_way: called before the first write; returns whether it may have removed something.
 
     Returns:
         Closing counts, for JSON.
@@ -97,6 +99,8 @@ def score_dataset(
     plan = make_plan(dataset, store, job)
     checked = store.exists(bank_key(job.identity.digest))
     (remark_on_cut_prompts if checked else check_prompts)(encoder, dataset, scoring.templates)
+    if not plan_only and make_way():
+        plan = make_plan(dataset, store, job)
     check_same_weights(store, job, keep=not plan_only)
     del encoder  # the workers load their own
     if retry_quarantined and not plan_only and forget_quarantined(dataset, store, plan, job):

@@ -105,7 +105,7 @@ def conflict(url: str, key: str, *, existing: str, given: str) -> ConflictError:
     """The error for a create-only name that holds other bytes (both digests sha256)."""
     return ConflictError(
         f"{url}: {key!r} already holds other bytes: sha256 {existing} is stored, {given} was to be "
-        "written; nothing was changed. Use a new root, or remove the old output if it is not needed"
+        "written; nothing was changed. Give another root, or remove the old output"
     )
 
 
