@@ -73,7 +73,7 @@ def owned_by(settings: str) -> Owned:
     return Owned(
         rf"(dataset|vocabulary)\.json|{re.escape(settings)}|feasible\.npz"
         rf"|[^/]+/({'|'.join(map(re.escape, SPLIT_FILES))})"
-        r"|[^/]+/parts/[^/]+\.parquet|[^/]+/shards/[^/]+\.tar",
+        r"|[^/]+/parts/.+\.parquet|[^/]+/shards/[^/]+\.tar",
         first=settings,
         last="dataset.json",
     )

@@ -207,21 +207,18 @@ def stages_of(
 ) -> list[Stage]:
     """The stages that a configuration needs, in order.
 
-        merge is needed where training reads tars (`data.likelihood tar`), which also hold what losses
-        without likelihoods read, unless `paths.merged` is `paths.dataset`; score where merge is, where
-        training draws by score files, and for the zero-shot predictor. The model is evaluated on the
-        validation split (the export's thresholds) and on `evaluation.split`, there also the constant.
+    merge is needed where training reads tars (`data.likelihood tar`), which also hold what losses
+    without likelihoods read, unless `paths.merged` is `paths.dataset`; score where merge is, where
+    training draws by score files, and for the zero-shot predictor. The model is evaluated on the
+    validation split (the export's thresholds) and on `evaluation.split`, there also the constant.
 
-        Args:
-            config: the configuration.
-            retry_rejected: pack runs in any case, and the stages `RETRYING` with that flag.
-    <<<<<<< HEAD
+    Args:
+        config: the configuration.
+        retry_rejected: pack runs in any case, and the stages `RETRYING` with that flag.
+        replace: the stages `REPLACING` write their output again where another one is in the way.
 
-        Raises:
-            ConfigError: likelihoods are to be merged into tars that are packed in place.
-    =======
-            replace: the stages `REPLACING` write their output again where another one is in the way.
-    >>>>>>> d7e6c1f (Flag --replace: remove a program's own earlier output)
+    Raises:
+        ConfigError: likelihoods are to be merged into tars that are packed in place.
     """
     if config.pack.in_place and config.data.likelihood == "tar":
         raise ConfigError(
