@@ -13,6 +13,7 @@ import numpy as np
 
 from shard_tools.clean.columns import I64, SPLITS, Lists
 from vlal_dist.errors import ConfigError
+from vlal_dist.remarks import remark
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +259,46 @@ def first_departure(
     return None
 
 
+LARGE_LOSS = 0.2
+"""Share of a split's instances of which a step that drops more is remarked on."""
+
+_DROPPING = {
+    "min_side": ("clean.min_side", "lower it to keep instances with small boxes"),
+    "known_names": (
+        "--like",
+        "their names are not those of that dataset (rejects.parquet lists them): give them its "
+        "names by clean.renames, or clean without --like",
+    ),
+    "require_positive": (
+        "clean.require_positive",
+        "set it false to keep instances that have only negatives",
+    ),
+}
+"""Steps that drop instances -> their setting, and what to do."""
+
+
+def remark_on_losses(counts: StepCounts) -> None:
+    """Remark on steps that drop more than `LARGE_LOSS` of the instances of a split."""
+    before: Mapping[str, int] = {}
+    for step, left in counts.items():
+        setting, remedy = _DROPPING.get(step, ("", ""))
+        lost = []
+        for name in (f"{split}_instances" for split in SPLITS):
+            had, has = before.get(name, 0), left.get(name, 0)
+            if setting and had - has > LARGE_LOSS * had:
+                lost.append(f"{had - has} of {had} {name.removesuffix('_instances')}")
+        if lost:
+            remark(
+                logger,
+                setting,
+                "%s drops %s instances, more than a fifth; %s",
+                setting,
+                ", ".join(lost),
+                remedy,
+            )
+        before = left
+
+
 def say_labels(tally: Tally, splits: Sequence[str]) -> None:
     """Log the labels of each split, and warn of splits on which no attribute can be evaluated.
 
@@ -279,11 +320,13 @@ def say_labels(tally: Tally, splits: Sequence[str]) -> None:
             both,
         )
         if not instances:
-            logger.warning("%s: no instance is left in this split", split)
+            remark(logger, "clean.annotations", "%s: no instance is left in this split", split)
         elif not both:
             one_sided.append(f"{split} ({numbers})")
     if one_sided:
-        logger.warning(
+        remark(
+            logger,
+            "clean.annotations",
             "no attribute has both positive and negative labels in %s: average precision is "
             "undefined there, and so is mAP; annotate both, or count what is unannotated as absent "
             "(evaluation.unannotated: negative)",

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.remarks import remark
 
 LONGEST_NAME = 1000
 """Characters of a name or id; CLIP reads 77 tokens."""
@@ -130,7 +131,9 @@ def warn_of_unused_names(
     names = list(dict.fromkeys(used))
     absent = [name for name in names if name not in known]
     if absent:
-        logger.warning(
+        remark(
+            logger,
+            setting,
             "%s: %d of %d names are no %s: %s; %s",
             setting,
             len(absent),

@@ -17,6 +17,7 @@ from shard_tools.clean.counts import (
     StepCounts,
     check_expected,
     first_departure,
+    remark_on_losses,
     say_labels,
 )
 from shard_tools.clean.files import (
@@ -45,6 +46,7 @@ from vlal_dist.errors import ConfigError, DataError, NotFoundError, bounded
 from vlal_dist.method.feasible import FeasibleSets
 from vlal_dist.pipeline import clean_inputs
 from vlal_dist.program import Counts, Program, make_way
+from vlal_dist.remarks import remark
 from vlal_dist.storage.checks import translated_errors
 from vlal_dist.storage.earlier import Owned
 from vlal_dist.storage.store import open_store
@@ -87,6 +89,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         feasible = known_feasible or make_feasible(cleaned.tally, vocabulary, settings)
         counts = {**cleaned.counts, "feasible": {"pairs": len(feasible.indices)}}
         rule = _hide_rule(settings)
+        division = {"split": settings.split, "split_seed": settings.split_seed}
         sizes = cleaned.tally.instances.sum(axis=1).tolist()
         manifest: dict[str, Any] = {
             "vocabulary_digest": vocabulary.digest,
@@ -97,6 +100,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
             "clashes": cleaned.clashes,
             "counts": counts,
             **rule,
+            **(division if settings.split is not None else {}),
         }
         names = {**vocabulary.to_json(), "merges": cleaned.merges, "counts": counts, **rule}
         files: dict[str, bytes | Path] = {
@@ -108,6 +112,7 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         }
         make_way(PROGRAM, config, flags)
         write_root(target, files, manifest)
+    remark_on_losses(cleaned.counts)
     say_labels(cleaned.tally, splits)
     if rejects.num_rows > settings.max_rejected * num_records:
         raise DataError(
@@ -236,7 +241,7 @@ def _check_settings(settings: CleanConfig, *, like: bool) -> list[str]:
         ("object_vectors", settings.feasible_top_k > 0, "clean.feasible_top_k is 0"),
     ):
         if getattr(settings, name) is not None and not used:
-            logger.warning("clean.%s is not read: %s", name, why)
+            remark(logger, f"clean.{name}", "clean.%s is not read: %s", name, why)
     if settings.merge == "table" and settings.merge_table is None:
         raise ConfigError(
             "clean.merge is table, but clean.merge_table is not set; give a JSON of name -> "
@@ -318,7 +323,8 @@ def _compare(counts: StepCounts, settings: CleanConfig) -> Counts:
     departure = first_departure(counts, settings.expected)
     if departure is None:
         return {"expected": "met"}
-    logger.warning("counts depart from clean.expected, first at %s", departure)
+    key = "clean.expected"
+    remark(logger, key, "counts depart from clean.expected, first at %s", departure)
     return {"expected": f"departs at {departure}"}
 
 

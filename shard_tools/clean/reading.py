@@ -189,9 +189,12 @@ class _File:
                             f"has {names.count(field)} columns {field} (its columns: "
                             f"{listed(names)}), and must have one"
                         )
-                for batch in file.iter_batches(BATCH, columns=list(FIELDS), use_threads=False):
-                    self._add_batch(batch, count)
-                    count += batch.num_rows
+                for groups in _row_groups(file):
+                    for batch in file.iter_batches(
+                        BATCH, row_groups=groups, columns=list(FIELDS), use_threads=False
+                    ):
+                        self._add_batch(batch, count)
+                        count += batch.num_rows
         except ARROW_ERRORS as error:
             if isinstance(error, DataError):
                 raise
@@ -226,6 +229,17 @@ class _File:
             more = pa.concat_batches([named, more])
             kept = [*np.flatnonzero(plain).tolist(), *kept]
         self._rows.append(more.take(pa.array(np.argsort(kept))))
+
+
+def _row_groups(file: pyarrow.parquet.ParquetFile) -> list[list[int]]:
+    """The row groups that are read at once: all, except that pyarrow joins no lists of dictionary
+    values across row groups.
+    """
+    kinds = [field.type for field in file.schema_arrow if _is_list(field.type)]
+    groups = list(range(file.num_row_groups))
+    if any(pa.types.is_dictionary(kind.value_type) for kind in kinds):
+        return [[group] for group in groups]
+    return [groups]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, object]]:

@@ -166,6 +166,28 @@ def test_expected_counts(place: Workplace, capsys: pytest.CaptureFixture[str]) -
     assert "expected departs at read: objects 3 instead of 4" in capsys.readouterr().out
 
 
+def test_a_step_that_drops_more_than_a_fifth_is_remarked_on(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert place.run(min_side=65) == 65
+    assert place.run(max_rejected=1) == 0  # one of four training instances has no positive
+    shown = capsys.readouterr().out
+    assert (
+        "clean: warning: clean.require_positive drops 1 of 4 train instances, more than a fifth; "
+        "set it false to keep instances that have only negatives"
+    ) in shown
+    assert place.run("--paths.instances", str(place.folder / "b"), require_positive=False) == 0
+    assert "more than a fifth" not in capsys.readouterr().out
+    small = [
+        {**record(n, "car", ["red"], []), "instance_bbox": [0, 0, 9, 9]} for n in range(20, 24)
+    ]
+    place.write("b.json", [record(4, "car", ["red"], ["tall"]), *small])
+    assert place.run("--paths.instances", str(place.folder / "c")) == 0
+    assert "clean.min_side drops 4 of 5 test instances, more than a fifth; lower it" in (
+        capsys.readouterr().out
+    )
+
+
 def test_few_rejects_are_success_many_are_not(
     place: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:
