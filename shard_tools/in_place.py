@@ -167,6 +167,7 @@ def index_tar(task: TarTask) -> dict[str, ShardReport]:
         return reports
     with _local_tar(task.tar) as (tar, sha256):
         listing = list_samples(tar)
+        listing.damage = listing.damage.replace(printable(tar.url), printable(task.tar.url))
         for split, instances in task.instances.items():
             if split in reports:
                 continue
@@ -187,7 +188,7 @@ def _local_tar(tar: Tar) -> Iterator[tuple[Tar, str]]:
     """The tar as a local file, downloaded for the time being if it is remote, and its sha256."""
     sha256 = hashlib.sha256()
     with tempfile.TemporaryDirectory(prefix="vlal-") as folder:
-        path = Path(folder, "foreign.tar")
+        path = Path(folder, f"{tar.name}.tar")
         remote = tar.changed_ns is None
         with path.open("wb") as file:
             for offset in range(0, tar.size_bytes, FETCH_BYTES):
