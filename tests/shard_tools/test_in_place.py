@@ -7,11 +7,14 @@ import shutil
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from shard_tools.clean.records import WHOLE_PHOTO
@@ -28,11 +31,20 @@ from tests.fixtures.foreign_tars import (
 )
 from tests.fixtures.mutilate import mutilations
 from tests.fixtures.tiny_vaw import run
-from vlal_dist.config.sections import PackConfig
+from vlal_dist.config.sections import DataConfig, PackConfig
 from vlal_dist.data.format.dataset import Dataset, open_dataset, open_split, read_labels
+from vlal_dist.data.format.index import (
+    INDEX_TYPES,
+    check_blocks,
+    form_blocks,
+    index_from_columns,
+)
 from vlal_dist.data.format.photo_groups import image_numbers
 from vlal_dist.data.format.photo_tars import find_tars
 from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.data.loading.batch_builder import BatchBuilder, BatchRequest
+from vlal_dist.data.loading.shard_reader import ShardReader
+from vlal_dist.data.order.concat import ConcatSplits
 from vlal_dist.datasets import ShardDataset
 from vlal_dist.errors import ConfigError, DataError
 
@@ -143,11 +155,33 @@ def test_retry_rejected_refuses(packed: Path, capfd: pytest.CaptureFixture[str])
     assert "never written" in capfd.readouterr().err
 
 
-def test_repacked_samples_hold_the_same_labels(packed: Path) -> None:
+@pytest.fixture(scope="module")
+def repacked(packed: Path) -> Dataset:
+    """The same photos as samples of own tars."""
     target = packed / "repacked"
     words = ["--pack.in_place", "false", "--paths.dataset", str(target)]
     assert run("pack", packed / "config.yaml", *words) == 0
-    again = open_dataset(str(target), cache=packed / "cache")
+    return open_dataset(str(target), cache=packed / "cache")
+
+
+def test_a_mix_labels_the_rows_of_both_kinds_of_tars(packed: Path, repacked: Dataset) -> None:
+    datasets = [opened(packed), repacked, opened(packed)]
+    corpus = ConcatSplits([open_split(one, "train") for one in datasets])
+    reader = ShardReader(corpus)
+    builder = BatchBuilder(reader, repacked, DataConfig(image_size=64, threads=2))
+    rows = np.random.default_rng(1).permutation(len(corpus))
+    with closing(builder):
+        request = BatchRequest.plain(reader.locate(rows))
+        batch = builder.start(request).result().batch
+    tables = [read_labels(one, "train").to_pylist() for one in datasets]
+    which, local = corpus.locate(rows)
+    for label, dataset, row in zip(batch.label.numpy(), which, local, strict=True):
+        assert np.flatnonzero(label == 1).tolist() == tables[dataset][row]["positive"]
+        assert np.flatnonzero(label == -1).tolist() == tables[dataset][row]["negative"]
+
+
+def test_repacked_samples_hold_the_same_labels(packed: Path, repacked: Dataset) -> None:
+    again = repacked
     for name in again.splits:
         labels = {row["instance_id"]: row for row in read_labels(opened(packed), name).to_pylist()}
         for row in read_labels(again, name).to_pylist():
@@ -314,6 +348,36 @@ def forge(root: Path, change: str) -> None:
         (folder / name).write_bytes(data)
         files[name] = hashlib.sha256(data).hexdigest()
     (root / "dataset/dataset.json").write_text(json.dumps(manifest))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 3000), st.booleans()), max_size=30),
+    st.integers(1, 4000),
+)
+def test_blocks_are_runs_that_end_before_large_gaps(
+    rows: list[tuple[int, int, bool]], block_bytes: int
+) -> None:
+    """Each row: bytes before it, its bytes, and whether it begins another tar."""
+    columns: dict[str, list[int]] = {name: [] for name in INDEX_TYPES}
+    shard = end = 0
+    for gap, length, other in rows:
+        shard, end = (shard + 1, 0) if other else (shard, end)
+        values = {"shard": shard, "offset": end + gap, "length": length}
+        for name, column in columns.items():
+            column.append(values.get(name, 0))
+        end += gap + length
+    index = index_from_columns(columns)
+    blocks = form_blocks(index, block_bytes=block_bytes)
+    check_blocks(blocks, index, where="blocks")
+    for first, count in zip(blocks.first_row.tolist(), blocks.samples.tolist(), strict=True):
+        offset, last = index.offset[first : first + count], index.length[first : first + count]
+        ends = offset + last
+        assert all(offset[1:] - ends[:-1] < block_bytes)
+        assert all(ends[:-1] - offset[0] < block_bytes)
+        after = first + count
+        if after < len(rows) and index.shard[after] == index.shard[first]:
+            full = ends[-1] - offset[0] >= block_bytes
+            assert full or index.offset[after] - ends[-1] >= block_bytes
 
 
 def test_listing_names_damage(packed: Path, tmp_path: Path) -> None:
