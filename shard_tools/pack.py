@@ -8,6 +8,8 @@ its own instances: any number of processes gives the same files, and a killed ru
 import hashlib
 import json
 import logging
+import os
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,19 +77,20 @@ BYTES_PER_PHOTO = 100_000  # of a whole photo, whose size only its file knows
 
 Crop = tuple[int, EncodedSample, dict[str, Any]]
 """uid of a sample, its tar bytes, and what its `KEY.json` says."""
+_LIMITS = Limits("pack.images")
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to build in the dataset root `root`; `cache`: folder for copies of photos."""
+    """One shard to build in the dataset root `root`; `limits`: of its photos."""
 
     root: str
     split: str
     name: str
     settings: PackConfig
     instances: list[InstanceRow]
-    cache: str = ""
+    limits: Limits = _LIMITS
 
     @property
     def num_instances(self) -> int:
@@ -128,13 +131,14 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         tasks += in_place
     else:
         _open_places.cache_clear()
-        _open_photos(settings, config.paths.cache)  # a wrong path fails before any work
+        limits = _photo_limits(config)
+        _open_photos(settings, limits)  # a wrong path fails before any work
         make_way(PROGRAM, config, flags)
         commit_settings(target, "pack.json", begun)
         cropped = [
             task
             for split, rows in instances.items()
-            for task in plan_shards(rows, split, config.paths.dataset, settings, config.paths.cache)
+            for task in plan_shards(rows, split, config.paths.dataset, settings, limits)
         ]
         if "retry-rejected" in flags:
             restored = {"restored": forget_restored(target, cropped)}
@@ -177,7 +181,11 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
 
 
 def plan_shards(
-    instances: Iterable[InstanceRow], split: str, root: str, settings: PackConfig, cache: str = ""
+    instances: Iterable[InstanceRow],
+    split: str,
+    root: str,
+    settings: PackConfig,
+    limits: Limits = _LIMITS,
 ) -> list[ShardTask]:
     """Cut a split into shards: photos in seeded hash order, never divided between two shards."""
     tasks: list[ShardTask] = []
@@ -189,7 +197,7 @@ def plan_shards(
         size += sum(_estimated_bytes(one.box) for one in photo)
         if size >= settings.shard_bytes or number == len(photos):
             name = shard_name(split, len(tasks))
-            tasks.append(ShardTask(root, split, name, settings, batch, cache))
+            tasks.append(ShardTask(root, split, name, settings, batch, limits))
             batch, size = [], 0.0
     return tasks
 
@@ -289,7 +297,7 @@ def retry_shard(task: ShardTask) -> Retried:
 
 def _crops(task: ShardTask, instances: Iterable[InstanceRow]) -> Iterator[Crop | Reject]:
     """The sample of each instance, or the reason why there is none; photos are decoded once."""
-    photos = _open_photos(task.settings, task.cache)
+    photos = _open_photos(task.settings, task.limits)
     groups = [list(group) for _, group in groupby(instances, key=lambda one: one.image_id)]
     read = photos.read_each(group[0].image_id for group in groups)
     for group, data in zip(groups, read, strict=True):
@@ -415,18 +423,23 @@ class PackCounts:
         self._file.write(PACK, readings)
 
 
-def _open_photos(settings: PackConfig, cache: str) -> Photos:
+def _photo_limits(config: Config) -> Limits:
+    """What may be read of photos, under a name of this command: its processes share lists."""
+    return Limits(
+        "pack.images",
+        config.pack.max_bytes,
+        config.pack.follow_links,
+        image_column=config.pack.image_column,
+        cache=os.path.abspath(config.paths.cache),
+        command=secrets.token_hex(8),
+    )
+
+
+def _open_photos(settings: PackConfig, limits: Limits) -> Photos:
     if not settings.images:
         raise ConfigError(
             "pack.images is empty; name what holds the photos: a folder, zip, tar, table or s3://"
         )
-    limits = Limits(
-        "pack.images",
-        settings.max_bytes,
-        settings.follow_links,
-        image_column=settings.image_column,
-        cache=cache,
-    )
     return _open_places(tuple(settings.images), limits)
 
 

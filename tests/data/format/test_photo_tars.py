@@ -222,6 +222,24 @@ def test_a_bucket_s_tar_is_listed_in_large_pieces(moto_s3: S3Server) -> None:
         reader.read("008")
 
 
+def test_processes_share_the_list_of_a_bucket_s_tar(moto_s3: S3Server, tmp_path: Path) -> None:
+    store = open_store(moto_s3.url())
+    store.create("a.tar", tar_of(member("a.jpg", b"1"), member("bad\udce9.jpg", b"2")))
+    cache = str(tmp_path)
+
+    def requests(reader: Photos) -> int:
+        return reader._places[0]._tars[0].store.counts.requests  # type: ignore[attr-defined, no-any-return]
+
+    url = f"{store.url}/a.tar"
+    first, second = (photos(url, cache=cache, command="1") for _ in range(2))
+    assert (requests(first), requests(second)) == (2, 1)  # its size, its headers
+    assert second.list_names() == first.list_names() and second.read("bad\udce9") == b"2"
+    store.replace("a.tar", tar_of(member("b.jpg", b"4"), member("c.jpg", b"3")))  # as long
+    third = photos(url, cache=cache, command="2")
+    assert requests(third) == 2 and third.read("b") == b"4"
+    assert len(list((tmp_path / "photos").iterdir())) == 1  # an earlier command's is removed
+
+
 MEMBERS = {name: name.encode() * 300 for name in ("a.jpg", "sub/b.png", LONG)}
 WHOLE = tar_of(*(member(name, data) for name, data in MEMBERS.items()))
 

@@ -40,7 +40,9 @@ class Limits:
         max_bytes: of a photo's file.
         follow_links: whether links of a folder may lead out of all named places.
         image_column: of tables, the column with the bytes; None: the only one.
-        cache: folder for copies of tables' rows that are read again and again; may be empty.
+        cache: folder for rows of tables that are read again and again, and for lists of tars in
+            buckets, shared by processes; may be empty.
+        command: names the command whose processes share lists of tars; empty: none are shared.
     """
 
     setting: str
@@ -48,6 +50,7 @@ class Limits:
     follow_links: bool = False
     image_column: str | None = None
     cache: str = ""
+    command: str = ""
 
     def option(self, name: str) -> str:
         """The key of a setting beside `setting`."""

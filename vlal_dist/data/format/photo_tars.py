@@ -3,12 +3,18 @@
 Headers are read once, in large pieces; each photo is one ranged read. Nothing is extracted.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import suppress
+from itertools import islice, repeat
+from pathlib import Path
+
+import pyarrow as pa
 
 from vlal_dist.data.format.images import HEAD_BYTES
+from vlal_dist.data.format.index import ARROW_ERRORS, decode_table, encode_table
 from vlal_dist.data.format.photo_names import (
     Limits,
     MemberIndex,
@@ -19,6 +25,8 @@ from vlal_dist.data.format.photo_names import (
 from vlal_dist.data.format.photo_places import ContainerFile, find_containers
 from vlal_dist.data.format.tar import BLOCK, ForeignMember, walk_tar
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.storage.checks import translated_errors
+from vlal_dist.storage.local import replacing
 
 MAX_MEMBERS = 50_000_000
 """Members of the tars of one place; their names take about 5 GB of memory."""
@@ -26,6 +34,9 @@ _REMOTE_PIECE = 4 << 20
 """Bytes of a read of headers from a bucket: what is skipped must outweigh a request's wait."""
 _LOCAL_PIECE = 16 << 10
 _LISTING_THREADS = 8
+_LISTING = pa.schema(
+    [("name", pa.binary()), ("offset", pa.int64()), ("size", pa.int64()), ("kind", pa.string())]
+)
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -75,8 +86,33 @@ def _in_pieces(
     return read_held
 
 
-def _all_members(tar: Tar) -> list[ForeignMember]:
-    return list(islice(tar.members(), MAX_MEMBERS + 1))
+def _all_members(tar: Tar, limits: Limits) -> Sequence[ForeignMember]:
+    """The members of a tar; of one in a bucket listed by one of the processes of a command."""
+    if tar.changed_ns is not None or not (limits.cache and limits.command):
+        return list(islice(tar.members(), MAX_MEMBERS + 1))
+    digest = hashlib.sha256(f"{tar.url}\0{tar.size_bytes}".encode()).hexdigest()[:32]
+    folder = Path(limits.cache) / "photos"
+    path = folder / f"{digest}-{limits.command}.tar.parquet"
+    with suppress(*ARROW_ERRORS):  # not there yet
+        rows = decode_table(path, _LISTING, where=str(path)).to_pylist()
+        return [
+            ForeignMember(row["name"].decode("utf-8", "surrogatepass"), *list(row.values())[1:])
+            for row in rows
+        ]
+    members = list(islice(tar.members(), MAX_MEMBERS + 1))
+    columns = {
+        "name": [member.name.encode("utf-8", "surrogatepass") for member in members],
+        "offset": [member.offset for member in members],
+        "size": [member.size for member in members],
+        "kind": [member.kind for member in members],
+    }
+    with translated_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        for earlier in folder.glob(f"{digest}-*.tar.parquet"):  # of another command
+            earlier.unlink(missing_ok=True)
+    with translated_errors(path), replacing(path) as temporary:
+        temporary.write_bytes(encode_table(columns, _LISTING))
+    return members
 
 
 class Tars:
@@ -92,7 +128,8 @@ class Tars:
         with ThreadPoolExecutor(at_once) as pool:
             for first in range(0, len(self._tars), at_once):
                 some = self._tars[first : first + at_once]
-                for number, members in enumerate(pool.map(_all_members, some), first):
+                listed = pool.map(_all_members, some, repeat(limits))
+                for number, members in enumerate(listed, first):
                     self._add(number, members)
         self._left_out["hidden"] = self._index.hidden
 
