@@ -50,6 +50,8 @@ from vlal_dist.errors import ConfigError, DataError
 
 MAX_PIXELS = 64_000_000
 """Limit of a photo that is no JPEG, whose size is known when it is decoded."""
+DIGITS = 3
+"""Of a box in pixels: shares of 6 digits say no more, and whole pixels stay whole."""
 SIDES = ("XMin", "XMax", "YMin", "YMax")
 FLAGS = {
     "IsOccluded": "occluded",
@@ -306,8 +308,11 @@ def _object(
     name: str,
     end: str = "",
 ) -> _Object:
-    """The object of a row's box, a new one where none has its name and sides."""
-    left, right, top, bottom = (_number(row, f"{side}{end}", 0, 1) for side in SIDES)
+    """The object of a row's box, a new one where none has its name and sides.
+
+    A box may reach beyond the photo; sides beyond -1 to 2 are pixels, or damage.
+    """
+    left, right, top, bottom = (_number(row, f"{side}{end}", -1, 2) for side in SIDES)
     if left >= right or top >= bottom:
         raise _Unusable("bad_box", f"a box from {left:g}, {top:g} to {right:g}, {bottom:g}")
     key = (name, tuple(round(side, 5) for side in (left, right, top, bottom)))
@@ -362,7 +367,8 @@ def _boxes(
         return
     for one in objects:
         left, right, top, bottom = one.sides
-        sides = (left * width, top * height, (right - left) * width, (bottom - top) * height)
+        x, y, w, h = left * width, top * height, (right - left) * width, (bottom - top) * height
+        sides = (round(x, DIGITS), round(y, DIGITS), round(w, DIGITS), round(h, DIGITS))
         yield _record(split, image_id, one.labels, place=(one.file, one.line), name=one.name,
                       box=sides)  # fmt: skip
 
