@@ -188,6 +188,10 @@ class RejectFile(TableFile):
         columns = {name: [getattr(r, name) for r in rejects] for name in REJECTS_SCHEMA.names}
         self.append(pa.RecordBatch.from_pydict(columns, schema=REJECTS_SCHEMA))
 
+    def count(self, *reasons: str) -> int:
+        """How many have one of these reasons."""
+        return sum(self._count[reason] for reason in reasons)
+
     def summary(self) -> str:
         """The commonest reasons, each with its number and an example; empty without rejects."""
         return "; ".join(

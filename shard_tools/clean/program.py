@@ -114,13 +114,8 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         write_root(target, files, manifest)
     remark_on_losses(cleaned.counts)
     say_labels(cleaned.tally, splits)
-    if rejects.num_rows > settings.max_rejected * num_records:
-        raise DataError(
-            f"{rejects.num_rows} of {num_records} instances were rejected, more than "
-            f"clean.max_rejected {settings.max_rejected:g} allows ({rejects.summary()}); all "
-            f"files are written: see rejects.parquet in {config.paths.instances}, then repair the "
-            "annotations and give a new paths.instances, or raise clean.max_rejected and repeat"
-        )
+    unknown = rejects.count("unknown_object", "unknown_attribute")
+    _check_rejected(rejects, unknown, settings, records=num_records, root=target.url)
     return {
         "records": num_records,
         "instances": sum(sizes),
@@ -130,9 +125,46 @@ def clean(config: Config, flags: Mapping[str, str]) -> Counts:
         "feasible_pairs": len(feasible.indices),
         "clashes": cleaned.clashes,
         "rejected": rejects.num_rows,
+        **({"unknown_names": unknown} if known else {}),
         **{name: counts["hide"][name] for name in HIDE_QUANTITIES if rule},
         **_compare(counts, settings),
     }
+
+
+def _check_rejected(
+    rejects: RejectFile, unknown: int, settings: CleanConfig, *, records: int, root: str
+) -> None:
+    """Say how many instances have names that the dataset of `--like` lacks; limit the rejects.
+
+    Args:
+        rejects: all of them.
+        unknown: those of such names.
+        settings: with the limits.
+        records: number of records.
+        root: where the files are.
+
+    Raises:
+        DataError: above `clean.max_rejected`, or `clean.max_unknown`.
+    """
+    for key, number in (("max_rejected", rejects.num_rows - unknown), ("max_unknown", unknown)):
+        if number > getattr(settings, key) * records:
+            raise DataError(
+                f"{number} of {records} instances were rejected, more than clean.{key} "
+                f"{getattr(settings, key):g} allows ({rejects.summary()}); all files are written: "
+                f"see rejects.parquet in {root}, then repair the annotations and repeat with "
+                f"--replace, or raise clean.{key} and repeat"
+            )
+    if unknown:
+        remark(
+            logger,
+            "clean.max_unknown",
+            "%d of %d instances are left out, as the dataset of --like lacks their object or an "
+            "attribute (%s); all are in %s/rejects.parquet; clean.renames gives objects its names",
+            unknown,
+            records,
+            rejects.summary(),
+            root,
+        )
 
 
 def _merge_rule(

@@ -120,7 +120,11 @@ class CleanConfig(Section):
     expected: dict[str, dict[str, int]] = {}
     """Step -> expected counts; clean names the first that differs."""
     max_rejected: float = Field(0.001, ge=0, le=1)
-    """Largest share of rejected instances that still counts as success."""
+    """Largest share of rejected instances that still counts as success; with --like, without those
+    of max_unknown."""
+    max_unknown: float = Field(0.5, ge=0, le=1)
+    """With --like: largest share of instances rejected because the other dataset lacks their object
+    or one of their attributes."""
 
 
 class PackConfig(Section):

@@ -236,7 +236,9 @@ def test_a_saved_merge_table_gives_the_same_names(place: Workplace) -> None:
     assert place.digests("again") == place.digests()
 
 
-def test_like_keeps_the_vocabulary_and_rejects_unknown_names(place: Workplace) -> None:
+def test_like_keeps_the_vocabulary_and_rejects_unknown_names(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = place.write("table.json", {"bus": "car"})
     assert place.run(merge="table", merge_table=plain) == 0
     new = [
@@ -247,10 +249,16 @@ def test_like_keeps_the_vocabulary_and_rejects_unknown_names(place: Workplace) -
     settings = {
         "annotations": {"test": [place.write("new.json", new)]},
         "merge": "wordnet",  # the table of the earlier dataset, not a new merge
-        "max_rejected": 1.0,
     }
     argv = ["--like", str(place.folder / "out"), "--paths.instances", str(place.folder / "new")]
-    assert place.run(*argv, **settings) == 0
+    assert place.run(*argv, **settings) == 65
+    assert "2 of 3 instances were rejected, more than clean.max_unknown 0.5" in (
+        capsys.readouterr().err
+    )
+    assert place.run(*argv, **settings, max_unknown=0.7) == 0
+    out = capsys.readouterr().out
+    assert "clean: warning: 2 of 3 instances are left out, as the dataset of --like lacks" in out
+    assert "rejected 2, unknown_names 2" in out
     assert [(row["instance_id"], row["reason"], row["detail"]) for row in place.rejects("new")] == [
         ("11", "unknown_object", "ship"),
         ("12", "unknown_attribute", "odd"),
