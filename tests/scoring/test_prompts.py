@@ -194,3 +194,20 @@ def test_what_is_accepted_has_different_vectors(
     tokens, _ = encoder.tokens(build_prompts(data, PLAIN)[0])
     for rows in np.split(tokens, len(objects)):
         assert len(np.unique(rows, axis=0)) == len(attributes)
+
+
+def test_templates_by_attribute_type() -> None:
+    lists = {"default": ["{attribute}"], "size": ["{object} is {attribute}", "a {attribute}"]}
+    prompts, position = build_prompts(DATASET, lists)
+    assert [[prompts[place] for place in row] for row in position] == [
+        ["blue", "blue"],  # cup; repeated, which keeps the mean
+        ["{odd}", "{odd}"],
+        ["blue", "blue"],
+        ["tree is tall", "a tall"],
+    ]
+    with pytest.raises(ConfigError, match=r"templates\.shape: no such .*color, other, size"):
+        build_prompts(DATASET, {**lists, "shape": ["{attribute}"]})
+    with pytest.raises(ConfigError, match="lacks default"):
+        check_templates({"size": ["{attribute}"]})
+    with pytest.raises(ConfigError, match="is empty"):
+        check_templates({"default": ["{attribute}"], "size": []})

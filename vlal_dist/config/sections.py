@@ -167,6 +167,13 @@ class PackConfig(Section):
     """Largest share of rejected instances that still counts as success."""
 
 
+Templates = Annotated[
+    list[str] | dict[str, Texts],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+"""A list of texts, or lists by attribute type."""
+
+
 class ScoringConfig(Section):
     """CLIP similarities over feasible attributes (Sec. 2.2, Eq. 2)."""
 
@@ -176,8 +183,9 @@ class ScoringConfig(Section):
     """Folder of open_clip model-config JSON files to register (path)."""
     weights: str | None = None
     """Local weights, .safetensors (path), or an open_clip tag such as `openai`, which downloads."""
-    templates: Texts = ["a photo of {attribute} {object}"]
-    """Prompt templates; several are averaged (authors' notebook: one)."""
+    templates: Templates = ["a photo of {attribute} {object}"]
+    """Prompt templates; several are averaged (authors' notebook: one). A mapping has a list for
+    each attribute type that it names, and `default` for the others."""
     temperature: float | None = Field(None, gt=0)
     """Temperature tau of Eq. (2); absent: the model's own 1/exp(logit_scale)."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -36,7 +36,7 @@ class ScorerIdentity:
         model: open_clip model name, or a digest of the config (clip.py: architecture).
         weights_digest: sha256 of the weights.
         preprocessing_digest: sha256 of the model's preprocessing settings.
-        templates: prompt templates.
+        templates: prompt templates; with lists by attribute type, pairs of type and list.
         feasible_digest: digest of the feasible sets.
         vocabulary_digest: digest of the names.
         precision: encoder arithmetic.
@@ -45,7 +45,7 @@ class ScorerIdentity:
     model: str
     weights_digest: str
     preprocessing_digest: str
-    templates: tuple[str, ...]
+    templates: tuple[object, ...]
     feasible_digest: str
     vocabulary_digest: str
     precision: str
@@ -68,11 +68,18 @@ def identify(encoder: ClipEncoder, dataset: Dataset, scoring: ScoringConfig) -> 
         model=encoder.architecture,
         weights_digest=encoder.weights_digest,
         preprocessing_digest=encoder.preprocessing_digest,
-        templates=tuple(scoring.templates),
+        templates=_plain(scoring.templates),
         feasible_digest=dataset.feasible.digest,
         vocabulary_digest=dataset.vocabulary.digest,
         precision=scoring.precision,
     )
+
+
+def _plain(templates: list[str] | dict[str, list[str]]) -> tuple[object, ...]:
+    """Templates as values whose order says nothing but that of a list."""
+    if isinstance(templates, list):
+        return tuple(templates)
+    return tuple((kind, tuple(some)) for kind, some in sorted(templates.items()))
 
 
 def _digest(values: dict[str, Any]) -> str:

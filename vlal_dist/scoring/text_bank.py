@@ -9,7 +9,8 @@ Legend: S feasible pairs, T templates, D embedding width.
 import bisect
 import contextlib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from threading import Event
 
 import numpy as np
@@ -38,6 +39,11 @@ SHORTEN = (
 )
 """Remedy of prompts that are too long."""
 
+Templates = Sequence[str] | Mapping[str, Sequence[str]]
+"""Templates of all attributes, or by attribute type."""
+DEFAULT = "default"
+"""Key of the templates of attribute types that are not named."""
+
 TextBank = npt.NDArray[np.float32]
 """float32 [S, D], unit length; row s is pair s of the feasible sets (CSR order)."""
 
@@ -47,7 +53,7 @@ def ensure_bank(
     encoder: ClipEncoder,
     dataset: Dataset,
     *,
-    templates: Sequence[str],
+    templates: Templates,
     scorer_digest: str,
     stop: Event,
 ) -> TextBank:
@@ -101,7 +107,7 @@ def read_bank(store: Store, *, scorer_digest: str, num_pairs: int) -> TextBank:
 
 
 def encode_bank(
-    encoder: ClipEncoder, dataset: Dataset, templates: Sequence[str], *, stop: Event
+    encoder: ClipEncoder, dataset: Dataset, templates: Templates, *, stop: Event
 ) -> TextBank:
     """Encode each different prompt once; a pair's vector is the mean over templates, normalised.
 
@@ -128,23 +134,34 @@ def encode_bank(
 
 
 def build_prompts(
-    dataset: Dataset, templates: Sequence[str]
+    dataset: Dataset, templates: Templates
 ) -> tuple[list[str], npt.NDArray[np.int32]]:
     """Fill every template for every feasible pair.
 
     Args:
         dataset: its vocabulary names the pairs of its feasible sets.
-        templates: texts with `{attribute}` and, usually, `{object}`.
+        templates: texts with `{attribute}` and, usually, `{object}`; or such texts by type.
 
     Returns:
         The different prompts, in the order of their first use; and int32 [S, T], which of them
-        pair s has under template t.
+        pair s has under template t. With lists of several lengths T is their common multiple.
 
     Raises:
-        ConfigError: a template that `check_templates` refuses.
+        ConfigError: a template that `check_templates` refuses, or an unknown attribute type.
     """
     check_templates(templates)
     names = dataset.vocabulary
+    lists = templates_by_type(templates)
+    if unknown := sorted(set(lists) - {DEFAULT, *names.attribute_type}):
+        known = bounded(", ".join(sorted(set(names.attribute_type))))
+        raise ConfigError(
+            f"scoring.templates.{bounded(unknown[0])}: no such attribute type; types of this "
+            f"dataset (clean.attribute_types): {known}"
+        )
+    # A shorter list is repeated, which leaves the mean of its vectors what it is.
+    count = math.lcm(*map(len, lists.values()))
+    whole = {kind: [*some] * (count // len(some)) for kind, some in lists.items()}
+    of = [whole.get(kind, whole[DEFAULT]) for kind in names.attribute_type]
     number: dict[str, int] = {}
     position = [
         [
@@ -152,16 +169,16 @@ def build_prompts(
                 template.format(attribute=names.attributes[attribute_id], object=object_name),
                 len(number),
             )
-            for template in templates
+            for template in of[attribute_id]
         ]
         for object_id, object_name in enumerate(names.objects)
         for attribute_id in dataset.feasible.of(object_id).tolist()
     ]
-    shape = (len(position), len(templates))
+    shape = (len(position), count)
     return list(number), np.array(position, dtype=np.int32).reshape(shape)
 
 
-def check_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Sequence[str]) -> None:
+def check_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Templates) -> None:
     """Refuse prompts that the model's tokenizer cannot tell apart; warn of those that it cuts.
 
     Args:
@@ -177,8 +194,9 @@ def check_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Sequence[st
     prompts, position = build_prompts(dataset, templates)
     if not prompts:
         return
-    least = [template.format(attribute="a", object="a") for template in templates]
-    too_long = [templates[place] for place in np.flatnonzero(encoder.tokens(least)[1]).tolist()]
+    every = [one for some in templates_by_type(templates).values() for one in some]
+    least = [template.format(attribute="a", object="a") for template in every]
+    too_long = [every[place] for place in np.flatnonzero(encoder.tokens(least)[1]).tolist()]
     try:
         same = check_texts(
             encoder,
@@ -243,7 +261,7 @@ def check_texts(
     return same
 
 
-def remark_on_cut_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Sequence[str]) -> None:
+def remark_on_cut_prompts(encoder: ClipEncoder, dataset: Dataset, templates: Templates) -> None:
     """Warn of cut prompts where `check_prompts` has passed before; reads the long ones alone.
 
     A token is a byte or more, so a text of fewer bytes than the model reads tokens is not cut.
@@ -294,16 +312,26 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 90 else f"{text[:40]} ... {text[-45:]}")
 
 
-def check_templates(templates: Sequence[str]) -> None:
+def templates_by_type(templates: Templates) -> dict[str, Sequence[str]]:
+    """Lists of templates by attribute type; a plain list is that of `DEFAULT`."""
+    return dict(templates) if isinstance(templates, Mapping) else {DEFAULT: templates}
+
+
+def check_templates(templates: Templates) -> None:
     """Refuse templates that cannot be filled from an attribute and an object name.
 
     Raises:
         ConfigError: no template, anything but `{attribute}` and `{object}` in braces, or no
-            `{attribute}`.
+            `{attribute}`; a mapping without `default`.
     """
-    if not templates:
+    lists = templates_by_type(templates)
+    if DEFAULT not in lists:
+        raise ConfigError(
+            f"scoring.templates lacks {DEFAULT}: give the list of the other attribute types"
+        )
+    if not all(lists.values()):
         raise ConfigError("scoring.templates is empty; give at least one prompt template")
-    for template in templates:
+    for template in (one for some in lists.values() for one in some):
         rest = template.replace("{{", "").replace("}}", "")  # braces as they are written in prompts
         if set("{}") & set(rest.replace("{attribute}", "").replace("{object}", "")):
             raise ConfigError(
