@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from tests.fixtures.tiny_dataset import VOCABULARY
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from tests.release.test_saved_model import INFO, tiny_model
-from vlal_dist.config.load import parse_command_line
+from vlal_dist.config.load import INSTALLED, load_config, parse_command_line
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.errors import ConfigError, UsageError
 from vlal_dist.program import COMMANDS
@@ -58,6 +58,10 @@ def parse(command: str, arguments: list[str]) -> None:
     module = importlib.import_module(COMMANDS[command][0])
     if command == "experiments":
         flags = module.PROGRAMS[arguments.pop(0)].flags
+    elif command == "import":
+        if arguments[0] == "--help":
+            return
+        flags = module._program(arguments.pop(0)).flags
     else:
         flags = module.OWN_FLAGS if command == "run" else module.PROGRAM.flags
     if arguments != ["--help"]:
@@ -111,8 +115,8 @@ def test_the_page_of_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_library_page_runs(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "runs/mine").mkdir(parents=True)
-    (tmp_path / "runs/mine/merged").symlink_to(small / "merged")
+    (tmp_path / "runs/own").mkdir(parents=True)
+    (tmp_path / "runs/own/merged").symlink_to(small / "merged")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
     for block in blocks("python", (ROOT / "docs/library.md").read_text(encoding="utf-8")):
@@ -135,7 +139,10 @@ def test_its_make_targets_exist() -> None:
 def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VAW", "FOLDER")
-    (tmp_path / "mine.yaml").write_text(blocks("yaml", (ROOT / "docs/your-data.md").read_text())[0])
+    template = INSTALLED / "own.yaml"
+    for name in ("own.yaml", "new.yaml", "runs/own/imported/config.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(template.read_text())
     for command, *arguments in commands(page.read_text(encoding="utf-8")):
         usage = command.isupper() or any("[" in word or "|" in word for word in arguments)
         if usage or command.startswith("--"):
@@ -152,26 +159,102 @@ def test_the_test_of_commands_can_fail() -> None:
         parse("pack", ["--pack.nothing", "1"])
 
 
-def test_own_data_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (ROOT / "docs/your-data.md").read_text(encoding="utf-8")
-    (text,) = blocks("json", page)
+PAGE = (ROOT / "docs/your-data.md").read_text(encoding="utf-8")
+
+
+def write_own_data(folder: Path, *, photos: int, all_in: str = "own.json") -> set[str]:
+    """`own.yaml` as shipped, and records as on the page; returns the attributes.
+
+    Every second photo is red, with the labels of the page's record exchanged in the others.
+    """
+    (text,) = blocks("json", PAGE)
     (record,) = json.loads(text)
-    (tmp_path / "mine.yaml").write_text(blocks("yaml", page)[0])
-    photos = tmp_path / "mine/photos"
-    photos.mkdir(parents=True)
-    for split in ("train", "val", "test"):
-        name = record["image_id"] if split == "train" else split
-        own = {**record, "image_id": name, "instance_id": f"{name}-1"}
-        (tmp_path / f"mine/{split}.json").write_text(json.dumps([own]))
-        Image.new("RGB", (200, 150), "red").save(photos / f"{name}.jpg")
+    labels = record["positive_attributes"], record["negative_attributes"]
+    (folder / "photos").mkdir(exist_ok=True)
+    (folder / "own.yaml").write_text((INSTALLED / "own.yaml").read_text())
+    records = []
+    for number in range(photos):
+        name = f"{Path(all_in).stem}{number}"
+        positive, negative = labels if number % 2 else labels[::-1]
+        records.append(
+            {
+                **record,
+                "image_id": name,
+                "instance_id": f"{name}-1",
+                "positive_attributes": positive,
+                "negative_attributes": negative,
+            }
+        )
+        color = "red" if number % 2 else "white"
+        Image.new("RGB", (200, 150), color).save(folder / f"photos/{name}.jpg")
+    (folder / all_in).write_text(json.dumps(records))
+    return {*labels[0], *labels[1]}
+
+
+def test_own_data_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attributes = write_own_data(tmp_path, photos=40)
+    assert blocks("yaml", PAGE)[0] == (tmp_path / "own.yaml").read_text()
     monkeypatch.chdir(tmp_path)
-    run_all(Path("mine.yaml"), ["clean", "pack"])
-    dataset = open_dataset("runs/mine/dataset", cache=tmp_path / "cache")
-    assert dataset.name == "mine" and dataset.vocabulary.objects == (record["object_name"],)
-    labels = {*record["positive_attributes"], *record["negative_attributes"]}
-    assert set(dataset.vocabulary.attributes) == labels
-    assert [dataset.manifest["splits"][name]["samples"] for name in dataset.splits] == [1, 1, 1]
-    assert run("inspect", Path("mine.yaml")) == 0
+    run_all(Path("own.yaml"), ["clean", "pack"])
+    dataset = open_dataset("runs/own/dataset", cache=tmp_path / "cache")
+    assert dataset.name == "own" and dataset.vocabulary.objects == ("mug",)
+    assert set(dataset.vocabulary.attributes) == attributes
+    samples = [dataset.manifest["splits"][name]["samples"] for name in ("train", "val", "test")]
+    assert sum(samples) == 40 and min(samples) > 0 and samples[0] > 25
+    assert run("inspect", Path("own.yaml")) == 0
+
+
+def test_every_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
+    shown = blocks("yaml", PAGE)
+    assert len(shown) == 3
+    for text in shown:
+        (tmp_path / "shown.yaml").write_text(text)
+        load_config(tmp_path / "shown.yaml", {})
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_own_data_to_a_trained_model_and_held_out_data(tmp_path: Path) -> None:
+    from tests.scoring.conftest import make_tiny_model
+
+    write_own_data(tmp_path, photos=80)
+    write_own_data(tmp_path, photos=20, all_in="new.json")
+    (tmp_path / "new.yaml").write_text(blocks("yaml", PAGE)[-1])
+    clip = make_tiny_model(tmp_path / "clip", seed=7)
+    small = "--training.epochs 1 --training.batch_size 16 --model.depth 18 --model.width 8"
+    small += " --data.image_size 64 --evaluation.batch_size 16"
+    by_clip = (
+        f" --scoring.model tiny --scoring.model_config_dir {clip.folder} --scoring.use_ray false"
+        f" --scoring.weights {clip.weights} --scoring.device cpu"
+    )
+    without = next(words for words in commands(PAGE) if "--method.draw_weights" in words)
+    held_out = [words for words in commands(PAGE) if "new.yaml" in words or "--like" in words]
+    held_out += [words for words in commands(PAGE) if "runs/new/dataset" in words]
+    evaluate = dict(zip(("clean", "pack", "evaluate"), held_out, strict=True))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    for words in (
+        ["run", "--config", "own.yaml", *small.split(), *by_clip.split()],
+        [*without, *small.split(), "--paths.run", "runs/own/without"],
+        *evaluate.values(),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "vlal_dist", *words],
+            cwd=tmp_path,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{words}: {done.stderr[-2000:]}"
+    run_root = tmp_path / "runs/own/run"
+    folders = {path.parent.name for path in run_root.glob("evaluation/*/result.json")}
+    assert {"test-model", "test-constant", "val-model"} <= folders
+    (other,) = (name for name in folders if name.startswith("test-model@new-"))
+    assert (
+        json.loads((run_root / f"evaluation/{other}/result.json").read_text())["num_samples"] == 20
+    )
+    assert (tmp_path / "runs/own/without/best/model.json").is_file()
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_installed_configs_have_names(tmp_path: Path, monkeypatch: pytest.Monkey
     config = load_config(own, {})
     assert config.scoring.model == "demo_clip" and config.paths.run == "here/run"
     with pytest.raises(
-        ConfigError, match=r"demos is .* \(demo, fashion12k, fashion12k_sparse, vaw"
+        ConfigError, match=r"demos is .* \(demo, fashion12k, fashion12k_sparse, own, vaw"
     ):
         load_config("demos", {})
     with pytest.raises(ConfigError, match=r"config file demos\.yaml: No such file"):
