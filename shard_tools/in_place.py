@@ -70,10 +70,17 @@ def plan_tars(
         given to the first, where it is missing.
 
     Raises:
-        ConfigError: pack.images names something else than tars, or two of the same name.
+        ConfigError: pack.images names something else than tars, two of the same name, or one in
+            the root.
     """
     limits = Limits("pack.images", settings.max_bytes, settings.follow_links)
     tars = open_tars(settings.images, limits.setting)
+    within = [tar.url for tar in tars.values() if tar.url.startswith(f"{open_store(root).url}/")]
+    if within:
+        raise ConfigError(
+            f"pack.images: {printable(within[0])} lies in paths.dataset {root}, whose files pack "
+            "may remove (--replace); give another paths.dataset"
+        )
     place, keys = common_place(list(tars.values()))
     tasks = {
         name: TarTask(root, tar, key, settings, {split: [] for split in instances})

@@ -64,6 +64,7 @@ SPLIT_FILES = (
     "blocks.arrow",
     "labels.parquet",
     "rejects.parquet",
+    "annotations.arrow",
 )
 """Files beside the shards of a split, made from the reports of all of them."""
 

@@ -190,6 +190,15 @@ def test_repacked_samples_hold_the_same_labels(packed: Path, repacked: Dataset) 
         assert not labels
 
 
+def test_replace_removes_what_lies_beside_the_tars(changed: Path) -> None:
+    words = ["--pack.name", "other", "--replace"]
+    before = digests(changed / "tars")
+    assert run("pack", changed / "config.yaml", *words[:2]) == 65
+    assert run("pack", changed / "config.yaml", *words) == 0
+    assert opened(changed).name == "other" and digests(changed / "tars") == before
+    assert run("verify", changed / "config.yaml") == 0
+
+
 @pytest.mark.parametrize("kind", ["photo", "json", "header", "cut", "other size"])
 def test_damage_after_packing_is_found(
     changed: Path, kind: str, capfd: pytest.CaptureFixture[str]
@@ -300,6 +309,8 @@ def test_settings_that_cannot_be_packed_in_place(
         assert run("pack", packed / "config.yaml", *base, images) == 64
         assert text in capfd.readouterr().err
     assert not (tmp_path / "dataset/dataset.json").exists()
+    assert run("pack", packed / "config.yaml", "--paths.dataset", str(packed / "tars")) == 64
+    assert "lies in paths.dataset" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

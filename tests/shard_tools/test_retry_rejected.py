@@ -228,7 +228,7 @@ def test_a_shard_killed_before_its_report_is_packed_from_the_present_photos(
     (lacking / "dataset/dataset.json").unlink()
     for split in ("train", "val"):
         for name in shard_writer.SPLIT_FILES:
-            (lacking / "dataset" / split / name).unlink()
+            (lacking / "dataset" / split / name).unlink(missing_ok=True)
     restore(lacking, *HELD_BACK)
     assert run("pack", lacking / "config.yaml", *RETRY) == 0
     assert tree(lacking / "dataset") == tree(whole / "dataset")
