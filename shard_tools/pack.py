@@ -63,6 +63,7 @@ from vlal_dist.observability.metric_definitions import PACK, PACK_RESULTS
 from vlal_dist.observability.prometheus_files import TextFile
 from vlal_dist.pipeline import pack_inputs
 from vlal_dist.program import Counts, Program, make_way
+from vlal_dist.remarks import remark
 from vlal_dist.storage.store import Store, open_store
 
 CROP_SETTINGS = {"jpeg_quality", "box_expansion", "max_pixels", "background", "keep_metadata"}
@@ -521,7 +522,7 @@ def _check_rejected(rejects: Sequence[Reject], settings: PackConfig, *, read: in
             f"without them, and rejects.parquet of each split lists them: {remedy}; or raise the "
             "limit"
         )
-    logger.warning("%s; %s", text, remedy)
+    remark(logger, "pack.images", "%s; %s", text, remedy)
 
 
 PROGRAM = Program(

@@ -33,6 +33,7 @@ from vlal_dist.observability.logs import Progress
 from vlal_dist.pipeline import evaluate_inputs
 from vlal_dist.program import Counts, Program, run_program
 from vlal_dist.release.saved_model import SavedModelInfo, load_saved_model
+from vlal_dist.remarks import remark
 from vlal_dist.storage.store import open_store
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,9 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     sys.stdout.write(format_row(result) + "\n")
     overall = result["groups"][0]
     if not overall["num_classes"]:
-        logger.warning(
+        remark(
+            logger,
+            "evaluation.unannotated",
             "no attribute has both a positive and a negative in split %s, so its mAP is undefined; "
             "if the data lists only what is present (tags), set evaluation.unannotated negative",
             settings.split,

@@ -12,6 +12,7 @@ from pathlib import Path
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
@@ -20,6 +21,9 @@ from vlal_dist.config.sections import Config
 from vlal_dist.errors import UsageError, VlalError, require_modules
 from vlal_dist.pipeline import shared_settings, train_inputs
 from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.remarks import remark
+
+logger = logging.getLogger(__name__)
 
 PURPOSE = """
 Train on a merged dataset (paths.merged), or on a packed one with score files (data.likelihood
@@ -52,6 +56,15 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     trainer = Trainer(run, resume=flags.get("resume", "auto"), launcher=launcher)
     trainer.train()
     state = trainer.state
+    if left_out := state.quarantined:
+        remark(
+            logger,
+            "data.damage",
+            "%d damaged samples were left out (data.damage quarantine), the first: uid %s: %s; "
+            "run vlal verify, and restore the shards",
+            len(left_out),
+            *next(iter(left_out.items())),
+        )
     return {
         "epochs": state.epoch,
         "steps": state.step,

@@ -15,6 +15,7 @@ import pyarrow.parquet
 from vlal_dist.data.format.dataset import Dataset, read_labels
 from vlal_dist.data.format.index import ARROW_ERRORS, read_parquet
 from vlal_dist.errors import DataError, VlalError, bounded
+from vlal_dist.remarks import remark
 from vlal_dist.storage.store import read_url
 from vlal_dist.vocabulary import Vocabulary
 
@@ -82,7 +83,14 @@ def join_dense_labels(
         raise DataError(f"truth {where}: no name in it, such as {names[0]}, is in the vocabulary")
     unknown = sorted(names.filter(attribute.is_null()).unique().to_pylist())
     if unknown:
-        logger.warning("truth %s: left out, not in the vocabulary: %s", where, ", ".join(unknown))
+        remark(
+            logger,
+            "evaluation.truth",
+            "truth %s: %d names are not in the vocabulary, and left out: %s",
+            where,
+            len(unknown),
+            ", ".join(unknown),
+        )
     label = np.full((len(instance_id), len(vocabulary.attributes)), -1, dtype=np.int8)
     label[row[known], np.asarray(attribute.drop_null())] = 1
     return DenseLabels(label=label, unknown_names=unknown)

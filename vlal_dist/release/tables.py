@@ -8,6 +8,7 @@ from vlal_dist.data.format import tables
 from vlal_dist.data.format.photos import printable
 from vlal_dist.data.format.tables import SIDES, plain_name, quoted
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.remarks import remark
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,8 @@ class _Columns:
     def end(self, path: Path) -> None:
         """Warn of names to be left out that no row had."""
         for name in self.not_met():
-            logger.warning("predict.ignore_columns: no row of %s has %r", path, name)
+            text = "predict.ignore_columns: no row of %s has %r"
+            remark(logger, "predict.ignore_columns", text, path, name)
 
 
 def _two_columns(first: str, second: str, *, what: str) -> DataError:

@@ -19,6 +19,7 @@ from vlal_dist.contents import parse_json
 from vlal_dist.data.format.dataset import Dataset
 from vlal_dist.data.format.scores import score_key
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
+from vlal_dist.remarks import remark
 from vlal_dist.scoring.clip import HUB, ClipEncoder
 from vlal_dist.storage.store import Store
 
@@ -274,6 +275,13 @@ def warn_of_ignored(settings: ScoreSettings, job: ScoringJob) -> None:
     for name, value in given.items():
         used = getattr(settings, name)
         if value is not None and value != used:
-            logger.warning(
-                "ignoring %s=%s: %s was created with %s=%s", name, value, job.scores, name, used
+            remark(
+                logger,
+                f"scoring.{name}",
+                "ignoring %s=%s: %s was created with %s=%s",
+                name,
+                value,
+                job.scores,
+                name,
+                used,
             )

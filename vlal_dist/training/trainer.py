@@ -32,6 +32,7 @@ from vlal_dist.kernels.backend import Chosen, choose
 from vlal_dist.method.model import build_model, parameter_groups
 from vlal_dist.processes import handled
 from vlal_dist.release.saved_model import SavedModelInfo
+from vlal_dist.remarks import remark
 from vlal_dist.storage.store import Store, open_store
 from vlal_dist.training.checkpoint import (
     Binding,
@@ -260,7 +261,9 @@ class Trainer:
             # validation makes a best model.
             state.best_map = state.best_step = None
         if not same:
-            logger.warning(
+            remark(
+                logger,
+                "evaluation.unannotated",
                 "evaluation.unannotated is %s, and was %s before: scores cannot be compared, so "
                 "the best model is chosen from here on",
                 unannotated,
