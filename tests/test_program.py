@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,15 @@ from vlal_dist.config.load import CommandLine, load_config
 from vlal_dist.config.sections import Config
 from vlal_dist.errors import DataError, NotFoundError, StorageError
 from vlal_dist.observability.logs import lasting_streams
-from vlal_dist.program import EXIT_FILE, Counts, Program, locked_places, run_program
+from vlal_dist.program import (
+    CLOSING,
+    EXIT_FILE,
+    Counts,
+    Program,
+    closing_line,
+    locked_places,
+    run_program,
+)
 from vlal_dist.storage import lock
 from vlal_dist.storage.lock import writer_lock
 
@@ -94,6 +103,26 @@ def test_the_closing_line_rounds_and_the_result_does_not(
     assert isinstance(counts, dict) and counts["share"] == 0.123456789
     line = capsys.readouterr().out
     assert line.startswith("try: done: samples 170407, share 0.12346, splits (train 1234.6), s")
+
+
+PLAIN = Program("try", "try", "try", ("paths",), _output, lambda config, flags: {})
+
+
+def test_the_closing_line_is_short() -> None:
+    counts: Counts = {"samples": 5, "path": "x" * 300, "quality": {"auc": 0.51234567, "by": {}}}
+    counts |= {f"count_{number}": number for number in range(90)} | {"seconds": 1.25}
+    line = closing_line(PLAIN, counts)
+    assert line.startswith("try: done: samples 5, quality (auc 0.51235, by 0), count_0 0, ")
+    assert 180 < len(line) <= CLOSING and line.endswith(", seconds 1.25")
+    chosen = replace(PLAIN, shown=("quality.auc", "samples", "absent"))
+    assert closing_line(chosen, counts) == "try: done: quality auc 0.51235, samples 5, seconds 1.25"
+    unlike = {"things": 2, "seconds": 1.0}  # of another mode of the program
+    assert closing_line(chosen, unlike) == "try: done: things 2, seconds 1"
+
+
+def test_nested_counts_are_numbers_of_entries() -> None:
+    counts: Counts = {"quarantined": {"train": {"0f": "why", "1a": "why"}}, "seconds": 0}
+    assert closing_line(PLAIN, counts) == "try: done: quarantined (train 2), seconds 0"
 
 
 def test_an_interruption_can_be_continued(tmp_path: Path) -> None:

@@ -148,6 +148,7 @@ PROGRAM = Program(
     sections=("paths", "evaluation", "data", "observability"),
     output=lambda config, flags: config.paths.run,
     work=work,
+    shown=("dataset", "samples", "attributes_counted", "mAP", "mAP_complete_labels", "note"),
     inputs=evaluate_inputs,
     record=_folder,
 )

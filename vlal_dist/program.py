@@ -110,6 +110,7 @@ class Program:
             the results of several commands.
         owned: what it writes in `output`, for a program with the flag `replace`, whose work calls
             `make_way` before its first write.
+        shown: counts of the closing line, in order, `a.b` for one within another; empty: all.
         writes: what one process at a time may write: roots, each with a name where its results have
             a place of their own in the root (`writer_lock`); None: `record` in `output`, else
             `output` as a whole; empty: the program only reads.
@@ -125,6 +126,7 @@ class Program:
     inputs: Callable[[Config, Flags], Inputs] | None = None
     record: Callable[[Config], str] | None = None
     owned: Owned | None = None
+    shown: tuple[str, ...] = ()
     writes: Callable[[Config, Flags], Sequence[tuple[str, str]]] | None = None
 
 
@@ -289,8 +291,7 @@ def _close(
     if counts is not None:
         for one in warnings:
             sys.stdout.write(f"{program.name}: warning: {one['text']}\n")
-        summary = ", ".join(f"{key} {_short(value)}" for key, value in counts.items())
-        sys.stdout.write(f"{program.name}: done: {summary}\n")
+        sys.stdout.write(closing_line(program, counts) + "\n")
     return code
 
 
@@ -385,12 +386,36 @@ def _write_result(
         )
 
 
+CLOSING = 200
+"""Characters of the longest closing line."""
+
+
+def closing_line(program: Program, counts: Counts) -> str:
+    """What a person reads at the end: `NAME: done: ...`, of at most `CLOSING` characters.
+
+    Counts that have no room are left out: all of them stand in `NAME.result.json` and `--json`.
+    """
+    flat = {**counts}
+    for key, value in counts.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+    names = [name for name in program.shown if name in flat] or [*counts]
+    seconds = f"seconds {_short(counts['seconds'])}"
+    line = f"{program.name}: done:"
+    for name in names:
+        item = f" {name.replace('.', ' ')} {_short(flat[name])},"
+        if name != "seconds" and len(line) + len(item) + len(seconds) < CLOSING:
+            line += item
+    return f"{line} {seconds}"
+
+
 def _short(value: object) -> str:
     """A count as the closing line shows it: measured values with five significant figures."""
     if value is None:
         return "undefined"
     if isinstance(value, float):
         return f"{value:.5g}"
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{key} {_short(inner)}" for key, inner in value.items()) + ")"
+    if isinstance(value, Mapping):
+        shown = {k: len(v) if isinstance(v, Mapping) else v for k, v in value.items()}
+        return "(" + ", ".join(f"{key} {_short(inner)}" for key, inner in shown.items()) + ")"
     return str(value)

@@ -47,6 +47,7 @@ PROGRAM = Program(
         config.paths.instances if "object-vectors" in flags else config.paths.scores
     ),
     work=work,
+    shown=("shards_scored", "shards_skipped", "samples", "images_per_s", "quality.auc"),
     inputs=score_inputs,
     owned=Owned(
         r"(scores|weights|settings-[0-9a-f]{16})\.json|text-[0-9a-f]{16}\.safetensors"

@@ -119,7 +119,7 @@ class TrainingData(Mixture):
                 logger,
                 "method.num_ignore",
                 "method.num_ignore is %d, more than a quarter of the mean feasible set of the "
-                "training instances (%.1f attributes): the loss leaves out so much of every set; "
+                "training instances (%.1f attributes), which leaves little of a set to the loss; "
                 "give at most %d (docs/your-data.md)",
                 num_ignore,
                 mean,
