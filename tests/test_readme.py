@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import yaml
 from PIL import Image, ImageDraw
@@ -24,7 +25,7 @@ from tests.release.test_saved_model import INFO, tiny_model
 from vlal_dist.config.load import INSTALLED, load_config, parse_command_line
 from vlal_dist.data.format.dataset import open_dataset
 from vlal_dist.errors import ConfigError, UsageError
-from vlal_dist.program import COMMANDS
+from vlal_dist.program import COMMANDS, run_command
 from vlal_dist.release.model import WEIGHTS, ExportInfo, write_export
 from vlal_dist.release.saved_model import encode_weights
 from vlal_dist.storage.store import open_store
@@ -255,6 +256,21 @@ def test_own_data_to_a_trained_model_and_held_out_data(tmp_path: Path) -> None:
         json.loads((run_root / f"evaluation/{other}/result.json").read_text())["num_samples"] == 20
     )
     assert (tmp_path / "runs/own/without/best/model.json").is_file()
+
+
+def test_tables_as_documented(tmp_path: Path) -> None:
+    page = (ROOT / "docs/your-data.md").read_text(encoding="utf-8")
+    tables = blocks("csv", page)
+    record = {**json.loads(blocks("json", page)[0])[0], "image_id": "IMG_0042.jpg"}
+    record["instance_id"] = "IMG_0042.jpg#0"
+    assert len(tables) == 3
+    for number, text in enumerate(tables):
+        path, root = tmp_path / f"{number}.csv", tmp_path / str(number)
+        path.write_text(text)
+        words = ["table", "--importing.inputs", str(path), "--paths.root", str(root)]
+        assert run_command("import", words) == 0
+        rows = pyarrow.parquet.read_table(root / "imported/all.parquet").to_pylist()
+        assert rows == [record]
 
 
 @pytest.mark.slow

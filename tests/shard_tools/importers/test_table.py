@@ -13,11 +13,13 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from shard_tools.importers.program import main
 from shard_tools.importers.records import Notes, Record, RecordWriter, Rejected
 from shard_tools.importers.table import read_table
 from tests.fixtures.mutilate import mutilations
+from tests.fixtures.tiny_vaw import run_all
 from vlal_dist.config.load import load_config
 from vlal_dist.config.sections import ImportConfig
 from vlal_dist.errors import ConfigError, DataError
@@ -385,3 +387,32 @@ def test_inputs_that_are_none(
     assert main(words) == code
     assert message in capsys.readouterr().err
     assert not list((tmp_path / "root").rglob("*.parquet"))
+
+
+@pytest.mark.slow
+def test_the_written_configuration_runs_from_photos_in_a_folder_or_in_a_column(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rows: list[dict[str, Any]] = []
+    for number in range(24):
+        name = f"{number:02d}.jpg"
+        Image.new("RGB", (64 + number, 48), (9 * number, 60, 90)).save(photos / name)
+        rows.append({"image": name, "red": number % 2, "tall": number % 3 % 2})
+    text = "image,red,tall\n" + "".join("{image},{red},{tall}\n".format(**row) for row in rows)
+    (tmp_path / "t.csv").write_text(text)
+    for row in rows:
+        row["image"] = {"bytes": (photos / row["image"]).read_bytes(), "path": row["image"]}
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    labels = []
+    for name, place in (("t.csv", photos), ("t.parquet", None)):
+        root = tmp_path / name.replace(".", "_") / "own"  # the dataset's name is its last part
+        words = ["table", "--importing.inputs", str(tmp_path / name), "--paths.root", str(root)]
+        more = [] if place is None else ["--importing.photos", str(place)]
+        assert main([*words, *more]) == 0
+        run_all(root / "imported/config.yaml", ["clean", "pack"])
+        files = sorted(path for path in (root / "dataset").rglob("labels.parquet"))
+        manifest = json.loads((root / "dataset/dataset.json").read_bytes())
+        labels.append(([path.read_bytes() for path in files], manifest["splits"]))
+    assert labels[0] == labels[1] and len(labels[0][0]) == 3
