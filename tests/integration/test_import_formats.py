@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -67,12 +69,12 @@ class Reference:
     """Datasets packed from VAW's JSON, each once."""
 
     def __init__(self, folder: Path, photos: Path) -> None:
-        self._folder, self._photos = folder, photos
+        self.folder, self._photos = folder, photos
         self._known: dict[str, dict[str, str]] = {}
 
     def __call__(self, name: str, data: Data) -> dict[str, str]:
         if name not in self._known:
-            root = self._folder / name / "demo"
+            root = self.folder / name / "demo"
             root.mkdir(parents=True)
             for split, records in data.items():
                 (root / f"{split}.json").write_text(json.dumps(records))
@@ -107,8 +109,8 @@ def imported(tmp_path: Path, demo: Path) -> Callable[..., dict[str, str]]:
     return work
 
 
-def labels_of(files: dict[str, str]) -> dict[str, str]:
-    return {name: digest for name, digest in files.items() if name.endswith("labels.parquet")}
+def all_of(data: Data) -> Data:
+    return data
 
 
 def without_negatives(data: Data) -> Data:
@@ -183,8 +185,8 @@ def as_ids(one: Row) -> Row:
 @pytest.mark.parametrize(
     ("label", "same", "words"),
     [
-        (as_names, lambda data: data, ()),
-        (as_vector, lambda data: data, ()),
+        (as_names, all_of, ()),
+        (as_vector, all_of, ()),
         (as_ids, without_negatives, ()),
         (as_ids, all_annotated, ("--importing.unlisted", "absent")),
     ],
@@ -200,7 +202,7 @@ def test_coco(
     reference: Reference,
 ) -> None:
     found = imported("coco", write_coco(tmp_path, data, label), *words)
-    assert found == reference(f"{same.__name__}", same(data))
+    assert found == reference("all" if same is all_of else same.__name__, same(data))
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> Path:
@@ -235,13 +237,13 @@ def photo_labels(records: Sequence[Row]) -> tuple[list[str], list[str]]:
     return positive, negative
 
 
-def whole_photos(data: Data) -> Data:
+def whole_photos(data: Data, *, suffix: str = "") -> Data:
     """A record per photo, without box and object."""
     return {
         split: [
             {
-                "image_id": Path(image).stem,
-                "instance_id": Path(image).stem,
+                "image_id": Path(image).stem + suffix,
+                "instance_id": Path(image).stem + suffix,
                 "instance_bbox": None,
                 "object_name": "image",
                 "positive_attributes": photo_labels(objects)[0],
@@ -316,3 +318,110 @@ def test_openimages_boxes(
         ]
     paths["train"].append(names)
     assert imported("openimages", paths) == reference("boxes", same)
+
+
+def write_long(path: Path, records: Sequence[Row]) -> Path:
+    rows = []
+    for one in records:
+        x, y, w, h = one["instance_bbox"]
+        positive, negative = settled(one)
+        head = {"image": one["image_id"], "id": one["instance_id"], "object": one["object_name"],
+                "x": x, "y": y, "w": w, "h": h}  # fmt: skip
+        rows += [
+            head | {"attribute": name, "value": value}
+            for value, names in ((1, positive), (0, negative))
+            for name in names
+        ]
+    return write_csv(path, rows)
+
+
+def write_wide(path: Path, records: Sequence[Row]) -> Path:
+    rows = []
+    for one in records:
+        x, y, w, h = one["instance_bbox"]
+        positive, negative = settled(one)
+        values = {name: 1 if name in positive else 0 if name in negative else ""
+                  for name in ATTRIBUTES}  # fmt: skip
+        head = {"image": one["image_id"], "id": one["instance_id"], "object": one["object_name"],
+                "x": x, "y": y, "w": w, "h": h}  # fmt: skip
+        rows.append(head | values)
+    return write_csv(path, rows)
+
+
+def write_lines(path: Path, records: Sequence[Row]) -> Path:
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write"),
+    [("long.csv", write_long), ("wide.csv", write_wide), ("lists.jsonl", write_lines)],
+    ids=["long", "wide", "lists"],
+)
+def test_tables(
+    suffix: str,
+    write: Callable[[Path, Sequence[Row]], Path],
+    data: Data,
+    tmp_path: Path,
+    imported: Callable[..., dict[str, str]],
+    reference: Reference,
+) -> None:
+    paths = {split: [write(tmp_path / f"{split}-{suffix}", rows)] for split, rows in data.items()}
+    assert imported("table", paths) == reference("all", data)
+
+
+def with_bytes(records: Sequence[Row], photos: Path) -> list[Row]:
+    """Rows as Hugging Face's datasets write them, the photo's bytes in each."""
+    return [
+        {
+            "image": {"bytes": (photos / one["image_id"]).read_bytes(), "path": one["image_id"]},
+            "id": one["instance_id"],
+            "object": one["object_name"],
+            "box": one["instance_bbox"],
+            "positive": one["positive_attributes"],
+            "negative": one["negative_attributes"],
+        }
+        for one in records
+    ]
+
+
+def test_parquet_with_the_bytes_of_photos(
+    data: Data,
+    demo: Path,
+    tmp_path: Path,
+    imported: Callable[..., dict[str, str]],
+    reference: Reference,
+) -> None:
+    same, paths = whole_photos(data, suffix=".jpg"), {}
+    for split, records in same.items():
+        rows = with_bytes(records, demo / "images")
+        table = pa.Table.from_pylist(rows).drop_columns(["id", "object", "box"])
+        paths[split] = [tmp_path / f"{split}.parquet"]
+        pq.write_table(table, paths[split][0])
+    found = imported("table", paths, "--importing.photos", "[]")
+    assert found == reference("whole_photos_jpg", same)
+
+
+def test_parquet_with_a_photo_in_each_row_of_its_objects(
+    data: Data,
+    demo: Path,
+    tmp_path: Path,
+    imported: Callable[..., dict[str, str]],
+    reference: Reference,
+) -> None:
+    """Photos are named by row then, because paths occur twice; the labels are the same."""
+    paths = {}
+    for split, records in data.items():
+        paths[split] = [tmp_path / f"{split}.parquet"]
+        pq.write_table(pa.Table.from_pylist(with_bytes(records, demo / "images")), paths[split][0])
+    imported("table", paths, "--importing.photos", "[]")
+    reference("all", data)
+    for split in data:
+        assert labels_by_id(tmp_path / "demo", split) == labels_by_id(
+            reference.folder / "all" / "demo", split
+        )
+
+
+def labels_by_id(root: Path, split: str) -> dict[str, tuple[list[str], list[str]]]:
+    table = pq.read_table(root / "dataset" / split / "labels.parquet").to_pylist()
+    return {one["instance_id"]: (one["positive"], one["negative"]) for one in table}
