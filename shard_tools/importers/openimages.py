@@ -17,7 +17,7 @@ V7):
 
 Attributes of a photo as a whole are its labels. Objects are boxes; their attributes are the flags
 (but IsGroupOf) and the `is` relationships of the same box. Rows are held in memory, sorted by
-photo: about 100 bytes per row.
+photo: about 300 bytes per row.
 """
 
 import csv
