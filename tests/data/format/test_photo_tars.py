@@ -72,6 +72,14 @@ def test_names_of_several_tars(tmp_path: Path) -> None:
     assert both.read("s1.jpg") == both.read("s2.jpg") == both.read("00/s2.jpg") == b"x"
 
 
+def test_a_tar_without_members_holds_no_photo(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_of())
+    reader = photos(tmp_path / "a.tar")
+    assert reader.list_names() == [] and not reader.left_out
+    with pytest.raises(DataError, match=r"^missing: "):
+        reader.read("a")
+
+
 def test_a_tar_that_changes_is_not_read_on(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of(member("a.jpg", b"1")))
     reader = photos(tmp_path / "a.tar")

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,8 +40,8 @@ class Limits:
         max_bytes: of a photo's file.
         follow_links: whether links of a folder may lead out of all named places.
         image_column: of tables, the column with the bytes; None: the only one.
-        cache: folder for rows of tables that are read again and again, and for lists of tars in
-            buckets, shared by processes; may be empty.
+        cache: folder for rows of tables that are read again and again, and for lists of tars,
+            shared by processes; may be empty.
         command: names the command whose processes share lists of tars; empty: none are shared.
     """
 
@@ -107,7 +107,7 @@ def choose(name: str, found: Sequence[str], *, where: str) -> str | None:
     Raises:
         DataError: `ambiguous: ...`, several files are meant equally well.
     """
-    base = name.rpartition("/")[2]
+    base, found = name.rpartition("/")[2], sorted(found)
     bases = [(path, path.rpartition("/")[2]) for path in found]
     exact = [path for path, one in bases if one == base]
     suffixed = [
@@ -215,7 +215,9 @@ class MemberIndex:
     def candidates(self, name: str, *, anywhere: bool) -> list[str]:
         """See `Place.candidates`. Of equal rank are files of one name in different containers."""
         folder, _, base = name.rpartition("/")
-        found = [path for key in name_keys(base) for path in self._with_key(key)]
+        keys = name_keys(base)
+        paths = dict.fromkeys(map(self._path, self._rows(keys)))
+        found = [path for path in paths if name_key(path.rpartition("/")[2]) in keys]
         below = [(path, path.partition("/")[2].rpartition("/")[0]) for path in found]
         if anywhere:
             return [path for path, one in below if not folder or f"/{one}".endswith(f"/{folder}")]
@@ -224,26 +226,23 @@ class MemberIndex:
 
     def where(self, path: str) -> list[tuple[int, int, int]]:
         """Container and the two numbers of each file of that path."""
-        rows = self._rows(name_key(path.rpartition("/")[2]))
+        rows = self._rows([name_key(path.rpartition("/")[2])])
         return [
             (self._container[row], self._first[row], self._second[row])
             for row in rows
             if self._path(row) == path
         ]
 
-    def _with_key(self, key: str) -> dict[str, None]:
-        paths = (self._path(row) for row in self._rows(key))
-        return dict.fromkeys(path for path in paths if name_key(path.rpartition("/")[2]) == key)
-
-    def _rows(self, key: str) -> list[int]:
+    def _rows(self, keys: Collection[str]) -> list[int]:
+        """Files whose name may have one of these keys."""
         hashes = np.frombuffer(self._hashes, dtype=np.int64)
         order = self._order
         if order is None:
             order = self._order = np.argsort(hashes, kind="stable")
-        wanted = hash(key)
+        wanted = np.array([hash(key) for key in keys], dtype=np.int64)
         low = np.searchsorted(hashes, wanted, "left", order)
         high = np.searchsorted(hashes, wanted, "right", order)
-        return [int(row) for row in order[low:high]]
+        return [int(row) for at in np.flatnonzero(high > low) for row in order[low[at] : high[at]]]
 
     def _path(self, row: int) -> str:
         start = self._ends[row - 1] if row else 0

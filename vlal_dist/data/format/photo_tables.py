@@ -368,7 +368,8 @@ class _Groups:
 def _stored_path(folder: Path, table: _Table, group: int) -> Path:
     file = table.file
     text = f"{file.url}\0{file.size_bytes}\0{file.changed_ns}\0{table.column}\0{group}"
-    return folder / "photos" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.arrow"
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return folder / "photos" / f"{digest[:32]}.arrow"
 
 
 def _stored(path: Path, table: _Table, group: int) -> pa.ChunkedArray:

@@ -87,10 +87,12 @@ def _in_pieces(
 
 
 def _all_members(tar: Tar, limits: Limits) -> Sequence[ForeignMember]:
-    """The members of a tar; of one in a bucket listed by one of the processes of a command."""
-    if tar.changed_ns is not None or not (limits.cache and limits.command):
+    """The members of a tar, which one of the processes of a command lists for all of them."""
+    if not (limits.cache and limits.command):
         return list(islice(tar.members(), MAX_MEMBERS + 1))
-    digest = hashlib.sha256(f"{tar.url}\0{tar.size_bytes}".encode()).hexdigest()[:32]
+    digest = hashlib.sha256(f"{tar.url}\0{tar.size_bytes}\0{tar.changed_ns}".encode()).hexdigest()[
+        :32
+    ]
     folder = Path(limits.cache) / "photos"
     path = folder / f"{digest}-{limits.command}.tar.parquet"
     with suppress(*ARROW_ERRORS):  # not there yet
