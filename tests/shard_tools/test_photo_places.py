@@ -1,5 +1,6 @@
 """One dataset from the same photos in every kind of place: equal bytes, rejects included."""
 
+import json
 import tarfile
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.conftest import S3Server
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from tests.shard_tools.test_pack import tree
 from vlal_dist.config.sections import Config
+from vlal_dist.data.format.tar import list_members
 from vlal_dist.pipeline import pack_inputs
 from vlal_dist.storage.store import open_store
 
@@ -83,3 +85,26 @@ def test_a_tar_more_under_a_pattern_is_a_change(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
         seen.append(pack_inputs(config, {})["pack.images"])
     assert seen[0] != seen[1] == seen[2]
+
+
+def test_records_without_a_box_pack_whole_photos(tmp_path: Path) -> None:
+    boxed = write_small_vaw(tmp_path / "boxed", images=IMAGES)
+    whole = write_small_vaw(tmp_path / "whole", images=IMAGES)
+    for folder, box in ((boxed.parent, [0, 0, 160, 120]), (whole.parent, None)):
+        for split in IMAGES:
+            path = folder / f"{split}.json"
+            records = json.loads(path.read_text())[::3]  # one of each photo
+            path.write_text(json.dumps([one | {"instance_bbox": box} for one in records]))
+    for config in (boxed, whole):
+        run_all(config, ["clean", "pack", "verify", "inspect"])
+    contents = []
+    for config in (boxed, whole):
+        shards = [path.read_bytes() for path in (config.parent / "dataset").rglob("*.tar")]
+        contents.append(
+            sorted(
+                (name, data[at : at + size])
+                for data in shards
+                for name, at, size in list_members(data)
+            )
+        )
+    assert contents[0] == contents[1] and len(contents[0]) == 2 * sum(IMAGES.values())
