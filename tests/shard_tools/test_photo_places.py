@@ -87,6 +87,7 @@ def test_a_tar_more_under_a_pattern_is_a_change(tmp_path: Path) -> None:
     assert seen[0] != seen[1] == seen[2]
 
 
+@pytest.mark.slow
 def test_records_without_a_box_pack_whole_photos(tmp_path: Path) -> None:
     boxed = write_small_vaw(tmp_path / "boxed", images=IMAGES)
     whole = write_small_vaw(tmp_path / "whole", images=IMAGES)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import S3Server
 from vlal_dist.errors import (
     ConfigError,
     ConflictError,
@@ -19,7 +20,7 @@ from vlal_dist.errors import (
 from vlal_dist.storage import s3, store
 from vlal_dist.storage.local import LocalStore
 from vlal_dist.storage.s3 import S3Store
-from vlal_dist.storage.store import Store, fetch, open_store
+from vlal_dist.storage.store import Store, fetch, find_files, open_store
 
 CEPH = pytest.param("ceph_s3", marks=pytest.mark.ceph)
 
@@ -239,3 +240,23 @@ class TestOpenStore:
     def test_anything_else_is_refused(self, url: str) -> None:
         with pytest.raises(ConfigError, match="root "):
             open_store(url)
+
+
+@pytest.mark.parametrize("kind", ["local", "bucket"])
+def test_patterns_name_files(kind: str, tmp_path: Path, moto_s3: S3Server) -> None:
+    url = str(tmp_path) if kind == "local" else moto_s3.url()
+    keys = ["a1.tar", "a2.tar", "b.tar", "a.txt", ".a3.tar", "s/x.tar", "s/t/y.tar", "[odd]*.tar"]
+    for key in keys:
+        open_store(url).create(key, b"x")
+
+    def found(pattern: str) -> list[str]:
+        files = find_files(f"{url}/{pattern}")
+        assert all(store.read(key) == b"x" for store, key in files)
+        return [f"{store.url}/{key}"[len(open_store(url).url) + 1 :] for store, key in files]
+
+    assert found("a?.tar") == found("a[0-9].tar") == ["a1.tar", "a2.tar"]
+    assert found("*.tar") == ["[odd]*.tar", "a1.tar", "a2.tar", "b.tar"]
+    assert found("*/*.tar") == found("s/*.tar") == ["s/x.tar"]
+    assert found(".a*") == [".a3.tar"] and found("none*") == [] and found("b.tar") == ["b.tar"]
+    if kind == "local":
+        assert found("[odd]*.tar") == ["[odd]*.tar"]  # a file of that name comes first
