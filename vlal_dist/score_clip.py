@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from vlal_dist.config.sections import Config
 from vlal_dist.pipeline import score_inputs
 from vlal_dist.program import Counts, Program, make_way, run_program
+from vlal_dist.ray_tasks import refuse_relative_in_job
 from vlal_dist.scoring.driver import score_dataset
 from vlal_dist.scoring.identity import WEIGHTS
 from vlal_dist.scoring.object_vectors import make_object_vectors
-from vlal_dist.scoring.ray_cluster import refuse_relative_in_job
 from vlal_dist.storage.earlier import Owned
 
 

@@ -27,9 +27,9 @@ from benchmarks.common.harness import pin
 from benchmarks.scoring.data import CASES, Case, load
 from benchmarks.scoring.workers import Places, choose_cores
 from vlal_dist.data.format.jpeg import decode_jpeg
+from vlal_dist.ray_tasks import LOCAL_ENVIRONMENT
 from vlal_dist.scoring.clip import ClipEncoder, PhaseSeconds
 from vlal_dist.scoring.embed import box_crop
-from vlal_dist.scoring.ray_cluster import LOCAL_ENVIRONMENT
 
 Batch = dict[str, Any]
 OBJECT_STORE_BYTES = 1_000_000_000

@@ -31,12 +31,13 @@ from benchmarks.scoring.workers import PinnedActor, Places, choose_cores, settin
 from vlal_dist.data.format.dataset import open_dataset, open_split
 from vlal_dist.data.format.jpeg import decode_jpeg
 from vlal_dist.data.format.sample_reader import SampleReader
+from vlal_dist.ray_tasks import ray_session
 from vlal_dist.scoring import ray_cluster
 from vlal_dist.scoring.clip import PhaseSeconds
 from vlal_dist.scoring.driver import LocalPool
 from vlal_dist.scoring.embed import box_crop
 from vlal_dist.scoring.identity import ScoreSettings, ScoringJob
-from vlal_dist.scoring.ray_cluster import ActorPool, Call, ray_session
+from vlal_dist.scoring.ray_cluster import ActorPool, Call
 from vlal_dist.scoring.worker import ShardScorer
 
 Found = dict[str, float]

@@ -30,7 +30,7 @@ from tests.fixtures.ray_processes import (
 from tests.fixtures.tiny_vaw import run
 from tests.scoring.conftest import Model, make_tiny_model
 from tests.scoring.test_score_clip import PROGRAM, counts, flags
-from vlal_dist.scoring.ray_cluster import LOCAL_ENVIRONMENT
+from vlal_dist.ray_tasks import LOCAL_ENVIRONMENT
 from vlal_dist.storage.store import open_store
 
 pytestmark = [pytest.mark.ray_cluster, pytest.mark.slow]
@@ -41,6 +41,8 @@ seeds = pytest.mark.parametrize(
 SAMPLES = 300
 EXIT_STORAGE = 74
 SLOWLY = ("--scoring.batch_size", "1", "--scoring.decode_threads", "2", "--scoring.actors", "2")
+EACH_ON_ITS_NODE = ("--scoring.cpus_per_actor", "1")
+"""Flags for `two_nodes`, whose nodes have one CPU each."""
 BESIDES = 4
 """Files of a score root besides those of shards: text bank, settings, weights.json, scores.json."""
 Files = dict[str, bytes]
@@ -88,11 +90,21 @@ class Scene:
         wait_until(lambda: shards(self.scores) >= count or self.ended(), self.log)
 
     def wait_for_moment(self, rng: random.Random, total: int) -> None:
-        """Wait until it is time for the fault, and both actors work."""
+        """Wait until it is time for the fault, and both actors work.
+
+        The first actor is held until the second is there: it could finish alone meanwhile.
+        """
         after, pause = moment(rng, total)
+        wait_until(lambda: actor_pids(self.log), self.log)
+        first = actor_pids(self.log)[0]
+        os.kill(first, signal.SIGSTOP)
+        try:
+            wait_until(lambda: len(actor_pids(self.log)) == 2, self.log)
+        finally:
+            os.kill(first, signal.SIGCONT)
         self.wait_for_shards(after)
-        wait_until(lambda: len(actor_pids(self.log)) == 2, self.log)
         time.sleep(pause)
+        assert not self.ended(), self.log.read_text()
 
     def wait_for_log(self, words: str) -> None:
         """Wait until the driver has logged some words."""
@@ -135,8 +147,11 @@ def begin(
 
 
 def moment(rng: random.Random, total: int) -> tuple[int, float]:
-    """When to cause the fault: after so many committed shards, and a pause."""
-    return rng.randrange(total - 8), rng.random() / 4
+    """When to cause the fault: after so many committed shards, and a pause.
+
+    Half of the work is left then, as looking takes its time too.
+    """
+    return rng.randrange(total // 2), rng.random() / 4
 
 
 def assert_exact(found: dict[str, Any], scores: Path | str, quiet: Files) -> None:
@@ -240,7 +255,7 @@ def test_lost_node(
 ) -> None:
     rng, total, scores = random.Random(seed), len(quiet) - BESIDES, tmp_path / "scores"
     with two_nodes(tmp_path / "nodes", monkeypatch) as second:
-        scene = begin(scores)
+        scene = begin(scores, *EACH_ON_ITS_NODE)
         scene.wait_for_moment(rng, total)
         actor = actor_of(second, scene)
         os.kill(second, signal.SIGKILL)
@@ -275,7 +290,7 @@ def test_a_paused_node_comes_back_after_its_replacement(
         moto_s3.environment(AWS_ENDPOINT_URL=proxy.endpoint),
         two_nodes(tmp_path / "nodes", monkeypatch) as second,
     ):
-        scene = begin(scores)
+        scene = begin(scores, *EACH_ON_ITS_NODE)
         scene.wait_for_moment(rng, total)
         actor = actor_of(second, scene)
         os.kill(second, signal.SIGSTOP)

@@ -26,7 +26,7 @@ from tests.fixtures.tiny_vaw import run
 from tests.scoring.conftest import Model
 from tests.scoring.test_score_clip import PROGRAM, counts, data_files, flags
 from vlal_dist.errors import ConfigError
-from vlal_dist.scoring.ray_cluster import on_running_ray
+from vlal_dist.ray_tasks import on_running_ray
 
 HEAD = ROOT / "clusters" / "ray" / "start-local-head.sh"
 

@@ -8,9 +8,9 @@ from threading import Event, Timer
 
 import pytest
 
+from vlal_dist import ray_tasks
 from vlal_dist.errors import Stopped, StorageError
-from vlal_dist.scoring import ray_cluster
-from vlal_dist.scoring.ray_cluster import try_connecting
+from vlal_dist.ray_tasks import try_connecting
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def test_a_closed_port_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "CONNECT_S", 1.0)
+    monkeypatch.setattr(ray_tasks, "CONNECT_S", 1.0)
     with silent() as address:
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(StorageError, match=r"no connection in 1 s; .*scoring\.use_ray false"):

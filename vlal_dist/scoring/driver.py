@@ -18,6 +18,12 @@ from vlal_dist.data.format.scores import finished_manifest, quarantined_of, writ
 from vlal_dist.errors import ConfigError, ConflictError, DataError, NotFoundError
 from vlal_dist.observability.logs import Progress
 from vlal_dist.processes import set_on_stop_signal
+from vlal_dist.ray_tasks import (
+    check_shared,
+    on_running_ray,
+    ray_session,
+    refuse_relative_in_job,
+)
 from vlal_dist.scoring.clip import FOLDER, ClipEncoder, PhaseSeconds, load_clip
 from vlal_dist.scoring.embed import SplitShard
 from vlal_dist.scoring.identity import (
@@ -35,14 +41,7 @@ from vlal_dist.scoring.quality import (
     type_names,
     warn_near_chance,
 )
-from vlal_dist.scoring.ray_cluster import (
-    UNDER_WAY,
-    ActorPool,
-    Call,
-    on_running_ray,
-    ray_session,
-    refuse_relative_in_job,
-)
+from vlal_dist.scoring.ray_cluster import UNDER_WAY, ActorPool, Call
 from vlal_dist.scoring.shard_task import ShardResult
 from vlal_dist.scoring.text_bank import (
     bank_key,
@@ -419,6 +418,10 @@ def _open_pool(job: ScoringJob, num_pending: int, stop: Event) -> Iterator[Actor
         return
     actors = min(job.scoring.actors, num_pending)
     with ray_session(actors=actors, cpus_per_actor=job.scoring.cpus_per_actor, stop=stop):
+        read = {"paths.dataset": f"{job.dataset}/dataset.json"}
+        if job.scoring.embeddings is not None:
+            read["scoring.embeddings"] = f"{job.scoring.embeddings}/scores.json"
+        check_shared({"paths.scores": job.scores}, read, stop=stop)
         yield ActorPool(job, size=actors, stop=stop)
 
 

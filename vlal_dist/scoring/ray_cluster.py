@@ -1,4 +1,4 @@
-"""Scoring on Ray: connect to a cluster or start one, run actors, export metrics.
+"""Scoring on Ray: run actors, export metrics.
 
 Shards are handed out to actors that are ready, two at a time (one is fetched and decoded while the
 other is encoded), so a pending actor (no free GPU yet: the demand that autoscalers see) holds no
@@ -9,199 +9,29 @@ under a name made of digests, so a shard scored twice is one file. Only job desc
 the similarities of annotated pairs pass through Ray; crops, scores and credentials never do.
 """
 
-import contextlib
-import json
 import logging
-import math
 import os
-import secrets
-import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
 
-from vlal_dist.errors import ConfigError, Stopped, StorageError, VlalError
+from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.observability.metric_definitions import SCORE
-from vlal_dist.processes import die_with_parent
+from vlal_dist.ray_tasks import POLL_S
 from vlal_dist.scoring.identity import ScoringJob
 from vlal_dist.scoring.shard_task import ShardResult
 from vlal_dist.scoring.worker import ShardScorer
 
 logger = logging.getLogger(__name__)
 
-LOCAL_ENVIRONMENT = {
-    # Despite its name: 0 keeps every listener of a Ray started here on 127.0.0.1 (ray 2.60).
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    # Events of every call are for a dashboard, which is not started: 3 kB a shard in Ray's store.
-    "RAY_task_events_report_interval_ms": "0",
-}
-OBJECT_STORE_BYTES = 100_000_000
-"""Nothing large passes through the object store; Ray refuses less than 75 MB."""
-
-
-def on_running_ray() -> bool:
-    """Whether this process uses a Ray that is already running (`ray job submit`, RAY_ADDRESS).
-
-    Raises:
-        ConfigError: RAY_ADDRESS is the address of the Jobs API, which takes submissions only.
-    """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"RAY_ADDRESS={address} is the Jobs API; run `ray job submit --address {address} -- "
-            "python -m vlal_dist.score_clip ...`, or unset it to start a local Ray"
-        )
-    return address not in ("", "local")
-
-
-def refuse_relative_in_job(name: str, path: str) -> None:
-    """Refuse a relative path in a Ray job with a working directory: it runs in a copy of that.
-
-    Args:
-        name: key or flag that gives the path.
-        path: of input or output.
-
-    Raises:
-        ConfigError: this is such a job and the path is relative.
-    """
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    in_copy = bool((job.get("runtime_env") or {}).get("working_dir"))
-    if in_copy and "://" not in path and not Path(path).is_absolute():
-        raise ConfigError(
-            f"{name} {path} is relative, and this Ray job runs in a temporary copy of the "
-            "submitted working directory; give an absolute path that all nodes see, or s3://"
-        )
-
-
-@contextlib.contextmanager
-def ray_session(*, actors: int, cpus_per_actor: float, stop: Event | None = None) -> Iterator[None]:
-    """Connect to the running Ray, else start one on this machine's loopback; leave it at the end.
-
-    Args:
-        actors, cpus_per_actor: what a Ray started here must have room for.
-        stop: looked at while the running Ray is waited for.
-
-    Raises:
-        StorageError: the running Ray does not answer or refuses us; one cannot be started here.
-        Stopped: `stop` was set, or a signal came meanwhile.
-    """
-    running = on_running_ray()
-    if running and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # a job's Ray is there
-        try_connecting(stop or Event())
-    if not running:
-        # Read when ray is imported. The token is of this run alone and is in no file: other users
-        # of the machine can reach its loopback too.
-        os.environ.update(LOCAL_ENVIRONMENT)
-        if "RAY_AUTH_MODE" not in os.environ:
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-    import ray
-
-    options: dict[str, Any] = {"logging_level": logging.WARNING}
-    if not running:
-        options |= {
-            "address": "local",
-            "num_cpus": math.ceil(actors * cpus_per_actor),
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-        }
-    try:
-        ray.init(**options)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        raise _unusable(str(error), running=running) from None
-    except SystemExit:  # of Ray's own handler of SIGTERM
-        raise Stopped("stopped while Ray was starting; repeat the command") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-CONNECT_S = 40.0
-"""Seconds in which a running Ray must take a connection."""
-
-CONNECT = """
-import os, socket
-host, _, port = os.environ["RAY_ADDRESS"].rpartition("://")[2].rpartition(":")
-if host and port.isdigit():  # what refuses, or drops packets, is found at once
-    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-import ray
-ray.init(logging_level="ERROR", log_to_driver=False)
-ray.shutdown()
-"""
-
-
-def try_connecting(stop: Event) -> None:
-    """Connect to the running Ray once in a process that can be ended: `ray.init` waits for minutes
-    in C++, where no signal is seen.
-
-    Raises:
-        StorageError: it does not answer within `CONNECT_S`, or refuses us.
-        Stopped: `stop` was set.
-    """
-    with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(
-            [sys.executable, "-c", CONNECT],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            preexec_fn=die_with_parent,
-        )
-        try:
-            deadline = time.monotonic() + CONNECT_S
-            while True:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = child.wait(POLL_S)
-                    break
-                if stop.is_set():
-                    raise Stopped("stopped while waiting for Ray; repeat the command")
-                if time.monotonic() > deadline:
-                    raise _unusable(f"no connection in {CONNECT_S:g} s", running=True)
-        finally:
-            child.kill()
-            child.wait()
-        if code != 0:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-            raise _unusable(lines[-1] if lines else f"exit code {code}", running=True)
-
-
-def _unusable(reason: str, *, running: bool) -> StorageError:
-    """Why Ray cannot be used, and what to do."""
-    reason = " ".join(reason.split())[:300]
-    if running:
-        return StorageError(
-            f"Ray at RAY_ADDRESS={os.environ['RAY_ADDRESS']} cannot be used: {reason}; start it or "
-            "correct the address; or unset RAY_ADDRESS, and a Ray is started on this machine; or "
-            "score in this process with scoring.use_ray false"
-        )
-    if "AF_UNIX" in reason:
-        return StorageError(
-            f"Ray cannot be started here: its sockets lie below the folder for temporary files, "
-            f"{os.environ.get('RAY_TMPDIR') or tempfile.gettempdir()}, whose path is too long for "
-            "them; set RAY_TMPDIR to a short one, such as /tmp, or score in this process with "
-            "scoring.use_ray false"
-        )
-    return StorageError(
-        f"Ray cannot be started on this machine: {reason}; score in this process with "
-        "scoring.use_ray false"
-    )
-
-
 Call = tuple[str, tuple[object, ...]]
 """A method of `ShardScorer` and its arguments."""
 
 UNDER_WAY = 2
 """Shards that a worker scores at a time."""
-
-POLL_S = 0.5
-"""How often the driver looks at `stop`."""
 
 LATE_S = 10.0
 LATE_TIMES = 3.0
