@@ -18,11 +18,13 @@ from PIL import Image
 from shard_tools.importers.program import main
 from shard_tools.importers.records import Notes, Record, RecordWriter, Rejected
 from shard_tools.importers.table import read_table
+from tests.conftest import S3Server
 from tests.fixtures.mutilate import mutilations
 from tests.fixtures.tiny_vaw import run_all
 from vlal_dist.config.load import load_config
 from vlal_dist.config.sections import ImportConfig
 from vlal_dist.errors import ConfigError, DataError
+from vlal_dist.storage.store import open_store
 
 LISTS = "image,object,id,box,positive,negative\n"
 SUPPRESSED = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
@@ -416,3 +418,21 @@ def test_the_written_configuration_runs_from_photos_in_a_folder_or_in_a_column(
         manifest = json.loads((root / "dataset/dataset.json").read_bytes())
         labels.append(([path.read_bytes() for path in files], manifest["splits"]))
     assert labels[0] == labels[1] and len(labels[0][0]) == 3
+
+
+@pytest.mark.slow
+def test_tables_and_roots_may_lie_in_a_bucket(
+    moto_s3: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = moto_s3.url()
+    store = open_store(url)
+    for number in range(3):
+        store.create(f"in/t{number}.csv", f"image,red\n{number}.jpg,1\n".encode())
+    words = ["table", "--paths.root", f"{url}/own", "--importing.inputs"]
+    assert main([*words, f"{url}/in/t[01].csv"]) == 0
+    assert "records (all 2)" in capsys.readouterr().out
+    data = store.read("own/imported/all.parquet")
+    found = pyarrow.parquet.read_table(pa.BufferReader(data)).column("image_id").to_pylist()
+    assert found == ["0.jpg", "1.jpg"]
+    assert main([*words, f"{url}/in/t7.csv"]) == 64
+    assert "t7.csv does not exist" in capsys.readouterr().err
