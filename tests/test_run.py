@@ -352,16 +352,21 @@ def test_the_remarks_of_all_stages_come_last(
         warnings = [{"key": "k", "text": text} for text in texts]
         path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": warnings}))
 
+    imported = finished / "root/imported/import.result.json"
+    imported.parent.mkdir()
+    imported.write_text('{"warnings": [{"key": "k", "text": "3 rows rejected"}]}')
     remarked("clean", "a half is dropped")
     remarked("evaluate val", "mAP is undefined")
     remarked("evaluate test", "mAP is undefined", "and so is mA")
     assert stage_remarks(stages) == [
+        ("import", ["3 rows rejected"]),
         ("clean", ["a half is dropped"]),
         ("evaluate val", ["mAP is undefined"]),
         ("evaluate test", ["and so is mA"]),
     ]
     say_remarks(stages)
     assert capsys.readouterr().out.splitlines() == [
+        "import: warning: 3 rows rejected",
         "clean: warning: a half is dropped",
         "evaluate val: warning: mAP is undefined",
         "evaluate test: warning: and so is mA",

@@ -360,12 +360,16 @@ def plan_table(stages: Sequence[Stage], decisions: Sequence[Decision]) -> str:
 def stage_remarks(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
     """Title of each stage that remarked something when it last ran, and its remarks (remarks.py).
 
-    What several stages remark alike is listed with the first of them.
+    The import below `paths.imported` counts as a stage. What several stages remark alike is listed
+    with the first of them.
     """
+    imported = {stage.config.paths.imported: None for stage in stages}
+    records = [("import", (root, "import.result.json")) for root in imported]
+    records += [(stage.title, stage.record) for stage in stages]
     seen: set[str] = set()
     found = []
-    for stage in stages:
-        kept = read_json(*stage.record).get("warnings")
+    for title, record in records:
+        kept = read_json(*record).get("warnings")
         given = [
             one.get("text")
             for one in (kept if isinstance(kept, list) else [])
@@ -375,7 +379,7 @@ def stage_remarks(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
         new = list(dict.fromkeys(texts))
         seen.update(new)
         if new:
-            found.append((stage.title, new))
+            found.append((title, new))
     return found
 
 
