@@ -76,11 +76,11 @@ def parse_text(text: str) -> object:
     """
     try:
         try:
-            return json.loads(text, object_pairs_hook=_object)
+            return _DECODER.decode(text)
         except json.JSONDecodeError:
             raise
         except ValueError:  # an integer beyond the limit of digits
-            return json.loads(text, object_pairs_hook=_object, parse_int=_number)
+            return json.JSONDecoder(object_pairs_hook=_object, parse_int=_number).decode(text)
     except RecursionError:
         raise ValueError("its brackets are nested hundreds deep") from None
 
@@ -94,6 +94,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         key for key, count in Counter(k for k, _ in pairs).items() if count > 1
     )
     return several
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # json.loads makes one for each line
 
 
 def _number(digits: str) -> int | float:

@@ -180,6 +180,14 @@ class _File:
 
     def _add_parquet(self, path: Path) -> int:
         count = 0
+        for batch in self._batches(path):
+            self._add_batch(batch, count)
+            count += batch.num_rows
+        return count
+
+    def _batches(self, path: Path) -> Iterator[pa.RecordBatch]:
+        """The columns `FIELDS` of a Parquet file."""
+        count = 0
         try:
             with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
                 names = file.schema_arrow.names
@@ -193,7 +201,7 @@ class _File:
                     for batch in file.iter_batches(
                         BATCH, row_groups=groups, columns=list(FIELDS), use_threads=False
                     ):
-                        self._add_batch(batch, count)
+                        yield batch
                         count += batch.num_rows
         except ARROW_ERRORS as error:
             if isinstance(error, DataError):
@@ -201,7 +209,6 @@ class _File:
             raise self._error(
                 f"is damaged Parquet after row {count} ({bounded(str(error))})"
             ) from None
-        return count
 
     def _add_batch(self, batch: pa.RecordBatch, first: int) -> None:
         plain, columns = _plain(batch)
