@@ -8,6 +8,7 @@ work is a shard; a killed merge continues.
 import hashlib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 import numpy as np
 
 from shard_tools.shard_writer import (
+    Engine,
     ShardReport,
     TarBuilder,
     commit_derived,
     commit_settings,
     find_report,
     gather_index,
+    open_engine,
     open_source,
     open_splits,
     owned_by,
@@ -58,6 +61,20 @@ class MergeTask:
 def merge(config: Config, flags: Mapping[str, str]) -> Counts:
     """Merge the score root into a copy of the dataset root."""
     paths = config.paths
+    with open_engine(
+        flags,
+        workers=config.pack.workers,
+        written={"paths.merged": paths.merged},
+        read={
+            "paths.dataset": f"{paths.dataset}/dataset.json",
+            "paths.scores": f"{paths.scores}/scores.json",
+        },
+    ) as engine:
+        return _merge(config, flags, engine)
+
+
+def _merge(config: Config, flags: Mapping[str, str], engine: Engine) -> Counts:
+    paths = config.paths
     dataset = open_dataset(paths.dataset, cache=Path(paths.cache))
     refuse_in_place(
         dataset,
@@ -75,10 +92,10 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
     splits = open_splits(dataset)
     tasks = [
         MergeTask(
-            source=paths.dataset,
-            cache=paths.cache,
-            target=paths.merged,
-            scores=paths.scores if name in scores["splits"] else None,
+            source=dataset.url,
+            cache=os.path.abspath(paths.cache),
+            target=target.url,
+            scores=open_store(paths.scores).url if name in scores["splits"] else None,
             manifest=scores,
             temperature=temperature,
             split=name,
@@ -106,7 +123,7 @@ def merge(config: Config, flags: Mapping[str, str]) -> Counts:
         label="merge",
         unit="samples",
         sizes=[splits[task.split].shards[task.shard].samples for task in tasks],
-        workers=config.pack.workers,
+        engine=engine,
     )
     by_split = {
         name: gather_index([r for t, r in zip(tasks, reports, strict=True) if t.split == name])
@@ -233,7 +250,7 @@ PROGRAM = Program(
     "paths.dataset and paths.scores, writes paths.merged. Repeat the command after an "
     "interruption: finished shards are kept.",
     sections=("paths", "pack", "scoring", "observability"),
-    flags=("retry-rejected", "replace", "json"),
+    flags=("engine", "retry-rejected", "replace", "json"),
     output=lambda config, flags: config.paths.merged,
     work=merge,
     inputs=merge_inputs,

@@ -27,6 +27,7 @@ from shard_tools.instances import (
     read_instances,
 )
 from shard_tools.shard_writer import (
+    Engine,
     ShardReport,
     TarBuilder,
     commit_dataset,
@@ -34,6 +35,7 @@ from shard_tools.shard_writer import (
     commit_split,
     find_report,
     gather_index,
+    open_engine,
     owned_by,
     reopen_dataset,
     run_tasks,
@@ -101,8 +103,19 @@ class ShardTask:
 
 def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     """Pack every split of the instances root into the dataset root."""
+    with open_engine(
+        flags,
+        workers=config.pack.workers,
+        written={"paths.dataset": config.paths.dataset},
+        read={f"pack.images {place}": place for place in config.pack.images},
+    ) as engine:
+        return _pack(config, flags, engine)
+
+
+def _pack(config: Config, flags: Mapping[str, str], engine: Engine) -> Counts:
     source, target = open_store(config.paths.instances), open_store(config.paths.dataset)
-    settings, (cleaned, clean) = config.pack, read_cleaned(source)
+    cleaned, clean = read_cleaned(source)
+    settings = _absolute(config.pack)  # workers start elsewhere
     copied = {name: source.read(name) for name in ROOT_FILES}
     for name, data in copied.items():
         found = hashlib.sha256(data).hexdigest()
@@ -126,7 +139,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
                 "pack.in_place: --retry-rejected writes shards again, and tars of others are never "
                 "written; correct the photos, and pack into another paths.dataset"
             )
-        place, in_place = plan_tars(instances, config.paths.dataset, settings)
+        place, in_place = plan_tars(instances, target.url, settings)
         make_way(PROGRAM, config, flags)
         commit_settings(target, "pack.json", {**begun, "tars": tars_digest(place, in_place)})
         tasks += in_place
@@ -139,10 +152,10 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         cropped = [
             task
             for split, rows in instances.items()
-            for task in plan_shards(rows, split, config.paths.dataset, settings, limits)
+            for task in plan_shards(rows, split, target.url, settings, limits)
         ]
         if "retry-rejected" in flags:
-            restored = {"restored": forget_restored(target, cropped)}
+            restored = {"restored": forget_restored(target, cropped, engine)}
         tasks += cropped
     counter = PackCounts(config.observability.textfiles, root=target.url)
     built = run_tasks(
@@ -151,7 +164,7 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
         label="pack",
         unit="instances",
         sizes=[task.num_instances for task in tasks],
-        workers=settings.workers,
+        engine=engine,
         finished=counter.add_all,
     )
     reports = [report for found in built for report in found.values()]
@@ -179,6 +192,11 @@ def pack(config: Config, flags: Mapping[str, str]) -> Counts:
     rejects = [reject for report in reports for reject in report.rejects]
     _check_rejected(rejects, settings, read=sum(task.num_instances for task in tasks))
     return {**counts, "rejected": len(rejects), **restored}
+
+
+def _absolute(settings: PackConfig) -> PackConfig:
+    images = [open_store(place).url for place in settings.images]
+    return settings.model_copy(update={"images": images})
 
 
 def plan_shards(
@@ -228,7 +246,7 @@ def build_shard(task: ShardTask) -> ShardReport:
         return builder.commit(store, task.split)
 
 
-def forget_restored(target: Store, tasks: Sequence[ShardTask]) -> int:
+def forget_restored(target: Store, tasks: Sequence[ShardTask], engine: Engine) -> int:
     """Take back the shards with rejected instances that can be packed now.
 
     Returns:
@@ -241,7 +259,7 @@ def forget_restored(target: Store, tasks: Sequence[ShardTask]) -> int:
         label="retry",
         unit="instances",
         sizes=[len(task.instances) for task in tasks],
-        workers=tasks[0].settings.workers if tasks else 1,
+        engine=engine,
     )
     stale: dict[str, list[str]] = {}
     if any(outcome.changed for outcome in outcomes):
@@ -532,7 +550,7 @@ PROGRAM = Program(
     "WebDataset tars with an index. Reads paths.instances, writes paths.dataset. Repeat the "
     "command after an interruption: finished shards are kept.",
     sections=("paths", "pack", "observability"),
-    flags=("retry-rejected", "replace", "json"),
+    flags=("engine", "retry-rejected", "replace", "json"),
     output=lambda config, flags: config.paths.dataset,
     work=pack,
     inputs=pack_inputs,

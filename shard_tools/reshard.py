@@ -6,6 +6,7 @@ index alone. The result depends on the samples and the sizes, not on how they we
 unit of work is a shard of the target; a killed reshard continues.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,10 +14,12 @@ import numpy as np
 from isal.isal_zlib import crc32
 
 from shard_tools.shard_writer import (
+    Engine,
     TarBuilder,
     commit_derived,
     commit_settings,
     find_report,
+    open_engine,
     open_source,
     open_splits,
     owned_by,
@@ -60,7 +63,18 @@ class ReshardTask:
 
 def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
     """Write the samples of paths.merged where it exists, else of paths.dataset, in other shards."""
-    dataset, pack = open_newest(config.paths), config.pack
+    dataset = open_newest(config.paths)
+    with open_engine(
+        flags,
+        workers=config.pack.workers,
+        written={"paths.resharded": config.paths.resharded},
+        read={"paths.dataset": f"{dataset.url}/dataset.json"},
+    ) as engine:
+        return _reshard(config, flags, dataset, engine)
+
+
+def _reshard(config: Config, flags: Mapping[str, str], dataset: Dataset, engine: Engine) -> Counts:
+    pack = config.pack
     refuse_in_place(
         dataset,
         what="which reshard does not copy",
@@ -83,7 +97,7 @@ def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
     }
     tasks = [
         ReshardTask(
-            dataset.url, config.paths.cache, config.paths.resharded, name, number, first, stop
+            dataset.url, os.path.abspath(config.paths.cache), target.url, name, number, first, stop
         )
         for name, cuts in runs.items()
         for number, (first, stop) in enumerate(cuts)
@@ -94,7 +108,7 @@ def reshard(config: Config, flags: Mapping[str, str]) -> Counts:
         label="reshard",
         unit="samples",
         sizes=[task.stop - task.first for task in tasks],
-        workers=pack.workers,
+        engine=engine,
     )
     by_split = {
         name: (
@@ -232,7 +246,7 @@ Score files belong to shards by digest: reshard a merged dataset, whose tars hol
 or reshard a packed one and score it again (as --paths.dataset). To verify, inspect or train on the
 result, give its root as --paths.merged.""",
     sections=("paths", "pack", "observability"),
-    flags=("replace", "json"),
+    flags=("engine", "replace", "json"),
     output=lambda config, flags: config.paths.resharded,
     work=reshard,
     owned=owned_by("reshard.json"),

@@ -12,12 +12,14 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from threading import Event
 from typing import Any, NotRequired, TypeVar
 
 import pyarrow as pa
@@ -50,13 +52,23 @@ from vlal_dist.data.format.index import (
 from vlal_dist.data.format.tar import MEMBERS, EncodedSample, tar_end
 from vlal_dist.errors import ConflictError, VlalError
 from vlal_dist.observability.logs import Progress
+from vlal_dist.processes import set_on_stop_signal
 from vlal_dist.program import Counts
+from vlal_dist.ray_tasks import (
+    check_shared,
+    ray_session,
+    refuse_relative_in_job,
+    run_on_ray,
+    wants_ray,
+)
 from vlal_dist.storage.checks import sha256_of
 from vlal_dist.storage.earlier import Owned
 from vlal_dist.storage.store import Store
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Engine = Callable[[Callable[[Any], Any], Sequence[Any], str], Iterator[Any]]
+"""Runs a function on each of some tasks, named by a label; their results in order."""
 
 SPLIT_FILES = (
     "shards.parquet",
@@ -193,7 +205,7 @@ class TarBuilder:
         """Commit the tar, then its report; a tar without samples leaves only the latter.
 
         A tar of other bytes is replaced: no report vouches for it, so its build was killed, and
-        photos have changed since.
+        photos have changed since. Where one does, another attempt at this shard has finished.
         """
         self._write(tar_end(self.report.size_bytes))
         self._file.close()
@@ -203,8 +215,12 @@ class TarBuilder:
             try:
                 store.create(key, self._path)
             except ConflictError:
+                if there := find_report(store, split, self.report.name):
+                    return there  # of another attempt, which finished first: its tar stays
                 store.delete(key)
                 store.create(key, self._path)
+        elif there := find_report(store, split, self.report.name):
+            return there
         else:
             store.delete(key)
         store.create(report_key(split, self.report.name), self.report.encode())
@@ -264,41 +280,84 @@ def run_tasks(
     label: str,
     unit: str,
     sizes: Sequence[int],
-    workers: int,
+    engine: Engine,
     finished: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """Run one task per shard in processes, with progress; results in the order of the tasks.
+    """Run one task per shard, with progress; results in the order of the tasks.
 
     Args:
         work: a module's function, run in the workers.
         tasks: one per shard.
         label, unit: for the progress.
         sizes: units in each task.
-        workers: processes; 0: one per core.
+        engine: runs them (`open_engine`).
         finished: called with each result.
 
     Raises:
         VlalError: what a task raised, or a worker was killed.
     """
+    results: list[Result] = []
+    with Progress(label, total=sum(sizes), unit=unit) as progress:
+        for size, result in zip(sizes, engine(work, tasks, label), strict=True):
+            results.append(result)
+            finished(result)
+            progress.advance(size)
+    return results
+
+
+@contextmanager
+def open_engine(
+    flags: Mapping[str, str],
+    *,
+    workers: int,
+    written: Mapping[str, str],
+    read: Mapping[str, str],
+) -> Iterator[Engine]:
+    """What runs tasks: processes of this machine, or with `--engine ray` a Ray, where it works.
+
+    Args:
+        flags: of the program.
+        workers: tasks at a time; 0: one per core, or as the Ray has room.
+        written: setting -> root that the tasks write.
+        read: setting -> file or folder that they read.
+
+    Raises:
+        UsageError: another engine.
+        ConfigError: a local path that the nodes of the Ray do not share.
+        StorageError: the Ray does not answer.
+    """
+    if not wants_ray(flags):
+        yield partial(_in_processes, workers)
+        return
+    for setting, place in {**written, **read}.items():
+        refuse_relative_in_job(setting, place)
+    stop = Event()
+    with (
+        set_on_stop_signal(stop),
+        ray_session(actors=workers or os.cpu_count() or 1, cpus_per_actor=1, stop=stop),
+        set_on_stop_signal(stop),  # again: ray.init replaces the handlers
+    ):
+        check_shared(written, read, stop=stop)
+        yield lambda work, tasks, label: run_on_ray(
+            work, tasks, label=label, stop=stop, most=workers
+        )
+
+
+def _in_processes(
+    workers: int, work: Callable[[Any], Any], tasks: Sequence[Any], label: str
+) -> Iterator[Any]:
+    """Results of the tasks in order, by processes; VlalError where one was killed."""
     # Spawned, not forked: the parent holds threads of pyarrow and perhaps an S3 client.
     context = multiprocessing.get_context("spawn")
     count = max(1, min(workers or os.cpu_count() or 1, len(tasks)))
-    results: list[Result] = []
     try:
-        with (
-            Progress(label, total=sum(sizes), unit=unit) as progress,
-            ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool,
-        ):
-            for size, result in zip(sizes, pool.map(work, tasks), strict=True):
-                results.append(result)
-                finished(result)
-                progress.advance(size)
+        with ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent) as pool:
+            yield from pool.map(work, tasks)
     except BrokenProcessPool:
         raise VlalError(
             f"{label}: a worker process was killed, often for lack of memory; lower pack.workers "
             "and repeat the command: finished shards are kept"
         ) from None
-    return results
 
 
 def _end_with_parent() -> None:

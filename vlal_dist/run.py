@@ -32,6 +32,7 @@ from vlal_dist.pipeline import (
 )
 from vlal_dist.processes import run_child
 from vlal_dist.program import Counts, Program, run_program
+from vlal_dist.ray_tasks import wants_ray
 from vlal_dist.storage.checks import masked
 from vlal_dist.storage.lock import descriptors
 
@@ -42,7 +43,7 @@ there and the settings and files that decide it are those that its result record
 where the configuration needs no likelihoods. Repeat the command after any interruption. Takes every
 setting of these commands; vlal STAGE --help lists them.
 """
-OWN_FLAGS = ("from", "to", "plan", "ranks", "retry-rejected", "replace", "json")
+OWN_FLAGS = ("from", "to", "plan", "ranks", "retry-rejected", "engine", "replace", "json")
 RESTART = ("--resume", "none")
 """Flag of a training that starts over."""
 MARGIN_S = 10.0
@@ -62,6 +63,7 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
         Stopped: a stage stopped by itself, and can be resumed.
         VlalError: a stage failed; with its exit code.
     """
+    wants_ray(flags)  # another word fails before any stage
     stages = stages_of(config, retry_rejected="retry-rejected" in flags, replace="replace" in flags)
     stages = select(stages, first=flags.get("from"), last=flags.get("to"))
     if "plan" in flags:
@@ -77,6 +79,8 @@ def work(words: Sequence[str], config: Config, flags: Mapping[str, str]) -> Coun
             say(f"{stage.title}: finished")
             continue
         command = [stage.command, *words]
+        if stage.command in ("pack", "merge") and "engine" in flags:
+            command += ["--engine", flags["engine"]]
         if stage.command == "train":
             command += [*_ranks(flags), *(RESTART if decision.action == "redo" else ())]
         else:

@@ -48,6 +48,7 @@ FLAGS: dict[str, str] = {
     "from": "STAGE: first stage (default: the first one)",
     "to": "STAGE: last stage (default: the last one)",
     "resume": "auto | PATH | none: continue from a checkpoint",
+    "engine": "local | ray: processes of this machine, or tasks on a Ray (default: local)",
     "json": "FILE: also write the closing counts there",
     "order": "print what the steps selected by the flags below train on",
     "epoch": "E: epoch of the steps, from 0 (default: 0)",
