@@ -309,7 +309,7 @@ def run_tasks(
 def open_engine(
     flags: Mapping[str, str],
     *,
-    workers: int,
+    workers: int | None,
     written: Mapping[str, str],
     read: Mapping[str, str],
 ) -> Iterator[Engine]:
@@ -317,7 +317,8 @@ def open_engine(
 
     Args:
         flags: of the program.
-        workers: tasks at a time; 0: one per core, or as the Ray has room.
+        workers: tasks at a time; 0: one per core, or as the Ray has room; None: without a Ray, one
+            after another in this process.
         written: setting -> root that the tasks write.
         read: setting -> file or folder that they read.
 
@@ -327,7 +328,10 @@ def open_engine(
         StorageError: the Ray does not answer.
     """
     if not wants_ray(flags):
-        yield partial(_in_processes, workers)
+        if workers is None:
+            yield lambda work, tasks, label: map(work, tasks)
+        else:
+            yield partial(_in_processes, workers)
         return
     for setting, place in {**written, **read}.items():
         refuse_relative_in_job(setting, place)
@@ -339,7 +343,7 @@ def open_engine(
     ):
         check_shared(written, read, stop=stop)
         yield lambda work, tasks, label: run_on_ray(
-            work, tasks, label=label, stop=stop, most=workers
+            work, tasks, label=label, stop=stop, most=workers or 0
         )
 
 

@@ -5,12 +5,14 @@ of all files, the place of every member, every crc32, crop, label and likelihood
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from shard_tools.shard_writer import dataset_counts
+from shard_tools.shard_writer import dataset_counts, open_engine, open_source, run_tasks
 from vlal_dist.config.sections import Config
 from vlal_dist.data.format.dataset import Dataset, Split, open_newest, open_split, read_labels
 from vlal_dist.data.format.index import check_uids
@@ -19,29 +21,68 @@ from vlal_dist.data.format.sample_reader import Sample, SampleReader
 from vlal_dist.data.format.tar import list_members
 from vlal_dist.data.hashing import sample_uid, uid_to_hex
 from vlal_dist.errors import DataError, NotFoundError
-from vlal_dist.observability.logs import Progress
 from vlal_dist.program import Counts, Program, only_reads
 
 TOLERANCE = 1e-4
+
+ALONE_BYTES = 64 << 20
+"""Size up to which one process verifies a dataset: others take longer to start."""
+
+
+@dataclass(frozen=True)
+class VerifyTask:
+    """One shard of a split, by position."""
+
+    root: str
+    cache: str
+    split: str
+    shard: int
 
 
 def verify(config: Config, flags: Mapping[str, str]) -> Counts:
     """Verify paths.merged where it exists, else paths.dataset; the first fault stops."""
     dataset = open_newest(config.paths)
     splits = {name: open_split(dataset, name) for name in dataset.splits}
-    total = sum(split.num_samples for split in splits.values())
-    with Progress(f"verify {dataset.url}", total=total, unit="samples") as progress:
+    num_bytes = sum(shard.bytes for split in splits.values() for shard in split.shards)
+    with open_engine(
+        flags,
+        workers=config.pack.workers if num_bytes > ALONE_BYTES else None,
+        written={},
+        read={"the dataset": f"{dataset.url}/dataset.json"},
+    ) as engine:
         for split in splits.values():
             _check_files(dataset, split)
-            for shard in range(len(split.shards)):
-                _check_shard(split, shard)
-            labels = read_labels(dataset, split.name).to_pylist()
-            reader = SampleReader(split)
-            for row, stated in enumerate(labels):
-                _check_sample(dataset, split, reader.read(row), stated)
-                progress.advance()
+        tasks = [
+            VerifyTask(dataset.url, os.path.abspath(config.paths.cache), name, shard)
+            for name, split in splits.items()
+            for shard in range(len(split.shards))
+        ]
+        run_tasks(
+            verify_shard,
+            tasks,
+            label=f"verify {dataset.url}",
+            unit="samples",
+            sizes=[splits[task.split].shards[task.shard].samples for task in tasks],
+            engine=engine,
+        )
     check_uids([split.index for split in splits.values()])
     return {"root": dataset.url, **dataset_counts(dataset.manifest, dataset.digest)}
+
+
+def verify_shard(task: VerifyTask) -> None:
+    """Check the tar of a shard, and each of its samples.
+
+    Raises:
+        DataError: the first fault; names shard or sample, and what is wrong.
+        StorageError: the shard cannot be read.
+    """
+    dataset, split = open_source(task.root, task.cache, task.split)
+    _check_shard(split, task.shard)
+    rows = split.index.rows_of_shard(task.shard)
+    labels = read_labels(dataset, split.name, rows=rows).to_pylist()
+    reader = SampleReader(split)
+    for row, stated in zip(rows, labels, strict=True):
+        _check_sample(dataset, split, reader.read(row), stated)
 
 
 def _check_files(dataset: Dataset, split: Split) -> None:
@@ -134,7 +175,8 @@ PROGRAM = Program(
     purpose="Check a dataset end to end: digests, sizes, every tar member, crc32, crop, label and "
     "likelihood. Reads paths.merged if it is finished, else paths.dataset; writes nothing but its "
     "result beside the run.",
-    sections=("paths", "observability"),
+    sections=("paths", "pack", "observability"),
+    flags=("engine", "json"),
     output=lambda config, flags: config.paths.run,
     writes=only_reads,
     work=verify,

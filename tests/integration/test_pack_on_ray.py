@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures.ray_processes import ROOT, WAIT_S, python, wait_until
+from tests.fixtures.scored_dataset import write_scores
 from tests.fixtures.tiny_vaw import run, run_all, write_small_vaw
 from tests.integration.test_scoring_faults import two_nodes
 from tests.shard_tools.test_pack import tree
@@ -32,6 +33,40 @@ def test_a_lost_node_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyP
             driver.kill()
             driver.wait()
     assert tree(other) == tree(tmp_path / "dataset")
+
+
+def test_every_tool_writes_the_bytes_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And verify finds on the nodes what it finds in one process."""
+    config = write_small_vaw(tmp_path)
+    run_all(config, ["clean", "pack"])
+    write_scores(tmp_path)
+    run_all(config, ["merge"])
+    assert run("reshard", config, "--paths.resharded", str(tmp_path / "resharded")) == 0
+    with two_nodes(tmp_path / "nodes", monkeypatch):
+        for tool, place in (("pack", "dataset"), ("merge", "merged"), ("reshard", "resharded")):
+            other = tmp_path / "other" / place
+            assert on_ray(tool, config, f"--paths.{place}", str(other)).returncode == 0
+            assert tree(other) == tree(tmp_path / place), tool
+        assert on_ray("verify", config).returncode == 0
+        damaged = max((tmp_path / "merged/train/shards").iterdir())
+        damaged.chmod(0o644)
+        damaged.write_bytes(damaged.read_bytes()[:-1024])
+        found = on_ray("verify", config)
+    assert found.returncode == 65
+    assert f"{damaged}: " in found.stderr and "the shard was altered or cut" in found.stderr
+
+
+def on_ray(tool: str, config: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    """A tool run to its end, with tasks on the Ray at RAY_ADDRESS."""
+    return subprocess.run(
+        python("-m", "shard_tools", tool, "--config", str(config), "--engine", "ray", *more),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
 
 
 def test_another_engine_is_refused(tmp_path: Path) -> None:
