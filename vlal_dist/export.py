@@ -1,5 +1,6 @@
 """`vlal export`: the run's best model as a folder that loads without the dataset."""
 
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,10 @@ from vlal_dist.release.model_card import model_card
 from vlal_dist.release.onnx_export import export_onnx, require_onnx
 from vlal_dist.release.saved_model import SavedModelInfo, encode_weights, load_saved_model
 from vlal_dist.release.thresholds import Thresholds, encode_thresholds, learn_thresholds
+from vlal_dist.remarks import remark
 from vlal_dist.storage.store import Store, open_store
+
+logger = logging.getLogger(__name__)
 
 PURPOSE = """
 Write the run's best model (paths.run) to paths.export: model.safetensors, config.json
@@ -43,6 +47,7 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
     validation = _result(run, split, model, dataset.digest)
     if isinstance(validation, str):
         thresholds = validation
+        remark(logger, "export.thresholds", "no thresholds are exported: %s", validation)
     else:
         key = f"{evaluation_folder(split, 'model')}/predictions.safetensors"
         thresholds = learn_thresholds(
@@ -66,6 +71,8 @@ def work(config: Config, flags: Mapping[str, str]) -> Counts:
         background=str(dataset.manifest["crops"].get("background", WHITE)),
     )
     result = _result(run, config.evaluation.split, model, dataset.digest)
+    if isinstance(result, str):
+        remark(logger, "export.results", "the model card has no results: %s", result)
     card = model_card(info, result=result, thresholds=thresholds, onnx_difference=difference)
     write_export(open_store(config.paths.export), info, files, card=card, remarks=remarks)
     return {

@@ -93,6 +93,7 @@ PROGRAM = Program(
         (str(Path(config.predict.output).parent), f"predict {Path(config.predict.output).stem}"),
     ),
     work=work,
+    shown=("objects", "rejected", "reasons", "left_out", "output"),
 )
 
 

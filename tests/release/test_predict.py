@@ -438,7 +438,7 @@ def test_a_photo_is_turned_as_its_exif_says(trained: Trained, tmp_path: Path) ->
         (("--predict.images", "t.csv", "--predict.object", "ball"), 64, "predict.table"),
         (("--predict.images", ".", "--predict.object", "bll"), 64, "'ball'"),
         (("--predict.table", "none.csv"), 64, "no such file"),
-        (("--predict.table", "t.txt"), 64, ".csv, .tsv, .jsonl, .ndjson, .parquet are read"),
+        (("--predict.table", "t.txt"), 64, ".ndjson, .parquet, .arrow are read"),
         (("--predict.table", "t.csv"), 65, "has the columns id, object"),
         (("--predict.table", "bad.parquet"), 65, "is not Parquet"),
         (("--predict.table", "latin.csv"), 65, "not CSV in UTF-8"),

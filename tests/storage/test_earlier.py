@@ -121,10 +121,13 @@ def change(config: Path, section: str, **keys: object) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
+    """All files but records of runs, and what a kill left of an unfinished one."""
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and not path.name.endswith((".result.json", ".config.yaml"))
+        if path.is_file()
+        and not path.name.endswith((".result.json", ".config.yaml"))
+        and not path.name.startswith(".vlal-tmp-")
     }
 
 

@@ -476,9 +476,9 @@ class PredictConfig(Section):
     image_column: str | None = None
     """Column of a Parquet file with the bytes of photos; absent: the only one that holds bytes."""
     table: str | None = None
-    """.csv, .tsv, .jsonl or .parquet, a row per object: image (below predict.images), object, and
-    optionally box ([x, y, width, height] in pixels; empty: the whole photo) and id (path);
-    other names of columns: docs/models.md."""
+    """.csv, .tsv, .jsonl, .parquet or .arrow, a row per object: image (below predict.images),
+    object, and optionally box ([x, y, width, height] in pixels; empty: the whole photo) and id
+    (path); other names of columns: docs/models.md."""
     ignore_columns: Texts = []
     """Columns of the table to leave out; any other that is not understood is an error."""
     follow_links: bool = False
