@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from threading import Event
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vlal_dist.errors import ConfigError, Stopped, StorageError, UsageError, VlalError
 from vlal_dist.processes import die_with_parent
@@ -32,6 +32,11 @@ Result = TypeVar("Result")
 
 POLL_S = 0.5
 """How often the driver looks at `stop`."""
+
+LATE_S = 10.0
+LATE_TIMES = 3.0
+"""A task under way for more than `LATE_S`, and this many times as long as any that was finished,
+is late: the backup tasks of MapReduce (Dean and Ghemawat 2004, section 3.6)."""
 
 LOCAL_ENVIRONMENT = {
     # Despite its name: 0 keeps every listener of a Ray started here on 127.0.0.1 (ray 2.60).
@@ -224,6 +229,8 @@ def run_on_ray(
     """Results of one-CPU tasks, in the order of the tasks; use inside `ray_session`.
 
     Twice as many as the Ray has CPUs are with it at a time; a task is taken when it is handed out.
+    One that is late (`LATE_S`) takes no other's room; with none left it is handed out once more,
+    and the first answer counts: Ray may wait minutes for a host that lost power.
 
     Args:
         work: a module's function, run on the nodes.
@@ -240,7 +247,8 @@ def run_on_ray(
 
     remote: Any = ray.remote(num_cpus=1, max_retries=0)(work)
     numbered = enumerate(tasks)
-    busy: dict[Any, tuple[int, Task]] = {}
+    busy: dict[Any, _Given] = {}
+    longest, repeated = math.inf, set[int]()
     again: deque[tuple[int, Task]] = deque()
     found: dict[int, Result | Exception] = {}  # what is not yielded yet
     lost: Counter[int] = Counter()
@@ -250,22 +258,33 @@ def run_on_ray(
             if time.monotonic() - counted > CPUS_S:
                 cpus: float = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
                 room, counted = most or max(2, 2 * int(cpus)), time.monotonic()
-            while len(busy) < room and not (done and not again):
+            allowed_s = max(LATE_S, LATE_TIMES * longest)
+            late = [one for one in busy.values() if time.monotonic() - one.since > allowed_s]
+            while len(busy) - len(late) < room and not (done and not again):
                 one = again.popleft() if again else next(numbered, None)
                 if one is None or (failed and one[0] > position):
                     done = True  # after an error only what comes before it matters
                     continue
-                busy[remote.remote(one[1])] = one
-            if not busy:
+                busy[remote.remote(one[1])] = _Given(*one, time.monotonic())
+            if all(one.number < position for one in busy.values()):
                 return
+            for number, task, _ in late if done else ():
+                if number >= position and number not in repeated | found.keys():
+                    logger.warning("%s: task %d is late, and is repeated", label, number)
+                    repeated.add(number)
+                    busy[remote.remote(task)] = _Given(number, task, time.monotonic())
             if stop.is_set():
                 raise Stopped(
                     f"stopped; repeat the command to continue: {label} keeps what is done"
                 )
             for reference in ray.wait(list(busy), num_returns=1, timeout=POLL_S)[0]:
-                number, task = busy.pop(reference)
+                number, task, since = busy.pop(reference)
+                if number < position or number in found:
+                    continue  # its other attempt was the first
                 try:
                     found[number] = ray.get(reference)
+                    spent = time.monotonic() - since
+                    longest = spent if longest == math.inf else max(longest, spent)
                 except ray.exceptions.RayTaskError as error:
                     known = isinstance(error.cause, (VlalError, OSError))
                     found[number] = error.cause if known else error
@@ -283,6 +302,14 @@ def run_on_ray(
     finally:
         for reference in busy:
             ray.cancel(reference, force=True)
+
+
+class _Given(NamedTuple):
+    """A task that Ray has, by its number, and since when (monotonic seconds)."""
+
+    number: int
+    task: Any
+    since: float
 
 
 def _check_lost(task: str, times: int, error: Exception) -> None:

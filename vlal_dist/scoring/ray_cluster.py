@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from vlal_dist.errors import Stopped, StorageError, VlalError
 from vlal_dist.observability.metric_definitions import SCORE
-from vlal_dist.ray_tasks import POLL_S
+from vlal_dist.ray_tasks import LATE_S, LATE_TIMES, POLL_S
 from vlal_dist.scoring.identity import ScoringJob
 from vlal_dist.scoring.shard_task import ShardResult
 from vlal_dist.scoring.worker import ShardScorer
@@ -32,11 +32,6 @@ Call = tuple[str, tuple[object, ...]]
 
 UNDER_WAY = 2
 """Shards that a worker scores at a time."""
-
-LATE_S = 10.0
-LATE_TIMES = 3.0
-"""A shard under way for more than `LATE_S`, and this many times as long as any that was finished,
-is late: the backup tasks of MapReduce (Dean and Ghemawat 2004, section 3.6)."""
 
 OPEN: Call = ("open", ())
 PING: Call = ("ping", ())
