@@ -252,7 +252,7 @@ def run_on_ray(
     again: deque[tuple[int, Task]] = deque()
     found: dict[int, Result | Exception] = {}  # what is not yielded yet
     lost: Counter[int] = Counter()
-    room, counted, failed, done, position = 0, -math.inf, False, False, 0
+    room, counted, failed, done, position = 0, -math.inf, math.inf, False, 0
     try:
         while True:
             if time.monotonic() - counted > CPUS_S:
@@ -262,7 +262,7 @@ def run_on_ray(
             late = [one for one in busy.values() if time.monotonic() - one.since > allowed_s]
             while len(busy) - len(late) < room and not (done and not again):
                 one = again.popleft() if again else next(numbered, None)
-                if one is None or (failed and one[0] > position):
+                if one is None or one[0] > failed:
                     done = True  # after an error only what comes before it matters
                     continue
                 busy[remote.remote(one[1])] = _Given(*one, time.monotonic())
@@ -288,7 +288,7 @@ def run_on_ray(
                 except ray.exceptions.RayTaskError as error:
                     known = isinstance(error.cause, (VlalError, OSError))
                     found[number] = error.cause if known else error
-                    failed = True
+                    failed = min(failed, number)
                 except ray.exceptions.RayError as error:
                     lost[number] += 1
                     _check_lost(f"{label}: task {number}", lost[number], error)

@@ -71,3 +71,9 @@ def on_ray(tool: str, config: Path, *more: str) -> "subprocess.CompletedProcess[
 
 def test_another_engine_is_refused(tmp_path: Path) -> None:
     assert run("pack", write_small_vaw(tmp_path), "--engine", "spark") == 2
+
+
+def test_a_task_lost_before_one_that_fails_is_repeated(tmp_path: Path) -> None:
+    command = python("-m", "tests.fixtures.ray_lost_task", str(tmp_path))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.stdout.splitlines()[-1:] == ["[0, 1, 'two']"], done.stderr
