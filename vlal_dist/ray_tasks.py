@@ -274,25 +274,21 @@ def run_on_ray(
                     repeated.add(number)
                     busy[remote.remote(task)] = _Given(number, task, time.monotonic())
             if stop.is_set():
-                raise Stopped(
-                    f"stopped; repeat the command to continue: {label} keeps what is done"
-                )
+                raise Stopped(f"stopped; repeat the command: {label} keeps what is done")
             for reference in ray.wait(list(busy), num_returns=1, timeout=POLL_S)[0]:
                 number, task, since = busy.pop(reference)
                 if number < position or number in found:
                     continue  # its other attempt was the first
                 try:
-                    found[number] = ray.get(reference)
-                    spent = time.monotonic() - since
-                    longest = spent if longest == math.inf else max(longest, spent)
-                except ray.exceptions.RayTaskError as error:
-                    known = isinstance(error.cause, (VlalError, OSError))
-                    found[number] = error.cause if known else error
-                    failed = min(failed, number)
+                    found[number] = _answer(reference)
                 except ray.exceptions.RayError as error:
                     lost[number] += 1
                     _check_lost(f"{label}: task {number}", lost[number], error)
                     again.append((number, task))
+                    continue
+                if isinstance(found[number], Exception):
+                    failed = min(failed, number)
+                longest = max(time.monotonic() - since, 0.0 if longest == math.inf else longest)
             while position in found:
                 result = found.pop(position)
                 if isinstance(result, Exception):
@@ -310,6 +306,16 @@ class _Given(NamedTuple):
     number: int
     task: Any
     since: float
+
+
+def _answer(reference: Any) -> Any:
+    """What a task returned, or the exception that it raised; RayError where it was lost."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        return error.cause if isinstance(error.cause, (VlalError, OSError)) else error
 
 
 def _check_lost(task: str, times: int, error: Exception) -> None:
