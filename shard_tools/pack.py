@@ -529,7 +529,7 @@ def _check_rejected(rejects: Sequence[Reject], settings: PackConfig, *, read: in
         if settings.in_place
         else "correct boxes in the annotations, and repeat clean and pack with --replace"
         if RESULTS.get(reason) == "bad_box"
-        else "restore photos and repeat with --retry-rejected"
+        else "correct pack.images or restore the photos, and repeat with --retry-rejected"
         for reason in counts
     }
     text = f"{len(rejects)} of {read} instances rejected ({shown})"

@@ -207,7 +207,7 @@ def test_own_data_as_documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_every_configuration_on_the_page_is_valid(tmp_path: Path) -> None:
     shown = blocks("yaml", PAGE)
-    assert len(shown) == 3
+    assert len(shown) == 4
     for text in shown:
         (tmp_path / "shown.yaml").write_text(text)
         load_config(tmp_path / "shown.yaml", {})

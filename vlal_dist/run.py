@@ -195,7 +195,8 @@ def _stopped(stage: Stage, why: str, command: Sequence[str]) -> str:
     again = shlex.join(["vlal", *command, *RESTART])
     return (
         f"train: {stage.config.paths.run} holds a run of other settings ({why}), and is kept; give "
-        f"another --paths.run FOLDER, or train again in its place with {REPLACE}, or with: {again}"
+        "other --paths.run and --paths.export FOLDERS, or train again in its place with "
+        f"{REPLACE}, or with: {again}"
     )
 
 

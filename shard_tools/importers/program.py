@@ -5,6 +5,7 @@ is a generator, `shard_tools.importers.FORMAT.read_FORMAT`; its module is import
 for.
 """
 
+import glob
 import importlib
 import json
 import logging
@@ -66,6 +67,9 @@ def import_records(word: str, config: Config, flags: Mapping[str, str]) -> Count
     settings, target = config.importing, open_store(config.paths.imported)
     limit = _limit(flags)
     inputs = list_inputs(settings, folders=word in FOLDERS)
+    for place in settings.photos:
+        if not (glob.has_magic(place) or "://" in place or Path(place).exists()):
+            raise ConfigError(f"importing.photos {place}: no such folder or file; correct the path")
     target.list_keys(MANIFEST)  # a wrong bucket fails now
     module = importlib.import_module(f"shard_tools.importers.{word}")
     read: Callable[[ImportConfig], Iterator[Item]] = getattr(module, f"read_{word}")
@@ -90,9 +94,11 @@ def import_records(word: str, config: Config, flags: Mapping[str, str]) -> Count
             rejects_summary(writer),
             target.url,
         )
+    clip = "" if config.scoring.weights else " --scoring.weights openai"
     sys.stdout.write(
-        f"next: vlal run --config {config.paths.imported.rstrip('/')}/{CONFIG}"
-        "   (--to pack: a look at the data first)\n"
+        f"next: vlal run --config {config.paths.imported.rstrip('/')}/{CONFIG}{clip}\n"
+        "      or, without CLIP: --method.draw_weights cooccurrence --data.likelihood scores; "
+        "--to pack: a look at the data first\n"
     )
     return {
         "files": len(inputs),
@@ -217,7 +223,8 @@ def config_text(word: str, config: Config, writer: RecordWriter, inputs: Sequenc
     if "weights" not in sections.get("scoring", {}):
         lines += [
             "",
-            "# scoring: {weights: openai}   # downloads CLIP; or a local .safetensors file",
+            "# scoring: {weights: openai}   # downloads CLIP; or a local .safetensors file;",
+            "# or without CLIP: method: {draw_weights: cooccurrence}, data: {likelihood: scores}",
         ]
     return "\n".join(lines) + "\n"
 

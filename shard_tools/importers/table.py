@@ -5,6 +5,7 @@ a column per attribute. What a column gives is known by its name, without case.
 """
 
 import ast
+import difflib
 import json
 import logging
 import math
@@ -357,6 +358,13 @@ def _decide(
     found, left_out = dict(own), list[str]()
     rest = [] if settings.layout in ("lists", "long") else list(settings.attributes)
     ignored = {plain_name(name) for name in settings.ignore_columns}
+    for name in settings.ignore_columns:
+        if plain_name(name) not in map(plain_name, names):
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"importing.ignore_columns: {one.url} has no column {quoted(name)}; the nearest is "
+                f"{quoted(near[0] if near else '')}"
+            )
     meanings = {name: meaning for meaning, aliases in MEANINGS.items() for name in aliases}
     kind = settings.layout
     if kind == "auto":

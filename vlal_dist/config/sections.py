@@ -63,8 +63,8 @@ class ImportConfig(Section):
         list[Literal["trim", "lower", "underscores"]],
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     ] = []
-    """Rules for names of objects and attributes, in this order: without blanks around them, in
-    lower case, blanks for underscores; empty: as they are."""
+    """Rules for names of objects and attributes, in this order: blanks around them are removed,
+    capitals become small letters, underscores become blanks; empty: as they are."""
     split: str = Field("80/10/10", pattern=r"^\d{1,3}(/\d{1,3}){1,2}$")
     """Shares of train/val/test where inputs are undivided, for clean.split (per cent)."""
 

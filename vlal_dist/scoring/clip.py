@@ -480,7 +480,10 @@ def check_weights(model: str, weights: str | None, *, tags: Sequence[str]) -> No
         f", or one of open_clip's tags of this model: {', '.join(tags)}" if tags else ""
     )
     if weights is None:
-        raise ConfigError(f"scoring.weights is not set, and {model} needs weights; {remedy}")
+        raise ConfigError(
+            f"scoring.weights is not set, and {model} needs weights; {remedy}; or train without "
+            "CLIP: --method.draw_weights cooccurrence --data.likelihood scores"
+        )
     if weights in tags:
         return
     if not Path(weights).is_file():
