@@ -13,6 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from shard_tools.clean.program import clean
+from shard_tools.clean.records import WHOLE_PHOTO
 from tests.fuzz.mutations import byte_ops, explore, mutate_bytes, mutate_json, obeys, pick, tree_ops
 from vlal_dist.config.sections import CleanConfig, Config, PathsConfig
 from vlal_dist.method.feasible import FeasibleSets
@@ -108,6 +109,8 @@ def usable(one: Any) -> bool:
         return False
     lists = [one["positive_attributes"], one["negative_attributes"]]
     box = one["instance_bbox"]
+    if box is None:  # the whole photo
+        box = [0, 0, 1, 1]
     if not (isinstance(box, list) and len(box) == 4 and {type(s) for s in box} <= {int, float}):
         return False
     try:
@@ -134,8 +137,13 @@ def expected_rows(data: bytes) -> list[tuple[Any, ...]] | None:
     rows: dict[str, tuple[Any, ...]] = {}
     for one in filter(usable, records):
         positive, negative = set(one["positive_attributes"]), set(one["negative_attributes"])
-        row = (identity(one["instance_id"]), identity(one["image_id"]), one["object_name"])
-        row += ([float(side) for side in one["instance_bbox"]], positive, negative)
+        row: tuple[Any, ...] = (
+            identity(one["instance_id"]),
+            identity(one["image_id"]),
+            one["object_name"],
+        )
+        box = WHOLE_PHOTO if one["instance_bbox"] is None else one["instance_bbox"]
+        row += ([float(side) for side in box], positive, negative)
         if rows.setdefault(row[0], row) != row:
             return None
     resolved = [(*row[:4], row[4] - row[5], row[5]) for row in rows.values()]
