@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlal_dist.method.metrics import evaluate as evaluate
     from vlal_dist.release.model import load_model as load_model
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _NAMES = {
     "FeasibleSets": "vlal_dist.method.feasible",
