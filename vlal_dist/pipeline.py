@@ -139,7 +139,8 @@ def report_inputs(config: Config, flags: Flags) -> Inputs:
         f"run/{evaluation_folder(split, predictor)}/result.json"
         for predictor in ("model", "constant", "clip")
     )
-    roots = ("dataset/dataset.json", "merged/dataset.json", "run/train.result.json")
+    merged = ["merged/dataset.json"] if config.data.likelihood == "tar" else []
+    roots = ("dataset/dataset.json", *merged, "run/train.result.json")
     others = open_store(config.paths.run).list_keys("evaluation/")
     beside = (f"run/{key}" for key in others if "@" in key and key.endswith("/result.json"))
     read = _digests(config, *roots, *results, *sorted(beside))

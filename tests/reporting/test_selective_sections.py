@@ -207,6 +207,17 @@ def test_an_absent_or_different_dataset_is_no_error(
     assert "lacks 'loss'" in str(selective_sections({"method": {}}, result, paths)[0])
 
 
+def test_a_run_without_clip_needs_no_merged_dataset(
+    merged: Dataset, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    run_config["method"]["draw_weights"] = "cooccurrence"
+    run_config["data"]["likelihood"] = "scores"
+    paths = PathsConfig(merged=str(tmp_path / "absent"), cache=str(tmp_path))
+    ignored, calibration = selective_sections(run_config, result_of(merged), paths)
+    assert "draw_weights cooccurrence" in str(ignored)
+    assert calibration == "The run used no CLIP (method.draw_weights)."
+
+
 def test_another_temperature_than_the_merges_is_used(merged: Dataset) -> None:
     at_merge = read_training_crops(merged, "train", temperature=None)
     np.testing.assert_allclose(at_merge.likelihood.sum(axis=1), 1, rtol=1e-5)

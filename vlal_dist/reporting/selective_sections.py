@@ -132,6 +132,13 @@ def selective_sections(
         no_draw = _why_no_draw(method)
         if method["loss"] != "selective":
             return no_draw, f"method.loss {method['loss']} uses no likelihoods."
+        if run_config["data"]["likelihood"] != "tar":
+            reason = (
+                "The run read its likelihoods from score files (data.likelihood), not from tars."
+                if method.get("draw_weights", "likelihood") == "likelihood"
+                else "The run used no CLIP (method.draw_weights)."
+            )
+            return no_draw or reason, reason
         merged = open_dataset(paths.merged, cache=Path(paths.cache))
         reason = _why_no_crops(run_config["data"], merged.manifest, result)
         if reason:
@@ -175,8 +182,6 @@ def _why_no_crops(
     data: Mapping[str, Any], manifest: Mapping[str, Any], result: Mapping[str, Any]
 ) -> str:
     """Why the merged dataset is not what a run drew from; empty: it is."""
-    if data["likelihood"] != "tar":
-        return "The run read its likelihoods from score files (data.likelihood), not from tars."
     if data["mix"]:
         return "The run was trained on a mix of datasets (data.mix)."
     for key in ("vocabulary_digest", "feasible_digest"):
