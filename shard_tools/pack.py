@@ -122,7 +122,7 @@ def _pack(config: Config, flags: Mapping[str, str], engine: Engine) -> Counts:
         check_digest(f"{source.url}/{name}", clean["files"][name], found)
     crops = settings.model_dump(include=CROP_SETTINGS)
     crops["background"] = settings.background.lower()
-    begun = {
+    recorded = {
         **settings.model_dump(include={"name", "shard_bytes", "block_bytes", "seed"}),
         "clean_sha256": hashlib.sha256(cleaned).hexdigest(),
         "crops": crops,
@@ -141,14 +141,14 @@ def _pack(config: Config, flags: Mapping[str, str], engine: Engine) -> Counts:
             )
         place, in_place = plan_tars(instances, target.url, settings)
         make_way(PROGRAM, config, flags)
-        commit_settings(target, "pack.json", {**begun, "tars": tars_digest(place, in_place)})
+        commit_settings(target, "pack.json", {**recorded, "tars": tars_digest(place, in_place)})
         tasks += in_place
     else:
         _open_places.cache_clear()
         limits = _photo_limits(config)
         _open_photos(settings, limits)  # a wrong path fails before any work
         make_way(PROGRAM, config, flags)
-        commit_settings(target, "pack.json", begun)
+        commit_settings(target, "pack.json", recorded)
         cropped = [
             task
             for split, rows in instances.items()

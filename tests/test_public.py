@@ -34,7 +34,7 @@ def test_importing_the_package_imports_no_library() -> None:
 
 
 def test_every_name_is_there_and_listed() -> None:
-    assert vlal.__version__ == "0.3.0"
+    assert vlal.__version__ == "0.4.0"
     for name in vlal.__all__:
         assert getattr(vlal, name) is getattr(vlal, name)
         assert name in dir(vlal)

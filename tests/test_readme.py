@@ -62,7 +62,7 @@ def parse(command: str, arguments: list[str]) -> None:
     elif command == "import":
         if arguments[0] == "--help":
             return
-        flags = module._program(arguments.pop(0)).flags
+        flags = module.program_of(arguments.pop(0)).flags
     else:
         flags = module.OWN_FLAGS if command == "run" else module.PROGRAM.flags
     if arguments != ["--help"]:

@@ -91,13 +91,13 @@ def write(folder: Path, number: int, form: str) -> dict[str, list[str]]:
 
 
 def _write_text(path: Path, found: Iterator[pa.RecordBatch], *, lines: bool) -> None:
-    between, begun = "\n" if lines else ",\n", False
+    between = ""
     with path.open("w", encoding="utf-8") as file:
         file.write("" if lines else "[")
         for batch in found:
             for record in batch.to_pylist():
-                file.write(f"{between if begun else ''}{json.dumps(record)}")
-                begun = True
+                file.write(f"{between}{json.dumps(record)}")
+                between = "\n" if lines else ",\n"
         file.write("\n" if lines else "]\n")
 
 

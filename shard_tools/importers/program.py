@@ -83,7 +83,7 @@ def import_records(word: str, config: Config, flags: Mapping[str, str]) -> Count
         counts = writer.counts
         if not any(counts["records"].values()):
             raise DataError(_nothing(writer, inputs, target))
-        make_way(_program(word), config, flags)
+        make_way(program_of(word), config, flags)
         _commit(word, config, writer, inputs, target, limit=limit)
     if writer.reasons:
         remark(
@@ -246,7 +246,8 @@ def _ordered(records: Mapping[str, int]) -> list[str]:
     return [split for split in ("train", "val", "test", "all") if split in records]
 
 
-def _program(word: str) -> Program:
+def program_of(word: str) -> Program:
+    """The program of a format."""
     return Program(
         name="import",
         usage=f"vlal import {word}",
@@ -265,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the import that the first word names, and return its exit code."""
     return run_one_of(
         FORMATS,
-        lambda word, rest: run_program(_program(word), rest),
+        lambda word, rest: run_program(program_of(word), rest),
         argv,
         command="vlal import",
         kind="format",

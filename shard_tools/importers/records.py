@@ -5,7 +5,6 @@ one row; settings, absent and unreadable files are errors.
 """
 
 import contextlib
-import fnmatch
 import glob
 import hashlib
 import math
@@ -24,7 +23,7 @@ from shard_tools.clean.names import name_problem
 from vlal_dist.config.sections import ImportConfig
 from vlal_dist.contents import shown
 from vlal_dist.errors import ConfigError, NotFoundError, bounded
-from vlal_dist.storage.store import open_store
+from vlal_dist.storage.store import find_files, open_store
 
 Box = tuple[float, float, float, float]
 
@@ -190,12 +189,8 @@ def list_inputs(settings: ImportConfig, *, folders: bool = False) -> list[Input]
 def _expand(place: str) -> Iterator[tuple[str, int]]:
     """The files of a path, a URL or a glob, and their sizes."""
     store, key = _store_of(place)
-    folder = place.rpartition("/")[0]
     if store.local_path(key) is None:
-        keys = [key]
-        if glob.has_magic(key):
-            keys = [one for one in store.list_keys() if fnmatch.fnmatchcase(one, key)]
-        urls = [f"{folder}/{one}" for one in keys]
+        urls = [f"{at.url}/{one}" for at, one in find_files(place)]
     else:
         path = os.path.expanduser(place)
         urls = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) else [path]

@@ -26,6 +26,7 @@ from vlal_dist.data.format.index import ARROW_ERRORS
 from vlal_dist.data.format.photo_names import Limits, printable
 from vlal_dist.data.format.photo_tables import bytes_columns, photo_names
 from vlal_dist.data.format.tables import (
+    OBJECT_COLUMNS,
     SIDES,
     cell_text,
     open_arrow,
@@ -38,19 +39,8 @@ from vlal_dist.errors import ConfigError, DataError
 
 MEANINGS = {
     "image": ("image", "file_name", "filename", "photo", "image_path", "path"),
-    "image_id": ("image_id",),  # the image where no column above names it
-    "object": ("object", "object_name"),
-    "id": ("id", "instance_id"),
+    **OBJECT_COLUMNS,
     "split": ("split",),
-    "box": ("box", "bbox", "instance_bbox"),
-    "x": ("x",),
-    "y": ("y",),
-    "w": ("w", "width"),
-    "h": ("h", "height"),
-    "x1": ("x1", "xmin", "x_min", "left"),
-    "y1": ("y1", "ymin", "y_min", "top"),
-    "x2": ("x2", "xmax", "x_max", "right"),
-    "y2": ("y2", "ymax", "y_max", "bottom"),
     "positive": ("positive", "positive_attributes", "attributes", "tags"),
     "negative": ("negative", "negative_attributes"),
     "attribute": ("attribute", "attribute_name"),

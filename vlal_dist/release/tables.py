@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlal_dist.data.format import tables
 from vlal_dist.data.format.photos import printable
-from vlal_dist.data.format.tables import SIDES, plain_name, quoted
+from vlal_dist.data.format.tables import OBJECT_COLUMNS, SIDES, plain_name, quoted
 from vlal_dist.errors import ConfigError, DataError
 from vlal_dist.remarks import remark
 
@@ -14,18 +14,7 @@ logger = logging.getLogger(__name__)
 
 COLUMNS = {
     "image": ("image", "file_name", "filename", "photo"),
-    "image_id": ("image_id",),  # the image where no column above names it
-    "object": ("object", "object_name"),
-    "id": ("id", "instance_id"),
-    "box": ("box", "bbox", "instance_bbox"),
-    "x": ("x",),
-    "y": ("y",),
-    "w": ("w", "width"),
-    "h": ("h", "height"),
-    "x1": ("x1", "xmin", "x_min", "left"),
-    "y1": ("y1", "ymin", "y_min", "top"),
-    "x2": ("x2", "xmax", "x_max", "right"),
-    "y2": ("y2", "ymax", "y_max", "bottom"),
+    **OBJECT_COLUMNS,
     "": ("positive_attributes", "negative_attributes", "instance_polygon"),
 }
 """What a column gives -> its names, without case; those of `""` are VAW's, and not read."""

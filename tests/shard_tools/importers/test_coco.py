@@ -134,7 +134,7 @@ def test_paco_types(tmp_path: Path) -> None:
         tmp_path,
         [
             annotation(1, attribute_ids=[1], **known),
-            annotation(2, attribute_ids=[], **known),  # nothing of the type: nobody filled it in
+            annotation(2, attribute_ids=[], **known),  # nothing of the type: not filled in
             annotation(3),
         ],
         attributes=[{"id": n, "name": name} for n, name in enumerate(["black", "blue", "wood"])],

@@ -9,6 +9,7 @@ photos in an order of its own.
 import hashlib
 import io
 import threading
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,7 @@ class Tables:
         return data
 
 
-class _Table:
+class _Table(ABC):
     """One file: rows in groups.
 
     Attributes:
@@ -161,13 +162,13 @@ class _Table:
     def __init__(self, file: ContainerFile, column: str, rows: Sequence[int]) -> None:
         self.file, self.column, self.rows = file, column, list(rows)
 
+    @abstractmethod
     def paths(self) -> list[str | None] | None:
         """The `path` of each row; None: the column has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batches(self, group: int) -> Iterator[pa.Array]:
         """The image column of a group, piece by piece."""
-        raise NotImplementedError
 
     def decode(self, group: int) -> pa.ChunkedArray:
         """Bytes of the photos of a group, as large_binary.

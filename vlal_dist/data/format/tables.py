@@ -32,6 +32,22 @@ _LONGEST_ROW = 64
 SIDES = (("x", "y", "w", "h"), ("x1", "y1", "x2", "y2"), ("x1", "y1", "w", "h"))
 """What gives a box together: its corner and size, or two corners."""
 
+OBJECT_COLUMNS = {
+    "image_id": ("image_id",),  # the image where no other column names it
+    "object": ("object", "object_name"),
+    "id": ("id", "instance_id"),
+    "box": ("box", "bbox", "instance_bbox"),
+    "x": ("x",),
+    "y": ("y",),
+    "w": ("w", "width"),
+    "h": ("h", "height"),
+    "x1": ("x1", "xmin", "x_min", "left"),
+    "y1": ("y1", "ymin", "y_min", "top"),
+    "x2": ("x2", "xmax", "x_max", "right"),
+    "y2": ("y2", "ymax", "y_max", "bottom"),
+}
+"""What a column says of an object in a photo -> its names, without case."""
+
 Record = Mapping[str, Any]
 """A row by what its columns give."""
 Rows = Iterator[tuple[int, int, Record | DataError]]
