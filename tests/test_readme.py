@@ -273,6 +273,21 @@ def test_tables_as_documented(tmp_path: Path) -> None:
         assert rows == [record]
 
 
+def test_blanks_between_cells_as_documented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (snippet,) = blocks("python", PAGE)
+    monkeypatch.chdir(tmp_path)
+    Path("list_attr.txt").write_text("2\nRed  Tall \n1.jpg  1 -1\n2.jpg -1 0\n")
+    exec(snippet, {})
+    assert run_command("import", ["table", "--importing.inputs", "labels.csv"]) == 65  # which -1?
+    words = ["table", "--importing.inputs", "labels.csv", "--importing.numbers", "1/-1/0"]
+    assert run_command("import", words) == 0
+    rows = pyarrow.parquet.read_table("runs/own/imported/all.parquet").to_pylist()
+    labels = [(r["image_id"], r["positive_attributes"], r["negative_attributes"]) for r in rows]
+    assert labels == [("1.jpg", ["Red"], ["Tall"]), ("2.jpg", [], ["Red"])]
+
+
 @pytest.mark.slow
 @pytest.mark.deepspeed
 def test_vaw_in_six_commands(tmp_path: Path) -> None:
