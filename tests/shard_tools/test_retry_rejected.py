@@ -146,7 +146,8 @@ def test_too_many_rejects_say_what_and_what_to_do(
     assert run("pack", lacking / "config.yaml") == 65
     error = capsys.readouterr().err
     assert "9 of 114 instances rejected (6 missing, such as " in error
-    assert "restore photos and repeat with --retry-rejected; or raise the limit" in error
+    remedy = "correct pack.images or restore the photos, and repeat with --retry-rejected"
+    assert f"{remedy}; or raise the limit" in error
 
 
 class Killed(BaseException):
